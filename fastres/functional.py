@@ -1,0 +1,346 @@
+"""Stateless functions: check the arguments, honour autocast, draw the dropout seed, call one operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres import reference
+from fastres.ops import batch_norm_act as _bn_ops
+from fastres.ops import projection_shortcut as _projection_ops
+from fastres.reference import NormParams
+
+__all__ = ["NormParams", "batch_norm_act", "projection_shortcut"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDERS = ("add_act", "act_add")
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_activation(name: str, value: Tensor, like: Tensor | None = None, shape: torch.Size | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [N, C, H, W], got shape {tuple(value.shape)}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.dtype == torch.float64 and value.device.type not in ("cpu", "meta"):
+        raise TypeError(f"{name}: float64 is served on the CPU only, got a tensor on {value.device}")
+    if like is not None:
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+        if value.dtype != like.dtype:
+            raise TypeError(f"{name}: expected dtype {like.dtype}, got {value.dtype}")
+
+
+def _check_channels(name: str, value: Tensor | None, like: Tensor, channels: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
+    if value.dim() != 1 or value.shape[0] != channels:
+        raise ValueError(f"{name}: expected shape ({channels},), one value a channel, got {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+
+
+def _check_norm(prefix: str, norm: NormParams, like: Tensor, channels: int, training: bool) -> None:
+    _check_channels(prefix + "running_mean", norm.running_mean, like, channels)
+    _check_channels(prefix + "running_var", norm.running_var, like, channels)
+    _check_channels(prefix + "weight", norm.weight, like, channels)
+    _check_channels(prefix + "bias", norm.bias, like, channels)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var: expected both or neither, got one of them")
+    if not training and norm.running_mean is None:
+        raise ValueError(f"{prefix}running_mean: expected running statistics with training=False, got None")
+    for name, value in (("momentum", norm.momentum), ("eps", norm.eps)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{prefix}{name}: expected a number, got {type(value).__name__}")
+    if norm.eps < 0:
+        raise ValueError(f"{prefix}eps: expected at least 0, got {norm.eps}")
+
+
+def _check_options(
+    training: bool, relu: bool, dropout_p: float, seed: Tensor | None, like: Tensor, shape: tuple[int, ...]
+) -> None:
+    for name, flag in (("training", training), ("relu", relu)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(flag).__name__}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if seed is not None:
+        if not isinstance(seed, Tensor):
+            raise TypeError(f"seed: expected an int64 Tensor of one element or None, got {type(seed).__name__}")
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: expected dtype torch.int64, got {seed.dtype}")
+        if seed.numel() != 1:
+            raise ValueError(f"seed: expected one element, got shape {tuple(seed.shape)}")
+        if seed.device != like.device:
+            raise ValueError(f"seed: expected a tensor on {like.device}, got one on {seed.device}")
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"x: expected more than 1 value a channel in training, got shape {shape}")
+
+
+# ---------------------------------------------------------------------------------------------------------- preparation
+
+
+def _dense(x: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+    """x as it is where memory is contiguous NCHW or channels_last (or as asked), otherwise the one explicit copy."""
+    if memory_format is None:
+        if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            return x
+        memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    return x.contiguous(memory_format=memory_format)
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if reference.rows_are_channels(x) else torch.contiguous_format
+
+
+def _cast(norm: NormParams, dtype: torch.dtype) -> NormParams:
+    """The norm with parameters and statistics in `dtype`; running statistics of another dtype become copies."""
+    if all(t is None or t.dtype == dtype for t in norm[:4]):
+        return norm
+    tensors = [None if t is None else t.to(dtype) for t in norm[:4]]
+    return NormParams(*tensors, momentum=norm.momentum, eps=norm.eps)
+
+
+def _store_running(norm: NormParams, computed: NormParams) -> None:
+    for kept, new in ((norm.running_mean, computed.running_mean), (norm.running_var, computed.running_var)):
+        if kept is not None and new is not None and kept is not new:
+            kept.copy_(new)
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _run(
+    x: Tensor,
+    norm: NormParams,
+    residual: Tensor | None,
+    residual_norm: NormParams | None,
+    x_stats: tuple[Tensor, Tensor] | None,
+    residual_stats: tuple[Tensor, Tensor] | None,
+    training: bool,
+    relu: bool,
+    dropout_p: float,
+    order: str,
+    seed: Tensor | None,
+) -> Tensor:
+    """One operator call on checked arguments; `x_stats` and `residual_stats` are (mean, M2) where they are known."""
+    x = _dense(x)
+    if residual is not None:
+        residual = _dense(residual, _memory_format(x))
+    if not training:
+        dropout_p = 0.0
+    elif dropout_p > 0 and seed is None:
+        seed = reference.draw_seed(x.device)
+    dtype = reference.statistics_dtype(x.dtype)
+    given, residual_given = norm, residual_norm
+    norm = _cast(norm, dtype)
+    if residual_norm is not None:
+        residual_norm = _cast(residual_norm, dtype)
+    r = residual_norm if residual_norm is not None else NormParams(None, None)
+    dropout_p = float(dropout_p)
+    if not training and not _needs_grad(x, norm.weight, norm.bias, residual, r.weight, r.bias):
+        y: Tensor = _bn_ops.inference(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, residual, r.running_mean, r.running_var,
+            r.weight, r.bias, float(norm.eps), float(r.eps), relu, order, False,
+        )[0]  # fmt: skip
+        return y
+    x_mean, x_m2 = x_stats if x_stats is not None else (None, None)
+    residual_mean, residual_m2 = residual_stats if residual_stats is not None else (None, None)
+    y = _bn_ops.BatchNormAct.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual, r.weight, r.bias, r.running_mean,
+        r.running_var, x_mean, x_m2, residual_mean, residual_m2, seed, residual_norm is not None, training,
+        float(norm.momentum), float(norm.eps), float(r.momentum), float(r.eps), relu, dropout_p, order,
+    )  # fmt: skip
+    if training:
+        _store_running(given, norm)
+        if residual_given is not None:
+            _store_running(residual_given, r)
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    residual_norm: NormParams | None = None,
+    relu: bool = True,
+    dropout_p: float = 0.0,
+    order: str = "add_act",
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Normalise `x`, add `residual`, apply ReLU and dropout in one pass over memory.
+
+        z = weight * (x - mean) * rstd + bias
+        "add_act":  y = dropout(relu(z + residual))
+        "act_add":  y = dropout(relu(z)) + residual
+
+    mean and rstd are those of the batch in training, and the running ones otherwise. Only x, mean, rstd and at most one
+    bit an element are kept for backward. Differentiable once.
+
+    Args:
+        x: [N, C, H, W], float32 | bfloat16 | float16 (float64 on the CPU). Contiguous NCHW and channels_last are read as
+            they are; other strides are copied once, to channels_last where stride(1) == 1 and to NCHW otherwise.
+        running_mean, running_var: [C] or None; updated in place in training (the unbiased variance goes in).
+        weight, bias: [C] or None (1 and 0). Statistics, parameters and sums are float32 whatever the dtype of x.
+        training: use the batch's statistics, update the running ones and apply dropout. Otherwise dropout is the identity.
+        momentum: share of the batch in the running statistics. For a cumulative average pass 1 / (batches seen so far,
+            this one included), as `fastres.nn.FusedBatchNormAct2d(momentum=None)` does.
+        eps: added to the variance.
+        residual: [N, C, H, W], dtype and device of x. In another memory format than x it is copied once.
+        residual_norm: the residual's own batch normalisation, applied in the same pass.
+        relu: off leaves a plain normalisation, or normalisation and addition.
+        dropout_p: 0 <= dropout_p < 1, the probability of dropping an element; kept ones are scaled by 1 / (1 - dropout_p).
+        order: "add_act" (ResNet v1) or "act_add".
+        seed: int64, one element, on x's device; the dropout mask is a pure function of it. None draws one from torch's
+            generator, so torch.manual_seed and activation checkpointing behave.
+    Returns:
+        [N, C, H, W], dtype and memory format of x.
+    Raises:
+        TypeError: not a tensor, an integer dtype, dtypes of x and residual differ.
+        ValueError: shapes or devices disagree; one value a channel in training; dropout_p outside [0, 1); an unknown order;
+            no running statistics with training=False; residual_norm without residual.
+    Source: Ioffe and Szegedy 2015, algorithm 1; He et al. 2015, figure 2; Srivastava et al. 2014, section 4.
+    """
+    _check_activation("x", x)
+    channels = x.shape[1]
+    norm = NormParams(running_mean, running_var, weight, bias, momentum, eps)
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+    if residual is not None:
+        autocast = _autocast_dtype(x.device)
+        if autocast is not None and isinstance(residual, Tensor) and residual.is_floating_point():
+            residual = residual.to(x.dtype)
+        _check_activation("residual", residual, x, x.shape)
+    elif residual_norm is not None:
+        raise ValueError("residual_norm: expected None without a residual, got NormParams")
+    if residual_norm is not None:
+        if not isinstance(residual_norm, NormParams):
+            raise TypeError(f"residual_norm: expected NormParams or None, got {type(residual_norm).__name__}")
+        _check_norm("residual_norm.", residual_norm, x, channels, training)
+    _check_norm("", norm, x, channels, training)
+    _check_options(training, relu, dropout_p, seed, x, tuple(x.shape))
+    if x.numel() == 0:
+        # As torch.nn.BatchNorm2d does: an empty result that autograd can pass through, running statistics untouched.
+        return reference.batch_norm_act(
+            x, *norm[:4], training=training, momentum=momentum, eps=eps, residual=residual, residual_norm=residual_norm,
+            relu=relu, dropout_p=0.0, order=order,
+        )  # fmt: skip
+    return _run(x, norm, residual, residual_norm, None, None, training, relu, dropout_p, order, seed)
+
+
+def projection_shortcut(
+    s: Tensor,
+    conv_weight: Tensor,
+    norm: NormParams,
+    x: Tensor | None = None,
+    x_norm: NormParams | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    training: bool = False,
+    relu: bool = True,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The projection shortcut of a residual block, with the addition and the activation that follow it.
+
+        y = dropout(relu(bn_x(x) + bn(conv1x1(s))))
+
+    In training the statistics of the product are gathered while the convolution writes it, and it enters batch_norm_act as
+    a residual with its own normalisation. In evaluation, where no gradient is asked for, the product is never written.
+
+    Args:
+        s: [N, Cin, H, W], the block's input; dtypes and memory formats as in `batch_norm_act`.
+        conv_weight: [Cout, Cin, 1, 1], dtype of s.
+        norm: normalisation of the convolution's output, [Cout].
+        x: [N, Cout, ceil(H / stride), ceil(W / stride)], the main branch, or None (nothing is added).
+        x_norm: normalisation of x, applied in the same pass; None adds x as it is.
+        stride: of the convolution, one number or (rows, columns).
+        training, relu, dropout_p, seed: as in `batch_norm_act`; `training` holds for both normalisations.
+    Returns:
+        [N, Cout, ceil(H / stride), ceil(W / stride)], dtype of s and memory format of x, or of s where x is None.
+    Raises:
+        TypeError, ValueError: as `batch_norm_act`, and where conv_weight is not [Cout, Cin, 1, 1] or stride is not positive.
+    Source: He et al. 2015, equation 2 and option B.
+    """
+    autocast = _autocast_dtype(s.device) if isinstance(s, Tensor) else None
+    if autocast is not None and isinstance(conv_weight, Tensor) and s.is_floating_point():
+        s, conv_weight = s.to(autocast), conv_weight.to(autocast)
+        if isinstance(x, Tensor):
+            x = x.to(autocast)
+    _check_activation("s", s)
+    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    if len(strides) != 2 or not all(isinstance(v, int) for v in strides):
+        raise TypeError(f"stride: expected an int or two, got {stride!r}")
+    if min(strides) < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride!r}")
+    _check_activation("conv_weight", conv_weight, s)
+    if conv_weight.shape[1:] != (s.shape[1], 1, 1):
+        raise ValueError(
+            f"conv_weight: expected shape (Cout, {s.shape[1]}, 1, 1) for s of shape {tuple(s.shape)}, "
+            f"got {tuple(conv_weight.shape)}"
+        )
+    n, _, h, w = s.shape
+    channels = conv_weight.shape[0]
+    shape = torch.Size(
+        (n, channels, _projection_ops.output_size(h, strides[0]), _projection_ops.output_size(w, strides[1]))
+    )
+    if x is not None:
+        _check_activation("x", x, s, shape)
+    elif x_norm is not None:
+        raise ValueError("x_norm: expected None without x, got NormParams")
+    for prefix, params in (("norm.", norm), ("x_norm.", x_norm)):
+        if params is None and prefix == "x_norm.":
+            continue
+        if not isinstance(params, NormParams):
+            raise TypeError(f"{prefix[:-1]}: expected NormParams, got {type(params).__name__}")
+        _check_norm(prefix, params, s, channels, training)
+    _check_options(training, relu, dropout_p, seed, s, tuple(shape))
+    if s.numel() == 0:
+        return reference.projection_shortcut(
+            s, conv_weight, norm, x, x_norm, stride=strides, training=training, relu=relu
+        )
+    s = _dense(s) if x is None else _dense(s, _memory_format(_dense(x)))
+    parameters = [t for p in (norm, x_norm) if p is not None for t in (p.weight, p.bias)]
+    if not training and not _needs_grad(s, conv_weight, x, *parameters):
+        dtype = reference.statistics_dtype(s.dtype)
+        own = _cast(norm, dtype)
+        other = _cast(x_norm, dtype) if x_norm is not None else NormParams(None, None)
+        return _projection_ops.inference(  # type: ignore[no-any-return]
+            s, conv_weight, own.running_mean, own.running_var, own.weight, own.bias,
+            None if x is None else _dense(x), other.running_mean, other.running_var, other.weight, other.bias,
+            strides, float(own.eps), float(other.eps), relu,
+        )  # fmt: skip
+    product, mean, m2 = _projection_ops.Projection.apply(s, conv_weight, strides, training)
+    stats = (mean, m2) if training else None
+    if x is None or x_norm is None:
+        return _run(product, norm, x, None, stats, None, training, relu, dropout_p, "add_act", seed)
+    return _run(x, x_norm, product, norm, None, stats, training, relu, dropout_p, "add_act", seed)
