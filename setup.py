@@ -1,0 +1,111 @@
+"""Compiles the modules at install where torch is visible to the build; pyproject.toml says everything else.
+
+With build isolation torch is not visible, and one fetched for the build might not be the one that will run: then
+nothing is compiled here, and fastres/_extension.py compiles what is needed at first use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_by_path(name: str, path: Path) -> Any:
+    # Not imported as fastres._extension: the package imports torch.
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def modules_to_build(extension: Any) -> tuple[list[Any], dict[str, str]]:
+    """The modules that can be compiled here, and why the CUDA module is not among them."""
+    modules, errors = [], {}
+    try:
+        extension.compiler()
+        modules += [extension.cpu_module(capability) for capability in extension.capabilities()]
+        try:
+            extension.check_cuda()
+            modules.append(extension.cuda_module())
+        except extension.Unavailable as e:
+            if os.environ.get("FORCE_CUDA") == "1":
+                raise SystemExit(f"FORCE_CUDA=1, but the CUDA module cannot be built: {e}") from e
+            errors["_C_cuda"] = str(e)
+    except extension.Unavailable as e:
+        warn(f"no compiled modules: {e}")
+    return modules, errors
+
+
+def warn(text: str) -> None:
+    print(f"fastres: warning: {text}", file=sys.stderr, flush=True)
+
+
+def build_arguments() -> dict[str, Any]:
+    """ext_modules and cmdclass for setup(), or nothing where there is nothing to compile with."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return {}
+    extension = load_by_path("fastres_extension", ROOT / "fastres" / "_extension.py")
+    modules, errors = modules_to_build(extension)
+    if not modules:
+        return {}
+    with extension.toolchain(modules[0]) as cpp_extension:
+        base = cpp_extension.BuildExtension
+
+    class BuildModules(base):  # type: ignore[misc, valid-type]
+        """Builds each module in a folder of its own, and goes on where one fails."""
+
+        def build_extensions(self) -> None:
+            every = self.extensions
+            for self.extensions in ([e] for e in every):
+                self.build_alone(self.extensions[0])
+            self.extensions = every
+            built = [m for m in modules if m.name not in errors]
+            folders = {Path(self.get_ext_fullpath(f"fastres.{m.name}")).parent for m in built}
+            for folder in folders | {Path(self.build_lib, "fastres")}:
+                folder.mkdir(parents=True, exist_ok=True)
+                extension.write_record(folder, built, errors)
+
+        def build_alone(self, ext: Any) -> None:
+            module = next(m for m in modules if ext.name == f"fastres.{m.name}")
+            temporary, compile_method = self.build_temp, self.compiler.compile
+            # The same sources with other flags: in one folder each module would overwrite the others' objects.
+            self.build_temp = str(Path(temporary, module.name))
+            try:
+                with extension.toolchain(module):
+                    super().build_extensions()
+            except Exception as e:
+                if module.is_cuda and os.environ.get("FORCE_CUDA") == "1":
+                    raise
+                errors[module.name] = extension.first_error(str(e) or repr(e))
+                warn(f"{module.name} was not built: {errors[module.name]}")
+            finally:
+                self.build_temp, self.compiler.compile = temporary, compile_method
+
+    def extension_of(module: Any) -> Any:
+        cxx_flags, nvcc_flags = extension.compile_flags(module)
+        with extension.toolchain(module):
+            make = cpp_extension.CUDAExtension if module.is_cuda else cpp_extension.CppExtension
+            return make(
+                f"fastres.{module.name}",
+                [str(p.relative_to(ROOT)) for p in module.sources],
+                depends=[str(p.relative_to(ROOT)) for p in module.headers],
+                include_dirs=[str(extension.SOURCES)],
+                library_dirs=extension.library_folders(module),
+                extra_compile_args={"cxx": cxx_flags, **({"nvcc": nvcc_flags} if module.is_cuda else {})},
+                optional=True,
+            )
+
+    return {"ext_modules": [extension_of(m) for m in modules], "cmdclass": {"build_ext": BuildModules}}
+
+
+setup(**build_arguments())
