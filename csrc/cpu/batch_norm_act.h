@@ -1,0 +1,150 @@
+// What the operators on the CPU share: parameters made ready, and the forward pass after the statistics.
+#pragma once
+
+#include "norm_act.h"
+#include "statistics.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <c10/util/Optional.h>
+#include <optional>
+#include <string_view>
+
+#define FASTRES_DISPATCH(TYPE, NAME, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline at::ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline Tensor channel_vector(const Tensor& x, int64_t size) {
+  return at::empty({size}, x.options().dtype(statistics_type(x)).memory_format(std::nullopt));
+}
+
+inline at::TensorOptions byte_options(const Tensor& x) {
+  return x.options().dtype(at::kByte).memory_format(std::nullopt);
+}
+
+inline bool parse_order(std::string_view order) {
+  TORCH_CHECK_VALUE(
+      order == "add_act" || order == "act_add", "order: expected \"add_act\" or \"act_add\", got \"", order, "\"");
+  return order == "act_add";
+}
+
+// A [C] argument as the loops read it: contiguous, in the statistics' dtype.
+template <typename A>
+inline const A* channel_data(const char* name, const Tensor& v, int64_t channels) {
+  TORCH_CHECK_VALUE(
+      v.dim() == 1 && v.size(0) == channels && v.is_contiguous(),
+      name,
+      ": expected a contiguous tensor of shape (",
+      channels,
+      ",), got shape ",
+      v.sizes());
+  TORCH_CHECK_TYPE(
+      v.scalar_type() == c10::CppTypeToScalarType<A>::value,
+      name,
+      ": expected dtype ",
+      c10::CppTypeToScalarType<A>::value,
+      ", got ",
+      v.scalar_type());
+  return v.const_data_ptr<A>();
+}
+
+template <typename A>
+inline const A* channel_data(const char* name, const OptionalTensor& v, int64_t channels) {
+  return v.has_value() ? channel_data<A>(name, *v, channels) : nullptr;
+}
+
+// The same activation in x's memory format: itself wherever the caller kept to one format.
+inline Tensor like_rows(const char* name, const Tensor& t, const Tensor& x, const Rows& rows) {
+  TORCH_CHECK_VALUE(t.sizes() == x.sizes(), name, ": expected shape ", x.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(), ", got ", t.scalar_type());
+  return t.contiguous(rows.memory_format());
+}
+
+// The [C] tensors of one normalisation, checked; all null where there is none.
+template <typename A>
+struct Saved {
+  int64_t channels;
+  const A *mean, *rstd, *weight, *bias;
+
+  Saved(
+      int64_t c,
+      const OptionalTensor& mean_in,
+      const OptionalTensor& rstd_in,
+      const OptionalTensor& weight_in,
+      const OptionalTensor& bias_in)
+      : channels(mean_in.has_value() ? c : 0),
+        mean(channel_data<A>("mean", mean_in, c)),
+        rstd(channel_data<A>("rstd", rstd_in, c)),
+        weight(channel_data<A>("weight", weight_in, c)),
+        bias(channel_data<A>("bias", bias_in, c)) {}
+
+  ChannelNorm<A> norm() const {
+    ChannelNorm<A> out;
+    out.mean.assign(mean, mean + channels);
+    out.scale.assign(rstd, rstd + channels);
+    out.bias.assign(channels, A(0));
+    for (int64_t k = 0; k < channels; ++k) {
+      out.scale[k] *= weight ? weight[k] : A(1);
+      out.bias[k] = bias ? bias[k] : A(0);
+    }
+    return out;
+  }
+};
+
+// A normalisation by running statistics; empty where there is none.
+template <typename A>
+inline ChannelNorm<A> running_norm(
+    int64_t channels,
+    const OptionalTensor& mean,
+    const OptionalTensor& var,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    double eps) {
+  Saved<A> saved(channels, mean, var, weight, bias);
+  std::vector<A> rstd(saved.channels);
+  for (int64_t c = 0; c < saved.channels; ++c) {
+    rstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(saved.rstd[c]) + eps));
+  }
+  saved.rstd = rstd.data();
+  return saved.norm();
+}
+
+// Streaming stores pay where the output is larger than what the caches can keep for its reader.
+template <typename T>
+inline bool should_stream(const T* p, const Rows& rows) {
+  constexpr int64_t kCacheBytes = 6 * 1024 * 1024;
+  const int64_t bytes = rows.count() * rows.channels * static_cast<int64_t>(sizeof(T));
+  return bytes >= kCacheBytes && can_stream(p, rows.inner());
+}
+
+// Segments of a pass that treats every row alike: in NCHW never through four channels that share their dropout counters.
+inline int64_t rows_together(const Rows& rows) {
+  return !rows.channels_last && rows.channels % 4 == 0 ? 4 : 1;
+}
+
+template <typename T>
+inline void apply_all(const ApplyParams<T>& p) {
+  const int64_t together = rows_together(p.rows);
+  const Segments segments(
+      p.rows.rows() / together, p.rows.count() * p.rows.channels * static_cast<int64_t>(sizeof(T)));
+  for_each_segment_backwards(segments, [&](int64_t s) {
+    const auto [begin, end] = segments.range(s);
+    apply_range(p, begin * together, end * together);
+  });
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace fastres

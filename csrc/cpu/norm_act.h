@@ -1,0 +1,208 @@
+// Normalise, add, activate and drop: the forward pass over rows of memory that are already measured.
+//
+//   z = (x - mean) * scale + bias      scale = weight * rstd
+//   "add_act":  y = dropout(relu(z + r))            "act_add":  y = dropout(relu(z)) + r
+//
+// Reads x and r once, writes y once and one bit an element where backward will need it.
+#pragma once
+
+#include "../common/bitmask.h"
+#include "dropout.h"
+#include "lanes.h"
+#include "rows.h"
+
+#include <vector>
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+
+// [C] vectors of one normalisation, ready for the loop.
+template <typename A>
+struct ChannelNorm {
+  std::vector<A> mean, scale, bias;
+};
+
+enum class Residual { none, plain, normalised };
+
+template <typename T>
+struct ApplyParams {
+  const T* x;
+  const T* residual; // null where there is none
+  T* y;
+  uint8_t* bits; // null where backward can do without
+  const ChannelNorm<acc_t<T>>* norm;
+  const ChannelNorm<acc_t<T>>* residual_norm; // null where the residual is taken as it is
+  const Dropout* dropout; // null where there is none
+  acc_t<T> keep_scale; // 1 / (1 - p)
+  bool relu;
+  bool act_add;
+  bool stream;
+  Rows rows;
+
+  Residual kind() const {
+    return residual == nullptr ? Residual::none : residual_norm ? Residual::normalised : Residual::plain;
+  }
+};
+
+// The [C] vectors at a place in a row: as they lie in channels_last, one value for the whole row in NCHW.
+template <typename A, bool kColumns>
+struct ChannelLanes {
+  int64_t channel; // of the row, in NCHW
+
+  template <typename Count>
+  Pair<A> operator()(const std::vector<A>& v, int64_t k, Count count) const {
+    if constexpr (kColumns) {
+      return load_lanes(v.data() + k, count);
+    } else {
+      return Pair<A>::fill(v[channel]);
+    }
+  }
+};
+
+// Calls f(k, count) for every unit of a row; count is a compile-time constant for all but the last.
+template <typename A, typename F>
+inline void for_each_unit(int64_t inner, const F& f) {
+  constexpr int64_t width = Pair<A>::size();
+  int64_t k = 0;
+  for (; k + width <= inner; k += width) {
+    f(k, std::integral_constant<int64_t, width>());
+  }
+  if (k < inner) {
+    f(k, inner - k);
+  }
+}
+
+// Whether rows of p may be stored past the caches: every unit must be whole and aligned.
+template <typename T>
+inline bool can_stream(const T* p, int64_t inner) {
+  return inner % Pair<acc_t<T>>::size() == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0 &&
+      inner * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+}
+
+template <typename T, typename Count>
+inline void put(T* p, const Pair<acc_t<T>>& x, Count count, bool streaming) {
+  if constexpr (!std::is_same_v<Count, int64_t>) {
+    if (streaming) {
+      stream(p, x);
+      return;
+    }
+  }
+  store_lanes(p, x, count);
+}
+
+// `keep` is the row's keep bits in NCHW; in channels_last they are drawn here.
+template <typename T, bool kColumns, Residual kResidual, bool kDropout>
+inline void apply_row(const ApplyParams<T>& p, int64_t row, const uint8_t* keep) {
+  using A = acc_t<T>;
+  const int64_t inner = p.rows.inner();
+  const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
+  const T* x = p.x + row * inner;
+  const T* residual = p.residual + (kResidual == Residual::none ? 0 : row * inner);
+  T* y = p.y + row * inner;
+  uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
+  for_each_unit<A>(inner, [&](int64_t k, auto count) {
+    const auto& norm = *p.norm;
+    Pair<A> z =
+        fmadd(load_lanes(x + k, count) - lanes(norm.mean, k, count), lanes(norm.scale, k, count), lanes(norm.bias, k, count));
+    Pair<A> r;
+    if constexpr (kResidual != Residual::none) {
+      r = load_lanes(residual + k, count);
+      if constexpr (kResidual == Residual::normalised) {
+        const auto& own = *p.residual_norm;
+        r = fmadd(r - lanes(own.mean, k, count), lanes(own.scale, k, count), lanes(own.bias, k, count));
+      }
+      if (!p.act_add) {
+        z = z + r;
+      }
+    }
+    if (kDropout || bits != nullptr) {
+      uint32_t passed = p.relu ? passing_lanes(z) : ~0u;
+      if constexpr (kDropout) {
+        passed &= kColumns ? keep_bits(*p.dropout, row * inner + k) : load_bits(keep + k / 8, count);
+        z = z * Pair<A>::fill(p.keep_scale);
+      }
+      z = select_lanes(z, passed);
+      if (bits != nullptr) {
+        store_bits(bits + k / 8, passed, count);
+      }
+    } else if (p.relu) {
+      z = rectify(z);
+    }
+    if constexpr (kResidual != Residual::none) {
+      if (p.act_add) {
+        z = z + r;
+      }
+    }
+    put(y + k, z, count, p.stream);
+  });
+}
+
+// Keep bits of the NCHW rows row ... row + 3, four neighbouring channels of one image (C % 4 == 0), or of one row.
+inline void draw_keep_rows(const Dropout& dropout, const Rows& rows, int64_t row, bool four, uint8_t* keep) {
+  const int64_t bytes = bitmask_row_bytes(rows.pixels);
+  const int64_t image = row / rows.channels, channel = row % rows.channels;
+  const int64_t first = image * rows.pixels * rows.channels + channel;
+  if (four) {
+    for (int64_t byte = 0; byte < bytes; ++byte) {
+      uint8_t bits[4];
+      const int64_t step = rows.channels / 4;
+      keep_bytes_of_four_channels(dropout, first / 4 + byte * 8 * step, step, bits);
+      for (int k = 0; k < 4; ++k) {
+        keep[k * bytes + byte] = bits[k];
+      }
+    }
+    return;
+  }
+  std::memset(keep, 0, bytes);
+  for (int64_t pixel = 0; pixel < rows.pixels; ++pixel) {
+    const int64_t i = first + pixel * rows.channels;
+    const bool kept = philox_4x32(dropout.key, i / 4).word[i % 4] >= dropout.threshold;
+    keep[pixel / 8] |= static_cast<uint8_t>(kept) << (pixel % 8);
+  }
+}
+
+template <typename T, bool kColumns, Residual kResidual, bool kDropout>
+inline void apply_rows(const ApplyParams<T>& p, int64_t begin, int64_t end) {
+  if constexpr (kDropout && !kColumns) {
+    const bool four = p.rows.channels % 4 == 0 && begin % 4 == 0 && end % 4 == 0;
+    const int64_t bytes = bitmask_row_bytes(p.rows.pixels), group = four ? 4 : 1;
+    // load_bits never reads past a row, so the last row needs no slack.
+    std::vector<uint8_t> keep(group * bytes);
+    for (int64_t row = begin; row < end; row += group) {
+      draw_keep_rows(*p.dropout, p.rows, row, four, keep.data());
+      for (int64_t k = 0; k < group; ++k) {
+        apply_row<T, kColumns, kResidual, kDropout>(p, row + k, keep.data() + k * bytes);
+      }
+    }
+  } else {
+    for (int64_t row = begin; row < end; ++row) {
+      apply_row<T, kColumns, kResidual, kDropout>(p, row, nullptr);
+    }
+  }
+  if (p.stream) {
+    stream_fence();
+  }
+}
+
+// Rows begin ... end - 1 of the pass.
+template <typename T>
+inline void apply_range(const ApplyParams<T>& p, int64_t begin, int64_t end) {
+  const auto with_residual = [&](auto columns, auto dropout) {
+    constexpr bool kColumns = decltype(columns)::value, kDropout = decltype(dropout)::value;
+    switch (p.kind()) {
+      case Residual::none:
+        return apply_rows<T, kColumns, Residual::none, kDropout>(p, begin, end);
+      case Residual::plain:
+        return apply_rows<T, kColumns, Residual::plain, kDropout>(p, begin, end);
+      case Residual::normalised:
+        return apply_rows<T, kColumns, Residual::normalised, kDropout>(p, begin, end);
+    }
+  };
+  const auto with_dropout = [&](auto columns) {
+    return p.dropout == nullptr ? with_residual(columns, std::false_type()) : with_residual(columns, std::true_type());
+  };
+  return p.rows.channels_last ? with_dropout(std::true_type()) : with_dropout(std::false_type());
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace fastres

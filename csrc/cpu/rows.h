@@ -1,0 +1,86 @@
+// How a dense activation lies in memory, and how its rows are shared out among threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+
+// Rows of `inner` consecutive elements: M rows of C in channels_last, N * C rows of H * W in NCHW.
+struct Rows {
+  bool channels_last;
+  int64_t images;
+  int64_t channels;
+  int64_t pixels;
+
+  int64_t count() const { // elements a channel
+    return images * pixels;
+  }
+  int64_t rows() const {
+    return channels_last ? count() : images * channels;
+  }
+  int64_t inner() const {
+    return channels_last ? channels : pixels;
+  }
+  at::MemoryFormat memory_format() const {
+    return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  }
+};
+
+// Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win; fastres.reference says the same.
+inline Rows rows_of(const at::Tensor& x) {
+  const int64_t pixels = x.size(2) * x.size(3);
+  const bool channels_last =
+      x.is_contiguous(at::MemoryFormat::ChannelsLast) && (!x.is_contiguous() || pixels == 1);
+  TORCH_CHECK_VALUE(
+      channels_last || x.is_contiguous(),
+      "x: expected contiguous NCHW or channels_last memory, got strides ",
+      x.strides());
+  return {channels_last, x.size(0), x.size(1), pixels};
+}
+
+// A fixed cut into segments, whatever the number of threads, so that sums do not depend on it. A segment is large enough
+// to pay for a thread's start; there are enough of them for any machine's cores.
+struct Segments {
+  int64_t total;
+  int64_t size;
+
+  Segments(int64_t items, int64_t bytes) : total(items) {
+    constexpr int64_t kMost = 64, kBytes = 256 * 1024;
+    const int64_t wanted = std::clamp<int64_t>(bytes / kBytes, 1, std::min(kMost, std::max<int64_t>(items, 1)));
+    size = (items + wanted - 1) / wanted;
+  }
+  int64_t count() const {
+    return size == 0 ? 0 : (total + size - 1) / size;
+  }
+  std::pair<int64_t, int64_t> range(int64_t segment) const {
+    return {segment * size, std::min(total, (segment + 1) * size)};
+  }
+};
+
+template <typename F>
+inline void for_each_segment(const Segments& segments, const F& f) {
+  at::parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      f(s);
+    }
+  });
+}
+
+// As for_each_segment, each thread from its last segment to its first: what the pass before read last is still in cache.
+template <typename F>
+inline void for_each_segment_backwards(const Segments& segments, const F& f) {
+  at::parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = end; s-- > begin;) {
+      f(s);
+    }
+  });
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace fastres

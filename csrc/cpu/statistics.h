@@ -1,0 +1,199 @@
+// Mean and M2 (the sum of squared deviations) a channel, stable whatever the mean.
+//
+// A block of values small enough for the L1 cache is read twice: once for a rough mean m, once for S1 = sum(x - m) and
+// S2 = sum((x - m)^2). The block's mean is m + S1 / n and its M2 is S2 - S1^2 / n, where S1 is only the rounding error of m;
+// so the subtraction cancels nothing. Blocks, and then segments, are combined in double in a fixed order:
+//
+//   delta = mean_b - mean_a      mean = mean_a + delta * n_b / n      M2 = M2_a + M2_b + delta^2 * n_a * n_b / n
+//
+// Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", equations 2.1.
+#pragma once
+
+#include "lanes.h"
+#include "rows.h"
+
+#include <vector>
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+
+// Elements whose second reading comes out of the L1 cache.
+constexpr int64_t kBlockBytes = 32 * 1024;
+
+// Running moments of `channels` channels, all over `count` values.
+struct Moments {
+  std::vector<double> mean, m2;
+  int64_t count = 0;
+
+  explicit Moments(int64_t channels) : mean(channels, 0.0), m2(channels, 0.0) {}
+};
+
+inline void chan(double& mean, double& m2, double n, double block_mean, double block_m2, double block_n) {
+  const double delta = block_mean - mean, share = block_n / (n + block_n);
+  mean += delta * share;
+  m2 += block_m2 + delta * delta * n * share;
+}
+
+// Rows of `channels` values with stride `channels`: adds `rows` values to every channel.
+template <typename T>
+inline void add_columns(Moments& moments, const T* x, int64_t rows, int64_t channels) {
+  using A = acc_t<T>;
+  constexpr int64_t width = Pair<A>::size();
+  const int64_t block_rows = std::max<int64_t>(8, kBlockBytes / (channels * static_cast<int64_t>(sizeof(T))));
+  for (int64_t first = 0; first < rows; first += block_rows) {
+    const int64_t n = std::min(block_rows, rows - first);
+    const T* block = x + first * channels;
+    const double before = static_cast<double>(moments.count);
+    for (int64_t k = 0; k < channels; k += width) {
+      const int64_t lanes = std::min(width, channels - k);
+      const auto sweep = [&](auto count) {
+        Pair<A> sum = Pair<A>::fill(0);
+        for (int64_t i = 0; i < n; ++i) {
+          sum = sum + load_lanes(block + i * channels + k, count);
+        }
+        const Pair<A> rough = sum * Pair<A>::fill(A(1) / static_cast<A>(n));
+        Pair<A> s1 = Pair<A>::fill(0), s2 = s1;
+        for (int64_t i = 0; i < n; ++i) {
+          const Pair<A> d = load_lanes(block + i * channels + k, count) - rough;
+          s1 = s1 + d;
+          s2 = fmadd(d, d, s2);
+        }
+        alignas(64) A m[width], d1[width], d2[width];
+        store_lanes(m, rough);
+        store_lanes(d1, s1);
+        store_lanes(d2, s2);
+        double* mean = moments.mean.data() + k;
+        double* m2 = moments.m2.data() + k;
+        const double inverse = 1.0 / static_cast<double>(n);
+        for (int64_t j = 0; j < lanes; ++j) {
+          const double e = d1[j];
+          chan(mean[j], m2[j], before, m[j] + e * inverse, d2[j] - e * e * inverse, static_cast<double>(n));
+        }
+      };
+      if (lanes == width) {
+        sweep(std::integral_constant<int64_t, width>());
+      } else {
+        sweep(lanes);
+      }
+    }
+    moments.count += n;
+  }
+}
+
+template <typename A>
+inline double sum_lanes(const Pair<A>& x) {
+  alignas(64) A lanes[Pair<A>::size()];
+  store_lanes(lanes, x);
+  double sum = 0;
+  for (const A lane : lanes) {
+    sum += lane;
+  }
+  return sum;
+}
+
+template <typename A>
+inline Pair<A> zero_beyond(const Pair<A>& x, int64_t count) {
+  return select_lanes(x, count >= 32 ? ~0u : (1u << count) - 1);
+}
+
+// `planes` runs of `pixels` consecutive values, `stride` apart: one channel of several images.
+template <typename T>
+inline void add_planes(
+    double& mean, double& m2, int64_t& count, const T* x, int64_t planes, int64_t pixels, int64_t stride) {
+  using A = acc_t<T>;
+  constexpr int64_t width = Pair<A>::size();
+  const int64_t block = kBlockBytes / static_cast<int64_t>(sizeof(T));
+  const auto sweep = [&](const T* first, int64_t block_planes, int64_t run) {
+    Pair<A> sum = Pair<A>::fill(0);
+    for (int64_t i = 0; i < block_planes; ++i) {
+      const T* row = first + i * stride;
+      int64_t k = 0;
+      for (; k + width <= run; k += width) {
+        sum = sum + load_lanes(row + k);
+      }
+      if (k < run) {
+        sum = sum + load_lanes(row + k, run - k);
+      }
+    }
+    const int64_t n = block_planes * run;
+    const A rough = static_cast<A>(sum_lanes(sum) / static_cast<double>(n));
+    const Pair<A> shift = Pair<A>::fill(rough);
+    Pair<A> s1 = Pair<A>::fill(0), s2 = s1;
+    for (int64_t i = 0; i < block_planes; ++i) {
+      const T* row = first + i * stride;
+      int64_t k = 0;
+      for (; k + width <= run; k += width) {
+        const Pair<A> d = load_lanes(row + k) - shift;
+        s1 = s1 + d;
+        s2 = fmadd(d, d, s2);
+      }
+      if (k < run) {
+        const Pair<A> d = zero_beyond(load_lanes(row + k, run - k) - shift, run - k);
+        s1 = s1 + d;
+        s2 = fmadd(d, d, s2);
+      }
+    }
+    const double e = sum_lanes(s1), d2 = sum_lanes(s2), inverse = 1.0 / static_cast<double>(n);
+    chan(mean, m2, static_cast<double>(count), rough + e * inverse, d2 - e * e * inverse, static_cast<double>(n));
+    count += n;
+  };
+  if (pixels >= block) {
+    for (int64_t i = 0; i < planes; ++i) {
+      for (int64_t k = 0; k < pixels; k += block) {
+        sweep(x + i * stride + k, 1, std::min(block, pixels - k));
+      }
+    }
+  } else {
+    const int64_t together = block / pixels;
+    for (int64_t i = 0; i < planes; i += together) {
+      sweep(x + i * stride, std::min(together, planes - i), pixels);
+    }
+  }
+}
+
+// The moments of all segments as one, in the segments' order.
+inline Moments combine(const std::vector<Moments>& parts, int64_t channels) {
+  Moments all(channels);
+  for (const Moments& part : parts) {
+    if (part.count == 0) {
+      continue;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      chan(
+          all.mean[c],
+          all.m2[c],
+          static_cast<double>(all.count),
+          part.mean[c],
+          part.m2[c],
+          static_cast<double>(part.count));
+    }
+    all.count += part.count;
+  }
+  return all;
+}
+
+// Reads x once.
+template <typename T>
+inline Moments moments_of(const T* x, const Rows& rows) {
+  const int64_t items = rows.channels_last ? rows.rows() : rows.images;
+  const Segments segments(items, rows.count() * rows.channels * static_cast<int64_t>(sizeof(T)));
+  std::vector<Moments> parts(segments.count(), Moments(rows.channels));
+  for_each_segment(segments, [&](int64_t s) {
+    const auto [begin, end] = segments.range(s);
+    if (rows.channels_last) {
+      add_columns(parts[s], x + begin * rows.channels, end - begin, rows.channels);
+      return;
+    }
+    const int64_t image = rows.channels * rows.pixels;
+    for (int64_t c = 0; c < rows.channels; ++c) {
+      int64_t count = 0;
+      const T* first = x + begin * image + c * rows.pixels;
+      add_planes(parts[s].mean[c], parts[s].m2[c], count, first, end - begin, rows.pixels, image);
+      parts[s].count = count;
+    }
+  });
+  return combine(parts, rows.channels);
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace fastres
