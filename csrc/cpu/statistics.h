@@ -18,7 +18,7 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 
 // Elements whose second reading comes out of the L1 cache.
-constexpr int64_t kBlockBytes = 32 * 1024;
+constexpr int64_t kBlockBytes = 128 * 1024;
 
 // Running moments of `channels` channels, all over `count` values.
 struct Moments {

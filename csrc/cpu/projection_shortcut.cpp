@@ -1,0 +1,348 @@
+// The strided 1x1 convolution of a shortcut on the CPU, as GEMMs over gathered rows.
+//
+//   product[p, :] = W s[at(p), :]      p: output position, at(p): the input position under it
+//   ds[at(p), :] = W^T dproduct[p, :], zero elsewhere      dW = sum_p dproduct[p, :] s[at(p), :]^T
+//
+// The work is cut into blocks of output rows whose gathered input and product stay in the L2 cache. In training a block is
+// measured as soon as it is multiplied; in evaluation it is normalised, added and activated there and never written raw.
+//
+// Passes over memory: forward reads the gathered share of s and writes the product; evaluation reads x as well and writes y
+// instead; backward reads dproduct twice and the gathered share of s once, and writes ds once, zeros included.
+#include "batch_norm_act.h"
+
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kBlockCacheBytes = 512 * 1024;
+constexpr int64_t kImageSumElements = 4 * 1024 * 1024;
+
+struct Geometry {
+  Rows in, out;
+  int64_t in_h, in_w, out_h, out_w;
+  int64_t stride_h, stride_w;
+
+  bool gathers() const {
+    return stride_h != 1 || stride_w != 1;
+  }
+  // Output lines (channels_last: W positions of one image; NCHW: whole images) and the positions in each.
+  int64_t lines() const {
+    return out.channels_last ? out.images * out_h : out.images;
+  }
+  int64_t line() const {
+    return out.channels_last ? out_w : out.pixels;
+  }
+};
+
+Geometry geometry_of(const Tensor& s, const Tensor& weight, at::IntArrayRef stride) {
+  const Rows in = rows_of(s);
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 && weight.size(1) == in.channels && weight.size(2) == 1 && weight.size(3) == 1,
+      "weight: expected shape (Cout, ",
+      in.channels,
+      ", 1, 1), got ",
+      weight.sizes());
+  TORCH_CHECK_TYPE(
+      weight.scalar_type() == s.scalar_type(), "weight: expected dtype ", s.scalar_type(), ", got ", weight.scalar_type());
+  TORCH_CHECK_VALUE(
+      stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride: expected two positive numbers, got ", stride);
+  Geometry g{in, in, s.size(2), s.size(3), 0, 0, stride[0], stride[1]};
+  g.out_h = (g.in_h - 1) / g.stride_h + 1;
+  g.out_w = (g.in_w - 1) / g.stride_w + 1;
+  g.out = {in.channels_last, in.images, weight.size(0), g.out_h * g.out_w};
+  return g;
+}
+
+Tensor empty_product(const Tensor& s, const Geometry& g) {
+  return at::empty(
+      {g.out.images, g.out.channels, g.out_h, g.out_w}, s.options().memory_format(g.out.memory_format()));
+}
+
+// Lines a block takes, and segments of whole blocks.
+int64_t block_lines(const Geometry& g, int64_t item_bytes) {
+  const int64_t line_bytes = g.line() * (g.in.channels + g.out.channels) * item_bytes;
+  return std::max<int64_t>(1, kBlockCacheBytes / std::max<int64_t>(line_bytes, 1));
+}
+
+// The input under output lines first ... first + count - 1: [positions, Cin] in channels_last, [Cin, positions] of one
+// image in NCHW. Where nothing is skipped it is s itself.
+template <typename T>
+const T* gather(const Geometry& g, const T* s, int64_t first, int64_t count, std::vector<T>& buffer) {
+  const int64_t channels = g.in.channels;
+  if (!g.gathers()) {
+    return s + first * g.line() * channels;
+  }
+  buffer.resize(count * g.line() * channels);
+  T* to = buffer.data();
+  if (g.in.channels_last) {
+    for (int64_t line = first; line < first + count; ++line) {
+      const int64_t image = line / g.out_h, row = line % g.out_h * g.stride_h;
+      const T* from = s + (image * g.in_h + row) * g.in_w * channels;
+      for (int64_t j = 0; j < g.out_w; ++j, to += channels) {
+        std::memcpy(to, from + j * g.stride_w * channels, channels * sizeof(T));
+      }
+    }
+  } else {
+    const T* image = s + first * channels * g.in.pixels;
+    for (int64_t c = 0; c < channels * count; ++c) {
+      for (int64_t i = 0; i < g.out_h; ++i) {
+        const T* from = image + c * g.in.pixels + i * g.stride_h * g.in_w;
+        for (int64_t j = 0; j < g.out_w; ++j) {
+          *to++ = from[j * g.stride_w];
+        }
+      }
+    }
+  }
+  return buffer.data();
+}
+
+// The gradient of output lines back to the input: every position of the input lines above them is written, once.
+template <typename T>
+void scatter(const Geometry& g, const T* from, int64_t first, int64_t count, T* ds) {
+  const int64_t channels = g.in.channels;
+  const auto input_lines = [&](int64_t row) { return std::min(g.in_h, (row + 1) * g.stride_h) - row * g.stride_h; };
+  if (g.in.channels_last) {
+    for (int64_t line = first; line < first + count; ++line) {
+      const int64_t image = line / g.out_h, row = line % g.out_h;
+      T* to = ds + (image * g.in_h + row * g.stride_h) * g.in_w * channels;
+      std::memset(static_cast<void*>(to), 0, input_lines(row) * g.in_w * channels * sizeof(T));
+      for (int64_t j = 0; j < g.out_w; ++j, from += channels) {
+        std::memcpy(to + j * g.stride_w * channels, from, channels * sizeof(T));
+      }
+    }
+    return;
+  }
+  T* image = ds + first * channels * g.in.pixels;
+  std::memset(static_cast<void*>(image), 0, count * channels * g.in.pixels * sizeof(T));
+  for (int64_t c = 0; c < channels * count; ++c) {
+    for (int64_t i = 0; i < g.out_h; ++i) {
+      T* to = image + c * g.in.pixels + i * g.stride_h * g.in_w;
+      for (int64_t j = 0; j < g.out_w; ++j) {
+        to[j * g.stride_w] = *from++;
+      }
+    }
+  }
+}
+
+Tensor matrix(const void* data, int64_t rows, int64_t columns, const Tensor& like) {
+  return at::from_blob(const_cast<void*>(data), {rows, columns}, like.options().memory_format(std::nullopt));
+}
+
+// to = W from (or W^T from, with `transposed`), for the positions of a block in either layout.
+template <typename T>
+void multiply(
+    const Rows& rows, const Tensor& weight, bool transposed, const T* from, T* to, int64_t positions, const Tensor& like) {
+  const Tensor w = transposed ? weight.t() : weight;
+  if (rows.channels_last) {
+    Tensor out = matrix(to, positions, w.size(0), like);
+    at::cpu::mm_out(out, matrix(from, positions, w.size(1), like), w.t());
+  } else {
+    Tensor out = matrix(to, w.size(0), positions, like);
+    at::cpu::mm_out(out, w, matrix(from, w.size(1), positions, like));
+  }
+}
+
+// Calls f(segment, first line, lines) for every block, segments in parallel. NCHW goes image by image.
+template <typename F>
+void for_each_block(const Geometry& g, int64_t item_bytes, const Segments& segments, const F& f) {
+  const int64_t most = g.out.channels_last ? block_lines(g, item_bytes) : 1;
+  for_each_segment(segments, [&](int64_t s) {
+    // A worker thread starts with autograd switched on; nothing here is recorded.
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [begin, end] = segments.range(s);
+    for (int64_t first = begin; first < end; first += most) {
+      f(s, first, std::min(most, end - first));
+    }
+  });
+}
+
+Segments segments_of(const Geometry& g, int64_t item_bytes) {
+  return Segments(g.lines(), g.lines() * g.line() * (g.in.channels + g.out.channels) * item_bytes);
+}
+
+Tensor weight_matrix(const Tensor& weight) {
+  return weight.detach().reshape({weight.size(0), weight.size(1)}).contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& s, const Tensor& weight, at::IntArrayRef stride, bool statistics) {
+  const Geometry g = geometry_of(s, weight, stride);
+  const int64_t channels = g.out.channels;
+  const Tensor w = weight_matrix(weight), input = s.detach();
+  Tensor product = empty_product(s, g);
+  Tensor mean = channel_vector(s, statistics ? channels : 0), m2 = channel_vector(s, statistics ? channels : 0);
+  FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_forward", [&] {
+    using A = acc_t<scalar_t>;
+    const Segments segments = segments_of(g, sizeof(scalar_t));
+    std::vector<Moments> parts(segments.count(), Moments(channels));
+    scalar_t* out = product.mutable_data_ptr<scalar_t>();
+    const scalar_t* in = input.const_data_ptr<scalar_t>();
+    for_each_block(g, sizeof(scalar_t), segments, [&](int64_t segment, int64_t first, int64_t lines) {
+      std::vector<scalar_t> buffer;
+      const int64_t positions = lines * g.line();
+      scalar_t* block = out + first * g.line() * channels;
+      multiply(g.out, w, false, gather(g, in, first, lines, buffer), block, positions, input);
+      if (!statistics) {
+        return;
+      }
+      Moments& moments = parts[segment];
+      if (g.out.channels_last) {
+        add_columns(moments, block, positions, channels);
+        return;
+      }
+      const int64_t before = moments.count;
+      for (int64_t c = 0; c < channels; ++c) {
+        moments.count = before;
+        add_planes(
+            moments.mean[c], moments.m2[c], moments.count, block + c * positions, 1, positions, channels * positions);
+      }
+    });
+    if (statistics) {
+      const Moments moments = combine(parts, channels);
+      std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<A>());
+      std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<A>());
+    }
+  });
+  return {product, mean, m2};
+}
+
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& dproduct, const Tensor& s, const Tensor& weight, at::IntArrayRef stride, std::array<bool, 2> needs) {
+  const Geometry g = geometry_of(s, weight, stride);
+  const Tensor w = weight_matrix(weight), input = s.detach();
+  Tensor ds = at::empty({0}, s.options().memory_format(std::nullopt)), dweight = ds.clone();
+  const std::array<int64_t, 4> sizes = {g.out.images, g.out.channels, g.out_h, g.out_w};
+  const at::IntArrayRef shape(sizes);
+  TORCH_CHECK_VALUE(dproduct.sizes() == shape, "dproduct: expected shape ", shape, ", got ", dproduct.sizes());
+  TORCH_CHECK_TYPE(
+      dproduct.scalar_type() == s.scalar_type(),
+      "dproduct: expected dtype ",
+      s.scalar_type(),
+      ", got ",
+      dproduct.scalar_type());
+  const Tensor dout = dproduct.detach().contiguous(g.out.memory_format());
+  FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_backward", [&] {
+    const scalar_t* gradient = dout.const_data_ptr<scalar_t>();
+    const Segments segments = segments_of(g, sizeof(scalar_t));
+    if (needs[0]) {
+      ds = at::empty_like(s);
+      scalar_t* to = ds.mutable_data_ptr<scalar_t>();
+      for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
+        const int64_t positions = lines * g.line();
+        const scalar_t* block = gradient + first * g.line() * g.out.channels;
+        if (!g.gathers()) {
+          multiply(g.out, w, true, block, to + first * g.line() * g.in.channels, positions, dout);
+          return;
+        }
+        std::vector<scalar_t> buffer(positions * g.in.channels);
+        multiply(g.out, w, true, block, buffer.data(), positions, dout);
+        scatter(g, buffer.data(), first, lines, to);
+      });
+    }
+    if (needs[1]) {
+      // One GEMM over all gathered rows: a partial sum a segment would cost more memory than the gathered rows do.
+      const int64_t in = g.in.channels, out = g.out.channels;
+      const scalar_t* from = input.const_data_ptr<scalar_t>();
+      Tensor gathered = input;
+      if (g.gathers()) {
+        gathered = at::empty({g.lines() * g.line(), in}, s.options().memory_format(std::nullopt));
+        scalar_t* to = gathered.mutable_data_ptr<scalar_t>();
+        for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
+          std::vector<scalar_t> buffer;
+          const scalar_t* block = gather(g, from, first, lines, buffer);
+          std::copy(block, block + lines * g.line() * in, to + first * g.line() * in);
+        });
+        from = to;
+      }
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      if (g.out.channels_last) {
+        const int64_t positions = g.out.count();
+        dweight = at::mm(matrix(gradient, positions, out, dout).t(), matrix(from, positions, in, dout));
+      } else {
+        // A product an image, as many at a time as fit, summed in the accumulator's dtype.
+        const int64_t together = std::max<int64_t>(1, kImageSumElements / (out * in));
+        dweight = at::zeros({out, in}, s.options().dtype(statistics_type(s)).memory_format(std::nullopt));
+        for (int64_t first = 0; first < g.out.images; first += together) {
+          const int64_t images = std::min(together, g.out.images - first);
+          const auto batch = [&](const scalar_t* data, int64_t channels) {
+            const int64_t at = first * channels * g.out.pixels;
+            return matrix(data + at, images * channels, g.out.pixels, dout).view({images, channels, g.out.pixels});
+          };
+          const Tensor each = at::bmm(batch(gradient, out), batch(from, in).transpose(1, 2));
+          dweight.add_(each.sum({0}, false, dweight.scalar_type()));
+        }
+        dweight = dweight.to(s.scalar_type());
+      }
+      dweight = dweight.view({out, in, 1, 1});
+    }
+  });
+  return {ds, dweight};
+}
+
+Tensor inference(
+    const Tensor& s,
+    const Tensor& conv_weight,
+    const Tensor& running_mean,
+    const Tensor& running_var,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& x,
+    const OptionalTensor& x_running_mean,
+    const OptionalTensor& x_running_var,
+    const OptionalTensor& x_weight,
+    const OptionalTensor& x_bias,
+    at::IntArrayRef stride,
+    double eps,
+    double x_eps,
+    bool relu) {
+  const Geometry g = geometry_of(s, conv_weight, stride);
+  const int64_t channels = g.out.channels;
+  const Tensor w = weight_matrix(conv_weight), input = s.detach();
+  Tensor y = empty_product(s, g);
+  const Tensor added = x.has_value() ? like_rows("x", *x, y, g.out) : Tensor();
+  FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_inference", [&] {
+    using A = acc_t<scalar_t>;
+    const ChannelNorm<A> norm = running_norm<A>(channels, running_mean, running_var, weight, bias, eps);
+    const ChannelNorm<A> x_norm = running_norm<A>(channels, x_running_mean, x_running_var, x_weight, x_bias, x_eps);
+    const Segments segments = segments_of(g, sizeof(scalar_t));
+    const scalar_t* in = input.const_data_ptr<scalar_t>();
+    for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
+      std::vector<scalar_t> buffer;
+      const int64_t positions = lines * g.line(), at = first * g.line() * channels;
+      std::vector<scalar_t> product(positions * channels);
+      multiply(g.out, w, false, gather(g, in, first, lines, buffer), product.data(), positions, input);
+      ApplyParams<scalar_t> params{};
+      params.x = product.data();
+      params.residual = added.defined() ? added.const_data_ptr<scalar_t>() + at : nullptr;
+      params.y = y.mutable_data_ptr<scalar_t>() + at;
+      params.norm = &norm;
+      params.residual_norm = x_running_mean.has_value() ? &x_norm : nullptr;
+      params.keep_scale = 1;
+      params.relu = relu;
+      // The block as rows of its own: output positions, or the channels of one image.
+      params.rows = g.out.channels_last ? Rows{true, 1, channels, positions} : Rows{false, 1, channels, positions};
+      apply_range(params, 0, params.rows.rows());
+    });
+  });
+  return y;
+}
+
+} // namespace
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("projection_shortcut_forward", fastres::forward);
+  m.impl("projection_shortcut_backward", fastres::backward);
+  m.impl("projection_shortcut_inference", fastres::inference);
+}
