@@ -1,0 +1,36 @@
+"""The command line: python -m fastres.train."""
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from fastres.train.checkpoint import saved_config
+from fastres.train.config import TrainConfig, check_config
+from fastres.train.errors import DivergedError, InputError, RunError
+from fastres.train.loop import train
+
+PROGRAM = "python -m fastres.train"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Train as the command line says.
+
+    Returns:
+        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment (nothing written), 130 stopped by Ctrl-C.
+    """
+    try:
+        config = tyro.cli(TrainConfig, args=args, prog=PROGRAM)
+        check_config(config)
+        if config.resume is not None:
+            # Once more, so that options not given are those of the checkpoint.
+            config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
+        summary = train(config)
+    except (InputError, RunError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, DivergedError) else 2
+    return 0 if summary.finished else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The configuration of a training run: every option, its check, and the defaults that depend on the data set."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+from fastres import models
+from fastres.train.errors import InputError
+
+Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
+Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
+Schedule = Literal["cosine", "constant"]
+Stem = Literal["auto", "cifar", "imagenet"]
+Amp = Literal["none", "bf16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a residual network for image classification.
+
+    An option whose default is None takes a value that suits the data set and the optimizer; the values used are
+    saved in config.json. The recipe of the article that started the project is:
+    --model article --dataset cifar10 --batch-size 128 --optimizer adam --lr 1e-3 --weight-decay 1e-4 --epochs 100
+    --schedule constant
+
+    Args:
+        fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
+            checkpoints.
+        model: Network: resnet18, resnet34, resnet50, resnet101, resnet152 or article.
+        dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
+            handwritten digits that come with scikit-learn.
+        data_dir: Folder of the data. For imagefolder it holds train/ and one of test/, val/, valid/, with a folder a
+            class.
+        output_dir: Folder for the results; must not hold a run yet. None is
+            runs/<dataset>-<model>-<fused|plain>-<time>, or the checkpoint's own folder with --resume.
+        resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint.
+        epochs: Passes over the training images. None: 5 for digits, 30 for the others.
+        max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
+            short run is the beginning of a long one.
+        batch_size: Images a training step. None: 64 for digits, 128 for the others.
+        eval_batch_size: Images a batch of the evaluation.
+        optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
+        lr: Peak learning rate. None: 0.05 for sgd, momentum and nesterov, 0.001 for the others.
+        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
+            None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
+        momentum: Momentum of the optimizers momentum and nesterov.
+        schedule: Learning rate after the warm-up: falling to zero on a cosine over all steps, or constant.
+        warmup_epochs: Epochs in which the learning rate rises in a line from zero. None: 1 with cosine (at most a
+            fifth of the epochs), 0 with constant.
+        label_smoothing: Label smoothing of the training loss, from 0 up to but not including 1.
+        dropout: Dropout probability in the residual blocks. None: the model's own (0; 0.5 for article).
+        stem: First layers: cifar (3x3, no pooling), imagenet (7x7 with stride 2, pooling). auto: cifar up to 64
+            pixels.
+        image_size: Side of the images in pixels, imagefolder only. None: the shorter side of the first training
+            image, at most 224.
+        seed: Seed of the weights, the order of the images, the augmentation and the dropout.
+        device: cpu, cuda or cuda:N; auto is CUDA where there is a GPU.
+        threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
+        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
+        amp: Automatic mixed precision: bf16 runs convolutions in bfloat16.
+        channels_last: Keep images and weights in the channels_last memory format, the faster one.
+        reuse_memory: On the CPU, let the C library keep large buffers instead of returning them to the system at each
+            free: faster, and the process keeps its peak memory until it ends.
+        compile: Pass the network through torch.compile.
+    """
+
+    fused: bool = True
+    model: str = "resnet18"
+    dataset: Dataset = "auto"
+    data_dir: Path = Path("data")
+    output_dir: Path | None = None
+    resume: Path | None = None
+    epochs: int | None = None
+    max_steps: int | None = None
+    batch_size: int | None = None
+    eval_batch_size: int = 256
+    optimizer: Optimizer = "nesterov"
+    lr: float | None = None
+    weight_decay: float | None = None
+    momentum: float = 0.9
+    schedule: Schedule = "cosine"
+    warmup_epochs: float | None = None
+    label_smoothing: float = 0.0
+    dropout: float | None = None
+    stem: Stem = "auto"
+    image_size: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    workers: int = 2
+    amp: Amp = "none"
+    channels_last: bool = True
+    reuse_memory: bool = True
+    compile: bool = False
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check each field on its own.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        InputError: a field has the right type and an impossible value; the message starts with the field's name.
+    """
+    for name, kind in get_type_hints(TrainConfig).items():
+        _check_type(name, getattr(config, name), kind)
+    for name, kind in (("dataset", Dataset), ("optimizer", Optimizer), ("schedule", Schedule), ("stem", Stem), ("amp", Amp)):
+        _check_choice(name, getattr(config, name), get_args(kind))
+    _check_choice("model", config.model, models.NAMES)
+    for name in ("epochs", "max_steps", "eval_batch_size", "threads", "image_size"):
+        _check_range(name, getattr(config, name), low=1)
+    _check_range("batch_size", config.batch_size, low=2)
+    _check_range("workers", config.workers, low=0)
+    _check_range("seed", config.seed, low=0, high=2**63 - 1)
+    _check_range("lr", config.lr, low=0.0, low_included=False)
+    for name in ("weight_decay", "warmup_epochs"):
+        _check_range(name, getattr(config, name), low=0.0)
+    for name in ("momentum", "label_smoothing", "dropout"):
+        _check_range(name, getattr(config, name), low=0.0, high=1.0, high_included=False)
+    if config.epochs is not None and config.warmup_epochs is not None and config.warmup_epochs > config.epochs:
+        raise InputError(f"warmup_epochs: expected at most epochs = {config.epochs}, got {config.warmup_epochs}")
+    if config.device != "auto":
+        try:
+            device = torch.device(config.device)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {config.device!r}")
+
+
+def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainConfig:
+    """Fill every field that depends on the data set, so that config.json says what ran.
+
+    Args:
+        config: checked configuration; fields that are not None stay as they are.
+        dataset: the data set in use, never "auto".
+        image_size: side of its images in pixels.
+    """
+    small = dataset == "digits"
+    plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
+    epochs = _first(config.epochs, 5 if small else 30)
+    return dataclasses.replace(
+        config,
+        dataset=dataset,
+        epochs=epochs,
+        batch_size=_first(config.batch_size, 64 if small else 128),
+        lr=_first(config.lr, 0.05 if plain_gradient else 1e-3),
+        weight_decay=_first(config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4),
+        warmup_epochs=_first(config.warmup_epochs, 0.0 if config.schedule == "constant" else min(1.0, epochs / 5)),
+        image_size=image_size,
+        stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
+        device=("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device,
+    )
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration in plain JSON types."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """Inverse of to_dict.
+
+    Raises:
+        InputError: a field is missing or unknown, or has an impossible value.
+    """
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    if set(values) != names:
+        raise InputError(f"config: missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
+    paths = {k: Path(values[k]) for k in ("data_dir", "output_dir", "resume") if values[k] is not None}
+    config = TrainConfig(**{**values, **paths})
+    check_config(config)
+    return config
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    if kind in (Dataset, Optimizer, Schedule, Stem, Amp):
+        kind = str
+    kinds = get_args(kind) or (kind,)
+    if float in kinds:
+        kinds = (*kinds, int)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_range(
+    name: str,
+    value: float | None,
+    *,
+    low: float,
+    high: float = math.inf,
+    low_included: bool = True,
+    high_included: bool = True,
+) -> None:
+    if value is None:
+        return
+    above = value >= low if low_included else value > low
+    below = value <= high if high_included else value < high
+    if not (above and below and math.isfinite(value)):
+        text = f"{'at least' if low_included else 'above'} {low}"
+        if high < math.inf:
+            text += f" and {'at most' if high_included else 'below'} {high}"
+        raise InputError(f"{name}: expected a number {text}, got {value}")

@@ -1,0 +1,13 @@
+"""What can go wrong for reasons that lie outside the program, each told in one sentence."""
+
+
+class InputError(ValueError):
+    """An argument, a data folder or a checkpoint is not what it should be; nothing has been written."""
+
+
+class RunError(RuntimeError):
+    """The environment does not allow the run: no such device, no network for a download, no space."""
+
+
+class DivergedError(RunError):
+    """The loss became NaN or infinite; training stopped at the step named."""

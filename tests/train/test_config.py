@@ -1,0 +1,146 @@
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from fastres.train import __main__ as cli
+from fastres.train.config import Dataset, Optimizer, TrainConfig, check_config, from_dict, resolve, to_dict
+from fastres.train.errors import InputError
+
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    ("model", "resnet19"),
+    ("dataset", "mnist"),
+    ("optimizer", "lion"),
+    ("schedule", "step"),
+    ("stem", "tiny"),
+    ("amp", "fp16"),
+    ("epochs", 0),
+    ("max_steps", 0),
+    ("batch_size", 1),
+    ("eval_batch_size", 0),
+    ("threads", 0),
+    ("image_size", 0),
+    ("workers", -1),
+    ("seed", -1),
+    ("lr", 0.0),
+    ("lr", -0.1),
+    ("lr", float("nan")),
+    ("lr", float("inf")),
+    ("weight_decay", -1e-4),
+    ("warmup_epochs", -1.0),
+    ("momentum", 1.0),
+    ("label_smoothing", 1.0),
+    ("dropout", 1.0),
+    ("dropout", -0.1),
+    ("device", "tpu"),
+    ("device", "mps"),
+]
+
+
+def test_default_configuration_is_valid() -> None:
+    check_config(TrainConfig())
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"^{name}: "):
+        check_config(TrainConfig(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", "3"), ("epochs", 1.5), ("batch_size", True), ("lr", "fast"), ("fused", 1), ("data_dir", "data"),
+     ("model", None), ("seed", None), ("output_dir", "runs")],
+)  # fmt: skip
+def test_value_of_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: "):
+        check_config(TrainConfig(**{name: value}))
+
+
+def test_warmup_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(InputError, match="^warmup_epochs: .*epochs = 2"):
+        check_config(TrainConfig(epochs=2, warmup_epochs=3.0))
+
+
+@pytest.mark.parametrize("dataset", [d for d in get_args(Dataset) if d != "auto"])
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_resolved_configuration_is_complete_and_survives_json(dataset: Any, optimizer: Any) -> None:
+    resolved = resolve(TrainConfig(optimizer=optimizer), dataset=dataset, image_size=32)
+    unset = {name for name, value in to_dict(resolved).items() if value in (None, "auto")}
+    assert unset == {"output_dir", "resume", "max_steps", "threads", "dropout"}
+    assert from_dict(json.loads(json.dumps(to_dict(resolved)))) == resolved
+
+
+def test_resolving_keeps_what_was_given() -> None:
+    given = TrainConfig(lr=0.3, weight_decay=0.0, epochs=7, batch_size=9, warmup_epochs=0.0, stem="imagenet", device="cpu")
+    resolved = resolve(given, dataset="digits", image_size=32)
+    assert (resolved.lr, resolved.weight_decay, resolved.epochs, resolved.batch_size) == (0.3, 0.0, 7, 9)
+    assert (resolved.warmup_epochs, resolved.stem, resolved.device) == (0.0, "imagenet", "cpu")
+
+
+@pytest.mark.parametrize(("size", "stem"), [(32, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")])
+def test_stem_follows_the_image_size(size: int, stem: str) -> None:
+    assert resolve(TrainConfig(), dataset="imagefolder", image_size=size).stem == stem
+
+
+def test_saved_configuration_with_other_fields_is_refused() -> None:
+    values = to_dict(TrainConfig())
+    values["colour"] = values.pop("seed")
+    with pytest.raises(InputError, match="missing .*seed.* unknown .*colour"):
+        from_dict(values)
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """The configurations that the command line hands to train()."""
+    seen: list[TrainConfig] = []
+
+    class Finished:
+        finished = True
+
+    def record(config: TrainConfig) -> Finished:
+        seen.append(config)
+        return Finished()
+
+    monkeypatch.setattr(cli, "train", record)
+    return seen
+
+
+@pytest.mark.parametrize(("flag", "fused"), [("--fused", True), ("--no-fused", False)])
+def test_flag_chooses_fused_or_plain(parsed: list[TrainConfig], flag: str, fused: bool) -> None:
+    assert cli.main([flag]) == 0
+    assert parsed == [TrainConfig(fused=fused)]
+
+
+def test_command_line_expresses_the_recipe_of_the_article(parsed: list[TrainConfig]) -> None:
+    recipe = (TrainConfig.__doc__ or "").split("project is:")[1].split("Args:")[0].split()
+    assert cli.main(recipe) == 0
+    config = parsed[0]
+    assert (config.model, config.dataset, config.batch_size, config.optimizer) == ("article", "cifar10", 128, "adam")
+    assert (config.lr, config.weight_decay, config.epochs, config.schedule) == (1e-3, 1e-4, 100, "constant")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--lr=-1"], ["--model", "vgg"], ["--dropout", "1"], ["--resume", "nowhere"],
+                  ["--dataset", "imagefolder", "--data-dir", "nowhere"]],
+)  # fmt: skip
+def test_wrong_argument_ends_the_command_with_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert ": error: " in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for name in to_dict(TrainConfig()):
+        assert f"--{name.replace('_', '-')}" in text
+        assert f"\n        {name}: " in (TrainConfig.__doc__ or "")

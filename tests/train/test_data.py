@@ -1,0 +1,290 @@
+import pickle
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+
+from fastres.train import data as module
+from fastres.train.config import TrainConfig
+from fastres.train.data import Augmentation, Split, augment, batches, load_data, load_image_folder, normalise, train_order
+from fastres.train.errors import InputError, RunError
+
+WriteFolder = Callable[..., Path]
+
+
+def crop_one_by_one(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
+    """The oracle: each pixel by itself, from the same draws."""
+    count, channels, height, width = images.shape
+    top = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
+    left = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
+    flip = torch.rand(count, 1, generator=generator) < 0.5 if how.flip else torch.zeros(count, 1)
+    out = torch.zeros_like(images)
+    for n in range(count):
+        for i in range(height):
+            for j in range(width):
+                y = i + int(top[n]) - how.padding
+                x = (width - 1 - j if flip[n] else j) + int(left[n]) - how.padding
+                if 0 <= y < height and 0 <= x < width:
+                    out[n, :, i, j] = images[n, :, y, x]
+    return out
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("size", [(6, 6), (5, 9)])
+def test_augmentation_equals_an_image_at_a_time(flip: bool, padding: int, size: tuple[int, int]) -> None:
+    images = torch.randint(1, 256, (16, 3, *size), dtype=torch.uint8)
+    how = Augmentation(padding, flip)
+    ours = augment(images, how, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours, crop_one_by_one(images, how, torch.Generator().manual_seed(3)), rtol=0, atol=0)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_augmentation_reaches_every_crop_and_both_sides() -> None:
+    images = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(2000, 3, 3, 3)
+    seen = {tuple(image.flatten().tolist()) for image in augment(images, Augmentation(1, True), torch.Generator())}
+    assert len(seen) == 3 * 3 * 2
+
+
+def test_augmentation_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    augment(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), Augmentation(2, True), torch.Generator())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_normalisation_is_the_formula(channels_last: bool) -> None:
+    images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 1.5)
+    ours = normalise(images, mean, std, channels_last=channels_last)
+    oracle = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
+    torch.testing.assert_close(ours.double(), oracle, rtol=1e-6, atol=1e-6)
+    assert ours.dtype == torch.float32
+    assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize(("count", "batch", "kept"), [(9, 4, 8), (8, 4, 8), (10, 4, 10), (3, 2, 2), (5, 8, 5)])
+def test_order_is_a_permutation_without_a_lone_last_image(count: int, batch: int, kept: int) -> None:
+    order = train_order(count, batch, torch.Generator().manual_seed(0))
+    assert len(order) == kept == len(set(order.tolist()))
+    assert set(order.tolist()) <= set(range(count))
+
+
+def test_batches_can_start_in_the_middle() -> None:
+    split = Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2), torch.arange(10))
+    order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6])
+    whole = list(batches(split, order, 3))
+    assert [labels.tolist() for _, labels in whole] == [[3, 1, 4], [0, 5, 9], [2, 6]]
+    for (images, labels), (later_images, later_labels) in zip(whole[1:], batches(split, order, 3, start=1), strict=True):
+        assert torch.equal(images, later_images)
+        assert torch.equal(labels, later_labels)
+        assert torch.equal(images[:, 0, 0, 0].long(), labels)
+
+
+def test_only_image_folders_are_resized() -> None:
+    with pytest.raises(InputError, match="^image_size: "):
+        load_data(TrainConfig(dataset="digits", image_size=64))
+
+
+def test_digits_are_split_for_good_and_evenly() -> None:
+    first, second = (load_data(TrainConfig(dataset="digits")) for _ in range(2))
+    assert len(first.train) == 1437
+    assert len(first.test) == 360
+    assert isinstance(first.train.images, Tensor)
+    assert isinstance(first.test.images, Tensor)
+    assert first.train.images.shape[1:] == (3, 32, 32)
+    assert first.train.images.dtype == torch.uint8
+    assert torch.equal(first.train.labels, second.train.labels)
+    assert torch.bincount(first.test.labels).min() >= 34
+    known = {bytes(image.numpy().tobytes()) for image in first.train.images}
+    assert not any(bytes(image.numpy().tobytes()) in known for image in first.test.images)
+    assert not first.augmentation.flip
+
+
+def test_statistics_are_those_of_the_training_pixels() -> None:
+    data = load_data(TrainConfig(dataset="digits"))
+    assert isinstance(data.train.images, Tensor)
+    pixels = data.train.images.double() / 255
+    assert data.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
+    assert data.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist())
+
+
+# --------------------------------------------------------------------------------------------------------- image folders
+
+
+@pytest.mark.parametrize("test", ["test", "val", "valid"])
+def test_image_folder_gives_images_and_labels(write_folder: WriteFolder, tmp_path: Path, test: str) -> None:
+    data = load_image_folder(write_folder(tmp_path, size=(8, 8), test=test), image_size=None)
+    assert data.classes == ("cat", "dog")
+    assert data.image_size == 8
+    assert data.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert isinstance(data.test.images, Tensor)
+    oracle = np.array(Image.open(tmp_path / test / "dog" / "1.png"))
+    assert np.array_equal(data.test.images[3].permute(1, 2, 0).numpy(), oracle)
+
+
+def test_image_folder_is_resized_and_cut_to_squares(write_folder: WriteFolder, tmp_path: Path) -> None:
+    data = load_image_folder(write_folder(tmp_path, size=(12, 6)), image_size=4)
+    assert isinstance(data.train.images, Tensor)
+    assert data.train.images.shape == (8, 3, 4, 4)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_images_of_other_modes_become_rgb(write_folder: WriteFolder, tmp_path: Path, mode: str) -> None:
+    write_folder(tmp_path)
+    path = tmp_path / "train" / "cat" / "0.png"
+    Image.open(path).convert(mode).save(path)
+    assert module.decode_image(path, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_left_on_disk_equal_those_in_memory(
+    write_folder: WriteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    write_folder(tmp_path)
+    held = load_image_folder(tmp_path, image_size=6)
+    monkeypatch.setattr(module, "MEMORY_LIMIT", 0)
+    on_disk = load_image_folder(tmp_path, image_size=6)
+    assert not isinstance(on_disk.train.images, Tensor)
+    order = torch.tensor([5, 0, 7, 2, 1])
+    before = torch.get_rng_state()
+    pairs = zip(batches(held.train, order, 2), batches(on_disk.train, order, 2, workers=workers), strict=True)
+    for (images, labels), (disk_images, disk_labels) in pairs:
+        assert torch.equal(images, disk_images)
+        assert torch.equal(labels, disk_labels)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def remove_folder(root: Path) -> Path:
+    return root / "nowhere"
+
+
+def empty_folder(root: Path) -> Path:
+    (root / "empty").mkdir()
+    return root / "empty"
+
+
+def no_test_folder(root: Path) -> Path:
+    (root / "test").rename(root / "exam")
+    return root
+
+
+def empty_class(root: Path) -> Path:
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+    return root / "train"
+
+
+def other_classes(root: Path) -> Path:
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    return root / "train"
+
+
+def broken_image(root: Path) -> Path:
+    path = root / "test" / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return path
+
+
+def not_an_image(root: Path) -> Path:
+    path = root / "train" / "cat" / "0.png"
+    path.write_text("hello")
+    return path
+
+
+@pytest.mark.parametrize(
+    "damage", [remove_folder, empty_folder, no_test_folder, empty_class, other_classes, broken_image, not_an_image]
+)
+def test_damaged_image_folder_is_named(write_folder: WriteFolder, tmp_path: Path, damage: Any) -> None:
+    root = write_folder(tmp_path / "images")
+    culprit = damage(root)
+    start = culprit if damage in (remove_folder, empty_folder) else root
+    with pytest.raises(InputError, match="^data_dir: ") as caught:
+        load_image_folder(start, image_size=None)
+    assert str(culprit) in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+def write_cifar(root: Path) -> Path:
+    """The files of CIFAR-10 with ten images each."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(1)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        entry = {"data": random.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    return folder
+
+
+@pytest.mark.parametrize("dataset", ["auto", "cifar10"])
+def test_cifar_under_the_data_folder_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any) -> None:
+    folder = write_cifar(tmp_path)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *args: True)
+    data = load_data(TrainConfig(dataset=dataset, data_dir=tmp_path))
+    assert data.name == "cifar10"
+    assert data.instead_of is None
+    assert len(data.train) == 50
+    assert isinstance(data.test.images, Tensor)
+    pixels = pickle.loads((folder / "test_batch").read_bytes())["data"].reshape(10, 3, 32, 32)
+    assert np.array_equal(data.test.images.numpy(), pixels)
+    assert data.augmentation == Augmentation(padding=4, flip=True)
+
+
+@pytest.mark.parametrize("dataset", ["auto", "cifar10"])
+def test_damaged_cifar_is_an_error_and_stays_as_it_is(tmp_path: Path, dataset: Any) -> None:
+    folder = write_cifar(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match="^data_dir: .*damaged") as caught:
+        load_data(TrainConfig(dataset=dataset, data_dir=tmp_path))
+    assert str(folder) in str(caught.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_auto_takes_the_digits_where_cifar_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_unreachable", lambda url: "no network")
+    data = load_data(TrainConfig(dataset="auto", data_dir=tmp_path / "data"))
+    assert data.name == "digits"
+    assert "CIFAR-10" in str(data.instead_of)
+    assert "no network" in str(data.instead_of)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dataset", "title"), [("cifar10", "CIFAR-10"), ("cifar100", "CIFAR-100")])
+def test_cifar_out_of_reach_is_an_error_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, title: str
+) -> None:
+    monkeypatch.setattr(module, "_unreachable", lambda url: "no network")
+    with pytest.raises(RunError, match=f"{title} is not in .*no network"):
+        load_data(TrainConfig(dataset=dataset, data_dir=tmp_path / "data"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_download_leads_auto_to_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"cut off")
+    monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    data = load_data(TrainConfig(dataset="auto", data_dir=tmp_path), notify=lambda text: None)
+    assert data.name == "digits"
+    assert "could not be downloaded" in str(data.instead_of)
+
+
+def test_site_that_never_answers_counts_as_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert module._unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/file") is not None
+
+
+def test_file_in_place_of_the_data_folder_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text("not a folder")
+    with pytest.raises(InputError, match="^data_dir: expected a folder"):
+        load_data(TrainConfig(dataset="cifar10", data_dir=path))

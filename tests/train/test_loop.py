@@ -1,0 +1,375 @@
+import dataclasses
+import io
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastres.train import DivergedError, ImageData, InputError, RunError, Split, Summary, TrainConfig, load_checkpoint
+from fastres.train import load_model, saved_config, train
+from fastres.train import data as data_module
+from fastres.train.config import Optimizer
+from fastres.train.data import normalise
+
+Run = Callable[..., Summary]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, generators, losses and metrics agree bit for bit; only times may differ."""
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    for key in ("step", "epoch", "batch", "best_accuracy", "best_epoch"):
+        assert first[key] == second[key]
+    for key in ("model", "generator", "torch_rng"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+    torch.testing.assert_close(first["optimizer"]["state"], second["optimizer"]["state"], rtol=0, atol=0)
+    assert rows(one / "steps.jsonl") == rows(other / "steps.jsonl")
+    timeless = [
+        [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(run / "metrics.jsonl")]
+        for run in (one, other)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_run_leaves_all_its_files(run: Run, tmp_path: Path) -> None:
+    summary = run()
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "steps.jsonl", "last.pt", "best.pt", "summary.json",
+    }  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text()) == dataclasses.asdict(summary)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["lr"], config["dataset"], config["epochs"]) == (0.05, "digits", 2)
+    # 45 images make five batches of eight and one of five.
+    assert [row["step"] for row in rows(folder / "steps.jsonl")] == list(range(1, 13))
+    epochs = rows(folder / "metrics.jsonl")
+    assert [(row["epoch"], row["step"], row["complete"]) for row in epochs] == [(1, 6, True), (2, 12, True)]
+    assert (summary.epoch, summary.step, summary.finished) == (2, 12, True)
+    assert summary.best_accuracy == max(row["test_accuracy"] for row in epochs)
+    assert summary.images_per_second is not None
+
+
+def test_training_learns(run: Run) -> None:
+    accuracy = run(epochs=10).best_accuracy
+    assert accuracy is not None
+    assert accuracy > 0.9
+
+
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+def test_each_optimizer_lowers_the_loss(run: Run, tmp_path: Path, optimizer: str) -> None:
+    run(optimizer=optimizer, epochs=6, warmup_epochs=0.0, schedule="constant")
+    losses = [row["train_loss"] for row in rows(tmp_path / "run" / "metrics.jsonl")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_metrics_are_those_of_the_saved_weights(run: Run, data: ImageData, tmp_path: Path) -> None:
+    summary = run()
+    assert isinstance(data.test.images, Tensor)
+    model = load_model(tmp_path / "run")
+    assert not model.training
+    with torch.no_grad():
+        logits = model(normalise(data.test.images, data.mean, data.std))
+    row = rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (logits.argmax(1) == data.test.labels).double().mean().item() == pytest.approx(summary.last_accuracy)
+    assert nn.functional.cross_entropy(logits, data.test.labels).item() == pytest.approx(row["test_loss"], rel=1e-5)
+
+
+def test_training_loss_of_an_epoch_is_the_mean_over_its_images(run: Run, tmp_path: Path) -> None:
+    run(epochs=1)
+    losses = [row["loss"] for row in rows(tmp_path / "run" / "steps.jsonl")]
+    mean = sum(loss * count for loss, count in zip(losses, [8] * 5 + [5], strict=True)) / 45
+    assert rows(tmp_path / "run" / "metrics.jsonl")[0]["train_loss"] == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"amp": "bf16"}, {"channels_last": False}, {"label_smoothing": 0.1},
+                                    {"reuse_memory": False}, {"threads": 1}])  # fmt: skip
+def test_variants_train(run: Run, fields: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert run(epochs=1, **fields).step == 6
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(run: Run, tmp_path: Path) -> None:
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        run(to=name, seed=seed, dropout=0.3)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert rows(tmp_path / "one" / "steps.jsonl") != rows(tmp_path / "other" / "steps.jsonl")
+
+
+def test_batches_do_not_depend_on_the_network(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    for name, fields in {"fused": {"fused": True}, "plain": {"fused": False}, "dropout": {"dropout": 0.5}}.items():
+        seen[name] = []
+        hook = nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs, name=name: seen[name].append(inputs[0].clone()) if isinstance(module, nn.Conv2d) else None
+        )
+        run(to=name, **fields)
+        hook.remove()
+    # Each of two epochs has six training batches and one of the test images.
+    assert len(seen["fused"]) == 2 * (6 + 1)
+    torch.testing.assert_close(seen["plain"], seen["fused"], rtol=0, atol=0)
+    torch.testing.assert_close(seen["dropout"], seen["fused"], rtol=0, atol=0)
+
+
+def test_short_run_is_the_beginning_of_a_long_one(run: Run, tmp_path: Path) -> None:
+    assert run(to="short", max_steps=4).step == 4
+    run(to="long")
+    assert rows(tmp_path / "short" / "steps.jsonl") == rows(tmp_path / "long" / "steps.jsonl")[:4]
+    assert [row["complete"] for row in rows(tmp_path / "short" / "metrics.jsonl")] == [False]
+
+
+def test_images_left_on_disk_train_alike(
+    tiny_models: list[nn.Module],
+    write_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_folder(tmp_path / "images", size=(8, 8))
+    held = data_module.load_image_folder(tmp_path / "images", image_size=None)
+    monkeypatch.setattr(data_module, "IMAGENET_MEAN", held.mean)
+    monkeypatch.setattr(data_module, "IMAGENET_STD", held.std)
+    for name, limit in (("held", 2**30), ("disk", 0)):
+        monkeypatch.setattr(data_module, "MEMORY_LIMIT", limit)
+        train(
+            TrainConfig(dataset="imagefolder", data_dir=tmp_path / "images", output_dir=tmp_path / name, batch_size=3,
+                        epochs=2, dropout=0.5, device="cpu", workers=0),
+            console=Console(file=io.StringIO()),
+        )  # fmt: skip
+    assert_same_run(tmp_path / "held", tmp_path / "disk")
+
+
+# ----------------------------------------------------------------------------------------------------------------- report
+
+
+def test_stand_in_for_another_data_set_is_said_at_the_start_and_at_the_end(run: Run, data: ImageData) -> None:
+    text = io.StringIO()
+    summary = run(
+        on=dataclasses.replace(data, instead_of="CIFAR-10: no network"), console=Console(file=text, width=150)
+    )
+    start, end = text.getvalue().split("epoch 1/2", maxsplit=1)
+    assert "HANDWRITTEN DIGITS instead of CIFAR-10: no network" in start
+    assert "INSTEAD OF" in end
+    assert summary.instead_of == "CIFAR-10: no network"
+
+
+def test_default_folder_names_the_run_and_is_never_used_twice(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: "20260102-030405")
+    folders = [run(output_dir=None, fused=False, max_steps=1).output_dir for _ in range(2)]
+    assert folders == [f"runs/digits-resnet18-plain-20260102-030405{end}" for end in ("", "-2")]
+
+
+# ----------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam"])
+@pytest.mark.parametrize("stop", [1, 4, 6, 9])
+def test_resumed_run_equals_an_uninterrupted_one(run: Run, tmp_path: Path, optimizer: str, stop: int) -> None:
+    fields = {"dropout": 0.3, "optimizer": optimizer}
+    run(to="whole", **fields)
+    run(to="parts", max_steps=stop, **fields)
+    summary = run(to="parts", resume=tmp_path / "parts", **fields)
+    assert summary.finished
+    # The evaluation in the middle of an epoch may have found a better best, so it is compared apart.
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    for key in ("model", "generator", "torch_rng"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+    assert rows(one / "steps.jsonl") == rows(other / "steps.jsonl")
+    compared = ("epoch", "step", "complete", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
+    metrics = [[[row[key] for key in compared] for row in rows(run / "metrics.jsonl")] for run in (one, other)]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize("calls", [1, 3, 7, 8, 13])
+def test_interrupted_run_saves_and_goes_on_as_if_nothing_had_been(run: Run, tmp_path: Path, calls: int) -> None:
+    """Ctrl-C arrives during the given call of the network: in a step, in an evaluation, in the last step."""
+    run(to="whole", dropout=0.3)
+    count = 0
+
+    def press(module: nn.Module, inputs: Any) -> None:
+        nonlocal count
+        if isinstance(module, nn.Conv2d):
+            count += 1
+            if count == calls:
+                signal.raise_signal(signal.SIGINT)
+
+    text = io.StringIO()
+    hook = nn.modules.module.register_module_forward_pre_hook(press)
+    try:
+        summary = run(to="parts", dropout=0.3, console=Console(file=text, width=300))
+    finally:
+        hook.remove()
+    assert not summary.finished
+    assert f"--resume {tmp_path / 'parts'}" in text.getvalue()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run(to="parts", dropout=0.3, resume=tmp_path / "parts" / "last.pt").finished
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_drops_rows_after_the_checkpoint(run: Run, tmp_path: Path) -> None:
+    run(to="whole")
+    run(to="parts", max_steps=6)
+    with (tmp_path / "parts" / "steps.jsonl").open("a") as file:
+        file.write('{"step": 7, "epoch": 2, "loss": 9.0}\n{"step": 8, "ep')
+    run(to="parts", resume=tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resuming_into_another_folder_leaves_the_first_alone(run: Run, tmp_path: Path) -> None:
+    run(to="first", max_steps=6)
+    before = contents(tmp_path / "first")
+    run(to="second", resume=tmp_path / "first")
+    assert contents(tmp_path / "first") == before
+    assert [row["step"] for row in rows(tmp_path / "second" / "steps.jsonl")] == list(range(7, 13))
+
+
+def test_finished_run_goes_on_with_more_epochs(run: Run, tmp_path: Path) -> None:
+    run(epochs=1)
+    assert run(epochs=3, resume=tmp_path / "run").epoch == 3
+
+
+def test_options_left_open_are_those_of_the_checkpoint(run: Run, tmp_path: Path) -> None:
+    run(lr=0.02, dropout=0.25, max_steps=6)
+    config = saved_config(tmp_path / "run")
+    assert (config.lr, config.dropout, config.batch_size, config.max_steps) == (0.02, 0.25, 8, None)
+    assert run(epochs=None, batch_size=None, output_dir=None, resume=tmp_path / "run").step == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "article"}, "model was 'resnet18', is 'article'"),
+        ({"lr": 0.01}, "lr was 0.05, is 0.01"),
+        ({"batch_size": 9}, "batch_size was 8, is 9"),
+        ({"optimizer": "adam"}, "optimizer was 'nesterov', is 'adam'"),
+        ({"fused": False}, "fused was True, is False"),
+        ({"seed": 1}, "seed was 0, is 1"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(run: Run, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    run(max_steps=6)
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match="^resume: .*of another run") as caught:
+        run(resume=tmp_path / "run", **change)
+    assert said in str(caught.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_checkpoint_of_other_classes_is_refused(run: Run, data: ImageData, tmp_path: Path) -> None:
+    run(max_steps=6)
+    with pytest.raises(InputError, match="classes were"):
+        run(resume=tmp_path / "run", on=dataclasses.replace(data, classes=("a", "b", "c")))
+
+
+def test_weights_that_do_not_fit_the_model_are_refused(run: Run, tmp_path: Path) -> None:
+    run(max_steps=6)
+    state = load_checkpoint(tmp_path / "run")
+    state["model"]["0.weight"] = torch.zeros(4, 3, 3, 3)
+    torch.save(state, tmp_path / "run" / "last.pt")
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"^resume: .*does not fit the model resnet18.*0\.weight"):
+        run(resume=tmp_path / "run")
+    with pytest.raises(InputError, match="does not fit the model resnet18"):
+        load_model(tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_truncated_checkpoint_stops_the_resume_before_anything_is_written(run: Run, tmp_path: Path) -> None:
+    run(max_steps=6)
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:500])
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match="truncated"):
+        run(resume=tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_steps": 4}])
+def test_nothing_left_to_do_is_said(run: Run, tmp_path: Path, fields: dict[str, Any]) -> None:
+    run(**fields)
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"^resume: .*already done .* (12|4) steps"):
+        run(resume=tmp_path / "run", **fields)
+    assert contents(tmp_path / "run") == before
+
+
+# ----------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_folder_that_holds_a_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
+    run(max_steps=1)
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match="^output_dir: .*already holds a run"):
+        run()
+    assert contents(tmp_path / "run") == before
+
+
+def test_file_in_place_of_the_output_folder_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(InputError, match="^output_dir: expected a folder"):
+        run()
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize("fields", [{"lr": -1.0}, {"resume": Path("nowhere")}, {"dataset": "mnist"}])
+def test_wrong_input_leaves_no_folder_behind(run: Run, tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        run(**fields)
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_image_stops_the_run_before_its_folder_is_made(
+    tiny_models: list[nn.Module], write_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    culprit = write_folder(tmp_path / "images") / "test" / "dog" / "1.png"
+    culprit.write_bytes(culprit.read_bytes()[:60])
+    config = TrainConfig(dataset="imagefolder", data_dir=tmp_path / "images", output_dir=tmp_path / "run")
+    with pytest.raises(InputError, match="broken image") as caught:
+        train(config, console=Console(file=io.StringIO()))
+    assert str(culprit) in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_images_are_refused(run: Run, data: ImageData, tmp_path: Path) -> None:
+    lone = dataclasses.replace(data, train=Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1).long()))
+    with pytest.raises(InputError, match="2 training images"):
+        run(on=lone)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_gpu_is_named(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="^device: cuda:99"):
+        run(device="cuda:99")
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_that_is_not_finite_stops_the_run_with_its_step(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step \d+ \(epoch 1\)") as caught:
+        run(optimizer="sgd", lr=1e30, warmup_epochs=0.0)
+    steps = rows(tmp_path / "run" / "steps.jsonl")
+    assert f"at step {len(steps) + 1} " in str(caught.value)
+    assert not (tmp_path / "run" / "last.pt").exists()
