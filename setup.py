@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,19 @@ def build_arguments() -> dict[str, Any]:
     class BuildModules(base):  # type: ignore[misc, valid-type]
         """Builds each module in a folder of its own, and goes on where one fails."""
 
-        def build_extensions(self) -> None:
-            every = self.extensions
-            for self.extensions in ([e] for e in every):
-                self.build_alone(self.extensions[0])
-            self.extensions = every
+        def run(self) -> None:
+            super().run()
             built = [m for m in modules if m.name not in errors]
             folders = {Path(self.get_ext_fullpath(f"fastres.{m.name}")).parent for m in built}
             for folder in folders | {Path(self.build_lib, "fastres")}:
                 folder.mkdir(parents=True, exist_ok=True)
                 extension.write_record(folder, built, errors)
+
+        def build_extensions(self) -> None:
+            every = self.extensions
+            for self.extensions in ([e] for e in every):
+                self.build_alone(self.extensions[0])
+            self.extensions = every
 
         def build_alone(self, ext: Any) -> None:
             module = next(m for m in modules if ext.name == f"fastres.{m.name}")
@@ -86,10 +90,18 @@ def build_arguments() -> dict[str, Any]:
             except Exception as e:
                 if module.is_cuda and os.environ.get("FORCE_CUDA") == "1":
                     raise
-                errors[module.name] = extension.first_error(str(e) or repr(e))
+                errors[module.name] = extension.first_error(self.compiler_output(module) or str(e) or repr(e))
                 warn(f"{module.name} was not built: {errors[module.name]}")
             finally:
                 self.build_temp, self.compiler.compile = temporary, compile_method
+
+        def compiler_output(self, module: Any) -> str:
+            """What the failed compilation printed: it went to the terminal, so what failed is run once more."""
+            if not Path(self.build_temp, "build.ninja").is_file():
+                return ""
+            with extension.toolchain(module):
+                run = subprocess.run(["ninja"], cwd=self.build_temp, capture_output=True, text=True, check=False)
+            return run.stdout if run.returncode else ""
 
     def extension_of(module: Any) -> Any:
         cxx_flags, nvcc_flags = extension.compile_flags(module)

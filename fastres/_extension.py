@@ -47,7 +47,11 @@ PACKAGE = Path(__file__).resolve().parent
 SOURCES = next((d for d in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if d.is_dir()), PACKAGE / "csrc")
 RECORD = "_C_build.json"
 
-CXX_FLAGS = ("-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-DNDEBUG")
+# The last line takes back what Python's own build flags would add in setup.py and not at first use.
+CXX_FLAGS = (
+    *("-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
+    *("-DNDEBUG", "-g0", "-fno-wrapv", "-Wno-unknown-pragmas"),
+)
 # GCC makes statics of inline functions unique in the whole process, also across RTLD_LOCAL; Clang neither does nor knows
 # the flag. OpenMP is not linked: its symbols come from the runtime that torch loaded, so that the threads are the same.
 GCC_FLAGS = ("-fno-gnu-unique", "-fopenmp")
@@ -100,9 +104,9 @@ class BackendStatus:
     """What became of one backend in this process.
 
     Attributes:
-        live: its kernels are loaded.
-        reason: why it is not live, or where the module comes from.
-        path: the module's file.
+        live: its kernels are loaded and have a device to run on.
+        reason: why it is not live, or why the module made at install was not taken.
+        path: the file of the module that was loaded.
         origin: "install" or "first use".
         capability: "default" | "avx2" | "avx512" for the CPU, None for CUDA.
         error: the compiler's first error, where there was one.
@@ -242,11 +246,10 @@ def _nvidia_folders(kind: str) -> list[Path]:
 
     spec = importlib.util.find_spec("nvidia")
     roots = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
-    major = (torch.version.cuda or "").split(".")[0]
+    together = [root / f"cu{(torch.version.cuda or '').split('.')[0]}" / kind for root in roots]
     # One folder for the whole toolkit since CUDA 13, one for each library before.
-    found = [d for root in roots for pattern in (f"cu{major}/{kind}", f"*/{kind}") for d in sorted(root.glob(pattern))]
-    together = [d for d in found if d.parent.name == f"cu{major}"]
-    return together or [d for d in found if not re.fullmatch(r"cu\d+", d.parent.name)]
+    apart = [d for root in roots for d in sorted(root.glob(f"*/{kind}")) if not re.match(r"cu\d+$", d.parent.name)]
+    return [d for d in together if d.is_dir()] or apart
 
 
 def check_cuda() -> None:
@@ -593,13 +596,14 @@ def _find(
         try:
             if os.environ.get("FASTRES_EXTENSION") == "build":
                 raise Unavailable("passed over by FASTRES_EXTENSION=build")
-            path = _installed(module)
-            return _import(module.name, path), BackendStatus(True, "", path, "install", capability)
+            path, origin, reason = _installed(module), "install", ""
+            loaded = _import(module.name, path)
         except (Unavailable, ImportError) as e:
-            stale = str(e)
-        check_build()
-        loaded, path = _built(module)
-        return loaded, BackendStatus(True, f"module of the install: {stale}", path, "first use", capability)
+            check_build()
+            loaded, path = _built(module)
+            origin, reason = "first use", f"module of the install: {e}"
+        live = backend == "cpu" or _gpu_present()
+        return loaded, BackendStatus(live, reason if live else "no GPU is present", path, origin, capability)
     except Unavailable as e:
         reason = str(e)
     except Exception as e:

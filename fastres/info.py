@@ -1,0 +1,96 @@
+"""`python -m fastres.info`: versions, the CPU capability in use, which backends are live and why the others are not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastres
+from fastres import _extension
+
+Rows = list[tuple[str, str]]
+
+
+def versions() -> Rows:
+    """What is installed, and what there is to compile with."""
+    rows = [("fastres", f"{fastres.__version__} in {_extension.PACKAGE}"), ("python", platform.python_version())]
+    rows.append(("torch", torch.__version__))
+    for package in ("torchvision", "triton", "numpy"):
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    try:
+        rows.append(("C++ compiler", _extension.compiler_version()))
+    except _extension.Unavailable as e:
+        rows.append(("C++ compiler", str(e)))
+    release = _extension.nvcc_version()
+    rows.append(("nvcc", f"{release} in {_extension.cuda_home()}" if release else "not found"))
+    return rows
+
+
+def processors() -> Rows:
+    """The CPU as torch sees it, and the GPUs."""
+    rows = [
+        ("CPU", _cpu_model()),
+        ("capability in use", f"{_extension.cpu_capability()} (ATen: {torch.backends.cpu.get_cpu_capability()})"),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    module = _extension.load_cuda() if torch.cuda.is_available() else None
+    for index in range(torch.cuda.device_count()):
+        words = torch.cuda.get_device_name(index)
+        if module is not None:
+            limits = module.device_limits(index)
+            words += (
+                f", {limits['multiprocessors']} multiprocessors, {limits['shared_bytes_per_block'] // 1024} KiB shared"
+                f" memory a block, {limits['l2_bytes'] / 2**20:.0f} MiB L2"
+            )
+        rows.append((f"GPU {index}", words))
+    return rows
+
+
+def backends() -> Rows:
+    """Loads what can be loaded, and says what became of it."""
+    cpu, cuda = _extension.load_cpu(), _extension.load_cuda()
+    status = _extension.status()
+    rows = [("CPU", str(status.cpu)), ("CUDA", str(status.cuda))]
+    for name, module, state in (("CPU", cpu, status.cpu), ("CUDA", cuda, status.cuda)):
+        if state.path is not None:
+            rows.append((f"{name} module", str(state.path)))
+        if module is not None:
+            words = ", ".join(f"{key} {value}" for key, value in module.build_info().items())
+            rows.append((f"{name} module compiled with", words))
+        if state.error:
+            rows.append((f"{name} compiler's first error", state.error))
+    if cpu is not None and cpu.openmp_threads() not in (0, torch.get_num_threads()):
+        rows.append(("warning", "the CPU module runs on another OpenMP runtime than torch, with its own threads"))
+    rows += [(f"made at install: {name}", reason or "usable") for name, reason in status.installed.items()]
+    return rows
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def main() -> None:
+    """Print the tables."""
+    console = Console()
+    for title, rows in (("Versions", versions()), ("Processors", processors()), ("Backends", backends())):
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, value.replace("[", r"\["))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
