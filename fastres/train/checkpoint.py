@@ -65,7 +65,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     file = checkpoint_path(path)
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
         raise InputError(f"resume: {file} is truncated or not a checkpoint ({_first_line(error)})") from error
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)

@@ -108,7 +108,13 @@ def check_config(config: TrainConfig) -> None:
     """
     for name, kind in get_type_hints(TrainConfig).items():
         _check_type(name, getattr(config, name), kind)
-    for name, kind in (("dataset", Dataset), ("optimizer", Optimizer), ("schedule", Schedule), ("stem", Stem), ("amp", Amp)):
+    for name, kind in (
+        ("dataset", Dataset),
+        ("optimizer", Optimizer),
+        ("schedule", Schedule),
+        ("stem", Stem),
+        ("amp", Amp),
+    ):
         _check_choice(name, getattr(config, name), get_args(kind))
     _check_choice("model", config.model, models.NAMES)
     for name in ("epochs", "max_steps", "eval_batch_size", "threads", "image_size"):
@@ -149,7 +155,9 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         epochs=epochs,
         batch_size=_first(config.batch_size, 64 if small else 128),
         lr=_first(config.lr, 0.05 if plain_gradient else 1e-3),
-        weight_decay=_first(config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4),
+        weight_decay=_first(
+            config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4
+        ),
         warmup_epochs=_first(config.warmup_epochs, 0.0 if config.schedule == "constant" else min(1.0, epochs / 5)),
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,

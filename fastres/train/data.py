@@ -113,7 +113,7 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
 
 
 def load_handwritten_digits(*, instead_of: str | None = None) -> ImageData:
-    """scikit-learn's 1,797 handwritten digits, resized from 8x8 to 3x32x32; a fixed, stratified fifth (360) is for test.
+    """scikit-learn's 1,797 handwritten digits, 8x8 resized to 3x32x32; a fixed, stratified fifth (360) is for test.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
     """
@@ -140,10 +140,11 @@ def load_cifar(name: Dataset, root: Path, *, notify: Callable[[str], None] = pri
         parts = [kind(str(root), train=train, download=False) for train in (True, False)]
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
-            f"data_dir: the {title} files in {folder} are incomplete or damaged; delete that folder to download it again"
+            f"data_dir: the {title} files in {folder} are incomplete or damaged; delete the folder to download it again"
         ) from error
     train, test = (
-        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts
+        Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in parts
     )
     return _measured(name, train, test, tuple(parts[0].classes), Augmentation(padding=4, flip=True), None)
 
@@ -171,9 +172,7 @@ def load_image_folder(root: Path, *, image_size: int | None, notify: Callable[[s
     if bytes_needed > MEMORY_LIMIT:
         notify(f"{bytes_needed / 2**30:.1f} GiB of images stay on disk and are decoded batch by batch.")
         train, test = Split(files[0], train_labels), Split(files[1], test_labels)
-        return ImageData(
-            "imagefolder", train, test, classes, size, IMAGENET_MEAN, IMAGENET_STD, augmentation
-        )
+        return ImageData("imagefolder", train, test, classes, size, IMAGENET_MEAN, IMAGENET_STD, augmentation)
     notify(f"Decoding {len(train_paths) + len(test_paths):,} images from {root} ...")
     train, test = Split(_decode_all(files[0]), train_labels), Split(_decode_all(files[1]), test_labels)
     return _measured("imagefolder", train, test, classes, augmentation, None)
@@ -201,7 +200,7 @@ def batches(
         start: number of the first batch to give.
         workers: processes that decode, for a split that is not in memory.
     """
-    parts = list(order.split(batch_size))[start:]
+    parts = list(torch.split(order, batch_size))[start:]
     if isinstance(split.images, Tensor):
         for part in parts:
             part = part.to(split.images.device)
@@ -290,7 +289,8 @@ def _list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
 def _read_rgb(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
     except Exception as error:  # Pillow's decoders raise many kinds
         raise InputError(f"data_dir: broken image {path}: {error}") from error
 

@@ -7,6 +7,7 @@ import signal
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-import fastres
 from fastres import _extension, models
+from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
 from fastres.train.data import ImageData, augment, batches, load_data, normalise, train_order
@@ -35,9 +36,7 @@ SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "ev
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 
 
-def train(
-    config: TrainConfig, *, data: ImageData | None = None, console: Console | None = None
-) -> Summary:
+def train(config: TrainConfig, *, data: ImageData | None = None, console: Console | None = None) -> Summary:
     """Train a network as configured, and leave config.json, metrics.jsonl, steps.jsonl, last.pt, best.pt and
     summary.json in the output folder.
 
@@ -102,16 +101,18 @@ def _prepare(config: TrainConfig, data: ImageData | None, console: Console) -> _
     if data is None:
         data = load_data(config, notify=lambda text: console.print(text, highlight=False, soft_wrap=True))
     if len(data.train) < 2 or len(data.test) < 1:
-        raise InputError(f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}")
+        raise InputError(
+            f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}"
+        )
     config = resolve(config, dataset=data.name, image_size=data.image_size)
     if resumed is not None:
         _check_same_run(config, resumed, data)
     if device.type == "cpu" and config.reuse_memory:
-        fastres.reuse_cpu_memory()
+        reuse_cpu_memory()
     torch.manual_seed(config.seed)
     model = _make_model(config, len(data.classes)).to(device)
     if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model.parameters(), config)
     generator = torch.Generator().manual_seed(config.seed)
     if resumed is not None and config.resume is not None:
@@ -223,10 +224,10 @@ class _Loop:
             logits = self.compute(x)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self.optimizer.step()
         loss = loss.detach()
-        self.train_metrics["loss"].update(loss, weight=len(labels))
+        self.train_metrics["loss"].update(loss.expand(len(labels)))
         self.train_metrics["accuracy"].update(logits.detach(), labels)
         self.step += 1
         self.batch += 1
@@ -239,7 +240,7 @@ class _Loop:
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); try a smaller lr than {self.peak_lr:g}"
+                    f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); try an lr below {self.peak_lr:g}"
                 )
             append_json(self.directory / "steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
         self.rates.append(rate)
@@ -251,7 +252,10 @@ class _Loop:
         test = self._evaluate()
         if test is None:
             return False
-        train = {name: value.item() for name, value in self.train_metrics.compute().items()}
+        with warnings.catch_warnings():
+            # After a resume at the end of an epoch the metrics are all restored, which torchmetrics takes for unused.
+            warnings.filterwarnings("ignore", message=".*called before the ``update`` method")
+            train = {name: value.item() for name, value in self.train_metrics.compute().items()}
         complete = self.batch == self.steps_per_epoch
         number = self.epoch + 1
         if complete:
@@ -303,19 +307,18 @@ class _Loop:
                 with self.amp:
                     logits = self.compute(self._input(images))
                     loss = F.cross_entropy(logits, labels)
-                self.test_metrics["loss"].update(loss, weight=len(labels))
+                self.test_metrics["loss"].update(loss.expand(len(labels)))
                 self.test_metrics["accuracy"].update(logits, labels)
                 bar.update(len(labels))
         return {name: value.item() for name, value in self.test_metrics.compute().items()}
 
     def _input(self, images: Tensor) -> Tensor:
-        return normalise(
-            images.to(self.device), self.data.mean, self.data.std, channels_last=self.config.channels_last
-        )
+        return normalise(images.to(self.device), self.data.mean, self.data.std, channels_last=self.config.channels_last)
 
     def _metrics(self) -> MetricCollection:
         accuracy = MulticlassAccuracy(num_classes=len(self.data.classes), average="micro", validate_args=False)
-        # NaN is reported by the loop itself, with its step.
+        # NaN is reported by the loop itself, with its step. MeanMetric without its check ignores weights, so a batch's
+        # mean loss is given once for each image.
         metrics = MetricCollection(
             {"loss": MeanMetric(nan_strategy="disable"), "accuracy": accuracy}, compute_groups=False
         )
@@ -404,7 +407,9 @@ class _Loop:
         write_summary(self.console, summary, self.data)
         if self.interrupted:
             self.console.print(
-                f"Interrupted; go on with: python -m fastres.train --resume {self.directory}", highlight=False, soft_wrap=True
+                f"Interrupted; go on with: python -m fastres.train --resume {self.directory}",
+                highlight=False,
+                soft_wrap=True,
             )
         return summary
 
@@ -477,7 +482,9 @@ def _check_output_dir(config: TrainConfig) -> None:
         return
     held = [name for name in RUN_FILES if (directory / name).exists()]
     if held:
-        raise InputError(f"output_dir: {directory} already holds a run ({', '.join(held)}); choose another, or --resume it")
+        raise InputError(
+            f"output_dir: {directory} already holds a run ({', '.join(held)}); choose another, or --resume it"
+        )
 
 
 def _default_output_dir(config: TrainConfig) -> Path:
@@ -514,4 +521,8 @@ def _backend(config: TrainConfig, device: torch.device) -> str:
     """What computes the blocks, in a few words."""
     if not config.fused:
         return "eager PyTorch"
-    return str(_extension.status())
+    if device.type == "cuda":
+        _extension.load_cuda()
+        return str(_extension.status().cuda)
+    _extension.load_cpu()
+    return str(_extension.status().cpu)

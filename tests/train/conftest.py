@@ -75,8 +75,17 @@ def data() -> ImageData:
 def run(tiny_models: list[TinyNet], data: ImageData, tmp_path: Path) -> Callable[..., Summary]:
     """Train a tiny network: keyword arguments are the fields of TrainConfig; `to` names the folder."""
 
-    def start(to: str = "run", *, on: ImageData | None = None, console: Console | None = None, **fields: Any) -> Summary:
-        fields = {"device": "cpu", "batch_size": 8, "epochs": 2, "output_dir": tmp_path / to, **fields}
+    def start(
+        to: str = "run", *, on: ImageData | None = None, console: Console | None = None, **fields: Any
+    ) -> Summary:
+        fields = {
+            "device": "cpu",
+            "batch_size": 8,
+            "epochs": 2,
+            "reuse_memory": False,
+            "output_dir": tmp_path / to,
+            **fields,
+        }
         quiet = Console(file=io.StringIO(), width=200)
         return train(TrainConfig(**fields), data=on or data, console=console or quiet)
 

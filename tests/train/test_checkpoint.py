@@ -18,7 +18,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypat
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=r"no space"):
         ckpt.save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -43,7 +43,7 @@ def test_truncated_checkpoint_is_refused(tmp_path: Path, share: float) -> None:
     torch.save({key: torch.ones(1000) for key in ckpt.KEYS}, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(InputError, match="^resume: .*truncated or not a checkpoint"):
+    with pytest.raises(InputError, match=r"^resume: .*truncated or not a checkpoint"):
         ckpt.load_checkpoint(path)
 
 
@@ -59,7 +59,7 @@ class Trap:
 
 def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     torch.save({"model": Trap(tmp_path / "trap")}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="^resume: "):
+    with pytest.raises(InputError, match=r"^resume: "):
         ckpt.load_checkpoint(tmp_path)
     assert not (tmp_path / "trap").exists()
 
@@ -67,17 +67,17 @@ def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], torch.ones(3)], ids=["weights", "list", "tensor"])
 def test_file_of_another_program_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="not a checkpoint of this trainer"):
+    with pytest.raises(InputError, match=r"not a checkpoint of this trainer"):
         ckpt.load_checkpoint(tmp_path)
 
 
 def test_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({**dict.fromkeys(ckpt.KEYS), "format": ckpt.FORMAT + 1}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="format"):
+    with pytest.raises(InputError, match=r"format"):
         ckpt.load_checkpoint(tmp_path)
 
 
 def test_checkpoint_without_a_usable_configuration_is_refused(tmp_path: Path) -> None:
     torch.save({**dict.fromkeys(ckpt.KEYS), "format": ckpt.FORMAT, "config": {"lr": 1}}, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="^resume: .*does not fit this version"):
+    with pytest.raises(InputError, match=r"^resume: .*does not fit this version"):
         ckpt.saved_config(tmp_path)

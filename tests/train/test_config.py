@@ -44,7 +44,7 @@ def test_default_configuration_is_valid() -> None:
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=f"^{name}: "):
+    with pytest.raises(InputError, match=rf"^{name}: "):
         check_config(TrainConfig(**{name: value}))
 
 
@@ -54,12 +54,12 @@ def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
      ("model", None), ("seed", None), ("output_dir", "runs")],
 )  # fmt: skip
 def test_value_of_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"^{name}: "):
+    with pytest.raises(TypeError, match=rf"^{name}: "):
         check_config(TrainConfig(**{name: value}))
 
 
 def test_warmup_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(InputError, match="^warmup_epochs: .*epochs = 2"):
+    with pytest.raises(InputError, match=r"^warmup_epochs: .*epochs = 2"):
         check_config(TrainConfig(epochs=2, warmup_epochs=3.0))
 
 
@@ -73,7 +73,9 @@ def test_resolved_configuration_is_complete_and_survives_json(dataset: Any, opti
 
 
 def test_resolving_keeps_what_was_given() -> None:
-    given = TrainConfig(lr=0.3, weight_decay=0.0, epochs=7, batch_size=9, warmup_epochs=0.0, stem="imagenet", device="cpu")
+    given = TrainConfig(
+        lr=0.3, weight_decay=0.0, epochs=7, batch_size=9, warmup_epochs=0.0, stem="imagenet", device="cpu"
+    )
     resolved = resolve(given, dataset="digits", image_size=32)
     assert (resolved.lr, resolved.weight_decay, resolved.epochs, resolved.batch_size) == (0.3, 0.0, 7, 9)
     assert (resolved.warmup_epochs, resolved.stem, resolved.device) == (0.0, "imagenet", "cpu")
@@ -87,7 +89,7 @@ def test_stem_follows_the_image_size(size: int, stem: str) -> None:
 def test_saved_configuration_with_other_fields_is_refused() -> None:
     values = to_dict(TrainConfig())
     values["colour"] = values.pop("seed")
-    with pytest.raises(InputError, match="missing .*seed.* unknown .*colour"):
+    with pytest.raises(InputError, match=r"missing .*seed.* unknown .*colour"):
         from_dict(values)
 
 

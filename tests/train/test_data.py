@@ -13,7 +13,16 @@ from torchvision import datasets
 
 from fastres.train import data as module
 from fastres.train.config import TrainConfig
-from fastres.train.data import Augmentation, Split, augment, batches, load_data, load_image_folder, normalise, train_order
+from fastres.train.data import (
+    Augmentation,
+    Split,
+    augment,
+    batches,
+    load_data,
+    load_image_folder,
+    normalise,
+    train_order,
+)
 from fastres.train.errors import InputError, RunError
 
 WriteFolder = Callable[..., Path]
@@ -21,7 +30,7 @@ WriteFolder = Callable[..., Path]
 
 def crop_one_by_one(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
     """The oracle: each pixel by itself, from the same draws."""
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     top = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
     left = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
     flip = torch.rand(count, 1, generator=generator) < 0.5 if how.flip else torch.zeros(count, 1)
@@ -64,7 +73,9 @@ def test_normalisation_is_the_formula(channels_last: bool) -> None:
     images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 1.5)
     ours = normalise(images, mean, std, channels_last=channels_last)
-    oracle = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(3, 1, 1)
+    oracle = (images.double() / 255 - torch.tensor(mean).double().view(3, 1, 1)) / torch.tensor(std).double().view(
+        3, 1, 1
+    )
     torch.testing.assert_close(ours.double(), oracle, rtol=1e-6, atol=1e-6)
     assert ours.dtype == torch.float32
     assert ours.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -82,14 +93,16 @@ def test_batches_can_start_in_the_middle() -> None:
     order = torch.tensor([3, 1, 4, 0, 5, 9, 2, 6])
     whole = list(batches(split, order, 3))
     assert [labels.tolist() for _, labels in whole] == [[3, 1, 4], [0, 5, 9], [2, 6]]
-    for (images, labels), (later_images, later_labels) in zip(whole[1:], batches(split, order, 3, start=1), strict=True):
+    for (images, labels), (later_images, later_labels) in zip(
+        whole[1:], batches(split, order, 3, start=1), strict=True
+    ):
         assert torch.equal(images, later_images)
         assert torch.equal(labels, later_labels)
         assert torch.equal(images[:, 0, 0, 0].long(), labels)
 
 
 def test_only_image_folders_are_resized() -> None:
-    with pytest.raises(InputError, match="^image_size: "):
+    with pytest.raises(InputError, match=r"^image_size: "):
         load_data(TrainConfig(dataset="digits", image_size=64))
 
 
@@ -116,7 +129,7 @@ def test_statistics_are_those_of_the_training_pixels() -> None:
     assert data.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist())
 
 
-# --------------------------------------------------------------------------------------------------------- image folders
+# --- Image folders ---
 
 
 @pytest.mark.parametrize("test", ["test", "val", "valid"])
@@ -206,12 +219,12 @@ def test_damaged_image_folder_is_named(write_folder: WriteFolder, tmp_path: Path
     root = write_folder(tmp_path / "images")
     culprit = damage(root)
     start = culprit if damage in (remove_folder, empty_folder) else root
-    with pytest.raises(InputError, match="^data_dir: ") as caught:
+    with pytest.raises(InputError, match=r"^data_dir: ") as caught:
         load_image_folder(start, image_size=None)
     assert str(culprit) in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------- CIFAR
+# --- CIFAR ---
 
 
 def write_cifar(root: Path) -> Path:
@@ -244,7 +257,7 @@ def test_cifar_under_the_data_folder_is_used(tmp_path: Path, monkeypatch: pytest
 def test_damaged_cifar_is_an_error_and_stays_as_it_is(tmp_path: Path, dataset: Any) -> None:
     folder = write_cifar(tmp_path)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(InputError, match="^data_dir: .*damaged") as caught:
+    with pytest.raises(InputError, match=r"^data_dir: .*damaged") as caught:
         load_data(TrainConfig(dataset=dataset, data_dir=tmp_path))
     assert str(folder) in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -264,7 +277,7 @@ def test_cifar_out_of_reach_is_an_error_where_it_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Any, title: str
 ) -> None:
     monkeypatch.setattr(module, "_unreachable", lambda url: "no network")
-    with pytest.raises(RunError, match=f"{title} is not in .*no network"):
+    with pytest.raises(RunError, match=rf"{title} is not in .*no network"):
         load_data(TrainConfig(dataset=dataset, data_dir=tmp_path / "data"))
     assert not list(tmp_path.iterdir())
 
@@ -286,5 +299,5 @@ def test_site_that_never_answers_counts_as_out_of_reach(monkeypatch: pytest.Monk
 def test_file_in_place_of_the_data_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_text("not a folder")
-    with pytest.raises(InputError, match="^data_dir: expected a folder"):
+    with pytest.raises(InputError, match=r"^data_dir: expected a folder"):
         load_data(TrainConfig(dataset="cifar10", data_dir=path))

@@ -39,7 +39,7 @@ def test_nesterov_without_momentum_is_plain_descent() -> None:
 
 
 def test_unresolved_configuration_is_refused() -> None:
-    with pytest.raises(ValueError, match="lr=None"):
+    with pytest.raises(ValueError, match=r"lr=None"):
         make_optimizer(nn.Linear(2, 2).parameters(), TrainConfig())
 
 
