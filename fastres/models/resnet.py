@@ -1,0 +1,111 @@
+"""ResNet-18 to 152 on torchvision's ResNet class: names, initialisation and state_dict are torchvision's by construction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch.nn as nn
+from torchvision.models.resnet import ResNet
+
+from fastres.fuse import fuse
+from fastres.models.stem import check_head, init_convolution, make_stem
+from fastres.nn.blocks import FusedBasicBlock, FusedBottleneck
+from fastres.nn.norm import check_dropout
+
+
+class FusedResNet(ResNet):
+    """torchvision's ResNet with fused blocks and a fused stem.
+
+    With stem "imagenet" and the same seed the initial state_dict is torchvision's, bit for bit; with any stem it has the same
+    names, and checkpoints load both ways.
+
+    Args:
+        block: FusedBasicBlock or FusedBottleneck.
+        layers: blocks in each of the four stages.
+        num_classes: outputs.
+        stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
+        dropout: 0 <= dropout < 1, inside each block before its last convolution.
+        zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's ResNet;
+            norm_layer has to make torch.nn.BatchNorm2d (`functools.partial(torch.nn.BatchNorm2d, eps=1e-3)`, say).
+    Input: [N, 3, H, W]. Output: [N, num_classes], logits.
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value; the message names it.
+    Source: He et al. 2015, "Deep residual learning for image recognition", table 1; the stem for small images as in the same
+        paper's section 4.2.
+    """
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
+
+    def __init__(
+        self,
+        block: type[FusedBasicBlock] | type[FusedBottleneck],
+        layers: Sequence[int],
+        num_classes: int = 10,
+        *,
+        stem: str = "cifar",
+        dropout: float = 0.0,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        check_head(num_classes, stem)
+        dropout = check_dropout(dropout)
+        super().__init__(
+            block, list(layers), num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation,
+            norm_layer,
+        )  # fmt: skip
+        if stem != "imagenet":
+            self.conv1, self.maxpool = make_stem(stem)
+            init_convolution(self.conv1)
+        for module in self.modules():
+            if isinstance(module, (FusedBasicBlock, FusedBottleneck)):
+                getattr(module, module.dropout_norm).dropout = dropout
+        fuse(self, inplace=True)
+
+
+class FusedResNet18(FusedResNet):
+    """ResNet-18. Arguments as `FusedResNet`, which see."""
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
+
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(FusedBasicBlock, (2, 2, 2, 2), num_classes, stem=stem, dropout=dropout, **options)
+
+
+class FusedResNet34(FusedResNet):
+    """ResNet-34. Arguments as `FusedResNet`, which see."""
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
+
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(FusedBasicBlock, (3, 4, 6, 3), num_classes, stem=stem, dropout=dropout, **options)
+
+
+class FusedResNet50(FusedResNet):
+    """ResNet-50. Arguments as `FusedResNet`, which see."""
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
+
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(FusedBottleneck, (3, 4, 6, 3), num_classes, stem=stem, dropout=dropout, **options)
+
+
+class FusedResNet101(FusedResNet):
+    """ResNet-101. Arguments as `FusedResNet`, which see."""
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
+
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(FusedBottleneck, (3, 4, 23, 3), num_classes, stem=stem, dropout=dropout, **options)
+
+
+class FusedResNet152(FusedResNet):
+    """ResNet-152. Arguments as `FusedResNet`, which see."""
+
+    plain_class: ClassVar[type[nn.Module]] = ResNet
+
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
+        super().__init__(FusedBottleneck, (3, 8, 36, 3), num_classes, stem=stem, dropout=dropout, **options)

@@ -1,0 +1,36 @@
+"""The first layers of a network: for small images, or for those of ImageNet's size."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+STEMS = ("cifar", "imagenet")
+STEM_CHANNELS = 64
+
+
+def check_head(num_classes: int, stem: str) -> None:
+    """Check two arguments that every network has.
+
+    Raises:
+        TypeError: num_classes is not an int.
+        ValueError: num_classes is below 1, or stem unknown.
+    """
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
+    if stem not in STEMS:
+        raise ValueError(f"stem: expected one of {STEMS}, got {stem!r}")
+
+
+def make_stem(stem: str) -> tuple[nn.Conv2d, nn.Module]:
+    """The first convolution and the pool: 7x7 stride 2 and 3x3 stride 2 (He et al. 2015, table 1), or 3x3 and none."""
+    if stem == "imagenet":
+        conv = nn.Conv2d(3, STEM_CHANNELS, kernel_size=7, stride=2, padding=3, bias=False)
+        return conv, nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    return nn.Conv2d(3, STEM_CHANNELS, kernel_size=3, padding=1, bias=False), nn.Identity()
+
+
+def init_convolution(conv: nn.Conv2d) -> None:
+    """As torchvision's ResNet: He et al. 2015, "Delving deep into rectifiers", equation 15."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
