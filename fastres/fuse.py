@@ -3,8 +3,8 @@
 A swap changes the class of a module and nothing else: the object, its parameters, buffers, hooks and mode stay. What is
 swapped:
 
-- torchvision's BasicBlock and Bottleneck, wherever they are found (ResNet, ResNeXt, wide ResNet, detection and segmentation
-  backbones), with their normalisations;
+- torchvision's BasicBlock and Bottleneck, wherever they are found (ResNet, ResNeXt, wide ResNet, detection and
+  segmentation backbones), with their normalisations;
 - their downsample of a 1x1 convolution and BatchNorm2d;
 - bn1 and relu of a torchvision ResNet's stem, or of the backbone that IntermediateLayerGetter cuts out of one;
 - `fastres.nn.BatchNormAct2d`, which unfuse leaves behind.
@@ -24,7 +24,7 @@ import torch.nn as nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from fastres.nn.blocks import DropoutBasicBlock, DropoutBottleneck, FusedBasicBlock, FusedBlock, FusedBottleneck
+from fastres.nn.blocks import DropoutBasicBlock, DropoutBottleneck, FusedBasicBlock, FusedBottleneck
 from fastres.nn.norm import AbsorbedReLU, BatchNormAct2d, FusedBatchNormAct2d
 from fastres.nn.obstacles import class_name, obstacle
 from fastres.nn.shortcut import ProjectionShortcut, projection_obstacle
@@ -132,14 +132,14 @@ def _block(name: str, block: nn.Module, uses: _Uses) -> Iterator[_Candidate]:
         yield _Candidate(name, None, problem, lambda: _swap_block(block))
         if problem is not None:
             return
-    downsample = block.downsample
+    downsample = block._modules.get("downsample")
     if downsample is not None:
         where = _join(name, "downsample")
         if isinstance(downsample, ProjectionShortcut):
             yield _Candidate(where, "ProjectionShortcut", None, _nothing)
         else:
             problem = uses.obstacle(downsample, nn.Sequential) or projection_obstacle(downsample)
-            yield _Candidate(where, None, problem, lambda: ProjectionShortcut.adopt(downsample))
+            yield _Candidate(where, None, problem, lambda: ProjectionShortcut.adopt(downsample))  # type: ignore[arg-type]
 
 
 def _block_obstacle(block: nn.Module, uses: _Uses) -> str | None:
@@ -159,7 +159,7 @@ def _block_obstacle(block: nn.Module, uses: _Uses) -> str | None:
 
 def _swap_block(block: nn.Module) -> None:
     fused = _FUSED[type(block)]
-    dropout = block.__dict__.pop("dropout", 0.0)
+    dropout = block.__dict__.pop("dropout") if isinstance(block, (DropoutBasicBlock, DropoutBottleneck)) else 0.0
     block.__class__ = fused
     for name in fused.norms:
         FusedBatchNormAct2d.adopt(getattr(block, name), dropout=dropout if name == fused.dropout_norm else 0.0)
@@ -207,9 +207,9 @@ def _check_model(model: nn.Module, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model: expected a module with Python code, got {type(model).__name__}; call {function} before it")
+        raise TypeError(f"model: expected a Python module, got {type(model).__name__}; {function} before scripting")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(f"model: expected the module that DistributedDataParallel wraps; call {function} before wrapping")
+        raise TypeError(f"model: expected a module, got DistributedDataParallel; call {function} before wrapping it")
     for name, module in model.named_modules():
         compiled = isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
         if compiled or module.__dict__.get("_compiled_call_impl") is not None:
@@ -218,7 +218,7 @@ def _check_model(model: nn.Module, function: str) -> None:
 
 
 def _share(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the modules that holds the same parameters and buffers, so that changing a class leaves the original alone."""
+    """A copy of the modules that holds the same parameters and buffers: changing a class leaves the original alone."""
     if id(module) in seen:
         return seen[id(module)]
     if isinstance(module, torch.jit.ScriptModule):
@@ -239,7 +239,7 @@ def _share(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
 def fuse_report(model: nn.Module) -> FuseReport:
     """What of the model is fused, and what could be but is not and why.
 
-    It looks at the model as it is now, whether `fuse` made it or a constructor did. It prints as a list, a line a module.
+    It looks at the model as it is now, whether `fuse` made it or a constructor did. It prints a line a module.
 
     Args:
         model: any module.
@@ -260,20 +260,20 @@ def fuse_report(model: nn.Module) -> FuseReport:
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Swap what can be fused in a model, and leave the rest as it is.
 
-    Outputs, gradients, running statistics, state_dict, hooks and the mode of every module stay. Modules keep their names;
-    those whose output takes on another meaning (a normalisation now ends after the ReLU) and those that are no longer
-    called (a block's relu) are left alone where somebody has hooked them. The report goes to the log "fastres.fuse" at
-    level INFO, and `fuse_report(model)` gives it at any time.
+    Outputs, gradients, running statistics, state_dict, hooks and the mode of every module stay. Modules keep their
+    names; those whose output takes on another meaning (a normalisation now ends after the ReLU) and those that are no
+    longer called (a block's relu) are left alone where somebody has hooked them. The report goes to the log
+    "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time.
 
     Args:
         model: a torchvision ResNet, or any module that has one, or its blocks, inside. A fused one is left as it is.
         inplace: change the model itself. Otherwise a copy is changed that shares every parameter and buffer with it: a
-            training step on one is seen by the other, until one of them is moved or cast. Modules that the model refers to
-            other than as children are not copied.
+            training step on one is seen by the other, until one of them is moved or cast. Modules that the model
+            refers to other than as children are not copied.
     Returns:
         The model, or the copy.
     Raises:
-        TypeError: not a module, or one whose code is fixed already (TorchScript, torch.compile, DistributedDataParallel).
+        TypeError: not a module, or one that is scripted, compiled or wrapped in DistributedDataParallel already.
     """
     _check_model(model, "fuse")
     fused = model if inplace else _share(model, {})
@@ -320,21 +320,21 @@ def _release_stem(module: nn.Module) -> None:
     norm = module._modules["bn1"]
     if type(norm) is FusedBatchNormAct2d and norm.relu and norm.dropout == 0:
         norm.release()
-        module._modules["relu"].__class__ = nn.ReLU  # type: ignore[union-attr, assignment]
+        module._modules["relu"].__class__ = nn.ReLU
 
 
-def _release_block(block: FusedBlock) -> None:
+def _release_block(block: FusedBasicBlock | FusedBottleneck) -> None:
     norms = {name: block._modules.get(name) for name in block.norms}
     dropout = getattr(norms[block.dropout_norm], "dropout", 0.0)
     for name, norm in norms.items():
         as_made = type(norm) is FusedBatchNormAct2d and norm.relu and norm.order == "add_act"
-        if not as_made or (norm.dropout > 0 and name != block.dropout_norm):  # type: ignore[union-attr, operator]
+        if not as_made or (norm.dropout > 0 and name != block.dropout_norm):
             return  # somebody changed it since: the class stays, which is exact with plain normalisations as well
     for norm in norms.values():
-        norm.release()  # type: ignore[union-attr, operator]
+        norm.release()
     if type(block.downsample) is ProjectionShortcut:
         block.downsample.release()
     plain, with_dropout = _PLAIN[type(block)]
-    block.__class__ = with_dropout if dropout > 0 else plain
+    block.__class__ = with_dropout if dropout > 0 else plain  # type: ignore[assignment]
     if dropout > 0:
         block.__dict__["dropout"] = dropout

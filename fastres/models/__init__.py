@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn as nn
 
 from fastres.fuse import unfuse
@@ -27,7 +29,7 @@ __all__ = [
     "create",
 ]
 
-_CLASSES: dict[str, type[FusedResNet] | type[ArticleResNet18]] = {
+_CLASSES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": FusedResNet18,
     "resnet34": FusedResNet34,
     "resnet50": FusedResNet50,
@@ -58,5 +60,5 @@ def create(
     if name not in _CLASSES:
         raise ValueError(f"name: expected one of {NAMES}, got {name!r}")
     options = {} if dropout is None else {"dropout": dropout}
-    model: nn.Module = _CLASSES[name](num_classes, stem=stem, **options)
+    model = _CLASSES[name](num_classes, stem=stem, **options)
     return model if fused else unfuse(model, inplace=True)

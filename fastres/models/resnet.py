@@ -1,4 +1,4 @@
-"""ResNet-18 to 152 on torchvision's ResNet class: names, initialisation and state_dict are torchvision's by construction."""
+"""ResNet-18 to 152 on torchvision's ResNet class: names, initialisation and state_dict are torchvision's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastres.nn.blocks import FusedBasicBlock, FusedBottleneck
 from fastres.nn.norm import check_dropout
 
 
-class FusedResNet(ResNet):
+class FusedResNet(ResNet):  # type: ignore[misc]
     """torchvision's ResNet with fused blocks and a fused stem.
 
-    With stem "imagenet" and the same seed the initial state_dict is torchvision's, bit for bit; with any stem it has the same
-    names, and checkpoints load both ways.
+    With stem "imagenet" and the same seed the initial state_dict is torchvision's, bit for bit; with any stem it has
+    the same names, and checkpoints load both ways.
 
     Args:
         block: FusedBasicBlock or FusedBottleneck.
@@ -31,8 +31,7 @@ class FusedResNet(ResNet):
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.
-    Source: He et al. 2015, "Deep residual learning for image recognition", table 1; the stem for small images as in the same
-        paper's section 4.2.
+    Source: He et al. 2015, "Deep residual learning for image recognition", table 1; the 3x3 stem as in section 4.2.
     """
 
     plain_class: ClassVar[type[nn.Module]] = ResNet

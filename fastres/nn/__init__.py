@@ -1,17 +1,21 @@
-"""Modules with parameters. Each reads its parameters and calls `fastres.functional`."""
+"""Modules with parameters: they read them, and call `fastres.functional`.
 
-from fastres.nn.batch_norm_act import BatchNormAct2d, FusedBatchNormAct2d
+A fused module holds the parameters of the torch or torchvision module that it stands for, under the same names, so
+checkpoints go both ways.
+"""
+
 from fastres.nn.blocks import (
     DropoutBasicBlock,
     DropoutBottleneck,
     FusedBasicBlock,
     FusedBottleneck,
     ResidualBlock,
-    SkipConnection,
 )
-from fastres.nn.projection import ProjectionShortcut
+from fastres.nn.norm import AbsorbedReLU, BatchNormAct2d, FusedBatchNormAct2d
+from fastres.nn.shortcut import ProjectionShortcut, SkipConnection
 
 __all__ = [
+    "AbsorbedReLU",
     "BatchNormAct2d",
     "DropoutBasicBlock",
     "DropoutBottleneck",
