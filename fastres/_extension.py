@@ -52,8 +52,8 @@ CXX_FLAGS = (
     *("-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
     *("-DNDEBUG", "-g0", "-fno-wrapv", "-Wno-unknown-pragmas"),
 )
-# GCC makes statics of inline functions unique in the whole process, also across RTLD_LOCAL; Clang neither does nor knows
-# the flag. OpenMP is not linked: its symbols come from the runtime that torch loaded, so that the threads are the same.
+# GCC makes statics of inline functions unique in the whole process, also across RTLD_LOCAL; Clang neither does so nor
+# knows the flag. OpenMP is not linked: its symbols come from the runtime that torch loaded, and its threads with them.
 GCC_FLAGS = ("-fno-gnu-unique", "-fopenmp")
 NVCC_FLAGS = ("-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
@@ -382,10 +382,12 @@ def _say(text: str) -> None:
 
 def _cache_folder(module: Module) -> Path:
     import torch
+    import torch._appdirs
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
-        root = os.path.realpath(torch._appdirs.user_cache_dir(appname="torch_extensions"))
+        root = str(torch._appdirs.user_cache_dir(appname="torch_extensions"))  # type: ignore[no-untyped-call]
+    facts: tuple[object, ...]
     facts = (module.fingerprint, compile_flags(module), torch.__version__, sys.version, compiler(), compiler_version())
     if module.is_cuda:
         facts += (cuda_home(), nvcc_version(), _device_architectures())
@@ -444,9 +446,9 @@ def _built(module: Module) -> tuple[ModuleType, Path]:
             try:
                 return _import(module.name, library), library
             except ImportError:
-                # A damaged file: ninja would take it for up to date.
                 complete.unlink(missing_ok=True)
-                library.unlink(missing_ok=True)
+        # A damaged library: ninja would take it for up to date.
+        library.unlink(missing_ok=True)
         # torch before 2.14 waits for as long as this file exists, also after its maker was killed. Nobody else is here.
         (folder / "lock").unlink(missing_ok=True)
         return _compile(module, folder, library, complete), library
@@ -459,7 +461,7 @@ def _compile(module: Module, folder: Path, library: Path, complete: Path) -> Mod
         count = len(module.sources)
         _say(f"compiling {module.name} ({count} files) with {compiler_version()}, once, into {folder}")
         with _progress(folder, count):
-            loaded = cpp_extension.load(
+            loaded: ModuleType = cpp_extension.load(
                 name=module.name,
                 sources=[str(p) for p in module.sources],
                 extra_cflags=cxx_flags,
@@ -541,10 +543,11 @@ def load_cuda() -> ModuleType | None:
 
 
 def status() -> Status:
-    """What became of the backends so far. Loads nothing: call `load_cpu` and `load_cuda` first to know what they give."""
+    """What became of the backends so far. Loads nothing: call `load_cpu` and `load_cuda` first to know all."""
     unasked = BackendStatus(live=False, reason="not used yet")
     installed = {}
-    for name, make in [(f"cpu {c}", functools.partial(cpu_module, c)) for c in capabilities()] + [("cuda", cuda_module)]:
+    made: dict[str, Callable[[], Module]] = {f"cpu {c}": functools.partial(cpu_module, c) for c in capabilities()}
+    for name, make in (made | {"cuda": cuda_module}).items():
         try:
             _installed(make())
             installed[name] = ""
@@ -609,7 +612,7 @@ def _find(
     except Exception as e:
         # Whatever goes wrong in compiling or loading must not take the library with it.
         error = first_error(str(e) or repr(e))
-        reason = f"the build failed: {error}" if not isinstance(e, ImportError) else f"the module does not load: {error}"
+        reason = f"the {'module does not load' if isinstance(e, ImportError) else 'build failed'}: {error}"
     finally:
         if flags is not None:
             sys.setdlopenflags(flags)

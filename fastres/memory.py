@@ -9,8 +9,8 @@ def reuse_cpu_memory() -> bool:
     """Make the C allocator keep large buffers that were freed and hand them out again.
 
     glibc returns a large buffer to the kernel at every free, and every next use pays for its page faults, which can
-    take longer than the arithmetic. Call it once, at the start, before large tensors exist; importing the library never
-    does. The cost: memory that was once used stays with the process until it ends, for PyTorch and everything else in it.
+    take longer than the arithmetic. Call it once, at the start, before large tensors exist; importing the library does
+    not. The cost: memory that was once used stays with the process until it ends, whoever in it used it.
 
     Returns:
         True where it took effect; False, and nothing is changed, where the allocator is not glibc's or the CPU module

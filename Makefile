@@ -1,0 +1,23 @@
+PYTHON ?= python
+
+.PHONY: build test bench lint format
+
+build: ## compile the modules in place, only what changed
+	$(PYTHON) setup.py build_ext --inplace
+
+test:
+	$(PYTHON) -m pytest
+
+bench:
+	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+lint:
+	ruff check .
+	ruff format --check .
+	$(PYTHON) -m mypy
+	git ls-files 'csrc/*' | xargs clang-format --dry-run -Werror
+
+format:
+	ruff check --fix .
+	ruff format .
+	git ls-files 'csrc/*' | xargs clang-format -i

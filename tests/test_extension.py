@@ -1,0 +1,321 @@
+"""Finding, building and loading the compiled modules. What a whole process decides once is asked of fresh processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastres
+from fastres import _extension
+
+ROOT = _extension.SOURCES.parent
+
+# Loads the CPU module from the sources in argv[1] and says what became of it, as JSON.
+LOAD = """
+import dataclasses, json, pathlib, sys, warnings
+from fastres import _extension
+if len(sys.argv) > 1:
+    _extension.SOURCES = pathlib.Path(sys.argv[1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    module = _extension.load_cpu()
+    assert _extension.load_cpu() is module
+state = dataclasses.asdict(_extension.status().cpu) | {"warnings": [str(w.message) for w in caught]}
+if module is not None:
+    state["module"] = [module.capability(), module.build_info()["torch"]]
+print(json.dumps(state, default=str))
+"""
+
+
+def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[dict, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1]), err
+
+
+def load(*arguments: object, **environment: str) -> tuple[dict, str]:
+    return finish(start(LOAD, *arguments, **environment))
+
+
+@pytest.fixture
+def small_sources(tmp_path: Path) -> Path:
+    """Sources that compile in a few seconds: the module without any operator."""
+    folder = tmp_path / "csrc"
+    (folder / "cpu").mkdir(parents=True)
+    shutil.copy(_extension.SOURCES / "cpu" / "module.cpp", folder / "cpu")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> dict[str, str]:
+    """An empty cache, and no module of the install."""
+    return {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "FASTRES_EXTENSION": "build"}
+
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("machine", "aten", "expected"),
+    [
+        ("x86_64", "AVX512", "avx512"),
+        ("x86_64", "AVX512_VNNI", "avx512"),
+        ("AMD64", "AVX2", "avx2"),
+        ("x86_64", "NO AVX", "default"),
+        ("x86_64", "DEFAULT", "default"),
+        ("x86_64", "something new", "default"),
+        ("aarch64", "SVE256", "default"),
+        ("ppc64le", "VSX", "default"),
+    ],
+)
+def test_every_capability_that_aten_names_has_a_module(machine, aten, expected, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: aten)
+    assert _extension.cpu_capability() == expected
+    assert expected in _extension.capabilities()
+
+
+def machine_capabilities() -> list[str]:
+    known = _extension.capabilities()
+    return list(known[: known.index(_extension.cpu_capability()) + 1])
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", machine_capabilities())
+def test_the_module_of_each_capability_loads_where_aten_is_told_to_use_it(capability, small_sources, cache):
+    state, _ = load(small_sources, ATEN_CPU_CAPABILITY=capability, **cache)
+    assert state["live"] and state["warnings"] == []
+    assert (state["capability"], state["origin"]) == (capability, "first use")
+    assert state["module"] == [capability.upper(), torch.__version__.split("+")[0]]
+
+
+@needs_compiler
+def test_one_process_builds_for_all_that_start_at_once_also_after_one_was_killed(small_sources, cache):
+    victim = start(LOAD, small_sources, **cache)
+    assert victim.stderr is not None
+    assert "compiling" in victim.stderr.readline()
+    time.sleep(1)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    (folder,) = (p for p in Path(cache["TORCH_EXTENSIONS_DIR"]).iterdir())
+    assert not (folder / "complete").exists()
+    (folder / "lock").touch()  # what torch before 2.14 leaves behind when it is killed
+
+    results = [finish(p) for p in [start(LOAD, small_sources, **cache) for _ in range(3)]]
+    assert [state["live"] for state, _ in results] == [True] * 3
+    assert sum("compiling" in err for _, err in results) == 1
+
+    (library,) = folder.glob("*.so")
+    library.write_bytes(b"damaged")
+    state, err = load(small_sources, **cache)
+    assert state["live"] and "compiling" in err
+
+    state, err = load(small_sources, CXX=os.environ.get("CXX", "c++"), **cache)
+    assert state["live"] and "compiling" not in err
+
+
+@needs_compiler
+def test_a_compile_error_is_one_warning_with_the_compilers_words(small_sources, cache):
+    (small_sources / "cpu" / "broken.cpp").write_text("int f() {\n  return undeclared_name;\n}\n")
+    state, _ = load(small_sources, **cache)
+    assert not state["live"]
+    assert "broken.cpp:2" in state["error"] and "undeclared_name" in state["error"]
+    (warning,) = state["warnings"]
+    assert state["error"] in warning and "only slower" in warning
+
+
+def test_without_a_compiler_the_operators_run_on_plain_pytorch_after_one_warning(cache):
+    code = """
+import json, warnings
+import torch
+import fastres.functional
+x, r, w, b = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5), torch.rand(3), torch.randn(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        y = fastres.functional.batch_norm_act(x, None, None, w, b, training=True, residual=r)
+oracle = torch.relu(torch.nn.functional.batch_norm(x, None, None, w, b, training=True) + r)
+print(json.dumps({"warnings": [str(w.message) for w in caught], "error": float((y - oracle).abs().max())}))
+"""
+    state, err = finish(start(code, CXX="/nonexistent/c++", **cache))
+    (warning,) = state["warnings"]
+    assert "/nonexistent/c++" in warning and "CXX" in warning and "plain PyTorch" in warning
+    assert state["error"] < 1e-5
+    assert "compiling" not in err
+
+
+def test_the_modules_can_be_switched_off(cache):
+    state, err = load(**(cache | {"FASTRES_EXTENSION": "0"}))
+    assert not state["live"] and "FASTRES_EXTENSION=0" in state["reason"]
+    assert state["warnings"] == [] and err == ""
+
+
+def write_module_of_the_install(folder: Path, **changes: object) -> Path:
+    module = _extension.cpu_module("default")
+    path = folder / f"{module.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path.touch()
+    _extension.write_record(folder, [module], {})
+    record = json.loads((folder / _extension.RECORD).read_text())
+    (folder / _extension.RECORD).write_text(json.dumps(record | changes))
+    return path
+
+
+def test_a_module_of_the_install_is_taken_where_torch_and_sources_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    path = write_module_of_the_install(tmp_path)
+    assert _extension._installed(_extension.cpu_module("default")) == path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"torch": "1.0.0"}, "compiled for torch 1.0.0"),
+        ({"fingerprints": {"_C_cpu_default": "0"}}, "other sources"),
+        ({"fingerprints": {}}, "other sources"),
+    ],
+)
+def test_a_stale_module_of_the_install_is_not_imported(changes, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    write_module_of_the_install(tmp_path, **changes)
+    with pytest.raises(_extension.Unavailable, match=words):
+        _extension._installed(_extension.cpu_module("default"))
+
+
+def test_a_module_of_the_install_without_its_record_is_not_imported(tmp_path, monkeypatch):
+    monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    write_module_of_the_install(tmp_path)
+    (tmp_path / _extension.RECORD).write_text("{")
+    with pytest.raises(_extension.Unavailable, match="compiled for torch None"):
+        _extension._installed(_extension.cpu_module("default"))
+
+
+def test_the_fingerprint_follows_sources_headers_and_flags(small_sources, monkeypatch):
+    (small_sources / "common").mkdir()
+    header = small_sources / "common" / "a.h"
+    header.write_text("1")
+    monkeypatch.setattr(_extension, "SOURCES", small_sources)
+    before = _extension.cpu_module("default").fingerprint
+    assert before == _extension.cpu_module("default").fingerprint
+    assert before != _extension.cpu_module("avx2").fingerprint
+    header.write_text("2")
+    after_header = _extension.cpu_module("default").fingerprint
+    (small_sources / "cpu" / "more.cpp").touch()
+    assert len({before, after_header, _extension.cpu_module("default").fingerprint}) == 3
+
+
+def test_a_wheel_carries_every_kind_of_source_file():
+    files = [p for p in _extension.SOURCES.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {p.suffix for p in files} <= {".cpp", ".h", ".cu", ".cuh"}
+
+
+def test_the_first_error_is_the_first_line_that_reports_one():
+    text = "\n[1/2] c++ -Werror a.cpp\na.cpp:1: warning: odd\na.cpp:3:5: error: no 'x'\nb.h:1: fatal error: none.h\n"
+    assert _extension.first_error(text) == "a.cpp:3:5: error: no 'x'"
+    assert _extension.first_error("\nnothing known\nmore") == "nothing known"
+
+
+def test_the_toolkit_is_where_nvcc_itself_says(tmp_path, monkeypatch):
+    toolkit = tmp_path / "toolkit-13"
+    for folder in ("bin", "../scripts/bin"):
+        (toolkit / folder).resolve().mkdir(parents=True)
+    real, wrapper = toolkit / "bin" / "nvcc", tmp_path / "scripts" / "bin" / "nvcc"
+    real.write_text(f'#!/bin/sh\necho "#\\$ _HERE_={toolkit}/bin" >&2\necho "#\\$ TOP={toolkit}/bin/.." >&2\n')
+    wrapper.write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    for script in (real, wrapper):
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    _extension.cuda_home.cache_clear()
+    try:
+        assert _extension.cuda_home() == toolkit.resolve()
+    finally:
+        _extension.cuda_home.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.skipif(_extension.nvcc_version() is None or torch.version.cuda is None, reason="no nvcc, or torch for CPU")
+def test_the_cuda_module_builds_where_it_is_forced_and_says_what_it_was_compiled_for(cache):
+    code = """
+import json
+from fastres import _extension
+module = _extension.load_cuda()
+status = _extension.status().cuda
+print(json.dumps([None if module is None else module.build_info(), status.reason, status.error]))
+"""
+    environment = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0", "FASTRES_CUDA": "1"}
+    (info, reason, error), err = finish(start(code, **environment, **cache))
+    assert info is not None, (reason, error, err)
+    assert info["architectures"] == [800, 900]
+    assert str(info["cuda"] // 1000) == str(_extension.nvcc_version()).split(".")[0]
+
+
+def test_the_cuda_module_can_be_left_out(monkeypatch):
+    monkeypatch.setenv("FASTRES_CUDA", "0")
+    with pytest.raises(_extension.Unavailable, match="FASTRES_CUDA=0"):
+        _extension.check_cuda()
+
+
+@needs_compiler
+def test_parallel_regions_run_on_the_threads_of_torch():
+    module = _extension.load_cpu()
+    assert module is not None
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert module.openmp_threads() in ((threads,) if module.build_info()["openmp"] else (0,))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_reusing_memory_spares_the_page_faults_of_the_next_buffer(small_sources, cache):
+    code = """
+import json, pathlib, resource, sys
+import torch
+import fastres
+from fastres import _extension
+_extension.SOURCES = pathlib.Path(sys.argv[1])
+torch.set_num_threads(1)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 26, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(); fresh = faults()
+done = fastres.reuse_cpu_memory()
+faults(); kept = faults()
+print(json.dumps([done, fresh, kept]))
+"""
+    (done, fresh, kept), _ = finish(start(code, small_sources, **cache))
+    assert done is True
+    assert kept < fresh / 4
+
+
+def test_reusing_memory_says_where_it_cannot(monkeypatch):
+    monkeypatch.setattr(_extension, "load_cpu", lambda: None)
+    assert fastres.reuse_cpu_memory() is False

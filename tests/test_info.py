@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastres import _extension
+
+
+def info(**environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "fastres.info"],
+        cwd=_extension.SOURCES.parent,
+        env=os.environ | {"COLUMNS": "300"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_it_names_the_versions_and_why_nothing_compiled_is_live():
+    text = info(FASTRES_EXTENSION="0")
+    assert torch.__version__ in text
+    assert text.count("FASTRES_EXTENSION=0") == 2
+    assert _extension.cpu_capability() in text
+
+
+def test_it_names_the_missing_compiler(tmp_path: Path):
+    text = info(FASTRES_EXTENSION="build", TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/nonexistent/c++")
+    assert text.count("/nonexistent/c++") >= 2
+    assert "plain PyTorch" in text
