@@ -82,7 +82,7 @@ class ImageData:
     mean: tuple[float, ...]  # [3], of pixels in 0..1
     std: tuple[float, ...]  # [3]
     augmentation: Augmentation
-    instead_of: str | None = None  # why this data set stands in for another, as a sentence
+    instead_of: str | None = None  # why it stands in for CIFAR-10, as a sentence; None where it does not
 
 
 def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> ImageData:
@@ -109,7 +109,7 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
     except RunError as error:
         if config.dataset != "auto":
             raise
-        return load_handwritten_digits(instead_of=f"CIFAR-10: {error}")
+        return load_handwritten_digits(instead_of=str(error))
 
 
 def load_handwritten_digits(*, instead_of: str | None = None) -> ImageData:

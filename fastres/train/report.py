@@ -63,8 +63,8 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
     if data.instead_of:
         console.print(
             Panel(
-                f"Training on scikit-learn's HANDWRITTEN DIGITS instead of {data.instead_of}",
-                title="another data set",
+                f"Training on scikit-learn's HANDWRITTEN DIGITS instead. {data.instead_of}.",
+                title="NOT CIFAR-10",
                 border_style="bold yellow",
             )
         )
@@ -92,7 +92,7 @@ def write_summary(console: Console, summary: Summary, data: ImageData) -> None:
     table.add_column(overflow="fold")
     table.add_row("data set", describe(data))
     if data.instead_of:
-        table.add_row("INSTEAD OF", data.instead_of, style="yellow")
+        table.add_row("NOT CIFAR-10", data.instead_of, style="yellow")
     table.add_row("model", f"{summary.model}, {'fused' if summary.fused else 'plain PyTorch'}")
     table.add_row("backend", f"{summary.backend} on {summary.device}")
     best = "none yet" if summary.best_accuracy is None else f"{summary.best_accuracy:.2%} in epoch {summary.best_epoch}"

@@ -183,12 +183,12 @@ def test_images_left_on_disk_train_alike(
 def test_stand_in_for_another_data_set_is_said_at_the_start_and_at_the_end(run: Run, data: ImageData) -> None:
     text = io.StringIO()
     summary = run(
-        on=dataclasses.replace(data, instead_of="CIFAR-10: no network"), console=Console(file=text, width=150)
+        on=dataclasses.replace(data, instead_of="CIFAR-10 has no network"), console=Console(file=text, width=150)
     )
     start, end = text.getvalue().split("epoch 1/2", maxsplit=1)
-    assert "HANDWRITTEN DIGITS instead of CIFAR-10: no network" in start
-    assert "INSTEAD OF" in end
-    assert summary.instead_of == "CIFAR-10: no network"
+    assert "HANDWRITTEN DIGITS instead. CIFAR-10 has no network." in start
+    assert "NOT CIFAR-10" in end
+    assert summary.instead_of == "CIFAR-10 has no network"
 
 
 def test_default_folder_names_the_run_and_is_never_used_twice(
