@@ -1,7 +1,32 @@
-"""Fused residual networks for PyTorch."""
+"""Fused residual networks for PyTorch: drop-in models, modules and functions over custom kernels."""
 
+from fastres import functional, models, nn, reference
+from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.memory import reuse_cpu_memory
+from fastres.models import (
+    ArticleResNet18,
+    FusedResNet18,
+    FusedResNet34,
+    FusedResNet50,
+    FusedResNet101,
+    FusedResNet152,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["reuse_cpu_memory"]
+__all__ = [
+    "ArticleResNet18",
+    "FusedResNet18",
+    "FusedResNet34",
+    "FusedResNet50",
+    "FusedResNet101",
+    "FusedResNet152",
+    "functional",
+    "fuse",
+    "fuse_report",
+    "models",
+    "nn",
+    "reference",
+    "reuse_cpu_memory",
+    "unfuse",
+]
