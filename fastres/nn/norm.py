@@ -115,7 +115,7 @@ class _NormAct(nn.BatchNorm2d):
         # Where the residual joins when one is passed to forward.
         steps.insert(1 if self.order == "add_act" else len(steps), "[add]")
         own = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{own}, fused={' > '.join(steps)}"
+        return f"{own}, steps={' > '.join(steps)}"
 
 
 class FusedBatchNormAct2d(_NormAct):
