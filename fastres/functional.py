@@ -120,7 +120,7 @@ def _store_running(norm: NormParams, computed: NormParams) -> None:
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # autocast does not know meta
         return torch.get_autocast_dtype(device.type)
     return None
 

@@ -351,7 +351,7 @@ def backward_apply(
     Source: Ioffe and Szegedy 2015, section 3.
     """
     g = masked_gradient(dy, x, bits, act)
-    dx = dr = dy.new_empty(0)
+    dx, dr = dy.new_empty(0), dy.new_empty(0)  # an operator may not return one tensor twice
     if needs[0]:
         dx = _input_gradient(g, x, sums[:2] if sums else None, count)
     if needs[1]:

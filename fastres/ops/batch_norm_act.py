@@ -103,7 +103,7 @@ def _training_fallback(
     reference.update_running(running_mean, running_var, x_mean, x_m2, count, momentum)
     rstd = torch.rsqrt(x_m2 / count + eps)
     r: Tensor | Affine | None = residual
-    r_mean = r_rstd = x_mean.new_empty(0)
+    r_mean, r_rstd = x_mean.new_empty(0), x_mean.new_empty(0)
     if residual is not None and residual_norm:
         if residual_mean is None or residual_m2 is None:
             _, r_mean, residual_m2 = reference.stats(residual)
@@ -261,8 +261,7 @@ def _backward_fallback(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     r = _residual(residual, residual_mean, residual_rstd, residual_weight, residual_bias)
     normed, act = Affine(x, mean, rstd, weight, bias), Activation(relu, dropout_p, order)
-    none = mean.new_empty(0)
-    sums = (none, none, none, none)
+    sums = (mean.new_empty(0), mean.new_empty(0), mean.new_empty(0), mean.new_empty(0))
     if needs[2]:
         sums = reference.backward_reduce(dy, normed, r if isinstance(r, Affine) else None, bits, act)
     dx, dr = reference.backward_apply(

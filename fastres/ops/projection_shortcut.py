@@ -59,7 +59,7 @@ forward = define(
 def _backward_fallback(
     dproduct: Tensor, s: Tensor, weight: Tensor, stride: list[int], needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    ds = dweight = s.new_empty(0)
+    ds, dweight = s.new_empty(0), s.new_empty(0)
     if needs[0]:
         ds = torch.empty_like(s).copy_(torch.nn.grad.conv2d_input(s.shape, weight, dproduct, stride=stride))
     if needs[1]:
