@@ -1,0 +1,16 @@
+"""ResNet-18 with the CIFAR stem: a training step, and inference in a large batch and one image at a time."""
+
+from __future__ import annotations
+
+from benchmarks.conftest import Measure, sides
+from benchmarks.workloads import Workload, inference_workloads, train_workloads
+
+
+@sides(train_workloads())
+def test_resnet18_training_step(measure: Measure, workload: Workload, side: str) -> None:
+    measure(workload, side)
+
+
+@sides(inference_workloads())
+def test_resnet18_inference(measure: Measure, workload: Workload, side: str) -> None:
+    measure(workload, side)

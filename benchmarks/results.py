@@ -1,0 +1,363 @@
+"""`python -m benchmarks.results`: every workload with all its sides interleaved in one process.
+
+Writes the raw figures as JSON and the README's plot to docs/results/, and the table to the README, between the lines
+`<!-- results -->` and `<!-- /results -->`, where it has them. Interleaved means: each round runs every side once, so
+that a machine whose speed drifts slows all sides alike. Figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torchvision
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import fastres
+from benchmarks import workloads
+from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
+from fastres.info import processors
+from fastres.train.checkpoint import atomic, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = "copy"
+MARKERS = ("<!-- results -->", "<!-- /results -->")
+SAVED_BATCH = 4 if workloads.QUICK else 32
+NAMES = {EAGER: "PyTorch eager", COMPILE: "torch.compile", FUSED: "fastres"}
+COLOURS = {EAGER: "#9aa5b1", COMPILE: "#e0a458", FUSED: "#1f6f8b"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure fastres against PyTorch eager and torch.compile."""
+
+    output_dir: Path = ROOT / "docs" / "results"
+    """Folder for the JSON file and op.png."""
+    readme: Path = ROOT / "README.md"
+    """File that takes the table; left as it is by a quick run, or where it lacks the two marker lines."""
+    rounds: float = 2.0
+    """Rounds of each workload, as a multiple of those that pytest runs."""
+    from_json: Path | None = None
+    """Draw and print again what an earlier run wrote, without measuring."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One workload. `seconds`: side -> every round's seconds; "copy" is the copy of one tensor of that shape."""
+
+    group: str
+    name: str
+    images: int
+    shape: list[int] | None
+    bytes: int | None
+    copied_bytes: int | None
+    dropout: float
+    seconds: dict[str, list[float]]
+
+    def median(self, side: str) -> float:
+        """Seconds; not a number where the side did not run."""
+        return statistics.median(self.seconds[side]) if side in self.seconds else float("nan")
+
+    def floor(self) -> float:
+        """Seconds that the least traffic takes at the bandwidth of the copy."""
+        if self.bytes is None or self.copied_bytes is None:
+            return float("nan")
+        return self.bytes / self.copied_bytes * self.median(COPY)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole run. `saved_bytes_per_image`: dropout -> side -> what a ResNet-18 training step keeps for backward."""
+
+    machine: dict[str, Any]
+    measurements: list[Measurement]
+    saved_bytes_per_image: dict[str, dict[str, float]]
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def measure(config: Config) -> Results:
+    """Run everything."""
+    machine = describe_machine()
+    tasks: list[Workload] = list(
+        chain(
+            workloads.op_workloads(),
+            workloads.block_workloads(),
+            workloads.inference_workloads(),
+            workloads.train_workloads(),
+        )
+    )
+    measurements = []
+    with tqdm(tasks, unit="workload") as bar:
+        for task in bar:
+            bar.set_description(task.name)
+            measurements.append(interleave(task, max(1, round(task.rounds * config.rounds))))
+    saved = {
+        f"{dropout:g}": {side: saved_bytes(side, dropout) / SAVED_BATCH for side in (EAGER, FUSED)}
+        for dropout in workloads.DROPOUTS
+    }
+    return Results(machine, measurements, saved)
+
+
+def interleave(workload: Workload, rounds: int) -> Measurement:
+    """Time every side of a workload once a round."""
+    runs = {side: workload.make(side) for side in workload.sides}
+    if workload.shape is not None:
+        runs[COPY] = workloads.copy(workload.shape)
+    for run in runs.values():
+        for _ in range(workload.warmup_rounds):
+            run()
+    seconds: dict[str, list[float]] = {side: [] for side in runs}
+    for _ in range(rounds):
+        for side, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[side].append(time.perf_counter() - start)
+    return Measurement(
+        group=workload.group,
+        name=workload.name,
+        images=workload.images,
+        shape=None if workload.shape is None else list(workload.shape),
+        bytes=workload.bytes,
+        copied_bytes=None if workload.shape is None else workloads.copied_bytes(workload.shape),
+        dropout=workload.dropout,
+        seconds=seconds,
+    )
+
+
+def saved_bytes(side: str, dropout: float) -> int:
+    """Bytes that autograd keeps between forward and backward of a ResNet-18 training step of SAVED_BATCH images.
+
+    Every storage counts once; parameters, which exist anyway, do not count.
+    """
+    model = workloads.resnet18(side, dropout)
+    images, labels = workloads.image_batch(SAVED_BATCH)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The loss keeps the graph, and so every address, alive until the sum is taken.
+        loss = workloads.training_loss(model, images, labels)
+        total = sum(storages.values())
+    torch.autograd.backward(loss)
+    return total
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on. Sets the allocator, and so has to come before any tensor."""
+    reused = fastres.reuse_cpu_memory()
+    found = dict(processors())
+    return {
+        "processor": found.get("GPU 0", found["CPU"]).split(",")[0] if workloads.CUDA else found["CPU"],
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": workloads.DEVICE.type,
+        "dtype": "bfloat16 autocast" if workloads.CUDA else "float32",
+        "memory_format": "channels_last",
+        "allocator": "large buffers kept (fastres.reuse_cpu_memory)" if reused else "the C library's default",
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "fastres": fastres.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "load_average_at_start": os.getloadavg()[0],
+        "quick": workloads.QUICK,
+    }
+
+
+def _commit() -> str:
+    """The commit that was measured, marked where files differ from it; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+
+
+def json_name(machine: dict[str, Any]) -> str:
+    """<processor>-<capability>-<date>.json, in lower case."""
+    words = re.sub(r"\((r|tm|c)\)", "", f"{machine['processor']} {machine['capability']}".lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+    return f"{slug}-{machine['date']}{'-quick' if machine['quick'] else ''}.json"
+
+
+def to_json(results: Results) -> str:
+    """The raw figures."""
+    text = json.dumps(dataclasses.asdict(results), indent=1)
+    # A list of figures belongs on one line.
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def from_json(path: Path) -> Results:
+    """What `to_json` wrote.
+
+    Raises:
+        ValueError: the file is not one of ours.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Results(**{**data, "measurements": [Measurement(**entry) for entry in data["measurements"]]})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"from_json: {path} does not hold results of this script ({error})") from error
+
+
+def table(results: Results) -> str:
+    """The results in Markdown."""
+    machine = results.machine
+    lines = [
+        f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']};"
+        f" {machine['dtype']}, {machine['memory_format']}; {machine['date']}. Allocator, for all sides:"
+        f" {machine['allocator']}. Medians of interleaved rounds.",
+        "",
+        "| forward + backward, ms (less is better) | eager | torch.compile | fastres | over eager | over compile |"
+        " fastres / byte floor |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in results.measurements:
+        if entry.group in ("op", "block"):
+            cells = [_number(1e3 * entry.median(side)) for side in workloads.SIDES]
+            floor = entry.median(FUSED) / entry.floor()
+            lines.append(_row(entry.name, *cells, *_ratios(entry), _number(floor)))
+    lines += [
+        "",
+        "| whole network, images a second (more is better) | eager | torch.compile | fastres | over eager |"
+        " over compile |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in results.measurements:
+        if entry.group.startswith("model"):
+            cells = [_number(entry.images / entry.median(side)) for side in workloads.SIDES]
+            lines.append(_row(entry.name, *cells, *_ratios(entry)))
+    lines += [
+        "",
+        "| kept for backward by a ResNet-18 training step, MiB an image | eager | fastres | eager / fastres |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for dropout, saved in results.saved_bytes_per_image.items():
+        sizes = [_number(saved[side] / 2**20) for side in (EAGER, FUSED)]
+        lines.append(_row(f"dropout {dropout}", *sizes, _number(saved[EAGER] / saved[FUSED], "x")))
+    return "\n".join(lines) + "\n"
+
+
+def _ratios(entry: Measurement) -> list[str]:
+    ratios = [entry.median(side) / entry.median(FUSED) for side in (EAGER, COMPILE)]
+    return [_number(ratio, "x") for ratio in ratios]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float, unit: str = "") -> str:
+    """Three digits; nothing where there is no value."""
+    if value != value:
+        return ""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw the operator's times as multiples of its byte floor, one panel a dropout rate."""
+    style: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(style), atomic(path) as temporary:
+        figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
+        panels = figure.subplots(1, len(workloads.DROPOUTS), sharey=True)
+        for axes, dropout in zip(panels, workloads.DROPOUTS, strict=True):
+            entries = [e for e in results.measurements if e.group == "op" and e.dropout == dropout]
+            for offset, side in enumerate(workloads.SIDES):
+                heights = [entry.median(side) / entry.floor() for entry in entries]
+                bars = axes.bar(
+                    [index + 0.28 * (offset - 1) for index in range(len(entries))],
+                    heights, 0.26, color=COLOURS[side], label=NAMES[side],
+                )  # fmt: skip
+                labels = [_number(1e3 * entry.median(side)) for entry in entries]
+                axes.bar_label(bars, labels, padding=2, fontsize=8, color="#333333")
+            axes.axhline(1, color="#b03a2e", linewidth=1.2, linestyle="--", label="byte floor", zorder=3)
+            ticks = ["{} channels\n{} x {}".format(*entry.shape[1:]) for entry in entries if entry.shape]
+            axes.set_xticks(range(len(ticks)), ticks, fontsize=9)
+            axes.set_title("without dropout" if not dropout else f"with dropout {dropout:g}", fontsize=11)
+            axes.grid(axis="y", color="#e6e6e6")
+            axes.set_axisbelow(True)
+            axes.tick_params(length=0)
+        panels[0].set_ylabel("time / byte floor  (1 = copy bandwidth)")
+        machine = results.machine
+        figure.suptitle("relu(bn(x) + r), forward + backward. On the bars: milliseconds", fontsize=12)
+        handles, names = panels[0].get_legend_handles_labels()
+        # matplotlib lists lines before bars.
+        handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+        figure.supxlabel(
+            f"batch {_batch(results)}, {machine['dtype']}, {machine['memory_format']}; {machine['processor']},"
+            f" {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}; {machine['date']}",
+            fontsize=8, color="#666666",
+        )  # fmt: skip
+        figure.savefig(temporary, format="png", dpi=160)
+
+
+def _batch(results: Results) -> int:
+    return next(entry.images for entry in results.measurements if entry.group == "op")
+
+
+def insert_table(readme: Path, text: str) -> bool:
+    """Put the table between the two marker lines of a file; False, and nothing written, where it lacks them."""
+    if not readme.is_file():
+        return False
+    before, start, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, after = rest.partition(MARKERS[1])
+    if not start or not end:
+        return False
+    write_text(readme, f"{before}{start}\n{text}{end}{after}")
+    return True
+
+
+def main(config: Config) -> None:
+    """Measure, or read; then write, draw and print."""
+    if config.from_json is not None:
+        results = from_json(config.from_json)
+    else:
+        results = measure(config)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        file = config.output_dir / json_name(results.machine)
+        write_text(file, to_json(results))
+        print(f"raw figures: {file}")
+    text = table(results)
+    print(text)
+    picture = config.output_dir / ("op-quick.png" if results.machine["quick"] else "op.png")
+    plot(results, picture)
+    print(f"plot: {picture}")
+    if not results.machine["quick"]:
+        inserted = insert_table(config.readme, text)
+        print(f"table {'written to' if inserted else 'not written, the marker lines are missing in'} {config.readme}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
