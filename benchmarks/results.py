@@ -312,9 +312,9 @@ def plot(results: Results, path: Path) -> None:
         machine = results.machine
         figure.suptitle("relu(bn(x) + r), forward + backward. On the bars: milliseconds", fontsize=12)
         handles, names = panels[0].get_legend_handles_labels()
-        # matplotlib lists lines before bars.
+        # matplotlib lists lines before bars. The panel without dropout has the lower bars, so it has the room.
         handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]
-        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+        panels[0].legend(handles, names, loc="upper left", framealpha=1, edgecolor="white")
         figure.supxlabel(
             f"batch {_batch(results)}, {machine['dtype']}, {machine['memory_format']}; {machine['processor']},"
             f" {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}; {machine['date']}",
