@@ -342,7 +342,7 @@ void sum_columns(const BackwardParams<T>& p, int64_t begin, int64_t end, Channel
   using A = acc_t<T>;
   constexpr int64_t width = Pair<A>::size();
   const int64_t channels = p.rows.channels;
-  const int64_t block_rows = std::max<int64_t>(8, kBlockBytes / (channels * static_cast<int64_t>(sizeof(T))));
+  const int64_t block_rows = block_rows_of(channels, sizeof(T));
   const ChannelLanes<A, true> lanes{0};
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t last = std::min(end, first + block_rows);
@@ -367,7 +367,7 @@ template <typename T, bool kDual, Gate kGate>
 void sum_planes(const BackwardParams<T>& p, int64_t begin, int64_t end, int64_t channel, ChannelSums& total) {
   using A = acc_t<T>;
   const ChannelLanes<A, false> lanes{channel};
-  const int64_t block_images = std::max<int64_t>(1, kBlockBytes / (p.rows.pixels * static_cast<int64_t>(sizeof(T))));
+  const int64_t block_images = std::max<int64_t>(1, kBlockValues * Pair<A>::size() / p.rows.pixels);
   for (int64_t first = begin; first < end; first += block_images) {
     PairSums<A> sums = zero_sums<A>();
     for (int64_t image = first; image < std::min(end, first + block_images); ++image) {

@@ -17,8 +17,13 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
-// Elements whose second reading comes out of the L1 cache.
+// A block's second reading comes out of the caches, and few enough values go into one float to keep its rounding small.
 constexpr int64_t kBlockBytes = 128 * 1024;
+constexpr int64_t kBlockValues = 256; // a lane
+
+inline int64_t block_rows_of(int64_t channels, int64_t item_bytes) {
+  return std::clamp<int64_t>(kBlockBytes / (channels * item_bytes), 8, kBlockValues);
+}
 
 // Running moments of `channels` channels, all over `count` values.
 struct Moments {
@@ -39,7 +44,7 @@ template <typename T>
 inline void add_columns(Moments& moments, const T* x, int64_t rows, int64_t channels) {
   using A = acc_t<T>;
   constexpr int64_t width = Pair<A>::size();
-  const int64_t block_rows = std::max<int64_t>(8, kBlockBytes / (channels * static_cast<int64_t>(sizeof(T))));
+  const int64_t block_rows = block_rows_of(channels, sizeof(T));
   for (int64_t first = 0; first < rows; first += block_rows) {
     const int64_t n = std::min(block_rows, rows - first);
     const T* block = x + first * channels;
@@ -102,7 +107,7 @@ inline void add_planes(
     double& mean, double& m2, int64_t& count, const T* x, int64_t planes, int64_t pixels, int64_t stride) {
   using A = acc_t<T>;
   constexpr int64_t width = Pair<A>::size();
-  const int64_t block = kBlockBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t block = kBlockValues * width;
   const auto sweep = [&](const T* first, int64_t block_planes, int64_t run) {
     Pair<A> sum = Pair<A>::fill(0);
     for (int64_t i = 0; i < block_planes; ++i) {

@@ -1,0 +1,67 @@
+"""The operators of projection_shortcut one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastres import functional
+from tests.oracle import LAYOUTS, activation, generator, norm
+
+OPS = torch.ops.fastres
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stride", [[1, 1], [2, 2], [2, 3]])
+def test_opcheck_passes_on_every_operator(layout, stride):
+    check = torch.library.opcheck
+    gen = generator(layout, stride)
+    s, weight = activation((2, 5, 6, 7), torch.float32, layout, gen), torch.randn(9, 5, 1, 1, generator=gen)
+    for statistics in (True, False):
+        check(OPS.projection_shortcut_forward.default, (s, weight, stride, statistics))
+    product = OPS.projection_shortcut_forward(s, weight, stride, False)[0]
+    dproduct = torch.randn_like(product)
+    for needs in ([True, True], [True, False], [False, True]):
+        check(OPS.projection_shortcut_backward.default, (dproduct, s, weight, stride, needs))
+    own, other = ([t.detach() for t in norm(9, torch.float32, gen)[:4]] for _ in range(2))
+    x = torch.randn_like(product)
+    check(OPS.projection_shortcut_inference.default, (s, weight, *own, x, *other, stride, 1e-5, 1e-3, True))
+    check(OPS.projection_shortcut_inference.default, (s, weight, *own, None, *[None] * 4, stride, 1e-5, 1e-3, False))
+
+
+def test_statistics_are_those_of_the_product_as_it_is_stored():
+    gen = generator("stored")
+    s, weight = activation((2, 8, 6, 6), torch.bfloat16, "channels_last", gen), torch.randn(16, 8, 1, 1, generator=gen)
+    product, mean, m2 = OPS.projection_shortcut_forward(s, weight.bfloat16(), [2, 2], True)
+    _, wanted_mean, wanted_m2 = OPS.batch_norm_act_stats(product)
+    torch.testing.assert_close(mean, wanted_mean)
+    torch.testing.assert_close(m2, wanted_m2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_function_compiles_to_one_graph_with_the_same_results(training):
+    gen = generator("compile", training)
+    s = activation((2, 5, 6, 7), torch.float32, "channels_last", gen).requires_grad_()
+    x = activation((2, 9, 3, 4), torch.float32, "channels_last", gen).requires_grad_()
+    weight = torch.randn(9, 5, 1, 1, generator=gen).requires_grad_()
+    own, other = norm(9, torch.float32, gen), norm(9, torch.float32, gen)
+
+    def f(s, weight, x):
+        return functional.projection_shortcut(s, weight, own, x, other, stride=2, training=training)
+
+    inputs = [s, weight, x, own.weight, other.bias]
+    results = []
+    for run in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        y = run(s, weight, x)
+        results.append([y, *torch.autograd.grad((y * y).sum(), inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_double_backward_is_a_clear_error():
+    s = torch.randn(2, 4, 4, 4, requires_grad=True)
+    weight = torch.randn(6, 4, 1, 1, requires_grad=True)
+    y = functional.projection_shortcut(s, weight, norm(6, torch.float32, generator()), training=True)
+    (first,) = torch.autograd.grad((y * y).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"double backward"):
+        first.sum().backward()
