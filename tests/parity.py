@@ -41,8 +41,8 @@ def same_training(
 ) -> None:
     """Train both modules with SGD on the same inputs, then evaluate both.
 
-    Compared: outputs, gradients of the input and of every parameter, and the buffers after every step; then the outputs and
-    gradients in evaluation.
+    Compared: outputs, gradients of the input and of every parameter, and the buffers after every step; then the outputs
+    and gradients in evaluation.
     """
     for step in range(steps):
         x = make_input()

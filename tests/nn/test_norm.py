@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tests.oracle import assert_close
-from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 from fastres import reference
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d
+from tests.oracle import assert_close
+from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 CLASSES = [FusedBatchNormAct2d, BatchNormAct2d]
 CHANNELS = 6
@@ -205,7 +205,7 @@ def test_adopt_and_release_keep_the_object_and_what_it_holds():
 
 
 def test_adopt_refuses_a_normalisation_of_another_kind():
-    with pytest.raises(TypeError, match="norm: expected exactly torch.nn.BatchNorm2d, got SyncBatchNorm"):
+    with pytest.raises(TypeError, match=r"norm: expected exactly torch\.nn\.BatchNorm2d, got SyncBatchNorm"):
         FusedBatchNormAct2d.adopt(nn.SyncBatchNorm(CHANNELS))
 
 

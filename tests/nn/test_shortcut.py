@@ -5,10 +5,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 from fastres import functional
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, ProjectionShortcut, SkipConnection
+from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 IN, OUT = 5, 7
 

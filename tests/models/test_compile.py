@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastres import models
+from fastres.nn import FusedBasicBlock
+from tests.parity import scramble, twin
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(model, x, target):
+    loss = F.cross_entropy(model(x), target)
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("resnet18", 0.2), ("article", 0.5)])
+def test_a_training_step_compiles_without_a_graph_break(name, dropout):
+    torch.manual_seed(0)
+    model = models.create(name, num_classes=4, dropout=dropout)
+    eager = twin(model)
+    x, target = torch.randn(2, 3, 16, 16), torch.tensor([1, 3])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss = step(compiled, x, target)
+        torch.manual_seed(1)
+        torch.testing.assert_close(loss, step(eager, x, target))
+    for (key, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=key)
+    for (key, b), c in zip(model.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(b, c, msg=key)
+
+
+def test_a_block_compiles_with_the_default_compiler():
+    torch.manual_seed(0)
+    block = FusedBasicBlock(8, 8)
+    eager = twin(block)
+    x = torch.randn(2, 8, 6, 6)
+    # Inductor draws other random numbers than eager, so what is compared is all but dropout.
+    compiled = torch.compile(block, fullgraph=True)
+    for module in (compiled, eager):
+        module(x).square().sum().backward()
+    for p, q in zip(block.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("no_grad", [True, False])
+@pytest.mark.parametrize("name", ["resnet18", "article"])
+def test_the_evaluation_model_can_be_exported(name, no_grad):
+    torch.manual_seed(0)
+    model = scramble(models.create(name, num_classes=4)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.set_grad_enabled(not no_grad):
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("fastres" in name for name in operators)
+    y = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(program.module()(y), model(y))
