@@ -82,10 +82,12 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     found: list[_Candidate] = []
     inside: set[int] = set()  # normalisations that are spoken for by the block or stem that they belong to
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         if isinstance(module, (BasicBlock, Bottleneck)):
             found += _block(name, module, uses)
             inside.update(id(child) for child in module.children())
-        elif isinstance(module.__dict__.get("_modules", {}).get("bn1"), nn.Module) and "relu" in module._modules:
+        elif module._modules.get("bn1") is not None and "relu" in module._modules:
             found.append(_stem(name, module, uses))
             if isinstance(module._modules["relu"], AbsorbedReLU):
                 inside.add(id(module._modules["bn1"]))
@@ -301,7 +303,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     _check_model(model, "unfuse")
     plain = model if inplace else _share(model, {})
-    modules = list(plain.modules())
+    modules = [m for m in plain.modules() if not isinstance(m, torch.jit.ScriptModule)]
     for module in modules:
         if type(module) in _PLAIN:
             _release_block(module)  # type: ignore[arg-type]

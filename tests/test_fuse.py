@@ -1,0 +1,538 @@
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
+import torchvision
+from torch.optim.swa_utils import update_bn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+from fastres.fuse import fuse, fuse_report, unfuse
+from fastres.nn import (
+    AbsorbedReLU,
+    DropoutBasicBlock,
+    FusedBasicBlock,
+    FusedBatchNormAct2d,
+    FusedBottleneck,
+    ProjectionShortcut,
+)
+from tests.parity import same_training, scramble, twin
+
+# Blocks in each, all of torchvision's ResNet constructors.
+BLOCKS = {
+    "resnet18": 8,
+    "resnet34": 16,
+    "resnet50": 16,
+    "resnet101": 33,
+    "resnet152": 50,
+    "resnext50_32x4d": 16,
+    "resnext101_32x8d": 33,
+    "resnext101_64x4d": 33,
+    "wide_resnet50_2": 16,
+    "wide_resnet101_2": 33,
+}
+FUSED_CLASSES = (FusedBasicBlock, FusedBottleneck, FusedBatchNormAct2d, ProjectionShortcut, AbsorbedReLU)
+
+
+def small(norm_layer=None, *, block=BasicBlock, layers=(1, 1, 1, 1), seed=0):
+    """A ResNet of a block a stage."""
+    torch.manual_seed(seed)
+    return scramble(ResNet(block, list(layers), num_classes=4, norm_layer=norm_layer))
+
+
+def images(dtype=torch.float64, size=32, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(4, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def fused_modules(model):
+    return [name for name, m in model.named_modules() if isinstance(m, FUSED_CLASSES)]
+
+
+# ------------------------------------------------------------------------------------------------------------- coverage
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_resnet_of_torchvision_is_fused_whole(name):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+        fused = fuse(model)
+        assert fused(torch.empty(2, 3, 64, 64)).shape == (2, 1000)
+    shortcuts = 3 if name in ("resnet18", "resnet34") else 4
+    report = fuse_report(fused)
+    assert not report.left
+    assert len(report.swapped) == BLOCKS[name] + shortcuts + 1
+    assert type(fused) is ResNet
+    assert not [m for m in fused.modules() if type(m) in (BasicBlock, Bottleneck)]
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in fused.named_modules()] == [n for n, _ in model.named_modules()]
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnext50_32x4d", "wide_resnet50_2"])
+def test_a_fused_resnet_evaluates_as_before(name):
+    torch.manual_seed(0)
+    model = scramble(getattr(torchvision.models, name)(weights=None, num_classes=10)).eval()
+    x = images(torch.float32, 64)()[:2].contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model(x)
+        actual = fuse(model)(x)
+    assert (actual - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_fused_resnet_trains_as_before(block, inplace):
+    model = small(block=block).double()
+    expected = twin(model)
+    same_training(fuse(model, inplace=inplace), expected, images(), steps=2, lr=1e-3, times=1e4)
+
+
+def test_a_resnet_inside_a_segmentation_model_is_fused_with_its_stem():
+    torch.manual_seed(0)
+    model = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=2).eval()
+    fused = fuse(model)
+    report = fuse_report(fused)
+    assert not report.left
+    assert len(report.swapped) == 16 + 4 + 1
+    assert "backbone.bn1" in report.swapped
+    x = images(torch.float32)()[:1]
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x)["out"], model(x)["out"], rtol=1e-4, atol=1e-4)
+    assert repr(unfuse(fused)) == repr(model)
+
+
+def test_a_backbone_that_returns_the_stem_before_its_relu_keeps_it():
+    getter = torchvision.models._utils.IntermediateLayerGetter
+    for layers, fits in (({"bn1": "a", "layer1": "b"}, False), ({"relu": "a", "layer1": "b"}, True)):
+        model = getter(small(), layers).eval()
+        fused = fuse(model)
+        assert ("bn1" in fuse_report(fused).swapped) == fits
+        x = images(torch.float32)()
+        for key, value in model(x).items():
+            torch.testing.assert_close(fused(x)[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_the_backbone_of_a_detection_model_is_left_with_its_frozen_normalisation():
+    backbone = torchvision.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    fused = fuse(backbone)
+    assert not fused_modules(fused)
+    report = fuse_report(fused)
+    assert len(report.left) == 8 + 1
+    for why in report.left.values():
+        assert "is torchvision.ops.misc.FrozenBatchNorm2d, expected exactly torch.nn.BatchNorm2d" in why
+
+
+def test_the_stem_of_an_unknown_model_is_left_and_reported():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn1, self.relu = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()
+            self.blocks = small().layer1
+
+        def forward(self, x):
+            return self.blocks(self.bn1(self.relu(self.conv(x))))
+
+    model = Mine().eval()
+    fused = fuse(model)
+    report = fuse_report(fused)
+    assert report.swapped == {"blocks.0": "FusedBasicBlock"}
+    assert list(report.left) == ["bn1"]
+    assert "whose forward is unknown" in report.left["bn1"]
+    x = images(torch.float32)()
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_subclass_of_resnet_that_only_adds_to_it_is_fused():
+    class Mine(ResNet):
+        def __init__(self):
+            super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=4)
+
+    fused = fuse(Mine())
+    assert type(fused) is Mine
+    assert not fuse_report(fused).left
+    assert type(unfuse(fused)) is Mine
+
+
+def test_a_lone_block_is_fused():
+    assert type(fuse(BasicBlock(8, 8))) is FusedBasicBlock
+    assert fuse_report(fuse(BasicBlock(8, 8))).swapped == {"": "FusedBasicBlock"}
+
+
+# ------------------------------------------------------------------------------------------------ what a swap leaves be
+
+
+def test_a_copy_shares_everything_and_leaves_the_original_alone():
+    model = small()
+    model.extra = {"kept": [1]}
+    before = repr(model)
+    fused = fuse(model)
+    assert repr(model) == before
+    assert not fused_modules(model)
+    theirs = model.state_dict(keep_vars=True)
+    for key, value in fused.state_dict(keep_vars=True).items():
+        assert value is theirs[key], key
+    assert fused.extra == model.extra
+    fused.fc = nn.Identity()
+    fused.layer1[0].register_forward_hook(lambda *_: None)
+    assert isinstance(model.fc, nn.Linear)
+    assert not model.layer1[0]._forward_hooks
+
+
+def test_a_training_step_on_the_copy_is_seen_by_the_original():
+    model = small().double()
+    fused = fuse(model)
+    x = images()()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    fused(x).square().sum().backward()
+    optimizer.step()
+    assert model.bn1.num_batches_tracked == 1
+    torch.testing.assert_close(fused.eval()(x), model.eval()(x))
+
+
+def test_in_place_every_module_stays_the_same_object():
+    model = small()
+    modules = dict(model.named_modules())
+    parameters = [id(p) for p in model.parameters()]
+    assert fuse(model, inplace=True) is model
+    assert all(m is modules[name] for name, m in model.named_modules())
+    assert [id(p) for p in model.parameters()] == parameters
+    assert unfuse(model, inplace=True) is model
+    assert all(m is modules[name] for name, m in model.named_modules())
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_hooks_keep_running_and_see_what_they_saw(inplace):
+    model = small(layers=(1, 1, 1, 1)).eval()
+    seen = {}
+
+    def watch(target, name, key):
+        module = target.get_submodule(name)
+        module.register_forward_hook(lambda m, args, y: seen.__setitem__(key + name, y.detach().clone()))
+
+    names = ["conv1", "maxpool", "layer1", "layer2.0", "layer2.0.conv1", "layer3.0.conv2", "fc", ""]
+    for name in names:
+        watch(model, name, "")
+    x = images(torch.float32)()
+    model(x)
+    expected = dict(seen)
+    seen.clear()
+    fused = fuse(model, inplace=inplace)
+    assert not fuse_report(fused).left
+    fused(x)
+    assert seen.keys() == expected.keys() == set(names)
+    for name, value in expected.items():
+        torch.testing.assert_close(seen[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_backward_hooks_and_hooks_before_forward_keep_running():
+    model = small()
+    calls = []
+    model.layer1[0].register_full_backward_hook(lambda m, gi, go: calls.append("backward"))
+    model.layer2[0].register_forward_pre_hook(lambda m, args: calls.append("before"))
+    fuse(model)(images(torch.float32)()).sum().backward()
+    assert calls == ["before", "backward"]
+
+
+def test_mode_and_requires_grad_of_every_module_are_kept():
+    model = small()
+    model.layer2[0].eval()
+    model.layer3[0].downsample[1].eval()
+    model.layer1[0].bn1.eval()
+    for p in model.layer1.parameters():
+        p.requires_grad_(False)
+    modes = {name: m.training for name, m in model.named_modules()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    for changed in (fuse(model), unfuse(fuse(model))):
+        assert {name: m.training for name, m in changed.named_modules()} == modes
+        assert {name: p.requires_grad for name, p in changed.named_parameters()} == grads
+    same_training(fuse(twin(model).double()), twin(model).double(), images(), steps=2, lr=1e-3, times=1e4)
+
+
+def test_with_every_normalisation_frozen_it_fine_tunes_as_before():
+    model = small().double()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    expected = twin(model)
+    fused = fuse(model)
+    same_training(fused, expected, images(), steps=2, lr=1e-3, times=1e4)
+    assert fused.bn1.num_batches_tracked == 0
+
+
+def test_statistics_can_be_estimated_anew():
+    model = small().double()
+    expected = twin(model)
+    fused = fuse(model)
+    batches = [images(seed=s)() for s in range(3)]
+    for m in (fused, expected):
+        update_bn(batches, m)
+    for (name, a), b in zip(fused.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert fused.layer2[0].downsample[1].num_batches_tracked == 3
+
+
+def test_a_module_that_is_used_twice_stays_one():
+    block = small().layer1[0]
+    model = nn.Sequential(block, nn.Identity(), block)
+    fused = fuse(model)
+    assert fused[0] is fused[2]
+    assert type(fused[0]) is FusedBasicBlock
+    assert type(block) is BasicBlock
+
+
+# ------------------------------------------------------------------------------------------------------- what is left
+
+
+def hook(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def parametrize_weight(model):
+    torch.nn.utils.parametrizations.weight_norm(model.layer2[0].downsample[0])
+
+
+class OtherBlock(BasicBlock):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def other_block(model):
+    model.layer1[0].__class__ = OtherBlock
+
+
+def shared_norm(model):
+    model.layer1[0].bn2 = model.layer1[0].bn1
+
+
+OBSTACLES = {
+    "hook on bn1": (lambda m: hook(m.layer1[0].bn1), "layer1.0", "its bn1 has hooks"),
+    "hook before bn2": (
+        lambda m: m.layer1[0].bn2.register_forward_pre_hook(lambda *_: None), "layer1.0", "its bn2 has hooks",
+    ),
+    "backward hook on bn2": (
+        lambda m: m.layer1[0].bn2.register_full_backward_hook(lambda *_: None), "layer1.0", "its bn2 has hooks",
+    ),
+    "hook on relu": (lambda m: hook(m.layer1[0].relu), "layer1.0", "its relu has hooks"),
+    "hook on downsample": (lambda m: hook(m.layer2[0].downsample), "layer2.0.downsample", "has hooks"),
+    "hook on its convolution": (
+        lambda m: hook(m.layer2[0].downsample[0]), "layer2.0.downsample", "its convolution has hooks",
+    ),
+    "hook on its normalisation": (
+        lambda m: hook(m.layer2[0].downsample[1]), "layer2.0.downsample", "its normalisation has hooks",
+    ),
+    "pruned": (
+        lambda m: torch.nn.utils.prune.l1_unstructured(m.layer2[0].downsample[0], "weight", 0.5),
+        "layer2.0.downsample", "its convolution has hooks",
+    ),
+    "parametrised": (parametrize_weight, "layer2.0.downsample", "ParametrizedConv2d, expected exactly torch.nn.Conv2d"),
+    "bias": (
+        lambda m: m.layer2[0].downsample.__setitem__(0, nn.Conv2d(64, 128, 1, 2)),
+        "layer2.0.downsample", "its convolution has a bias",
+    ),
+    "other activation": (
+        lambda m: setattr(m.layer1[0], "relu", nn.GELU()), "layer1.0", "its relu is torch.nn.GELU",
+    ),
+    "other normalisation": (
+        lambda m: setattr(m.layer1[0], "bn2", nn.GroupNorm(1, 64)), "layer1.0", "its bn2 is torch.nn.GroupNorm",
+    ),
+    "synchronised": (
+        lambda m: setattr(m.layer1, "0", nn.SyncBatchNorm.convert_sync_batchnorm(m.layer1[0])),
+        "layer1.0", "its bn1 is torch.nn.SyncBatchNorm",
+    ),
+    "one norm for both": (shared_norm, "layer1.0", "its bn1 is used more than once (layer1.0.bn1, layer1.0.bn2)"),
+    "other forward": (other_block, "layer1.0", "OtherBlock, whose forward may differ"),
+    "forward set on the block": (
+        lambda m: setattr(m.layer1[0], "forward", lambda x: x + 1), "layer1.0", "has a forward of its own",
+    ),
+    "hook on the stem's bn1": (lambda m: hook(m.bn1), "bn1", "has hooks"),
+    "the stem's relu replaced": (lambda m: setattr(m, "relu", nn.SiLU()), "bn1", "the relu after it is torch.nn.SiLU"),
+    "the stem's relu used again": (
+        lambda m: setattr(m.layer1[0], "relu", m.relu), "bn1", "the relu after it is used more than once",
+    ),
+    "forward set on the model": (
+        lambda m: setattr(m, "forward", m.forward), "bn1", "a forward of its own, set on the instance",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*SyncBatchNorm")
+@pytest.mark.parametrize("case", OBSTACLES)
+def test_what_cannot_be_swapped_exactly_is_left_with_the_reason(case):
+    change, name, reason = OBSTACLES[case]
+    model = small()
+    change(model)
+    fused = fuse(model, inplace=True)
+    report = fuse_report(fused)
+    assert reason in report.left[name]
+    assert list(report.left) == [name]
+    total = 4 + 3 + 1
+    assert len(report.swapped) == total - 1
+    # The first of the two runs on a GPU only; torchvision's own in-place addition refuses the second.
+    if case not in ("synchronised", "backward hook on bn2"):
+        expected = small()
+        change(expected)
+        expected.load_state_dict(fused.state_dict())
+        same_training(fused.double(), expected.double(), images(), steps=1, times=1e4)
+
+
+def test_a_quantisable_resnet_is_left():
+    model = torchvision.models.quantization.resnet18(weights=None, quantize=False)
+    report = fuse_report(fuse(model))
+    assert not report.swapped
+    assert len(report.left) == 8 + 1
+    assert "QuantizableBasicBlock, whose forward may differ" in report.left["layer1.0"]
+    assert "QuantizableResNet, which has a forward of its own" in report.left["bn1"]
+
+
+def test_another_downsample_is_called_as_it_is():
+    model = small()
+    conv, norm = model.layer2[0].downsample
+    conv.stride = (1, 1)
+    model.layer2[0].downsample = nn.Sequential(nn.AvgPool2d(2), conv, norm)
+    expected = twin(model).double()
+    fused = fuse(model).double()
+    assert type(fused.layer2[0]) is FusedBasicBlock
+    assert "has 3 children" in fuse_report(fused).left["layer2.0.downsample"]
+    same_training(fused, expected, images(), steps=2, lr=1e-3, times=1e4)
+
+
+def test_the_report_prints_a_line_a_module_and_goes_to_the_log(caplog):
+    model = small(norm_layer=FrozenBatchNorm2d)
+    model.layer1 = small().layer1
+    with caplog.at_level(logging.INFO, logger="fastres.fuse"):
+        fused = fuse(model)
+    text = str(fuse_report(fused))
+    assert text in caplog.text
+    lines = text.splitlines()
+    assert lines[0] == "fused: 1, left: 4"
+    assert "  layer1.0: fused, FusedBasicBlock" in lines
+    assert any(line.startswith("  layer2.0: left, its bn1 is torchvision.ops.misc.FrozenBatchNorm2d") for line in lines)
+
+
+def test_the_report_of_an_unfused_model_says_what_fuse_would_do():
+    report = fuse_report(small())
+    assert not report.swapped
+    assert set(report.left.values()) == {"not fused yet: fuse(model) swaps it"}
+    assert len(report.left) == 4 + 3 + 1
+
+
+# ------------------------------------------------------------------------------------------------------- and back again
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_unfuse_gives_torchvisions_own_classes_back(name):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(weights=None)
+    back = unfuse(fuse(model))
+    assert repr(back) == repr(model)
+    for (key, a), b in zip(model.named_modules(), back.modules(), strict=True):
+        assert type(a) is type(b), key
+        assert a.__dict__.keys() == b.__dict__.keys(), key
+
+
+def test_unfuse_gives_the_same_results():
+    model = small().double()
+    same_training(unfuse(fuse(model)), twin(model), images(), steps=1, times=1e4)
+
+
+def test_dropout_survives_the_way_there_and_back():
+    model = small()
+    for name in ("layer1", "layer2"):
+        block = getattr(model, name)[0]
+        block.__class__, block.dropout = DropoutBasicBlock, 0.3
+    fused = fuse(model)
+    assert type(fused.layer1[0]) is FusedBasicBlock
+    assert fused.layer1[0].bn1.dropout == 0.3
+    back = unfuse(fused)
+    assert repr(back) == repr(model)
+    assert back.layer1[0].dropout == 0.3
+    assert type(back.layer3[0]) is BasicBlock
+
+
+def test_a_second_fuse_and_a_second_unfuse_change_nothing():
+    model = small()
+    fused = fuse(model)
+    text = repr(fused)
+    assert repr(fuse(fused)) == text
+    assert fuse(fused, inplace=True) is fused
+    assert repr(fused) == text
+    assert repr(unfuse(unfuse(fused))) == repr(unfuse(model)) == repr(model)
+
+
+def test_a_fused_block_that_was_changed_since_unfuses_to_the_same_results():
+    model = fuse(small()).double()
+    model.layer1[0].bn1.relu = False
+    model.layer2[0].bn2.dropout = 0.0
+    model.bn1.relu = False
+    plain = unfuse(model)
+    assert not [m for m in plain.modules() if isinstance(m, FusedBatchNormAct2d)]
+    same_training(plain, twin(model), images(), steps=1, times=1e4)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_a_fused_model_can_be_copied_and_saved(way):
+    model = fuse(small()).eval()
+    if way == "deepcopy":
+        again = copy.deepcopy(model)
+    elif way == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert repr(again) == repr(model)
+    assert again.conv1.weight is not model.conv1.weight
+    x = images(torch.float32)()
+    assert torch.equal(again(x), model(x))
+
+
+def test_pruning_after_fuse_counts():
+    model = small().double()
+    expected = twin(model)
+    fused = fuse(model)
+    for m in (fused, expected):
+        torch.nn.utils.prune.l1_unstructured(m.layer2[0].downsample[0], "weight", amount=0.5)
+    same_training(fused, expected, images(), steps=1, times=1e4)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_what_is_not_a_plain_module_is_refused(function):
+    name = function.__name__
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got OrderedDict"):
+        function(small().state_dict())
+    with pytest.raises(TypeError, match=rf"model: expected a Python module, got RecursiveScriptModule; {name} before"):
+        function(torch.jit.script(nn.Sequential(nn.ReLU())))
+    compiled = torch.compile(small())
+    with pytest.raises(TypeError, match=rf"model: it is compiled already; call {name} before torch\.compile"):
+        function(compiled)
+    with pytest.raises(TypeError, match=rf"model: its module '0' is compiled already; call {name} before"):
+        function(nn.Sequential(compiled))
+    in_place = small()
+    in_place.layer1.compile()
+    with pytest.raises(TypeError, match=r"model: its module 'layer1' is compiled already"):
+        function(in_place)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got NoneType"):
+        fuse_report(None)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_scripted_part_of_a_model_is_shared_as_it_is():
+    part = torch.jit.script(nn.Sequential(nn.ReLU()))
+    model = nn.Sequential(part, small().layer1)
+    fused = fuse(model)
+    assert fused[0] is part
+    assert type(fused[1][0]) is FusedBasicBlock
+    assert unfuse(fused)[0] is part
