@@ -109,8 +109,8 @@ def _cast(norm: NormParams, dtype: torch.dtype) -> NormParams:
     """The norm with parameters and statistics in `dtype`; running statistics of another dtype become copies."""
     if all(t is None or t.dtype == dtype for t in norm[:4]):
         return norm
-    tensors = [None if t is None else t.to(dtype) for t in norm[:4]]
-    return NormParams(*tensors, momentum=norm.momentum, eps=norm.eps)
+    mean, var, weight, bias = (None if t is None else t.to(dtype) for t in norm[:4])
+    return NormParams(mean, var, weight, bias, norm.momentum, norm.eps)
 
 
 def _store_running(norm: NormParams, computed: NormParams) -> None:
@@ -207,18 +207,20 @@ def batch_norm_act(
     bit an element are kept for backward. Differentiable once.
 
     Args:
-        x: [N, C, H, W], float32 | bfloat16 | float16 (float64 on the CPU). Contiguous NCHW and channels_last are read as
-            they are; other strides are copied once, to channels_last where stride(1) == 1 and to NCHW otherwise.
+        x: [N, C, H, W], float32 | bfloat16 | float16 (float64 on the CPU). Contiguous NCHW and channels_last are
+            read as they are; other strides are copied once, to channels_last where stride(1) == 1 and else to NCHW.
         running_mean, running_var: [C] or None; updated in place in training (the unbiased variance goes in).
         weight, bias: [C] or None (1 and 0). Statistics, parameters and sums are float32 whatever the dtype of x.
-        training: use the batch's statistics, update the running ones and apply dropout. Otherwise dropout is the identity.
-        momentum: share of the batch in the running statistics. For a cumulative average pass 1 / (batches seen so far,
-            this one included), as `fastres.nn.FusedBatchNormAct2d(momentum=None)` does.
+        training: use the batch's statistics, update the running ones and apply dropout. Otherwise dropout is the
+            identity.
+        momentum: share of the batch in the running statistics. For a cumulative average pass 1 / (batches seen so
+            far, this one included), as `fastres.nn.FusedBatchNormAct2d(momentum=None)` does.
         eps: added to the variance.
         residual: [N, C, H, W], dtype and device of x. In another memory format than x it is copied once.
         residual_norm: the residual's own batch normalisation, applied in the same pass.
         relu: off leaves a plain normalisation, or normalisation and addition.
-        dropout_p: 0 <= dropout_p < 1, the probability of dropping an element; kept ones are scaled by 1 / (1 - dropout_p).
+        dropout_p: 0 <= dropout_p < 1, the probability of dropping an element; kept ones are scaled by
+            1 / (1 - dropout_p).
         order: "add_act" (ResNet v1) or "act_add".
         seed: int64, one element, on x's device; the dropout mask is a pure function of it. None draws one from torch's
             generator, so torch.manual_seed and activation checkpointing behave.
@@ -226,8 +228,8 @@ def batch_norm_act(
         [N, C, H, W], dtype and memory format of x.
     Raises:
         TypeError: not a tensor, an integer dtype, dtypes of x and residual differ.
-        ValueError: shapes or devices disagree; one value a channel in training; dropout_p outside [0, 1); an unknown order;
-            no running statistics with training=False; residual_norm without residual.
+        ValueError: shapes or devices disagree; one value a channel in training; dropout_p outside [0, 1); an unknown
+            order; no running statistics with training=False; residual_norm without residual.
     Source: Ioffe and Szegedy 2015, algorithm 1; He et al. 2015, figure 2; Srivastava et al. 2014, section 4.
     """
     _check_activation("x", x)
@@ -274,8 +276,9 @@ def projection_shortcut(
 
         y = dropout(relu(bn_x(x) + bn(conv1x1(s))))
 
-    In training the statistics of the product are gathered while the convolution writes it, and it enters batch_norm_act as
-    a residual with its own normalisation. In evaluation, where no gradient is asked for, the product is never written.
+    In training the statistics of the product are gathered while the convolution writes it, and it enters
+    batch_norm_act as a residual with its own normalisation. In evaluation, where no gradient is asked for, the
+    product is never written.
 
     Args:
         s: [N, Cin, H, W], the block's input; dtypes and memory formats as in `batch_norm_act`.
@@ -288,7 +291,8 @@ def projection_shortcut(
     Returns:
         [N, Cout, ceil(H / stride), ceil(W / stride)], dtype of s and memory format of x, or of s where x is None.
     Raises:
-        TypeError, ValueError: as `batch_norm_act`, and where conv_weight is not [Cout, Cin, 1, 1] or stride is not positive.
+        TypeError, ValueError: as `batch_norm_act`, and where conv_weight is not [Cout, Cin, 1, 1] or stride is not
+            positive.
     Source: He et al. 2015, equation 2 and option B.
     """
     autocast = _autocast_dtype(s.device) if isinstance(s, Tensor) else None

@@ -1,16 +1,16 @@
 """The operators in plain PyTorch.
 
-Two halves. The differentiable functions `batch_norm_act` and `projection_shortcut` say what the operators mean in as few
-lines as that takes; the tests hold every backend against them in float64. Below them the same mathematics stage by stage
-(statistics, apply, backward sums, backward apply), in the form in which the operators call it: that half is the fallback
-where nothing is compiled.
+Two halves. The differentiable functions `batch_norm_act` and `projection_shortcut` say what the operators mean in as
+few lines as that takes; the tests hold every backend against them in float64. Below them the same mathematics stage
+by stage (statistics, apply, backward sums, backward apply), in the form in which the operators call it: that half is
+the fallback where nothing is compiled.
 
 Notation: x is [N, C, H, W], M = N * H * W elements a channel, xhat = (x - mean) * rstd.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +90,8 @@ def dropout_keep(shape: torch.Size | tuple[int, ...], seed: Tensor, dropout_p: f
 def rows_are_channels(x: Tensor) -> bool:
     """Whether memory is walked as rows of C (channels_last) rather than rows of H * W (contiguous NCHW).
 
-    A tensor can be both at once (C == 1 or H == W == 1); then the longer rows win, which is what keeps the bit mask small.
+    A tensor can be both at once (C == 1 or H == W == 1); then the longer rows win, which is what keeps the bit mask
+    small.
     """
     if x.is_contiguous(memory_format=torch.channels_last):
         return not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
@@ -105,9 +106,16 @@ def bits_size(x: Tensor) -> int:
 
 def pack_bits(mask: Tensor, like: Tensor) -> Tensor:
     """uint8 [bits_size(like)] from bool [N, C, H, W]: element k of a row is bit k % 8 of the row's byte k // 8."""
-    rows = mask.permute(0, 2, 3, 1).reshape(-1, mask.shape[1]) if rows_are_channels(like) else mask.flatten(2).flatten(0, 1)
-    rows = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (rows << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8).reshape(-1)
+    rows = (
+        mask.permute(0, 2, 3, 1).reshape(-1, mask.shape[1])
+        if rows_are_channels(like)
+        else mask.flatten(2).flatten(0, 1)
+    )
+    rows = F.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).view(rows.shape[0], -1, 8)
+    bits: Tensor = (
+        (rows << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8).reshape(-1)
+    )
+    return bits
 
 
 def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
@@ -133,7 +141,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def update_running(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, m2: Tensor, count: int, momentum: float
 ) -> None:
-    """running = (1 - momentum) * running + momentum * batch, in place; the variance that goes in is the unbiased one."""
+    """running = (1 - momentum) * running + momentum * batch, in place, with the unbiased variance."""
     if running_mean is None or running_var is None:
         return
     with torch.no_grad():
@@ -221,15 +229,26 @@ def projection_shortcut(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`fastres.functional.projection_shortcut` in plain PyTorch, differentiable by autograd. It trusts its arguments."""
+    """`fastres.functional.projection_shortcut` in plain PyTorch, differentiable; it trusts its arguments."""
     product = F.conv2d(s, conv_weight, stride=stride)
-    common = {"training": training, "relu": relu, "dropout_p": dropout_p, "seed": seed}
+    common: dict[str, Any] = {"training": training, "relu": relu, "dropout_p": dropout_p, "seed": seed}
     if x is None or x_norm is None:
         return batch_norm_act(
-            product, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=x, **common  # type: ignore[arg-type]
+            product,
+            *norm[:4],
+            momentum=norm.momentum,
+            eps=norm.eps,
+            residual=x,
+            **common,
         )
     return batch_norm_act(
-        x, *x_norm[:4], momentum=x_norm.momentum, eps=x_norm.eps, residual=product, residual_norm=norm, **common  # type: ignore[arg-type]
+        x,
+        *x_norm[:4],
+        momentum=x_norm.momentum,
+        eps=x_norm.eps,
+        residual=product,
+        residual_norm=norm,
+        **common,
     )
 
 

@@ -43,10 +43,13 @@ def bound(expected: Tensor, dtype: torch.dtype, length: int = 1) -> Tensor:
 def assert_close(actual: Tensor, expected: Tensor, name: str, *, length: int = 1) -> None:
     error = (actual.double() - expected).abs()
     allowed = bound(expected, actual.dtype, length)
-    worst = (error - allowed).argmax() if error.numel() > 0 else None
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if error.numel() == 0:
+        return
+    worst = (error - allowed).argmax()
+    allowed_there = allowed.reshape(-1)[worst]
     assert bool((error <= allowed).all()), (
-        f"{name}: error {error.reshape(-1)[worst].item():.3e} where {allowed.reshape(-1)[worst].item():.3e} is allowed, "
+        f"{name}: error {error.reshape(-1)[worst].item():.3e}, allowed {allowed_there.item():.3e}, "
         f"expected {expected.reshape(-1)[worst].item():.6e}; FASTRES_TEST_SEED={SEED}"
     )
 
@@ -57,17 +60,27 @@ def generator(*key: object) -> torch.Generator:
 
 
 def activation(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, gen: torch.Generator, *, mean: float = 0.5, std: float = 2.0
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    layout: str,
+    gen: torch.Generator,
+    *,
+    mean: float = 0.5,
+    std: float = 2.0,
 ) -> Tensor:
     x = torch.randn(shape, generator=gen, dtype=torch.float64) * std + mean
     return x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
-def norm(channels: int, dtype: torch.dtype, gen: torch.Generator, *, affine: bool = True, running: bool = True) -> NormParams:
-    """A normalisation with nothing at its default; eps bounds how far a channel of two close values magnifies rounding."""
+def norm(
+    channels: int, dtype: torch.dtype, gen: torch.Generator, *, affine: bool = True, running: bool = True
+) -> NormParams:
+    """A normalisation with nothing at its default; eps bounds how far two close values magnify rounding."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return (torch.rand(channels, generator=gen, dtype=torch.float64) * (high - low) + low).to(statistics_dtype(dtype))
+        return (torch.rand(channels, generator=gen, dtype=torch.float64) * (high - low) + low).to(
+            statistics_dtype(dtype)
+        )
 
     return NormParams(
         uniform(-1, 1) if running else None,
@@ -126,11 +139,11 @@ def check_case(
     length: int,
     product_eps: float = 0.0,
 ) -> Tensor:
-    """Outputs, gradients of every input and running statistics of `run` against the oracle on the same values in float64.
+    """Outputs, gradients of every input and running statistics of `run` against the oracle in float64.
 
     Args:
-        relu_input: the oracle's ReLU input. Where it is too close to 0 to tell its sign, dy is set to 0, so that a flipped
-            element says nothing.
+        relu_input: the oracle's ReLU input. Where it is too close to 0 to tell its sign, dy is set to 0, so that a
+            flipped element says nothing.
         product_eps: relative error that an intermediate of x's dtype carries.
     Returns:
         The output of `run`.
@@ -139,7 +152,9 @@ def check_case(
     if relu_input is not None:
         with torch.no_grad():
             z = relu_input(case.double())
-        doubtful = z.abs() <= (64 * torch.finfo(statistics_dtype(dtype)).eps + 4 * product_eps) * z.abs().max().clamp(min=1)
+        doubtful = z.abs() <= (64 * torch.finfo(statistics_dtype(dtype)).eps + 4 * product_eps) * z.abs().max().clamp(
+            min=1
+        )
     y, expected = run(case), oracle(exact)
     stretch = length * (1 + (product_eps / torch.finfo(statistics_dtype(dtype)).eps) ** 2)
     assert_close(y, expected, "y", length=max(1, int(stretch / length)))

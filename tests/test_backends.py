@@ -1,4 +1,5 @@
-"""The parity tests again on every other backend that this machine has: a process each, as a capability is a process's."""
+"""The parity tests again on every other backend that this machine has: a process each, as a capability is a
+process's."""
 
 from __future__ import annotations
 

@@ -86,7 +86,9 @@ def test_batch_norm_act_agrees_with_float64(dtype, layout, training, residual, o
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(4, 64, 8, 8), (2, 3, 1, 1), (1, 1, 5, 3), (5, 512, 2, 2), (2, 130, 7, 7), (300, 8, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(4, 64, 8, 8), (2, 3, 1, 1), (1, 1, 5, 3), (5, 512, 2, 2), (2, 130, 7, 7), (300, 8, 1, 1)]
+)
 def test_shapes_that_fit_vectors_and_shapes_that_do_not(shape, layout):
     for dtype in (torch.float32, torch.bfloat16):
         gen = generator(shape, layout, dtype)
@@ -243,7 +245,8 @@ def test_an_empty_batch_passes_through_and_leaves_the_running_statistics(residua
     assert all(torch.equal(a, b) for a, b in zip(before, case.running().values(), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- memory, determinism, rng
+# ---------------------------------------------------------------------------------------------- memory, determinism,
+# rng
 
 
 def saved_bytes(f) -> int:
@@ -280,7 +283,9 @@ def test_the_projection_saves_its_input_its_product_the_main_branch_and_bits():
     x = torch.randn(2, 16, 4, 4, requires_grad=True)
     weight = torch.randn(16, 8, 1, 1, requires_grad=True)
     norms = [norm(16, torch.float32, generator(k)) for k in range(2)]
-    saved = saved_bytes(lambda: functional.projection_shortcut(s, weight, norms[0], x, norms[1], stride=2, training=True))
+    saved = saved_bytes(
+        lambda: functional.projection_shortcut(s, weight, norms[0], x, norms[1], stride=2, training=True)
+    )
     assert saved == 4 * (s.numel() + 2 * x.numel() + weight.numel()) + x.numel() // 8
 
 
@@ -351,7 +356,9 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
 def test_double_backward_is_a_clear_error_and_only_where_it_is_asked_for():
     case = make_case((2, 4, 3, 3), torch.float32, "nchw", generator())
     x = case.tensors["x"]
-    (first,) = torch.autograd.grad((call(functional.batch_norm_act, case, training=True) ** 2).sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(
+        (call(functional.batch_norm_act, case, training=True) ** 2).sum(), x, create_graph=True
+    )
     assert first.abs().sum() > 0
     with pytest.raises(RuntimeError, match=r"batch_norm_act.*double backward.*reference"):
         first.sum().backward()
@@ -368,7 +375,8 @@ def test_autocast_brings_the_residual_to_the_dtype_of_x():
         functional.batch_norm_act(x, *n[:4], residual=r)
 
 
-# --------------------------------------------------------------------------------------------------- projection_shortcut
+# ---------------------------------------------------------------------------------------------------
+# projection_shortcut
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -440,7 +448,8 @@ def test_a_large_projection_spans_many_blocks_and_segments():
         assert_close(dw, exact_dw, "dweight", length=8 * 256)
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------- bad
+# input
 
 X = torch.zeros(2, 4, 3, 3)
 V = torch.ones(4)
@@ -464,7 +473,11 @@ W = torch.zeros(4, 4, 1, 1)
         (ValueError, r"residual: expected a tensor on cpu, got one on meta", {"residual": X.to("meta")}),
         (ValueError, r"residual_norm: expected None without a residual", {"residual_norm": N}),
         (TypeError, r"residual_norm: expected NormParams", {"residual": X, "residual_norm": (V, V)}),
-        (ValueError, r"residual_norm.running_var: .* got \(2,\)", {"residual": X, "residual_norm": NormParams(V, V[:2])}),
+        (
+            ValueError,
+            r"residual_norm.running_var: .* got \(2,\)",
+            {"residual": X, "residual_norm": NormParams(V, V[:2])},
+        ),
         (ValueError, r"dropout_p: expected 0 <= dropout_p < 1, got 1.0", {"dropout_p": 1.0}),
         (ValueError, r"dropout_p: .* got -0.1", {"dropout_p": -0.1}),
         (ValueError, r"dropout_p: .* got nan", {"dropout_p": float("nan")}),

@@ -1,8 +1,9 @@
 // The bit mask that backward reads: one bit an element, in the order of memory.
 //
-// Memory is rows: M rows of C in channels_last, N * C rows of H * W in NCHW. Element k of a row is bit k % 8 of the row's
-// byte k / 8, and every row starts on a byte of its own, so that two rows never share a byte and may be written by two
-// threads. A bit is set where the element was kept by dropout and its ReLU input was not <= 0 (NaN passes, as in ReLU).
+// Memory is rows: M rows of C in channels_last, N * C rows of H * W in NCHW. Element k of a row is bit k % 8 of the
+// row's byte k / 8, and every row starts on a byte of its own, so that two rows never share a byte and may be written
+// by two threads. A bit is set where the element was kept by dropout and its ReLU input was not <= 0 (NaN passes, as in
+// ReLU).
 #pragma once
 
 #include <cstdint>

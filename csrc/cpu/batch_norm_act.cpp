@@ -5,8 +5,9 @@
 //   dx = scale * (g - dbias / M - xhat * dweight / M)      in training;  scale * g  in evaluation
 //   dr = g ("add_act")  or  dy ("act_add"); through the residual's own normalisation where it has one
 //
-// Passes over memory: statistics read x; apply reads x and r and writes y; the backward sums read dy and x (and r where it
-// has its own normalisation); the backward apply reads them again and writes dx and dr. Each reads or writes the bits once.
+// Passes over memory: statistics read x; apply reads x and r and writes y; the backward sums read dy and x (and r where
+// it has its own normalisation); the backward apply reads them again and writes dx and dr. Each reads or writes the
+// bits once.
 #include "batch_norm_act.h"
 
 #include <ATen/ops/full.h>
@@ -29,7 +30,7 @@ struct Activation {
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------- forward
+// --- forward
 
 template <typename T>
 std::tuple<Tensor, Tensor> apply_forward(
@@ -52,19 +53,20 @@ std::tuple<Tensor, Tensor> apply_forward(
     TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed: expected dtype int64, got ", seed->scalar_type());
     dropout = {philox_key(*seed->const_data_ptr<int64_t>()), dropout_threshold(act.dropout_p)};
   }
-  apply_all(ApplyParams<T>{
-      x.const_data_ptr<T>(),
-      has_residual ? r.const_data_ptr<T>() : nullptr,
-      y.mutable_data_ptr<T>(),
-      saves ? bits.mutable_data_ptr<uint8_t>() : nullptr,
-      &norm,
-      residual_norm,
-      act.dropout_p > 0 ? &dropout : nullptr,
-      static_cast<acc_t<T>>(1.0 / (1.0 - act.dropout_p)),
-      act.relu,
-      act.act_add,
-      should_stream(y.const_data_ptr<T>(), rows),
-      rows});
+  apply_all(
+      ApplyParams<T>{
+          x.const_data_ptr<T>(),
+          has_residual ? r.const_data_ptr<T>() : nullptr,
+          y.mutable_data_ptr<T>(),
+          saves ? bits.mutable_data_ptr<uint8_t>() : nullptr,
+          &norm,
+          residual_norm,
+          act.dropout_p > 0 ? &dropout : nullptr,
+          static_cast<acc_t<T>>(1.0 / (1.0 - act.dropout_p)),
+          act.relu,
+          act.act_add,
+          should_stream(y.const_data_ptr<T>(), rows),
+          rows});
   return {y, bits};
 }
 
@@ -144,18 +146,19 @@ ChannelNorm<acc_t<T>> finalise(
     mean_data[c] = static_cast<A>(moments.mean[c]);
     rstd_data[c] = static_cast<A>(1.0 / std::sqrt(moments.m2[c] / count + eps));
   }
-  const auto update = [&](const char* name, const OptionalTensor& running, const std::vector<double>& batch, double by) {
-    if (!running.has_value()) {
-      return;
-    }
-    channel_data<A>(name, running, channels);
-    A* data = running->mutable_data_ptr<A>();
-    for (int64_t c = 0; c < channels; ++c) {
-      data[c] = static_cast<A>((1.0 - momentum) * static_cast<double>(data[c]) + momentum * batch[c] / by);
-    }
-    // The dispatcher counts versions for operators that it generates, not for these.
-    running->unsafeGetTensorImpl()->bump_version();
-  };
+  const auto update =
+      [&](const char* name, const OptionalTensor& running, const std::vector<double>& batch, double by) {
+        if (!running.has_value()) {
+          return;
+        }
+        channel_data<A>(name, running, channels);
+        A* data = running->mutable_data_ptr<A>();
+        for (int64_t c = 0; c < channels; ++c) {
+          data[c] = static_cast<A>((1.0 - momentum) * static_cast<double>(data[c]) + momentum * batch[c] / by);
+        }
+        // The dispatcher counts versions for operators that it generates, not for these.
+        running->unsafeGetTensorImpl()->bump_version();
+      };
   update("running_mean", running_mean, moments.mean, 1.0);
   update("running_var", running_var, moments.m2, count - 1.0);
   return Saved<A>(channels, mean, rstd, weight, bias).norm();
@@ -209,8 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
           r_mean,
           r_rstd);
     }
-    const ChannelNorm<A> own = finalise<scalar_t>(
-        x, rows, x_mean, x_m2, weight, bias, running_mean, running_var, momentum, eps, mean, rstd);
+    const ChannelNorm<A> own =
+        finalise<scalar_t>(x, rows, x_mean, x_m2, weight, bias, running_mean, running_var, momentum, eps, mean, rstd);
     const OptionalTensor added = r.defined() ? OptionalTensor(r) : std::nullopt;
     std::tie(y, bits) = apply_forward<scalar_t>(x, added, seed, act, true, own, dual ? &other : nullptr);
   });
@@ -247,7 +250,7 @@ std::tuple<Tensor, Tensor> inference(
   return result;
 }
 
-// --------------------------------------------------------------------------------------------------------------- backward
+// --- backward
 
 // Where the gradient's bit comes from.
 enum class Gate { open, bits, recompute };
@@ -401,8 +404,7 @@ void gradient_rows(const BackwardParams<T>& p, int64_t begin, int64_t end) {
       const int64_t at = row * inner + k;
       const Pair<A> dy = load_lanes(p.dy + at, count);
       const bool needs_x = p.centred || kGate == Gate::recompute;
-      const Pair<A> centred =
-          needs_x ? load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count) : Pair<A>::fill(0);
+      const Pair<A> centred = needs_x ? load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count) : Pair<A>::fill(0);
       const Pair<A> g = masked_gradient<T, kColumns, kGate>(p, lanes, row, k, count, dy, centred);
       const auto through = [&](const GradientNorm<A>& norm, const Pair<A>& dz, const Pair<A>& value) {
         const Pair<A> scaled = dz * lanes(norm.scale, k, count);
@@ -414,7 +416,8 @@ void gradient_rows(const BackwardParams<T>& p, int64_t begin, int64_t end) {
       if (p.dresidual != nullptr) {
         const Pair<A> dr = p.act_add ? dy : g;
         if constexpr (kDual) {
-          const Pair<A> r = p.centred ? load_lanes(p.residual + at, count) - lanes(p.residual_norm->mean, k, count) : dr;
+          const Pair<A> r =
+              p.centred ? load_lanes(p.residual + at, count) - lanes(p.residual_norm->mean, k, count) : dr;
           put(p.dresidual + at, through(*p.residual_gradient, dr, r), count, p.stream);
         } else {
           put(p.dresidual + at, dr, count, p.stream);
@@ -489,7 +492,11 @@ void gradient_all(const BackwardParams<T>& p) {
 
 template <typename A>
 GradientNorm<A> gradient_norm(
-    const ChannelNorm<A>& norm, const A* rstd, const A* dweight, const A* dbias, double count) {
+    const ChannelNorm<A>& norm,
+    const A* rstd,
+    const A* dweight,
+    const A* dbias,
+    double count) {
   GradientNorm<A> out;
   const size_t channels = norm.scale.size();
   out.scale = norm.scale;

@@ -130,7 +130,8 @@ inline bool should_stream(const T* p, const Rows& rows) {
   return bytes >= kCacheBytes && can_stream(p, rows.inner());
 }
 
-// Segments of a pass that treats every row alike: in NCHW never through four channels that share their dropout counters.
+// Segments of a pass that treats every row alike: in NCHW never through four channels that share their dropout
+// counters.
 inline int64_t rows_together(const Rows& rows) {
   return !rows.channels_last && rows.channels % 4 == 0 ? 4 : 1;
 }
@@ -138,8 +139,7 @@ inline int64_t rows_together(const Rows& rows) {
 template <typename T>
 inline void apply_all(const ApplyParams<T>& p) {
   const int64_t together = rows_together(p.rows);
-  const Segments segments(
-      p.rows.rows() / together, p.rows.count() * p.rows.channels * static_cast<int64_t>(sizeof(T)));
+  const Segments segments(p.rows.rows() / together, p.rows.count() * p.rows.channels * static_cast<int64_t>(sizeof(T)));
   for_each_segment_backwards(segments, [&](int64_t s) {
     const auto [begin, end] = segments.range(s);
     apply_range(p, begin * together, end * together);

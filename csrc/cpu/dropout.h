@@ -15,7 +15,8 @@ struct Dropout {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 // Philox over vectors whose 64-bit lanes each hold one 32-bit value in their low half: the multiplication takes the low
-// half and gives all 64 bits, so neither operand nor result needs a shuffle. High halves hold rubbish that nobody reads.
+// half and gives all 64 bits, so neither operand nor result needs a shuffle. High halves hold rubbish that nobody
+// reads.
 #if defined(CPU_CAPABILITY_AVX512)
 struct Lanes64 {
   using type = __m512i;
@@ -126,8 +127,8 @@ inline uint32_t keep_bits(const Dropout& dropout, int64_t first) {
   return bits >> over | keep_bits_aligned(dropout, first - over + 32) << (32 - over);
 }
 
-// Eight positions of four neighbouring channels in NCHW: bits[k] is the byte of channel c + k. Position j has the counter
-// counter + j * step.
+// Eight positions of four neighbouring channels in NCHW: bits[k] is the byte of channel c + k. Position j has the
+// counter counter + j * step.
 inline void keep_bytes_of_four_channels(const Dropout& dropout, int64_t counter, int64_t step, uint8_t bits[4]) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i lane = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step));

@@ -1,7 +1,7 @@
 // Vector lanes: loading any dtype as pairs of accumulator vectors, and lanes <-> bits.
 //
-// The unit of every loop is a Pair, two vectors of the accumulator type: that is one vector of a 16-bit dtype, and a whole
-// number of bytes of the bit mask for every dtype and capability.
+// The unit of every loop is a Pair, two vectors of the accumulator type: that is one vector of a 16-bit dtype, and a
+// whole number of bytes of the bit mask for every dtype and capability.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -52,7 +52,7 @@ inline Pair<A> fmadd(const Pair<A>& x, const Pair<A>& y, const Pair<A>& z) {
   return {at::vec::fmadd(x.lo, y.lo, z.lo), at::vec::fmadd(x.hi, y.hi, z.hi)};
 }
 
-// ------------------------------------------------------------------------------------------------------- load and store
+// --- load and store
 
 // Lanes from `count` on are zero.
 template <typename T>
@@ -129,7 +129,7 @@ inline void stream_fence() {
 #endif
 }
 
-// --------------------------------------------------------------------------------------------------------- lanes <-> bits
+// --- lanes <-> bits
 
 // Bit k: lane k is not <= 0, which is where ReLU passes (NaN included).
 inline uint32_t passing_lanes(const Vec<float>& x) {

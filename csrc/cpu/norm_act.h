@@ -32,8 +32,8 @@ struct ApplyParams {
   uint8_t* bits; // null where backward can do without
   const ChannelNorm<acc_t<T>>* norm;
   const ChannelNorm<acc_t<T>>* residual_norm; // null where the residual is taken as it is
-  const Dropout* dropout; // null where there is none
-  acc_t<T> keep_scale; // 1 / (1 - p)
+  const Dropout* dropout;                     // null where there is none
+  acc_t<T> keep_scale;                        // 1 / (1 - p)
   bool relu;
   bool act_add;
   bool stream;
@@ -102,8 +102,8 @@ inline void apply_row(const ApplyParams<T>& p, int64_t row, const uint8_t* keep)
   uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
   for_each_unit<A>(inner, [&](int64_t k, auto count) {
     const auto& norm = *p.norm;
-    Pair<A> z =
-        fmadd(load_lanes(x + k, count) - lanes(norm.mean, k, count), lanes(norm.scale, k, count), lanes(norm.bias, k, count));
+    Pair<A> z = fmadd(
+        load_lanes(x + k, count) - lanes(norm.mean, k, count), lanes(norm.scale, k, count), lanes(norm.bias, k, count));
     Pair<A> r;
     if constexpr (kResidual != Residual::none) {
       r = load_lanes(residual + k, count);

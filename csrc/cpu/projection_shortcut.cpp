@@ -3,18 +3,19 @@
 //   product[p, :] = W s[at(p), :]      p: output position, at(p): the input position under it
 //   ds[at(p), :] = W^T dproduct[p, :], zero elsewhere      dW = sum_p dproduct[p, :] s[at(p), :]^T
 //
-// The work is cut into blocks of output rows whose gathered input and product stay in the L2 cache. In training a block is
-// measured as soon as it is multiplied; in evaluation it is normalised, added and activated there and never written raw.
+// The work is cut into blocks of output rows whose gathered input and product stay in the L2 cache. In training a block
+// is measured as soon as it is multiplied; in evaluation it is normalised, added and activated there and never written
+// raw.
 //
-// Passes over memory: forward reads the gathered share of s and writes the product; evaluation reads x as well and writes y
-// instead; backward reads dproduct twice and the gathered share of s once, and writes ds once, zeros included.
+// Passes over memory: forward reads the gathered share of s and writes the product; evaluation reads x as well and
+// writes y instead; backward reads dproduct twice and the gathered share of s once, and writes ds once, zeros included.
 #include "batch_norm_act.h"
 
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
@@ -53,7 +54,11 @@ Geometry geometry_of(const Tensor& s, const Tensor& weight, at::IntArrayRef stri
       ", 1, 1), got ",
       weight.sizes());
   TORCH_CHECK_TYPE(
-      weight.scalar_type() == s.scalar_type(), "weight: expected dtype ", s.scalar_type(), ", got ", weight.scalar_type());
+      weight.scalar_type() == s.scalar_type(),
+      "weight: expected dtype ",
+      s.scalar_type(),
+      ", got ",
+      weight.scalar_type());
   TORCH_CHECK_VALUE(
       stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride: expected two positive numbers, got ", stride);
   Geometry g{in, in, s.size(2), s.size(3), 0, 0, stride[0], stride[1]};
@@ -64,8 +69,7 @@ Geometry geometry_of(const Tensor& s, const Tensor& weight, at::IntArrayRef stri
 }
 
 Tensor empty_product(const Tensor& s, const Geometry& g) {
-  return at::empty(
-      {g.out.images, g.out.channels, g.out_h, g.out_w}, s.options().memory_format(g.out.memory_format()));
+  return at::empty({g.out.images, g.out.channels, g.out_h, g.out_w}, s.options().memory_format(g.out.memory_format()));
 }
 
 // Lines a block takes, and segments of whole blocks.
@@ -141,7 +145,13 @@ Tensor matrix(const void* data, int64_t rows, int64_t columns, const Tensor& lik
 // to = W from (or W^T from, with `transposed`), for the positions of a block in either layout.
 template <typename T>
 void multiply(
-    const Rows& rows, const Tensor& weight, bool transposed, const T* from, T* to, int64_t positions, const Tensor& like) {
+    const Rows& rows,
+    const Tensor& weight,
+    bool transposed,
+    const T* from,
+    T* to,
+    int64_t positions,
+    const Tensor& like) {
   const Tensor w = transposed ? weight.t() : weight;
   if (rows.channels_last) {
     Tensor out = matrix(to, positions, w.size(0), like);
@@ -175,7 +185,10 @@ Tensor weight_matrix(const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& s, const Tensor& weight, at::IntArrayRef stride, bool statistics) {
+    const Tensor& s,
+    const Tensor& weight,
+    at::IntArrayRef stride,
+    bool statistics) {
   const Geometry g = geometry_of(s, weight, stride);
   const int64_t channels = g.out.channels;
   const Tensor w = weight_matrix(weight), input = s.detach();
@@ -217,7 +230,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor> backward(
-    const Tensor& dproduct, const Tensor& s, const Tensor& weight, at::IntArrayRef stride, std::array<bool, 2> needs) {
+    const Tensor& dproduct,
+    const Tensor& s,
+    const Tensor& weight,
+    at::IntArrayRef stride,
+    std::array<bool, 2> needs) {
   const Geometry g = geometry_of(s, weight, stride);
   const Tensor w = weight_matrix(weight), input = s.detach();
   Tensor ds = at::empty({0}, s.options().memory_format(std::nullopt)), dweight = ds.clone();

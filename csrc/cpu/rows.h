@@ -35,8 +35,7 @@ struct Rows {
 // Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win; fastres.reference says the same.
 inline Rows rows_of(const at::Tensor& x) {
   const int64_t pixels = x.size(2) * x.size(3);
-  const bool channels_last =
-      x.is_contiguous(at::MemoryFormat::ChannelsLast) && (!x.is_contiguous() || pixels == 1);
+  const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && (!x.is_contiguous() || pixels == 1);
   TORCH_CHECK_VALUE(
       channels_last || x.is_contiguous(),
       "x: expected contiguous NCHW or channels_last memory, got strides ",
@@ -44,8 +43,8 @@ inline Rows rows_of(const at::Tensor& x) {
   return {channels_last, x.size(0), x.size(1), pixels};
 }
 
-// A fixed cut into segments, whatever the number of threads, so that sums do not depend on it. A segment is large enough
-// to pay for a thread's start; there are enough of them for any machine's cores.
+// A fixed cut into segments, whatever the number of threads, so that sums do not depend on it. A segment is large
+// enough to pay for a thread's start; there are enough of them for any machine's cores.
 struct Segments {
   int64_t total;
   int64_t size;
@@ -72,7 +71,8 @@ inline void for_each_segment(const Segments& segments, const F& f) {
   });
 }
 
-// As for_each_segment, each thread from its last segment to its first: what the pass before read last is still in cache.
+// As for_each_segment, each thread from its last segment to its first: what the pass before read last is still in
+// cache.
 template <typename F>
 inline void for_each_segment_backwards(const Segments& segments, const F& f) {
   at::parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {

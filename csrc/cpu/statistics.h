@@ -1,8 +1,8 @@
 // Mean and M2 (the sum of squared deviations) a channel, stable whatever the mean.
 //
-// A block of values small enough for the L1 cache is read twice: once for a rough mean m, once for S1 = sum(x - m) and
-// S2 = sum((x - m)^2). The block's mean is m + S1 / n and its M2 is S2 - S1^2 / n, where S1 is only the rounding error of m;
-// so the subtraction cancels nothing. Blocks, and then segments, are combined in double in a fixed order:
+// A block of values small enough for the caches is read twice: once for a rough mean m, once for S1 = sum(x - m) and
+// S2 = sum((x - m)^2). The block's mean is m + S1 / n and its M2 is S2 - S1^2 / n, where S1 is only the rounding error
+// of m; so the subtraction cancels nothing. Blocks, and then segments, are combined in double in a fixed order:
 //
 //   delta = mean_b - mean_a      mean = mean_a + delta * n_b / n      M2 = M2_a + M2_b + delta^2 * n_a * n_b / n
 //
@@ -104,7 +104,13 @@ inline Pair<A> zero_beyond(const Pair<A>& x, int64_t count) {
 // `planes` runs of `pixels` consecutive values, `stride` apart: one channel of several images.
 template <typename T>
 inline void add_planes(
-    double& mean, double& m2, int64_t& count, const T* x, int64_t planes, int64_t pixels, int64_t stride) {
+    double& mean,
+    double& m2,
+    int64_t& count,
+    const T* x,
+    int64_t planes,
+    int64_t pixels,
+    int64_t stride) {
   using A = acc_t<T>;
   constexpr int64_t width = Pair<A>::size();
   const int64_t block = kBlockValues * width;

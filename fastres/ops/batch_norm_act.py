@@ -25,9 +25,7 @@ from fastres.ops.library import define, differentiable_once
 from fastres.reference import Activation, Affine
 
 _NORM = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias"
-_RESIDUAL_NORM = (
-    "Tensor? residual_mean, Tensor? residual_rstd, Tensor? residual_weight, Tensor? residual_bias"
-)
+_RESIDUAL_NORM = "Tensor? residual_mean, Tensor? residual_rstd, Tensor? residual_weight, Tensor? residual_bias"
 _ACTIVATION = "bool relu, float dropout_p, str order"
 
 
@@ -56,7 +54,9 @@ def _stats_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 stats = define(
-    "batch_norm_act_stats(Tensor x) -> (Tensor count, Tensor mean, Tensor m2)", fallback=reference.stats, fake=_stats_fake
+    "batch_norm_act_stats(Tensor x) -> (Tensor count, Tensor mean, Tensor m2)",
+    fallback=reference.stats,
+    fake=_stats_fake,
 )
 
 
@@ -331,21 +331,20 @@ class BatchNormAct(torch.autograd.Function):
                 r_mean, r_rstd = residual_running_mean.clone(), torch.rsqrt(residual_running_var + residual_eps)
         if not residual_norm:
             r_mean = r_rstd = None
+        keeps_bits = reference.needs_bits(Activation(relu, dropout_p, order), residual is not None)
         ctx.save_for_backward(
             x, mean, rstd, weight, bias, residual if residual_norm else None, r_mean, r_rstd, residual_weight,
-            residual_bias, bits if reference.needs_bits(Activation(relu, dropout_p, order), residual is not None) else None,
+            residual_bias, bits if keeps_bits else None,
         )  # fmt: skip
         ctx.activation = (batch_statistics, relu, dropout_p, order)
         # Where nothing stands between y and the residual, its gradient is dy: nothing to compute, nothing to write.
         ctx.residual_gradient_is_dy = (
-            residual is not None
-            and not residual_norm
-            and (order == "act_add" or (not relu and dropout_p == 0))
+            residual is not None and not residual_norm and (order == "act_add" or (not relu and dropout_p == 0))
         )
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         saved = ctx.saved_tensors
         x, needed = saved[0], ctx.needs_input_grad
         layout = torch.channels_last if reference.rows_are_channels(x) else torch.contiguous_format
@@ -359,4 +358,5 @@ class BatchNormAct(torch.autograd.Function):
         if ctx.residual_gradient_is_dy:
             dr = dy
         grads = (dx, dweight, dbias, None, None, dr, r_dweight, r_dbias)
-        return tuple(g if n else None for g, n in zip(grads, needed, strict=False)) + (None,) * (len(needed) - len(grads))
+        gradients = [g if n else None for g, n in zip(grads, needed, strict=False)]
+        return (*gradients, *[None] * (len(needed) - len(grads)))

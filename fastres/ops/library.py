@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastres import _extension
 
-LIBRARY = torch.library.Library("fastres", "DEF")
+LIBRARY: Any = torch.library.Library("fastres", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any]) -> Any:

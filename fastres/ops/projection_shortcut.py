@@ -2,9 +2,9 @@
 
     product[n, k, i, j] = sum_c weight[k, c] * s[n, c, i * stride, j * stride]
 
-In training the mean and M2 of the product, a channel each, are taken while its rows are still in cache; batch_norm_act then
-takes the raw product with these statistics and never reads it to measure it. In evaluation everything up to the ReLU is
-one pass, and the product is never written.
+In training the mean and M2 of the product, a channel each, are taken while its rows are still in cache;
+batch_norm_act then takes the raw product with these statistics and never reads it to measure it. In evaluation
+everything up to the ReLU is one pass, and the product is never written.
 """
 
 from __future__ import annotations
@@ -59,12 +59,11 @@ forward = define(
 def _backward_fallback(
     dproduct: Tensor, s: Tensor, weight: Tensor, stride: list[int], needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    ds, dweight = s.new_empty(0), s.new_empty(0)
-    if needs[0]:
-        ds = torch.empty_like(s).copy_(torch.nn.grad.conv2d_input(s.shape, weight, dproduct, stride=stride))
-    if needs[1]:
-        dweight = torch.nn.grad.conv2d_weight(s, weight.shape, dproduct, stride=stride).contiguous()
-    return ds, dweight
+    ds, dweight, _ = torch.ops.aten.convolution_backward(
+        dproduct, s, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, [*needs, False]
+    )
+    ds = torch.empty_like(s).copy_(ds) if needs[0] else s.new_empty(0)
+    return ds, dweight.contiguous() if needs[1] else s.new_empty(0)
 
 
 def _backward_fake(
@@ -132,7 +131,7 @@ class Projection(torch.autograd.Function):
         return product, mean, m2
 
     @staticmethod
-    def backward(ctx: Any, dproduct: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dproduct: Tensor, *_: Any) -> Any:
         s, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         layout = torch.channels_last if reference.rows_are_channels(s) else torch.contiguous_format

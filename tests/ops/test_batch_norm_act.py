@@ -35,7 +35,8 @@ def saved(shape, dtype, layout, *, residual="plain", order="add_act", dropout_p=
     return y, (dy, x, *vectors, r, *r_vectors, bits), act
 
 
-# ---------------------------------------------------------------------------------------------------------- registration
+# ----------------------------------------------------------------------------------------------------------
+# registration
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -43,8 +44,8 @@ def saved(shape, dtype, layout, *, residual="plain", order="add_act", dropout_p=
 def test_opcheck_passes_on_every_operator(layout, residual):
     check = torch.library.opcheck
     shape, dtype = (2, 12, 3, 5), torch.float32
-    y, tensors, act = saved(shape, dtype, layout, residual=residual)
-    dy, x, mean, rstd, weight, bias, r, *r_vectors, bits = tensors
+    _, tensors, act = saved(shape, dtype, layout, residual=residual)
+    _, x, mean, rstd, weight, bias, r, *r_vectors, _ = tensors
     check(OPS.batch_norm_act_stats.default, (x,))
     check(OPS.batch_norm_act_apply.default, (x, mean, rstd, weight, bias, r, *r_vectors, torch.tensor([17]), *act))
     running = [torch.zeros(12), torch.ones(12)]
@@ -92,23 +93,30 @@ def test_the_function_compiles_to_one_graph_with_the_same_results(residual, trai
         for kept, value in zip(own[:2], start, strict=True):
             kept.copy_(value)
         y = run(x, r)
-        results.append([y, *torch.autograd.grad((y * y).sum(), inputs), own.running_mean.clone(), own.running_var.clone()])
+        results.append(
+            [y, *torch.autograd.grad((y * y).sum(), inputs), own.running_mean.clone(), own.running_var.clone()]
+        )
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
-# ----------------------------------------------------------------------------------------------------------------- masks
+# -----------------------------------------------------------------------------------------------------------------
+# masks
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 64, 4, 4), (3, 37, 5, 7), (1, 3, 9, 2), (2, 4, 1, 1), (2, 1, 3, 3), (1, 130, 2, 3)])
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 4, 4), (3, 37, 5, 7), (1, 3, 9, 2), (2, 4, 1, 1), (2, 1, 3, 3), (1, 130, 2, 3)]
+)
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0.5, 1 - 1e-9])
 def test_the_mask_is_the_reference_s_bit_for_bit(layout, shape, dropout_p):
     x = activation(shape, torch.float32, layout, generator(shape, layout))
     one, zero = torch.ones(shape[1]), torch.zeros(shape[1])
     for seed in (0, -1, 2**62 + 12345, -(2**63)):
         seed_tensor = torch.tensor([seed])
-        _, bits = OPS.batch_norm_act_apply(x, zero, one, None, None, None, *[None] * 4, seed_tensor, False, dropout_p, "add_act")
+        _, bits = OPS.batch_norm_act_apply(
+            x, zero, one, None, None, None, *[None] * 4, seed_tensor, False, dropout_p, "add_act"
+        )
         expected = reference.pack_bits(reference.dropout_keep(x.shape, seed_tensor, dropout_p), x)
         assert torch.equal(bits, expected)
 
@@ -116,7 +124,10 @@ def test_the_mask_is_the_reference_s_bit_for_bit(layout, shape, dropout_p):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_mask_is_the_same_in_both_layouts(dtype):
     shape, seed = (2, 20, 6, 5), torch.tensor([99])
-    one, zero = torch.ones(20).to(reference.statistics_dtype(dtype)), torch.zeros(20).to(reference.statistics_dtype(dtype))
+    one, zero = (
+        torch.ones(20).to(reference.statistics_dtype(dtype)),
+        torch.zeros(20).to(reference.statistics_dtype(dtype)),
+    )
     results = []
     for layout in LAYOUTS:
         x = torch.ones(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
@@ -128,9 +139,8 @@ def test_the_mask_is_the_same_in_both_layouts(dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bit_is_set_where_dropout_kept_and_relu_passed(layout):
-    y, tensors, act = saved((2, 21, 4, 3), torch.float32, layout)
-    x, bits = tensors[1], tensors[-1]
-    _, mean, rstd, weight, bias, r, *_ = tensors[0], *tensors[2:]
+    _, tensors, act = saved((2, 21, 4, 3), torch.float32, layout)
+    _, x, mean, rstd, weight, bias, r, *_, bits = tensors
     z = reference.Affine(x.double(), mean.double(), rstd.double(), weight.double(), bias.double()).z() + r
     sure = z.abs() > 1e-4
     expected = reference.dropout_keep(x.shape, torch.tensor([17]), act[1]) & (z > 0)
@@ -138,7 +148,8 @@ def test_a_bit_is_set_where_dropout_kept_and_relu_passed(layout):
     assert sure.double().mean() > 0.99
 
 
-# ---------------------------------------------------------------------------------------------------------------- stages
+# ----------------------------------------------------------------------------------------------------------------
+# stages
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -146,7 +157,7 @@ def test_a_bit_is_set_where_dropout_kept_and_relu_passed(layout):
 @pytest.mark.parametrize("order", functional.ORDERS)
 def test_the_stages_one_by_one_give_what_the_whole_gives(layout, residual, order):
     y, tensors, act = saved((3, 18, 4, 5), torch.float32, layout, residual=residual, order=order)
-    dy, x, mean, rstd, weight, bias, r, r_mean, r_rstd, r_weight, r_bias, bits = tensors
+    _, x, mean, rstd, weight, bias, r, _, _, r_weight, r_bias, bits = tensors
     whole = OPS.batch_norm_act_training(
         x, weight, bias, None, None, r, r_weight, r_bias, None, None, None, None, None, None, torch.tensor([17]),
         residual == "normalised", 0.1, 0.05, 0.1, 0.05, *act,
@@ -195,7 +206,9 @@ def test_two_halves_of_a_batch_reduce_to_the_whole():
     assert_close(torch.cat(gradients), expected, "dx", length=96)
 
 
-@pytest.mark.parametrize("needs", [[True, False, False], [False, True, False], [False, False, True], [False, False, False]])
+@pytest.mark.parametrize(
+    "needs", [[True, False, False], [False, True, False], [False, False, True], [False, False, False]]
+)
 def test_only_the_gradients_that_are_needed_are_made(needs):
     _, tensors, act = saved((2, 8, 3, 3), torch.float32, "nchw", residual="normalised")
     everything = OPS.batch_norm_act_backward(*tensors, True, *act, [True, True, True])
@@ -208,7 +221,7 @@ def test_only_the_gradients_that_are_needed_are_made(needs):
 def test_malformed_calls_of_an_operator_are_refused():
     _, tensors, act = saved((2, 8, 3, 3), torch.float32, "nchw")
     dy, x, *rest, bits = tensors
-    with pytest.raises((ValueError, RuntimeError), match="dy|size"):
+    with pytest.raises((ValueError, RuntimeError), match=r"dy|size"):
         OPS.batch_norm_act_backward_reduce(dy[:1], x, *rest, bits, *act)
-    with pytest.raises((ValueError, RuntimeError), match="bits|size|invalid"):
+    with pytest.raises((ValueError, RuntimeError), match=r"bits|size|invalid"):
         OPS.batch_norm_act_backward_reduce(dy, x, *rest, bits[:-1], *act)
