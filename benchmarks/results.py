@@ -341,11 +341,11 @@ def insert_table(readme: Path, text: str) -> bool:
 
 def main(config: Config) -> None:
     """Measure, or read; then write, draw and print."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     if config.from_json is not None:
         results = from_json(config.from_json)
     else:
         results = measure(config)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
         file = config.output_dir / json_name(results.machine)
         write_text(file, to_json(results))
         print(f"raw figures: {file}")

@@ -81,7 +81,7 @@ def op_workloads() -> Iterator[Workload]:
                 key=f"{'x'.join(map(str, shape))}-dropout{dropout:g}",
                 name=f"relu(bn(x) + r), {_text(shape)}" + (f", dropout {dropout:g}" if dropout else ""),
                 images=BATCH,
-                rounds=2 if QUICK else 12,
+                rounds=2 if QUICK else 20,
                 make=_op(shape, dropout),
                 sides=SIDES if compiled else (EAGER, FUSED),
                 shape=shape,
@@ -99,7 +99,7 @@ def block_workloads() -> Iterator[Workload]:
             key="projection" if projection else "identity",
             name=f"basic block, {words}, {_text((BATCH, 64, IMAGE, IMAGE))}",
             images=BATCH,
-            rounds=2 if QUICK else 6,
+            rounds=2 if QUICK else 8,
             make=_block(projection),
             sides=_model_sides(),
         )
