@@ -93,9 +93,7 @@ class _NormAct(nn.BatchNorm2d):
             nn.init.zeros_(self.bias)
 
     @classmethod
-    def adopt(
-        cls, norm: nn.BatchNorm2d, *, relu: bool = True, dropout: float = 0.0, order: str = "add_act"
-    ) -> Self:
+    def adopt(cls, norm: nn.BatchNorm2d, *, relu: bool = True, dropout: float = 0.0, order: str = "add_act") -> Self:
         """Turn `norm` itself into one of these. Parameters, buffers, hooks, mode: the object stays the same."""
         if type(norm) is not nn.BatchNorm2d and not isinstance(norm, _NormAct):
             raise TypeError(f"norm: expected exactly torch.nn.BatchNorm2d, got {type(norm).__name__}")
@@ -134,9 +132,7 @@ class FusedBatchNormAct2d(_NormAct):
         TypeError, ValueError: an argument has the wrong type, dropout is outside [0, 1), order is unknown.
     """
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, dropout_training: bool | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, dropout_training: bool | None = None) -> Tensor:
         """Normalise `x`, add `residual`, apply ReLU and dropout.
 
         Args:
@@ -173,9 +169,7 @@ class BatchNormAct2d(_NormAct):
     `fastres.unfuse` leaves it behind where torchvision has no class to go back to.
     """
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, *, dropout_training: bool | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, dropout_training: bool | None = None) -> Tensor:
         """As `FusedBatchNormAct2d.forward`."""
         y = super().forward(x)
         if residual is not None and self.order == "add_act":
