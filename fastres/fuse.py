@@ -267,6 +267,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     longer called (a block's relu) are left alone where somebody has hooked them. The report goes to the log
     "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time.
 
+    torch.fx, and with it torchvision's create_feature_extractor, cannot trace through fused modules: pass it
+    `tracer_kwargs={"leaf_modules": [FusedBasicBlock, FusedBottleneck, FusedBatchNormAct2d]}`.
+
     Args:
         model: a torchvision ResNet, or any module that has one, or its blocks, inside. A fused one is left as it is.
         inplace: change the model itself. Otherwise a copy is changed that shares every parameter and buffer with it: a

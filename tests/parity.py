@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -82,6 +83,15 @@ def _same_pass(actual: nn.Module, expected: nn.Module, x: Tensor, when: str, tim
             close(b, buffers[name], length, f"{name}, {when}", times)
         else:
             assert torch.equal(b, buffers[name]), f"{name}, {when}: {b}, expected {buffers[name]}"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For whole networks on tiny images: a second thread costs more than it brings, far more where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def scramble(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -12,6 +12,7 @@ import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
 import torchvision
 from torch.optim.swa_utils import update_bn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -24,7 +25,7 @@ from fastres.nn import (
     FusedBottleneck,
     ProjectionShortcut,
 )
-from tests.parity import same_training, scramble, twin
+from tests.parity import one_thread, same_training, scramble, twin  # noqa: F401
 
 # Blocks in each, all of torchvision's ResNet constructors.
 BLOCKS = {
@@ -352,6 +353,9 @@ OBSTACLES = {
     "forward set on the block": (
         lambda m: setattr(m.layer1[0], "forward", lambda x: x + 1), "layer1.0", "has a forward of its own",
     ),
+    "forward set on bn2": (
+        lambda m: setattr(m.layer1[0].bn2, "forward", lambda x: x), "layer1.0", "its bn2 has a forward of its own",
+    ),
     "hook on the stem's bn1": (lambda m: hook(m.bn1), "bn1", "has hooks"),
     "the stem's relu replaced": (lambda m: setattr(m, "relu", nn.SiLU()), "bn1", "the relu after it is torch.nn.SiLU"),
     "the stem's relu used again": (
@@ -493,6 +497,27 @@ def test_a_fused_model_can_be_copied_and_saved(way):
     assert again.conv1.weight is not model.conv1.weight
     x = images(torch.float32)()
     assert torch.equal(again(x), model(x))
+
+
+def test_a_hook_on_a_downsample_after_fuse_sees_what_it_would_have_seen():
+    model = small().double()
+    expected = twin(model)
+    fused = fuse(model)
+    seen = []
+    for m in (fused, expected):
+        m.layer2[0].downsample.register_forward_hook(lambda module, args, y: seen.append(y.detach().clone()))
+        m(images()())
+    torch.testing.assert_close(*seen)
+
+
+def test_features_are_extracted_from_fused_blocks_as_leaves():
+    model = small().eval()
+    leaves = [FusedBasicBlock, FusedBottleneck, FusedBatchNormAct2d]
+    x, wanted = images(torch.float32)(), {"layer1": "low", "layer4.0": "high"}
+    expected = create_feature_extractor(model, wanted)(x)
+    actual = create_feature_extractor(fuse(model), wanted, tracer_kwargs={"leaf_modules": leaves})(x)
+    for key, value in expected.items():
+        torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-4)
 
 
 def test_pruning_after_fuse_counts():

@@ -135,6 +135,8 @@ def test_the_stem_for_small_images_keeps_their_resolution():
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert seen["shape"] == (2, 64, 32, 32)
     assert list(model.state_dict()) == list(torchvision_model("resnet18").state_dict())
+    # He initialisation by fan out, as torchvision's convolutions: 64 channels of 3x3.
+    assert model.conv1.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
 
 
 def test_dropout_is_in_every_block_once_and_off_in_evaluation():

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.prune
 
-from fastres import functional
+from fastres import functional, reference
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, ProjectionShortcut, SkipConnection
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
@@ -123,6 +123,19 @@ def test_a_hook_on_the_convolution_still_runs():
     assert len(seen) == 2
 
 
+def test_dropout_of_the_normalisation_comes_last_and_in_training_only():
+    actual, plain = pair(2)
+    actual.norm.dropout = 0.25
+    s = inputs()()
+    torch.manual_seed(5)
+    y = actual(s)
+    torch.manual_seed(5)
+    expected = plain(s)
+    keep = reference.dropout_keep(expected.shape, reference.draw_seed(s.device), 0.25)
+    close(y, torch.where(keep, expected / 0.75, 0), s.numel())
+    close(actual.eval()(s), plain.eval()(s), s.numel())
+
+
 def test_a_pruned_convolution_stays_pruned():
     actual, expected = pair(2)
     for end in (actual, expected):
@@ -142,9 +155,9 @@ def test_order_act_add_is_honoured():
     actual, _ = pair(1)
     actual.norm.order = "act_add"
     s = inputs()()
-    reference = twin(actual)
-    expected = F.relu(F.batch_norm(reference.conv(s), None, None, reference.norm.weight, reference.norm.bias, True))
-    close(actual(s), expected + reference.shortcut(s), s.numel())
+    other = twin(actual)
+    expected = F.relu(F.batch_norm(other.conv(s), None, None, other.norm.weight, other.norm.bias, True))
+    close(actual(s), expected + other.shortcut(s), s.numel())
 
 
 def test_x_and_norm_come_together():
