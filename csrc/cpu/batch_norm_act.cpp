@@ -453,8 +453,9 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
   const Rows& rows = p.rows;
   const Segments segments(
       rows.channels_last ? rows.rows() : rows.images, rows.count() * rows.channels * static_cast<int64_t>(sizeof(T)));
+  const int sums = p.residual != nullptr ? kSums : 2;
   ChannelSums zero;
-  zero.fill(std::vector<double>(rows.channels, 0.0));
+  std::fill_n(zero.begin(), sums, std::vector<double>(rows.channels, 0.0));
   std::vector<ChannelSums> parts(segments.count(), zero);
   with_flags(p, [&](auto columns, auto dual, auto gate) {
     for_each_segment(segments, [&](int64_t s) {
@@ -470,7 +471,7 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
   });
   ChannelSums total = zero;
   for (const ChannelSums& part : parts) {
-    for (int i = 0; i < kSums; ++i) {
+    for (int i = 0; i < sums; ++i) {
       for (int64_t c = 0; c < rows.channels; ++c) {
         total[i][c] += part[i][c];
       }

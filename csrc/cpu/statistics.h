@@ -33,11 +33,19 @@ struct Moments {
   explicit Moments(int64_t channels) : mean(channels, 0.0), m2(channels, 0.0) {}
 };
 
-inline void chan(double& mean, double& m2, double n, double block_mean, double block_m2, double block_n) {
-  const double delta = block_mean - mean, share = block_n / (n + block_n);
-  mean += delta * share;
-  m2 += block_m2 + delta * delta * n * share;
-}
+// One combination of n_a and n_b values, for all channels: the divisions are made once.
+struct Chan {
+  double share, cross; // n_b / n and n_a * n_b / n
+
+  Chan(int64_t n_a, int64_t n_b)
+      : share(static_cast<double>(n_b) / static_cast<double>(n_a + n_b)), cross(static_cast<double>(n_a) * share) {}
+
+  void operator()(double& mean, double& m2, double block_mean, double block_m2) const {
+    const double delta = block_mean - mean;
+    mean += delta * share;
+    m2 += block_m2 + delta * delta * cross;
+  }
+};
 
 // Rows of `channels` values with stride `channels`: adds `rows` values to every channel.
 template <typename T>
@@ -48,7 +56,8 @@ inline void add_columns(Moments& moments, const T* x, int64_t rows, int64_t chan
   for (int64_t first = 0; first < rows; first += block_rows) {
     const int64_t n = std::min(block_rows, rows - first);
     const T* block = x + first * channels;
-    const double before = static_cast<double>(moments.count);
+    const Chan chan(moments.count, n);
+    const double inverse = 1.0 / static_cast<double>(n);
     for (int64_t k = 0; k < channels; k += width) {
       const int64_t lanes = std::min(width, channels - k);
       const auto sweep = [&](auto count) {
@@ -69,10 +78,9 @@ inline void add_columns(Moments& moments, const T* x, int64_t rows, int64_t chan
         store_lanes(d2, s2);
         double* mean = moments.mean.data() + k;
         double* m2 = moments.m2.data() + k;
-        const double inverse = 1.0 / static_cast<double>(n);
         for (int64_t j = 0; j < lanes; ++j) {
           const double e = d1[j];
-          chan(mean[j], m2[j], before, m[j] + e * inverse, d2[j] - e * e * inverse, static_cast<double>(n));
+          chan(mean[j], m2[j], m[j] + e * inverse, d2[j] - e * e * inverse);
         }
       };
       if (lanes == width) {
@@ -145,7 +153,7 @@ inline void add_planes(
       }
     }
     const double e = sum_lanes(s1), d2 = sum_lanes(s2), inverse = 1.0 / static_cast<double>(n);
-    chan(mean, m2, static_cast<double>(count), rough + e * inverse, d2 - e * e * inverse, static_cast<double>(n));
+    Chan(count, n)(mean, m2, rough + e * inverse, d2 - e * e * inverse);
     count += n;
   };
   if (pixels >= block) {
@@ -169,14 +177,9 @@ inline Moments combine(const std::vector<Moments>& parts, int64_t channels) {
     if (part.count == 0) {
       continue;
     }
+    const Chan chan(all.count, part.count);
     for (int64_t c = 0; c < channels; ++c) {
-      chan(
-          all.mean[c],
-          all.m2[c],
-          static_cast<double>(all.count),
-          part.mean[c],
-          part.m2[c],
-          static_cast<double>(part.count));
+      chan(all.mean[c], all.m2[c], part.mean[c], part.m2[c]);
     }
     all.count += part.count;
   }
