@@ -451,8 +451,7 @@ void with_flags(const BackwardParams<T>& p, const F& f) {
 template <typename T>
 ChannelSums sum_all(const BackwardParams<T>& p) {
   const Rows& rows = p.rows;
-  const Segments segments(
-      rows.channels_last ? rows.rows() : rows.images, rows.count() * rows.channels * static_cast<int64_t>(sizeof(T)));
+  const Segments segments(rows.channels_last ? rows.rows() : rows.images, rows.bytes(sizeof(T)), kReductionBytes);
   const int sums = p.residual != nullptr ? kSums : 2;
   ChannelSums zero;
   std::fill_n(zero.begin(), sums, std::vector<double>(rows.channels, 0.0));
@@ -482,7 +481,7 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
 
 template <typename T>
 void gradient_all(const BackwardParams<T>& p) {
-  const Segments segments(p.rows.rows(), p.rows.count() * p.rows.channels * static_cast<int64_t>(sizeof(T)));
+  const Segments segments(p.rows.rows(), p.rows.bytes(sizeof(T)), kElementwiseBytes);
   with_flags(p, [&](auto columns, auto dual, auto gate) {
     for_each_segment_backwards(segments, [&](int64_t s) {
       const auto [begin, end] = segments.range(s);

@@ -126,8 +126,7 @@ inline ChannelNorm<A> running_norm(
 template <typename T>
 inline bool should_stream(const T* p, const Rows& rows) {
   constexpr int64_t kCacheBytes = 6 * 1024 * 1024;
-  const int64_t bytes = rows.count() * rows.channels * static_cast<int64_t>(sizeof(T));
-  return bytes >= kCacheBytes && can_stream(p, rows.inner());
+  return rows.bytes(sizeof(T)) >= kCacheBytes && can_stream(p, rows.inner());
 }
 
 // Segments of a pass that treats every row alike: in NCHW never through four channels that share their dropout
@@ -139,7 +138,7 @@ inline int64_t rows_together(const Rows& rows) {
 template <typename T>
 inline void apply_all(const ApplyParams<T>& p) {
   const int64_t together = rows_together(p.rows);
-  const Segments segments(p.rows.rows() / together, p.rows.count() * p.rows.channels * static_cast<int64_t>(sizeof(T)));
+  const Segments segments(p.rows.rows() / together, p.rows.bytes(sizeof(T)), kElementwiseBytes);
   for_each_segment_backwards(segments, [&](int64_t s) {
     const auto [begin, end] = segments.range(s);
     apply_range(p, begin * together, end * together);

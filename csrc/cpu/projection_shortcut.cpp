@@ -177,7 +177,7 @@ void for_each_block(const Geometry& g, int64_t item_bytes, const Segments& segme
 }
 
 Segments segments_of(const Geometry& g, int64_t item_bytes) {
-  return Segments(g.lines(), g.lines() * g.line() * (g.in.channels + g.out.channels) * item_bytes);
+  return Segments(g.lines(), g.lines() * g.line() * (g.in.channels + g.out.channels) * item_bytes, kReductionBytes);
 }
 
 Tensor weight_matrix(const Tensor& weight) {

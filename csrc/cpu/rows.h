@@ -27,6 +27,9 @@ struct Rows {
   int64_t inner() const {
     return channels_last ? channels : pixels;
   }
+  int64_t bytes(int64_t item_bytes) const {
+    return count() * channels * item_bytes;
+  }
   at::MemoryFormat memory_format() const {
     return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   }
@@ -43,15 +46,20 @@ inline Rows rows_of(const at::Tensor& x) {
   return {channels_last, x.size(0), x.size(1), pixels};
 }
 
-// A fixed cut into segments, whatever the number of threads, so that sums do not depend on it. A segment is large
-// enough to pay for a thread's start; there are enough of them for any machine's cores.
+// Bytes of one activation that pay for a thread's start. Where a segment also brings a set of sums, and merging it
+// costs, there are fewer.
+constexpr int64_t kElementwiseBytes = 64 * 1024;
+constexpr int64_t kReductionBytes = 256 * 1024;
+
+// A fixed cut into segments, whatever the number of threads, so that sums do not depend on it. There are enough of them
+// for any machine's cores.
 struct Segments {
   int64_t total;
   int64_t size;
 
-  Segments(int64_t items, int64_t bytes) : total(items) {
-    constexpr int64_t kMost = 64, kBytes = 256 * 1024;
-    const int64_t wanted = std::clamp<int64_t>(bytes / kBytes, 1, std::min(kMost, std::max<int64_t>(items, 1)));
+  Segments(int64_t items, int64_t bytes, int64_t segment_bytes) : total(items) {
+    constexpr int64_t kMost = 64;
+    const int64_t wanted = std::clamp<int64_t>(bytes / segment_bytes, 1, std::min(kMost, std::max<int64_t>(items, 1)));
     size = (items + wanted - 1) / wanted;
   }
   int64_t count() const {
