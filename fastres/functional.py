@@ -101,10 +101,6 @@ def _dense(x: Tensor, memory_format: torch.memory_format | None = None) -> Tenso
     return x.contiguous(memory_format=memory_format)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if reference.rows_are_channels(x) else torch.contiguous_format
-
-
 def _cast(norm: NormParams, dtype: torch.dtype) -> NormParams:
     """The norm with parameters and statistics in `dtype`; running statistics of another dtype become copies."""
     if all(t is None or t.dtype == dtype for t in norm[:4]):
@@ -145,7 +141,7 @@ def _run(
     """One operator call on checked arguments; `x_stats` and `residual_stats` are (mean, M2) where they are known."""
     x = _dense(x)
     if residual is not None:
-        residual = _dense(residual, _memory_format(x))
+        residual = _dense(residual, reference.memory_format(x))
     if not training:
         dropout_p = 0.0
     elif dropout_p > 0 and seed is None:
@@ -332,7 +328,7 @@ def projection_shortcut(
         return reference.projection_shortcut(
             s, conv_weight, norm, x, x_norm, stride=strides, training=training, relu=relu
         )
-    s = _dense(s) if x is None else _dense(s, _memory_format(_dense(x)))
+    s = _dense(s) if x is None else _dense(s, reference.memory_format(_dense(x)))
     parameters = [t for p in (norm, x_norm) if p is not None for t in (p.weight, p.bias)]
     if not training and not _needs_grad(s, conv_weight, x, *parameters):
         dtype = reference.statistics_dtype(s.dtype)

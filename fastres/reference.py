@@ -98,6 +98,11 @@ def rows_are_channels(x: Tensor) -> bool:
     return False
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which x's memory is walked, and in which its results and gradients are made."""
+    return torch.channels_last if rows_are_channels(x) else torch.contiguous_format
+
+
 def bits_size(x: Tensor) -> int:
     """Bytes of the bit mask of x: every row of memory is padded to whole bytes, so that no two rows share one."""
     n, c, h, w = x.shape
@@ -207,8 +212,7 @@ def batch_norm_act(
         z = torch.where(dropout_keep(x.shape, seed, dropout_p), z / (1 - dropout_p), 0)
     if order == "act_add" and r is not None:
         z = z + r
-    memory_format = torch.channels_last if rows_are_channels(x) else torch.contiguous_format
-    return z.to(x.dtype).contiguous(memory_format=memory_format)
+    return z.to(x.dtype).contiguous(memory_format=memory_format(x))
 
 
 def draw_seed(device: torch.device) -> Tensor:

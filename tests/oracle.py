@@ -158,7 +158,11 @@ def check_case(
     y, expected = run(case), oracle(exact)
     stretch = length * (1 + (product_eps / torch.finfo(statistics_dtype(dtype)).eps) ** 2)
     assert_close(y, expected, "y", length=max(1, int(stretch / length)))
-    dy = torch.randn(y.shape, generator=gen, dtype=torch.float64).to(dtype).contiguous(memory_format=memory_format(y))
+    dy = (
+        torch.randn(y.shape, generator=gen, dtype=torch.float64)
+        .to(dtype)
+        .contiguous(memory_format=reference.memory_format(y))
+    )
     if relu_input is not None:
         dy = torch.where(doubtful, torch.zeros((), dtype=dtype), dy)
     inputs, exact_inputs = case.inputs(), exact.inputs()
@@ -170,7 +174,3 @@ def check_case(
     for name, value in case.running().items():
         assert_close(value, exact.running()[name], name, length=int(stretch))
     return y
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if reference.rows_are_channels(x) else torch.contiguous_format

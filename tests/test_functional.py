@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastres import _extension, functional, reference
 from fastres.functional import NormParams
-from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, memory_format, norm
+from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, norm
 
 
 def call(f, case: Case, **options) -> Tensor:
@@ -133,7 +133,7 @@ def test_a_residual_in_the_other_memory_format_is_taken():
     case = make_case((2, 16, 4, 5), torch.float32, "channels_last", gen)
     case.tensors["residual"] = case.tensors["residual"].detach().contiguous().requires_grad_()
     y = check(case, torch.float32, gen, training=True)
-    assert memory_format(y) == torch.channels_last
+    assert reference.memory_format(y) == torch.channels_last
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -401,7 +401,7 @@ def test_projection_shortcut_agrees_with_float64(dtype, layout, training, main):
             length=case_length(case, stride),
             product_eps=product_eps,
         )
-        assert memory_format(y) == LAYOUTS[layout]
+        assert reference.memory_format(y) == LAYOUTS[layout]
         with torch.no_grad():
             fresh = project(functional.projection_shortcut, case, **(options | {"training": False}))
             exact = project(reference.projection_shortcut, case.double(), **(options | {"training": False}))

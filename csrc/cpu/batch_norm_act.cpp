@@ -136,7 +136,7 @@ ChannelNorm<acc_t<T>> finalise(
     moments.mean.assign(m, m + channels);
     moments.m2.assign(m2, m2 + channels);
   } else {
-    moments = moments_of(like_rows("x", x, x, rows).const_data_ptr<T>(), rows);
+    moments = moments_of(x.const_data_ptr<T>(), rows);
   }
   mean = channel_vector(x, channels);
   rstd = channel_vector(x, channels);

@@ -347,8 +347,7 @@ class BatchNormAct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         saved = ctx.saved_tensors
         x, needed = saved[0], ctx.needs_input_grad
-        layout = torch.channels_last if reference.rows_are_channels(x) else torch.contiguous_format
-        dy = dy.contiguous(memory_format=layout)
+        dy = dy.contiguous(memory_format=reference.memory_format(x))
         needs_dx, needs_dr = needed[0], needed[5] and not ctx.residual_gradient_is_dy
         batch_statistics = ctx.activation[0]
         needs_sums = needed[1] or needed[2] or needed[6] or needed[7] or (batch_statistics and (needs_dx or needs_dr))

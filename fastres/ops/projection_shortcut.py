@@ -26,9 +26,8 @@ def output_size(size: int, stride: int) -> int:
 
 def _empty_product(s: Tensor, weight: Tensor, stride: list[int]) -> Tensor:
     n, _, h, w = s.shape
-    layout = torch.channels_last if reference.rows_are_channels(s) else torch.contiguous_format
     shape = (n, weight.shape[0], output_size(h, stride[0]), output_size(w, stride[1]))
-    return torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=layout)
+    return torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=reference.memory_format(s))
 
 
 def _forward_fallback(s: Tensor, weight: Tensor, stride: list[int], statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +133,7 @@ class Projection(torch.autograd.Function):
     def backward(ctx: Any, dproduct: Tensor, *_: Any) -> Any:
         s, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        layout = torch.channels_last if reference.rows_are_channels(s) else torch.contiguous_format
-        ds, dweight = _backward_once(dproduct.contiguous(memory_format=layout), s, weight, ctx.stride, needs)
+        ds, dweight = _backward_once(
+            dproduct.contiguous(memory_format=reference.memory_format(s)), s, weight, ctx.stride, needs
+        )
         return ds if needs[0] else None, dweight if needs[1] else None, None, None
