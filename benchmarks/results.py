@@ -11,9 +11,7 @@ import dataclasses
 import datetime
 import json
 import os
-import re
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from itertools import chain
@@ -28,12 +26,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import fastres
-from benchmarks import workloads
+from benchmarks import records, workloads
+from benchmarks.records import PUBLISHED, ROOT, number, row
 from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
 from fastres.info import processors
 from fastres.train.checkpoint import atomic, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 COPY = "copy"
 MARKERS = ("<!-- results -->", "<!-- /results -->")
 SAVED_BATCH = 4 if workloads.QUICK else 32
@@ -45,7 +43,7 @@ COLOURS = {EAGER: "#9aa5b1", COMPILE: "#e0a458", FUSED: "#1f6f8b"}
 class Config:
     """Measure fastres against PyTorch eager and torch.compile."""
 
-    output_dir: Path = ROOT / "docs" / "results"
+    output_dir: Path = PUBLISHED
     """Folder for the JSON file and op.png."""
     readme: Path = ROOT / "README.md"
     """File that takes the table; left as it is by a quick run, or where it lacks the two marker lines."""
@@ -180,20 +178,11 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "fastres": fastres.__version__,
-        "commit": _commit(),
+        "commit": records.commit(),
         "date": datetime.date.today().isoformat(),
         "load_average_at_start": os.getloadavg()[0],
         "quick": workloads.QUICK,
     }
-
-
-def _commit() -> str:
-    """The commit that was measured, marked where files differ from it; empty outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -201,16 +190,13 @@ def _commit() -> str:
 
 def json_name(machine: dict[str, Any]) -> str:
     """<processor>-<capability>-<date>.json, in lower case."""
-    words = re.sub(r"\((r|tm|c)\)", "", f"{machine['processor']} {machine['capability']}".lower())
-    slug = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
-    return f"{slug}-{machine['date']}{'-quick' if machine['quick'] else ''}.json"
+    name = records.slug(f"{machine['processor']} {machine['capability']}")
+    return f"{name}-{machine['date']}{'-quick' if machine['quick'] else ''}.json"
 
 
 def to_json(results: Results) -> str:
     """The raw figures."""
-    text = json.dumps(dataclasses.asdict(results), indent=1)
-    # A list of figures belongs on one line.
-    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    return records.to_json(dataclasses.asdict(results))
 
 
 def from_json(path: Path) -> Results:
@@ -240,9 +226,9 @@ def table(results: Results) -> str:
     ]
     for entry in results.measurements:
         if entry.group in ("op", "block"):
-            cells = [_number(1e3 * entry.median(side)) for side in workloads.SIDES]
+            cells = [number(1e3 * entry.median(side)) for side in workloads.SIDES]
             floor = entry.median(FUSED) / entry.floor()
-            lines.append(_row(entry.name, *cells, *_ratios(entry), _number(floor)))
+            lines.append(row(entry.name, *cells, *_ratios(entry), number(floor)))
     lines += [
         "",
         "| whole network, images a second (more is better) | eager | torch.compile | fastres | over eager |"
@@ -251,33 +237,22 @@ def table(results: Results) -> str:
     ]
     for entry in results.measurements:
         if entry.group.startswith("model"):
-            cells = [_number(entry.images / entry.median(side)) for side in workloads.SIDES]
-            lines.append(_row(entry.name, *cells, *_ratios(entry)))
+            cells = [number(entry.images / entry.median(side)) for side in workloads.SIDES]
+            lines.append(row(entry.name, *cells, *_ratios(entry)))
     lines += [
         "",
         "| kept for backward by a ResNet-18 training step, MiB an image | eager | fastres | eager / fastres |",
         "| --- | ---: | ---: | ---: |",
     ]
     for dropout, saved in results.saved_bytes_per_image.items():
-        sizes = [_number(saved[side] / 2**20) for side in (EAGER, FUSED)]
-        lines.append(_row(f"dropout {dropout}", *sizes, _number(saved[EAGER] / saved[FUSED], "x")))
+        sizes = [number(saved[side] / 2**20) for side in (EAGER, FUSED)]
+        lines.append(row(f"dropout {dropout}", *sizes, number(saved[EAGER] / saved[FUSED], "x")))
     return "\n".join(lines) + "\n"
 
 
 def _ratios(entry: Measurement) -> list[str]:
     ratios = [entry.median(side) / entry.median(FUSED) for side in (EAGER, COMPILE)]
-    return [_number(ratio, "x") for ratio in ratios]
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _number(value: float, unit: str = "") -> str:
-    """Three digits; nothing where there is no value."""
-    if value != value:
-        return ""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
+    return [number(ratio, "x") for ratio in ratios]
 
 
 def plot(results: Results, path: Path) -> None:
@@ -299,7 +274,7 @@ def plot(results: Results, path: Path) -> None:
                     [index + 0.28 * (offset - 1) for index in range(len(entries))],
                     heights, 0.26, color=COLOURS[side], label=NAMES[side],
                 )  # fmt: skip
-                labels = [_number(1e3 * entry.median(side)) for entry in entries]
+                labels = [number(1e3 * entry.median(side)) for entry in entries]
                 axes.bar_label(bars, labels, padding=2, fontsize=8, color="#333333")
             axes.axhline(1, color="#b03a2e", linewidth=1.2, linestyle="--", label="byte floor", zorder=3)
             ticks = ["{} channels\n{} x {}".format(*entry.shape[1:]) for entry in entries if entry.shape]
