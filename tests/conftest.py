@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
+import tests.backend
 from tests.oracle import SEED
+
+tests.backend.prepare(os.environ.get("FASTRES_TEST_BACKEND"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fastres import reference
 from fastres.reference import NormParams, statistics_dtype
+from tests import backend
 
 SEED = int(os.environ.get("FASTRES_TEST_SEED", random.SystemRandom().randrange(2**31)))
 """Fresh at every run, printed in pytest's header."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (
+    backend.GPU_DTYPES if backend.NAME in ("triton", "cuda") else (*backend.GPU_DTYPES, torch.float64)
+)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # An element is rounded once when it is stored (half an eps) and the float32 arithmetic before it takes a few roundings

@@ -28,6 +28,9 @@ _NORM = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias"
 _RESIDUAL_NORM = "Tensor? residual_mean, Tensor? residual_rstd, Tensor? residual_weight, Tensor? residual_bias"
 _ACTIVATION = "bool relu, float dropout_p, str order"
 
+KERNELS = ("stats", "apply", "training", "inference", "backward_reduce", "backward_apply", "backward")
+"""The operators, without their prefix: the names of the launchers in fastres.kernels.batch_norm_act as well."""
+
 
 def _residual(
     residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None, bias: Tensor | None

@@ -1,0 +1,241 @@
+"""Launching a kernel by its plan: the device, the arrival counters, opt-in autotuning, and recording for those who look.
+
+Environment:
+    FASTRES_AUTOTUNE: `1` times a few plans for every new shape with `triton.autotune` and keeps the fastest, on disk as
+        well. Off by default: a first step that takes seconds longer helps nobody who has not asked for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastres import reference
+from fastres.kernels.plan import Device, Geometry, Plan
+
+# For tensors that no GPU holds: the interpreter's, where a few programs of every kind show whether they cooperate, and
+# those of a trace.
+INTERPRETED = Device(multiprocessors=2)
+TRACED = Device(multiprocessors=132)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for: `arguments` are the kernel's by name, without what None-valued pointers leave out."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+    num_warps: int
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+
+_recorder: contextvars.ContextVar[tuple[list[Launch], Device] | None] = contextvars.ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def recording(device: Device = TRACED) -> Iterator[list[Launch]]:
+    """Within it kernels are written down instead of launched, as for a GPU of `device`'s kind; tensors may be fake."""
+    launches: list[Launch] = []
+    token = _recorder.set((launches, device))
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+def geometry(x: Tensor) -> Geometry:
+    """The geometry of a dense [N, C, H, W] tensor."""
+    n, c, h, w = x.shape
+    return Geometry(reference.rows_are_channels(x), n * h * w, c, h * w, x.element_size())
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+
+
+def device_of(x: Tensor) -> Device:
+    """What plans for `x` need to know of its device."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder[1]
+    return _cuda_device(x.get_device()) if x.is_cuda else INTERPRETED
+
+
+# ----------------------------------------------------------------------------------------------------- arrival counters
+
+
+class _Counters:
+    """Zeroed int32 counters on one device. A kernel leaves them at zero, so nobody clears them between launches.
+
+    Launches on one stream follow each other and share a block of counters. Launches in a CUDA graph get counters that no
+    other launch ever gets, since graphs may be replayed beside each other and beside any stream.
+    """
+
+    SHARED = 1024
+    CAPTURED = 1 << 15
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.by_stream: dict[int, Tensor] = {}
+        self.captured = torch.zeros(self.CAPTURED, dtype=torch.int32, device=device)
+        self.taken = 0
+        if device.type == "cuda":
+            # Once in the life of a process: a graph may be replayed on a stream that knows nothing of this one.
+            torch.cuda.current_stream(device).synchronize()
+
+    def take(self, size: int) -> Tensor:
+        if self.device.type != "cuda":
+            return self._shared(0, size)
+        if torch.cuda.is_current_stream_capturing():
+            if self.taken + size > self.CAPTURED:
+                return torch.zeros(size, dtype=torch.int32, device=self.device)
+            self.taken += size
+            return self.captured[self.taken - size : self.taken]
+        return self._shared(torch.cuda.current_stream(self.device).cuda_stream, size)
+
+    def _shared(self, stream: int, size: int) -> Tensor:
+        found = self.by_stream.get(stream)
+        if found is None or found.numel() < size:
+            found = torch.zeros(max(size, self.SHARED), dtype=torch.int32, device=self.device)
+            self.by_stream[stream] = found
+        return found
+
+
+@functools.cache
+def _counters(device: torch.device) -> _Counters:
+    return _Counters(device)
+
+
+def arrival_counters(x: Tensor, size: int) -> Tensor:
+    """int32 [size or more] on x's device, all 0, for the next launch on the current stream."""
+    if _recorder.get() is not None:
+        return x.new_empty(size, dtype=torch.int32)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing() and x.device not in _known:
+        # Whatever is allocated during a capture belongs to the graph.
+        return torch.zeros(size, dtype=torch.int32, device=x.device)
+    _known.add(x.device)
+    return _counters(x.device).take(size)
+
+
+_known: set[torch.device] = set()
+
+# ------------------------------------------------------------------------------------------------------------ launching
+
+
+def _meta(plan: Plan, image: Geometry, partials: bool) -> dict[str, Any]:
+    meta = {
+        "tiles": plan.tiles,
+        "splits": plan.splits,
+        "CHANNELS_LAST": image.channels_last,
+        "INDEX_64": plan.index_64,
+        "EVEN_S": plan.even_s,
+        "EVEN_C": plan.even_c,
+        "BLOCK_S": plan.block_s,
+        "BLOCK_C": plan.block_c,
+    }
+    if partials:
+        meta["BLOCK_P"] = plan.block_s
+    return meta
+
+
+def _autotunes() -> bool:
+    return os.environ.get("FASTRES_AUTOTUNE", "0") not in ("", "0")
+
+
+def candidates(make: Callable[..., Plan], shape: Geometry, device: Device) -> list[Plan]:
+    """The plans that may be worth trying for a shape: the one from arithmetic first, then other sizes of a program."""
+    own = make(shape, device)
+    plans = [own]
+    for threads in (128, 256, 512, 1024):
+        if threads // device.warp >= 1:
+            plans.append(make(shape, device, threads))
+    return list(dict.fromkeys(plans))
+
+
+def launch(
+    kernel: Any,
+    make: Callable[..., Plan],
+    shape: Geometry,
+    x: Tensor,
+    arguments: Callable[[Plan], Sequence[Any]],
+    *,
+    depth: int = 1,
+    partials: bool = False,
+    restore: Sequence[str] = (),
+    **flags: Any,
+) -> None:
+    """Launch `kernel` on x's device and the current stream.
+
+    Args:
+        make: reduce_plan or apply_plan.
+        arguments: the kernel's positional arguments for a plan; workspaces depend on it.
+        depth: the grid's third axis.
+        partials: whether the kernel combines partial sums.
+        restore: names of arguments that a launch updates; autotuning puts them back after every trial.
+        flags: compile-time arguments.
+    """
+    recorder = _recorder.get()
+    plan = make(shape, device_of(x))
+    if recorder is not None or not x.is_cuda or not _autotunes() or torch.cuda.is_current_stream_capturing():
+        grid = (plan.splits, plan.channel_blocks, depth)
+        values, meta = arguments(plan), _meta(plan, shape, partials) | flags
+        if recorder is not None:
+            names = dict(zip(kernel.arg_names, values, strict=False))
+            recorder[0].append(Launch(kernel, grid, names | meta, plan.num_warps))
+        else:
+            with _on_device(x):
+                kernel[grid](*values, **meta, num_warps=plan.num_warps)
+        return
+    plans = candidates(make, shape, device_of(x))
+    widest = max(plans, key=lambda p: p.splits * p.channel_blocks * p.block_c)
+    tuner, grids = _tuner(kernel, tuple(plans), shape, depth, partials, tuple(restore))
+    with _on_device(x):
+        tuner[lambda meta: grids[meta["BLOCK_S"], meta["BLOCK_C"], meta["splits"]]](*arguments(widest), **flags)
+
+
+def launch_over_channels(kernel: Any, shape: Geometry, x: Tensor, arguments: Sequence[Any]) -> None:
+    """Launch a kernel that touches only vectors of one value a channel."""
+    block = 128
+    grid = (1, -(-shape.channels // block), 1)
+    recorder = _recorder.get()
+    if recorder is not None:
+        named = dict(zip(kernel.arg_names, arguments, strict=False)) | {"BLOCK_C": block}
+        recorder[0].append(Launch(kernel, grid, named, 4))
+        return
+    with _on_device(x):
+        kernel[grid](*arguments, BLOCK_C=block, num_warps=4)
+
+
+@functools.cache
+def _tuner(
+    kernel: Any, plans: tuple[Plan, ...], shape: Geometry, depth: int, partials: bool, restore: tuple[str, ...]
+) -> tuple[Any, dict[tuple[int, int, int], tuple[int, int, int]]]:
+    """The kernel under triton.autotune, and the grid of each of its configurations."""
+    configs = [triton.Config(_meta(p, shape, partials), num_warps=p.num_warps) for p in plans]
+    grids = {(p.block_s, p.block_c, p.splits): (p.splits, p.channel_blocks, depth) for p in plans}
+    tune = triton.autotune(
+        configs, key=["positions", "channels", "image"], restore_value=list(restore) or None, cache_results=True
+    )
+    return tune(kernel), grids
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Entering the context costs more than asking whether it is needed.
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.get_device())

@@ -1,0 +1,52 @@
+"""The dropout contract in Triton: which elements are kept, a pure function of the seed and the element's index.
+
+Element i (linear index in N, H, W, C order, whatever the memory format) takes word i % 4 of Philox-4x32-10 with the seed
+as key and the counter (i // 4, 0, 0, 0), and is kept where that word, as an unsigned number, is at least the threshold.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _words(seed, counter, INDEX_64: tl.constexpr):
+    """The four words of each counter, uint32 in the counter's shape."""
+    if INDEX_64:
+        low = (counter & 0xFFFFFFFF).to(tl.uint32)
+        high = (counter >> 32).to(tl.uint32)
+    else:
+        low = counter
+        high = counter * 0
+    zero = high * 0
+    return tl.philox(seed, low, high, zero, zero)
+
+
+@triton.jit
+def dropout_keep(
+    seed, position, first_channel, channels, threshold,
+    FOURS: tl.constexpr, INDEX_64: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Whether each element of a tile is kept, bool [BLOCK_S, BLOCK_C].
+
+    Args:
+        position: [BLOCK_S], index in N, H, W order.
+        threshold: int32 with the bits of the unsigned threshold.
+        FOURS: channels % 4 == 0. Then four neighbouring channels share a call and use its four words. Otherwise a call
+            serves one element, since groups of four run across the ends of rows.
+    """
+    least = threshold.to(tl.uint32, bitcast=True)
+    if FOURS:
+        counter = position[:, None] * (channels // 4) + (first_channel // 4 + tl.arange(0, BLOCK_C // 4))[None, :]
+        a, b, c, d = _words(seed, counter, INDEX_64)
+        even = tl.join(a >= least, c >= least)
+        odd = tl.join(b >= least, d >= least)
+        return tl.reshape(tl.join(even, odd), (BLOCK_S, BLOCK_C))
+    else:
+        index = position[:, None] * channels + (first_channel + tl.arange(0, BLOCK_C))[None, :]
+        a, b, c, d = _words(seed, index >> 2, INDEX_64)
+        word = index & 3
+        return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)) >= least

@@ -1,0 +1,146 @@
+"""How a kernel is spread over a GPU: tile, warps and programs, chosen from the tensor's shape by arithmetic alone.
+
+The arithmetic, for a GPU of the H100's kind (132 multiprocessors, 3.35 TB/s, about 700 ns from the second-level cache's
+miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way at any time, 18 KB a multiprocessor.
+
+- A thread holds 32 bytes of each tensor: two 16-byte loads, 16 elements of 2 bytes or 8 of 4. The reductions keep two
+  float32 accumulators an element, so 16 elements cost them 32 registers beside 16 for the element itself: that stays
+  under the 64 at which 1024 threads, half of what a multiprocessor holds, are resident. 1024 threads * 32 bytes = 32 KB
+  are under way for a pass that reads one tensor, 64 KB for one that reads two.
+- In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there are
+  fewer. In NCHW it is as many positions of one image as fill a line or more.
+- The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
+  loaded once a program, and the reductions have few partial sums to combine.
+- What a program reads and writes beside its tiles must stay small. A reduction costs 16 bytes a channel and program (two
+  partial sums written and read again); at most 3 % of one T are 16 / (0.03 * itemsize) = 533 / itemsize positions a
+  program. The element-wise passes load 16 to 20 bytes a channel and program, against at least 2 T that they move
+  themselves: 384 / itemsize positions keep that under 2.6 %, at 2 bytes an element.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+LINE_BYTES = 128
+BYTES_A_THREAD = 32
+RESIDENT_THREADS = 1024
+REDUCE_POSITIONS_BYTES = 533
+APPLY_POSITIONS_BYTES = 384
+INDEX_32_LIMIT = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What a plan depends on: the shape of an activation as its memory is walked.
+
+    Attributes:
+        channels_last: rows of C (channels_last) or of H * W (NCHW).
+        positions: M = N * H * W.
+        channels: C.
+        image: H * W.
+        itemsize: bytes an element.
+    """
+
+    channels_last: bool
+    positions: int
+    channels: int
+    image: int
+    itemsize: int
+
+    @property
+    def images(self) -> int:
+        return self.positions // self.image
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a GPU: its multiprocessors, and the threads of a warp (64 on AMD's CDNA)."""
+
+    multiprocessors: int
+    warp: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One launch: its grid is (splits, channel_blocks, ...), a program takes every splits-th of `tiles` tiles.
+
+    Attributes:
+        block_s, block_c: positions and channels of a tile.
+        num_warps: warps of a program.
+        index_64: whether offsets need 64 bits.
+        even_s, even_c: whether tiles fill positions and channels without a remainder, so that no load needs a mask.
+    """
+
+    block_s: int
+    block_c: int
+    num_warps: int
+    tiles: int
+    splits: int
+    channel_blocks: int
+    index_64: bool
+    even_s: bool
+    even_c: bool
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _tile(geometry: Geometry, threads: int) -> tuple[int, int]:
+    """(block_s, block_c) of a tile that gives each of `threads` threads its 32 bytes.
+
+    Both are at least 8, so that a byte of the bit mask never belongs to two programs.
+    """
+    elements = threads * BYTES_A_THREAD // geometry.itemsize
+    line = LINE_BYTES // geometry.itemsize
+    if geometry.channels_last:
+        block_c = max(8, min(line, _power_of_two(geometry.channels)))
+        return max(8, elements // block_c), block_c
+    # Half the tile along the image where that is long enough, so that a program still owns several channels.
+    block_s = max(8, min(elements // 8, _power_of_two(geometry.image)))
+    return block_s, max(8, min(elements // block_s, _power_of_two(geometry.channels)))
+
+
+def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int) -> Plan:
+    block_s, block_c = _tile(geometry, threads)
+    if geometry.channels_last:
+        tiles = -(-geometry.positions // block_s)
+        even_s = geometry.positions % block_s == 0
+        positions_a_tile = block_s
+    else:
+        tiles = geometry.images * -(-geometry.image // block_s)
+        even_s = geometry.image % block_s == 0
+        positions_a_tile = min(block_s, geometry.image)
+    channel_blocks = -(-geometry.channels // block_c)
+    least = -(-positions_bytes // (geometry.itemsize * positions_a_tile))
+    resident = device.multiprocessors * (RESIDENT_THREADS // threads)
+    splits = max(1, min(resident // channel_blocks, tiles // least))
+    # The same number of tiles for every program, but for the last ones.
+    splits = -(-tiles // -(-tiles // splits))
+    elements = geometry.positions * geometry.channels
+    return Plan(
+        block_s=block_s,
+        block_c=block_c,
+        num_warps=threads // device.warp,
+        tiles=tiles,
+        splits=splits,
+        channel_blocks=channel_blocks,
+        # Masked lanes of the last tile count as well: their offsets must not wrap around to valid ones.
+        index_64=elements + block_s * geometry.channels + block_c * geometry.image >= INDEX_32_LIMIT,
+        even_s=even_s,
+        even_c=geometry.channels % block_c == 0,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def reduce_plan(geometry: Geometry, device: Device, threads: int = 512) -> Plan:
+    """For the passes that sum over positions: large programs, since each costs a row of partial sums."""
+    return _plan(geometry, device, threads, REDUCE_POSITIONS_BYTES)
+
+
+@functools.lru_cache(maxsize=1024)
+def apply_plan(geometry: Geometry, device: Device, threads: int = 256) -> Plan:
+    """For the element-wise passes."""
+    return _plan(geometry, device, threads, APPLY_POSITIONS_BYTES)

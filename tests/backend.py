@@ -1,0 +1,51 @@
+"""The backend that this process tests: the compiled CPU kernels, or what FASTRES_TEST_BACKEND names.
+
+    default, avx2, avx512   a capability of the CPU (together with ATEN_CPU_CAPABILITY)
+    reference               plain PyTorch (together with FASTRES_EXTENSION=0)
+    triton                  the Triton launchers on CPU tensors, interpreted (together with TRITON_INTERPRET=1)
+    cuda                    the Triton kernels on a GPU
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+NAME = os.environ.get("FASTRES_TEST_BACKEND")
+# The GPU kernels compute in float32; float64 is for checks on the CPU.
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_registered: list[Any] = []
+
+
+def prepare(name: str | None) -> None:
+    """Make this process run the backend of that name."""
+    if name != "triton" or _registered:
+        return
+    from fastres.kernels import batch_norm_act
+    from fastres.ops.batch_norm_act import KERNELS
+
+    _round_to_nearest_even()
+    library = torch.library.Library("fastres", "IMPL")
+    for operator in KERNELS:
+        library.impl(f"batch_norm_act_{operator}", getattr(batch_norm_act, operator), "CPU")
+    _registered.append(library)
+
+
+def _round_to_nearest_even() -> None:
+    """Make the interpreter round float32 to bfloat16 as GPUs do; its own conversion cuts the low bits off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    own = interpreter.InterpreterBuilder.cast_impl
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
+            return own(self, source, target)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast
