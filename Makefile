@@ -1,6 +1,7 @@
 PYTHON ?= python
+OUT ?= runs/gpu
 
-.PHONY: build test bench lint format
+.PHONY: build test bench lint format gpu
 
 build: ## compile the modules in place, only what changed
 	$(PYTHON) setup.py build_ext --inplace
@@ -10,6 +11,9 @@ test:
 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+gpu: ## build, test, sanitize, measure and profile on the GPU here, in ten minutes; docs/gpu.md
+	$(PYTHON) -m benchmarks.gpu --output-dir $(OUT) $(ARGS)
 
 lint:
 	ruff check .

@@ -1,12 +1,15 @@
 """What is measured. A workload is one task; its sides (eager, compile, fused) do that task on tensors of their own.
 
 Every side runs channels_last, which is no slower for eager than contiguous NCHW. On a GPU the same workloads run at
-batch 512 under bfloat16 autocast. FASTRES_BENCH_QUICK=1 makes everything tiny: it shows that the benchmarks run, and
+batch 512 under bfloat16 autocast, with more sides: torch.compile with autotuning, and for a training step fastres under
+torch.compile and under a CUDA graph. FASTRES_BENCH_QUICK=1 makes everything tiny: it shows that the benchmarks run, and
 says nothing about speed.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,11 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock
 
+from benchmarks import sides
 from fastres import models
-from fastres.functional import batch_norm_act
+from fastres.functional import NormParams, batch_norm_act, projection_shortcut
 from fastres.nn import FusedBasicBlock
 
-EAGER, COMPILE, FUSED = SIDES = ("eager", "compile", "fused")
+EAGER, COMPILE, FUSED = SIDES = sides.SIDES
+MAX_AUTOTUNE, FUSED_COMPILE, FUSED_GRAPH = sides.MAX_AUTOTUNE, sides.FUSED_COMPILE, sides.FUSED_GRAPH
+COMPILED = (*sides.COMPILERS, FUSED_COMPILE)
 
 CUDA = torch.cuda.is_available()
 QUICK = os.environ.get("FASTRES_BENCH_QUICK", "0") not in ("", "0")
@@ -41,11 +47,13 @@ class Workload:
     """One task. `make(side)` sets a side up; the function it returns does the task once, to the end.
 
     Attributes:
-        group: op, block, model-train-step or model-inference.
+        group: op, projection, block, model-train-step or model-inference.
         key: the task in one word, unique in its group.
         name: the task in words, for tables.
         images: images, or samples of the batch, in one run.
         rounds: runs that give a steady median without taking long.
+        set_up: as `make`, but what it returns goes on without waiting for the GPU, and whatever was compiled before
+            stays.
         sides: who does it, eager first.
         shape: of the tensor that the operator passes over; None where the task is more than one operator.
         bytes: what one run has to read and write at least; None likewise.
@@ -57,11 +65,18 @@ class Workload:
     name: str
     images: int
     rounds: int
-    make: Callable[[str], Run]
+    set_up: Callable[[str], Run]
     sides: tuple[str, ...]
     shape: Shape | None = None
     bytes: int | None = None
     dropout: float = 0.0
+
+    def make(self, side: str) -> Run:
+        """A function that does the task once and returns when the device has finished."""
+        if side in COMPILED:
+            # One workload's shapes must not make the next one's symbolic.
+            torch.compiler.reset()
+        return _to_the_end(self.set_up(side))
 
     @property
     def warmup_rounds(self) -> int:
@@ -69,10 +84,10 @@ class Workload:
         return 1 if self.group == "model-train-step" and not CUDA else 3
 
 
-def op_workloads() -> Iterator[Workload]:
+def op_workloads(batch: int = BATCH) -> Iterator[Workload]:
     """y = dropout(relu(bn(x) + r)), forward + backward, at the four shapes of ResNet-18's stages."""
     for stage in range(2 if QUICK else 4):
-        shape = (BATCH, 64 << stage, IMAGE >> stage, IMAGE >> stage)
+        shape = (batch, 64 << stage, IMAGE >> stage, IMAGE >> stage)
         for dropout in DROPOUTS:
             # Compilation takes most of a quick run, so one case stands for all.
             compiled = not QUICK or (stage == 0 and dropout == 0)
@@ -80,14 +95,30 @@ def op_workloads() -> Iterator[Workload]:
                 group="op",
                 key=f"{'x'.join(map(str, shape))}-dropout{dropout:g}",
                 name=f"relu(bn(x) + r), {_text(shape)}" + (f", dropout {dropout:g}" if dropout else ""),
-                images=BATCH,
+                images=batch,
                 rounds=2 if QUICK else 20,
-                make=_op(shape, dropout),
-                sides=SIDES if compiled else (EAGER, FUSED),
+                set_up=_op(shape, dropout),
+                sides=_sides() if compiled else (EAGER, FUSED),
                 shape=shape,
                 bytes=least_bytes(shape),
                 dropout=dropout,
             )
+
+
+def projection_workloads(batch: int = BATCH) -> Iterator[Workload]:
+    """y = relu(bn(x) + bn(conv1x1(s))), forward + backward: what ends the first block of ResNet-18's later stages."""
+    for stage in range(1 if QUICK else 3):
+        channels, size = 64 << stage, IMAGE >> stage
+        yield Workload(
+            group="projection",
+            key=f"{batch}x{channels}to{2 * channels}x{size}",
+            name=f"relu(bn(x) + bn(conv1x1(s))), {channels} to {2 * channels} channels, s"
+            f" {_text((batch, channels, size, size))}",
+            images=batch,
+            rounds=2 if QUICK else 20,
+            set_up=_projection((batch, channels, size, size)),
+            sides=_model_sides(),
+        )
 
 
 def block_workloads() -> Iterator[Workload]:
@@ -100,21 +131,21 @@ def block_workloads() -> Iterator[Workload]:
             name=f"basic block, {words}, {_text((BATCH, 64, IMAGE, IMAGE))}",
             images=BATCH,
             rounds=2 if QUICK else 8,
-            make=_block(projection),
+            set_up=_block(projection),
             sides=_model_sides(),
         )
 
 
-def train_workloads() -> Iterator[Workload]:
+def train_workloads(batch: int = BATCH) -> Iterator[Workload]:
     """ResNet-18 with the CIFAR stem: forward, backward and a step of SGD with momentum."""
     yield Workload(
         group="model-train-step",
-        key=f"batch{BATCH}",
-        name=f"ResNet-18 training step, batch {BATCH}",
-        images=BATCH,
+        key=f"batch{batch}",
+        name=f"ResNet-18 training step, batch {batch}",
+        images=batch,
         rounds=1 if QUICK else 20 if CUDA else 3,
-        make=_train_step(BATCH),
-        sides=_model_sides(),
+        set_up=_train_step(batch),
+        sides=(*_model_sides(), *((FUSED_COMPILE, FUSED_GRAPH) if CUDA else ())),
     )
 
 
@@ -127,13 +158,17 @@ def inference_workloads() -> Iterator[Workload]:
             name=f"ResNet-18 inference, batch {batch}",
             images=batch,
             rounds=2 if QUICK else 6 if batch > 1 else 40,
-            make=_inference(batch),
+            set_up=_inference(batch),
             sides=_model_sides(),
         )
 
 
+def _sides() -> tuple[str, ...]:
+    return (*SIDES, MAX_AUTOTUNE) if CUDA else SIDES
+
+
 def _model_sides() -> tuple[str, ...]:
-    return (EAGER, FUSED) if QUICK else SIDES
+    return (EAGER, FUSED) if QUICK else _sides()
 
 
 def least_bytes(shape: Shape) -> int:
@@ -144,6 +179,16 @@ def least_bytes(shape: Shape) -> int:
     """
     elements = shape[0] * shape[1] * shape[2] * shape[3]
     return 10 * elements * DTYPE.itemsize + 3 * elements // 8
+
+
+def input_sets(input_bytes: int) -> int:
+    """How many sets of inputs the runs take in turn, so that none finds its inputs in the GPU's L2 cache.
+
+    1 on the CPU, where a set is as large as the last-level cache or larger at most shapes.
+    """
+    if not CUDA:
+        return 1
+    return math.ceil(4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / input_bytes)
 
 
 def copied_bytes(shape: Shape) -> int:
@@ -161,7 +206,7 @@ def copy(shape: Shape) -> Run:
 def resnet18(side: str, dropout: float = 0.0) -> nn.Module:
     """ResNet-18 on the benchmark's device, channels_last; for every side but the fused one in plain PyTorch."""
     torch.manual_seed(0)
-    model = models.create("resnet18", num_classes=CLASSES, dropout=dropout, fused=side == FUSED)
+    model = models.create("resnet18", num_classes=CLASSES, dropout=dropout, fused=side in sides.OURS)
     model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
@@ -182,14 +227,15 @@ def image_batch(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def _op(shape: Shape, dropout: float) -> Callable[[str], Run]:
-    def make(side: str) -> Run:
+    def set_up(side: str) -> Run:
         torch.manual_seed(0)
         channels = shape[1]
-        x, r = (_activation(shape).requires_grad_() for _ in range(2))
-        dy = _activation(shape)
-        weight = torch.rand(channels, device=DEVICE).add_(0.5).requires_grad_()
-        bias = torch.randn(channels, device=DEVICE).requires_grad_()
-        mean, var = torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
+        bytes_a_set = 3 * math.prod(shape) * DTYPE.itemsize
+        sets = [
+            (_leaf(shape), _leaf(shape), _activation(shape))  # x, r, dy
+            for _ in range(input_sets(bytes_a_set))
+        ]
+        weight, bias, mean, var = _norm(channels)
 
         def plain(x: Tensor, r: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             y = F.relu(F.batch_norm(x, mean, var, weight, bias, training=True) + r)
@@ -198,20 +244,59 @@ def _op(shape: Shape, dropout: float) -> Callable[[str], Run]:
         def fused(x: Tensor, r: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return batch_norm_act(x, mean, var, weight, bias, training=True, residual=r, dropout_p=dropout)
 
-        forward = fused if side == FUSED else _compiled(plain, side)
+        forward = fused if side == FUSED else _compiled(plain, side, graphs=False)
+        turns = itertools.cycle(sets)
 
         def run() -> None:
+            x, r, dy = next(turns)
             for leaf in (x, r, weight, bias):
                 leaf.grad = None
             torch.autograd.backward(forward(x, r, weight, bias), dy)
 
-        return _to_the_end(run)
+        return run
 
-    return make
+    return set_up
+
+
+def _projection(shape: Shape) -> Callable[[str], Run]:
+    def set_up(side: str) -> Run:
+        torch.manual_seed(0)
+        batch, channels, height, width = shape
+        out_channels = 2 * channels
+        out_shape = (batch, out_channels, height // 2, width // 2)
+        bytes_a_set = (math.prod(shape) + 2 * math.prod(out_shape)) * DTYPE.itemsize
+        sets = [
+            (_leaf(shape), _leaf(out_shape), _activation(out_shape))  # s, x, dy
+            for _ in range(input_sets(bytes_a_set))
+        ]
+        kernel = _activation((out_channels, channels, 1, 1)).mul_(channels**-0.5).requires_grad_()
+        x_weight, x_bias, x_mean, x_var = _norm(out_channels)
+        weight, bias, mean, var = _norm(out_channels)
+
+        def plain(s: Tensor, x: Tensor) -> Tensor:
+            z = F.batch_norm(x, x_mean, x_var, x_weight, x_bias, training=True)
+            return F.relu(z + F.batch_norm(F.conv2d(s, kernel, stride=2), mean, var, weight, bias, training=True))
+
+        def fused(s: Tensor, x: Tensor) -> Tensor:
+            norm, x_norm = NormParams(mean, var, weight, bias), NormParams(x_mean, x_var, x_weight, x_bias)
+            return projection_shortcut(s, kernel, norm, x, x_norm, stride=2, training=True)
+
+        forward = fused if side == FUSED else _compiled(plain, side, graphs=False)
+        turns = itertools.cycle(sets)
+
+        def run() -> None:
+            s, x, dy = next(turns)
+            for leaf in (s, x, kernel, x_weight, x_bias, weight, bias):
+                leaf.grad = None
+            torch.autograd.backward(forward(s, x), dy)
+
+        return run
+
+    return set_up
 
 
 def _block(projection: bool) -> Callable[[str], Run]:
-    def make(side: str) -> Run:
+    def set_up(side: str) -> Run:
         torch.manual_seed(0)
         channels, stride = (128, 2) if projection else (64, 1)
         shortcut = None
@@ -221,7 +306,7 @@ def _block(projection: bool) -> Callable[[str], Run]:
             )
         block = (FusedBasicBlock if side == FUSED else BasicBlock)(64, channels, stride, shortcut)
         block.to(DEVICE, DTYPE, memory_format=torch.channels_last)
-        x = _activation((BATCH, 64, IMAGE, IMAGE)).requires_grad_()
+        x = _leaf((BATCH, 64, IMAGE, IMAGE))
         dy = _activation((BATCH, channels, IMAGE // stride, IMAGE // stride))
         forward = _compiled(block, side)
 
@@ -230,13 +315,13 @@ def _block(projection: bool) -> Callable[[str], Run]:
             x.grad = None
             torch.autograd.backward(forward(x), dy)
 
-        return _to_the_end(run)
+        return run
 
-    return make
+    return set_up
 
 
 def _train_step(batch: int) -> Callable[[str], Run]:
-    def make(side: str) -> Run:
+    def set_up(side: str) -> Run:
         model = resnet18(side)
         images, labels = image_batch(batch)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -247,13 +332,13 @@ def _train_step(batch: int) -> Callable[[str], Run]:
             torch.autograd.backward(training_loss(forward, images, labels))
             optimizer.step()
 
-        return _to_the_end(run)
+        return _graphed(run) if side == FUSED_GRAPH else run
 
-    return make
+    return set_up
 
 
 def _inference(batch: int) -> Callable[[str], Run]:
-    def make(side: str) -> Run:
+    def set_up(side: str) -> Run:
         model = resnet18(side).eval()
         images, _ = image_batch(batch)
         forward = _compiled(model, side)
@@ -262,18 +347,36 @@ def _inference(batch: int) -> Callable[[str], Run]:
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
                 forward(images)
 
-        return _to_the_end(run)
+        return run
 
-    return make
+    return set_up
 
 
-def _compiled(forward: Callable[..., Tensor], side: str) -> Callable[..., Tensor]:
-    if side != COMPILE:
+def _compiled(forward: Callable[..., Tensor], side: str, *, graphs: bool = True) -> Callable[..., Tensor]:
+    if side not in COMPILED:
         return forward
-    # One workload's shapes must not make the next one's symbolic.
-    torch.compiler.reset()
-    compiled: Callable[..., Tensor] = torch.compile(forward, dynamic=False)
+    # Autotuning also puts CUDA graphs in. They copy what changes from run to run into buffers of their own: traffic
+    # that would count against a bare operator whose inputs take turns, and whose launches are hidden anyway.
+    autotune = "max-autotune" if graphs else "max-autotune-no-cudagraphs"
+    compiled: Callable[..., Tensor] = torch.compile(
+        forward, dynamic=False, mode=autotune if side == MAX_AUTOTUNE else None
+    )
     return compiled
+
+
+def _graphed(step: Run) -> Run:
+    """A replay of `step` as one CUDA graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # The optimizer's state, cuDNN's choices and compiled kernels have to exist before the capture.
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay  # a bound method: it keeps the graph, and the graph its memory
 
 
 def _to_the_end(run: Run) -> Run:
@@ -290,6 +393,17 @@ def _to_the_end(run: Run) -> Run:
 
 def _activation(shape: Shape) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(DTYPE, memory_format=torch.channels_last)
+
+
+def _leaf(shape: Shape) -> Tensor:
+    return _activation(shape).requires_grad_()
+
+
+def _norm(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight and bias, which take gradients, and running mean and variance of a batch normalisation."""
+    weight = torch.rand(channels, device=DEVICE).add_(0.5).requires_grad_()
+    bias = torch.randn(channels, device=DEVICE).requires_grad_()
+    return weight, bias, torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
 
 
 def _text(shape: Shape) -> str:
