@@ -1,0 +1,870 @@
+// The strided 1x1 convolution of a shortcut on CUDA: implicit GEMMs over gathered rows.
+//
+//   forward          product[p, n] = sum_k s[at(p), k] W[n, k]          p: output position, at(p): the input under it
+//   inference        y[p, n] = relu(norm_n(product[p, n]) + norm_x(x[p, n])), the product never written
+//   input gradient   ds[at(p), n] = sum_k dproduct[p, k] W[k, n], and zero at the inputs that no output looks at
+//   weight gradient  dW[m, n] = sum_p dproduct[p, m] s[at(p), n]
+//
+// One main loop serves all four: tiles of both operands come through three stages of asynchronous copies and are
+// multiplied on tensor cores, or by FMA for float32 where tf32 is not wanted. They differ in which index of an operand
+// lies along memory, and in the epilogue. Rows are addressed through the stride; nothing is gathered in memory first.
+//
+// Passes over memory, in units of the tensors: forward reads the gathered share of s and writes the product; inference
+// reads x as well; the input gradient reads dproduct and writes ds once; the weight gradient reads dproduct and the
+// gathered share of s. An operand wider than a tile is read again for every tile, out of the L2 cache.
+//
+// Statistics are those of the product as it is stored: the float32 accumulators, rounded to its dtype. batch_norm_act
+// reads the rounded product, so only these give it mean 0 and variance 1, and its backward assumes both. A tile gives
+// the mean and M2 of its rows for each channel; a second kernel combines the tiles by Chan's formula in a fixed order.
+// There are no atomics, so every result is the same bit for bit from run to run.
+//
+// In channels_last, with 16-byte rows and pointers, operands are copied 16 bytes at a time. Everything else, NCHW among
+// it, takes element loads with the same addressing ("own gather"), whose neighbours along memory go to neighbouring
+// threads.
+#pragma once
+
+#include "primitives.cuh"
+#include "projection_shortcut.h"
+
+#include <cstddef>
+#include <type_traits>
+
+namespace fastres::shortcut {
+
+// --- Addresses -----------------------------------------------------------------------------------------------------
+
+// Division of numbers below 2^31 by one that is known at launch: n / d = n * ceil(2^(31 + l) / d) / 2^(31 + l) with
+// 2^l >= d (Granlund and Montgomery 1994, theorem 4.2).
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), shift(31) {
+    while ((int64_t{1} << (shift - 31)) < d) {
+      ++shift;
+    }
+    multiplier = static_cast<uint32_t>((uint64_t{1} << shift) / divisor + 1);
+  }
+  FASTRES_HOST_DEVICE uint32_t quotient(uint32_t n) const {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> shift);
+  }
+};
+
+// Where the row of an index starts, in elements. Rows are equally spaced, or those of output positions in N, H, W order
+// in a tensor that the stride steps through.
+struct Lines {
+  bool spaced;
+  Divisor width, height; // of the output
+  int64_t image, row, column;
+
+  FASTRES_HOST_DEVICE int64_t offset(uint32_t index) const {
+    if (spaced) {
+      return index * column;
+    }
+    const uint32_t line = width.quotient(index), j = index - line * width.divisor;
+    const uint32_t n = height.quotient(line), i = line - n * height.divisor;
+    return n * image + i * row + j * column;
+  }
+};
+
+// One operand in memory: [lines, items], an item of a line `step` elements from the next.
+template <typename T>
+struct Operand {
+  const T* data;
+  Lines lines;
+  int64_t step;
+  uint32_t line_count, item_count;
+  bool across; // neighbours in memory are those of the next line, as in NCHW
+};
+
+// Where results go. In the gradient of the input an output position owns the cell of input positions from its own up
+// to the next: cell_h x cell_w of them, less at the edge. The cells cover the input.
+template <typename T>
+struct Target {
+  T* data;
+  Lines lines;
+  int64_t step;
+  uint32_t cell_h, cell_w;
+  uint32_t height, width; // of what the cells cover
+  int64_t row, column;    // from one position of a cell to the next
+  bool across;
+};
+
+template <typename T>
+struct Params {
+  Operand<T> a, b;
+  Target<T> out;
+  uint32_t rows, columns;
+  uint32_t column_tiles;
+  uint32_t steps, steps_a_split;
+  bool vector_stores;
+  bool relu;
+  float* workspace;
+  const T* x;
+  RunningNorm norm, x_norm;
+};
+
+// --- Tiles in shared memory ----------------------------------------------------------------------------------------
+
+// A tile of kLines x kItems elements. Chunks of 16 bytes are exchanged within a line so that both the copies into it
+// and the reads of fragments, which take eight lines at once, touch every bank once.
+template <typename T, int kLinesInTile, int kItemsInTile>
+struct SharedTile {
+  static constexpr int kLines = kLinesInTile;
+  static constexpr int kItems = kItemsInTile;
+  static constexpr int kLineBytes = kItems * static_cast<int>(sizeof(T));
+  static constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kChunks = kLineBytes / 16;
+
+  FASTRES_DEVICE static int chunk_offset(int line, int chunk) {
+    if constexpr (kLineBytes == 64) {
+      chunk ^= (line >> 1) & 3;
+    } else if constexpr (sizeof(T) == 2) {
+      chunk ^= line & 7;
+    } else {
+      chunk ^= (line & 3) << 1;
+    }
+    return line * kLineBytes + chunk * 16;
+  }
+  FASTRES_DEVICE static int offset(int line, int item) {
+    return chunk_offset(line, item / kPerChunk) + item % kPerChunk * static_cast<int>(sizeof(T));
+  }
+};
+
+// Copies the tiles of one operand, a step along K after the other. With kAlongK an item is an index of K and the lines
+// stay the same; without it the lines are indices of K and the items stay.
+template <typename T, typename Tile_, bool kAlongK, bool kVector>
+struct Loader {
+  static constexpr int kParts = Tile_::kLines * (kVector ? Tile_::kChunks : Tile_::kItems) / Tile::kThreads;
+  static constexpr int kStep = kAlongK ? Tile_::kItems : Tile_::kLines;
+  static_assert(kParts * Tile::kThreads == Tile_::kLines * (kVector ? Tile_::kChunks : Tile_::kItems));
+
+  const Operand<T>& operand;
+  uint32_t first; // line or item, whichever stays
+  int64_t line_offset[kVector && kAlongK ? kParts : 1];
+
+  FASTRES_DEVICE Loader(const Operand<T>& source, uint32_t start) : operand(source), first(start) {
+    if constexpr (kVector && kAlongK) {
+      FASTRES_UNROLL
+      for (int i = 0; i < kParts; ++i) {
+        line_offset[i] = operand.lines.offset(first + line_of(i));
+      }
+    }
+  }
+
+  FASTRES_DEVICE static int line_of(int part) {
+    return (thread_index() + part * Tile::kThreads) / Tile_::kChunks;
+  }
+
+  FASTRES_DEVICE void fetch(unsigned char* to, uint32_t step) const {
+    const uint32_t line0 = kAlongK ? first : step * kStep, item0 = kAlongK ? step * kStep : first;
+    if constexpr (kVector) {
+      FASTRES_UNROLL
+      for (int i = 0; i < kParts; ++i) {
+        const int line = line_of(i), chunk = thread_index() % Tile_::kChunks;
+        const uint32_t item = item0 + chunk * Tile_::kPerChunk;
+        const bool valid = line0 + line < operand.line_count && item < operand.item_count;
+        const int64_t offset = kAlongK ? line_offset[i] : operand.lines.offset(line0 + line);
+        copy_async<16>(to + Tile_::chunk_offset(line, chunk), operand.data + offset + item, valid);
+      }
+    } else {
+      // Not unrolled whole: sixteen addresses at a time would not fit the registers.
+      FASTRES_UNROLL_BY(4)
+      for (int i = 0; i < kParts; ++i) {
+        const int index = thread_index() + i * Tile::kThreads;
+        const int line = operand.across ? index % Tile_::kLines : index / Tile_::kItems;
+        const int item = operand.across ? index / Tile_::kLines : index % Tile_::kItems;
+        const bool valid = line0 + line < operand.line_count && item0 + item < operand.item_count;
+        const T* from = operand.data + operand.lines.offset(line0 + line) + (item0 + item) * operand.step;
+        unsigned char* place = to + Tile_::offset(line, item);
+        if constexpr (sizeof(T) == 4) {
+          copy_async<4>(place, from, valid);
+        } else {
+          store_shared(place, load_global(from, valid)); // there is no asynchronous copy of two bytes
+        }
+      }
+    }
+  }
+};
+
+// --- Products of two tiles -----------------------------------------------------------------------------------------
+
+// Every kind of arithmetic leaves results where mma does: of a warp's 32 x 32, in tile i of 16 rows and j of 8 columns,
+// a lane holds rows lane / 4 and 8 more, columns 2 * (lane % 4) and the next.
+constexpr int kWarpRows = 32, kWarpColumns = 32;
+constexpr int kWarpsAcross = Tile::kColumns / kWarpColumns, kWarpsDown = Tile::kRows / kWarpRows;
+static_assert(kWarpsAcross * kWarpsDown * 32 == Tile::kThreads);
+
+using Accumulator = float[2][4][4];
+
+struct Place {
+  int lane, row, column; // the warp's first row and column in the tile
+
+  FASTRES_DEVICE Place()
+      : lane(thread_index() % 32),
+        row(thread_index() / 32 / kWarpsAcross * kWarpRows),
+        column(thread_index() / 32 % kWarpsAcross * kWarpColumns) {}
+
+  // Row and column in the tile of element e of accumulator [i][j].
+  FASTRES_DEVICE int row_of(int i, int e) const {
+    return row + i * 16 + e / 2 * 8 + lane / 4;
+  }
+  FASTRES_DEVICE int column_of(int j, int e) const {
+    return column + j * 8 + lane % 4 * 2 + e % 2;
+  }
+};
+
+// Tensor cores. K is taken 32 bytes at a time: 16 elements of 16 bits or 8 of 32, two chunks of a line.
+template <typename T, typename Format_>
+struct TensorCores {
+  using Element = T;
+  using Format = Format_;
+
+  template <typename A, typename B, bool kAAlongK, bool kBAlongK>
+  FASTRES_DEVICE static void multiply(
+      Accumulator& sum,
+      const unsigned char* a,
+      const unsigned char* b,
+      const Place& place) {
+    constexpr int kDepth = Tile::kStepBytes / static_cast<int>(sizeof(T));
+    constexpr int kMmaDepth = 32 / static_cast<int>(sizeof(T));
+    const int lane = place.lane;
+    FASTRES_UNROLL
+    for (int k = 0; k < kDepth; k += kMmaDepth) {
+      uint32_t left[2][4], right[2][4]; // right: two tiles of 8 columns together, each in two registers
+      FASTRES_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int row = place.row + i * 16;
+        if constexpr (kAAlongK) {
+          load_matrices(left[i], a + A::chunk_offset(row + lane % 16, k / A::kPerChunk + lane / 16));
+        } else if constexpr (sizeof(T) == 2) {
+          const int line = k + lane / 16 * 8 + lane % 8;
+          load_matrices_transposed(left[i], a + A::chunk_offset(line, row / A::kPerChunk + lane / 8 % 2));
+        } else {
+          FASTRES_UNROLL
+          for (int r = 0; r < 4; ++r) {
+            left[i][r] = load_shared<uint32_t>(a + A::offset(k + r / 2 * 4 + lane % 4, row + r % 2 * 8 + lane / 4));
+          }
+        }
+        const int column = place.column + i * 16;
+        if constexpr (kBAlongK) {
+          const int line = column + lane / 16 * 8 + lane % 8;
+          load_matrices(right[i], b + B::chunk_offset(line, k / B::kPerChunk + lane / 8 % 2));
+        } else if constexpr (sizeof(T) == 2) {
+          load_matrices_transposed(right[i], b + B::chunk_offset(k + lane % 16, column / B::kPerChunk + lane / 16));
+        } else {
+          FASTRES_UNROLL
+          for (int r = 0; r < 4; ++r) {
+            right[i][r] = load_shared<uint32_t>(b + B::offset(k + r % 2 * 4 + lane % 4, column + r / 2 * 8 + lane / 4));
+          }
+        }
+      }
+      if constexpr (std::is_same_v<Format, tf32>) {
+        FASTRES_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          FASTRES_UNROLL
+          for (int r = 0; r < 4; ++r) {
+            left[i][r] = round_to_tf32(left[i][r]);
+            right[i][r] = round_to_tf32(right[i][r]);
+          }
+        }
+      }
+      FASTRES_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        FASTRES_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          mma<Format>(sum[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+        }
+      }
+    }
+  }
+};
+
+struct BFloat16 : TensorCores<bf16, bf16> {};
+struct Half : TensorCores<f16, f16> {};
+struct Tf32 : TensorCores<float, tf32> {};
+
+// Plain FMA in float32: four rows and eight columns a lane, four indices of K at a time.
+struct Float {
+  using Element = float;
+
+  // The values of line or item `at` at k ... k + 3.
+  template <typename S, bool kAlongK>
+  FASTRES_DEVICE static void take(float (&v)[4], const unsigned char* tile, int at, int k) {
+    if constexpr (kAlongK) {
+      const auto four = load_shared<Bytes16>(tile + S::chunk_offset(at, k / 4));
+      FASTRES_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        v[q] = bits_float(four.words[q]);
+      }
+    } else {
+      FASTRES_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        v[q] = load_shared<float>(tile + S::offset(k + q, at));
+      }
+    }
+  }
+
+  template <typename A, typename B, bool kAAlongK, bool kBAlongK>
+  FASTRES_DEVICE static void multiply(
+      Accumulator& sum,
+      const unsigned char* a,
+      const unsigned char* b,
+      const Place& place) {
+    constexpr int kDepth = Tile::kStepBytes / 4;
+    FASTRES_UNROLL_BY(1)
+    for (int k = 0; k < kDepth; k += 4) {
+      float left[2][2][4];
+      FASTRES_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        FASTRES_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          take<A, kAAlongK>(left[i][h], a, place.row_of(i, h * 2), k);
+        }
+      }
+      FASTRES_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        FASTRES_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          float right[4];
+          take<B, kBAlongK>(right, b, place.column_of(j, e), k);
+          FASTRES_UNROLL
+          for (int q = 0; q < 4; ++q) {
+            FASTRES_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              sum[i][j][e] += left[i][0][q] * right[q];
+              sum[i][j][2 + e] += left[i][1][q] * right[q];
+            }
+          }
+        }
+      }
+    }
+  }
+};
+
+// --- Epilogues -----------------------------------------------------------------------------------------------------
+
+// The tile of results as float32. Pairs of columns are written by eight rows at once, chunks read line by line.
+struct ResultTile {
+  FASTRES_DEVICE static int offset(int row, int column) {
+    return row * Tile::kColumns * 4 + ((column / 4) ^ ((row & 7) << 1)) * 16 + column % 4 * 4;
+  }
+};
+
+FASTRES_DEVICE void stage_results(unsigned char* shared, const Accumulator& sum, const Place& place) {
+  FASTRES_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    FASTRES_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      FASTRES_UNROLL
+      for (int e = 0; e < 4; e += 2) {
+        const Bytes8 pair{{float_bits(sum[i][j][e]), float_bits(sum[i][j][e + 1])}};
+        store_shared(shared + ResultTile::offset(place.row_of(i, e), place.column_of(j, e)), pair);
+      }
+    }
+  }
+}
+
+// Sums f(value, row is inside) over the rows of this warp, for each of the lane's eight columns, and writes them down:
+// table[warp row][column].
+template <typename F>
+FASTRES_DEVICE void sum_rows(float* table, const Accumulator& sum, const Place& place, uint32_t rows, const F& f) {
+  FASTRES_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    FASTRES_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      float total = 0;
+      FASTRES_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        FASTRES_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const bool inside = static_cast<uint32_t>(place.row_of(i, h * 2)) < rows;
+          total += f(sum[i][j][h * 2 + e], j * 2 + e, inside);
+        }
+      }
+      FASTRES_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        total += shuffle_xor(total, mask);
+      }
+      if (place.lane < 4) {
+        store_shared(table + place.row / kWarpRows * Tile::kColumns + place.column_of(j, e), total);
+      }
+    }
+  }
+}
+
+FASTRES_DEVICE float sum_warps(const float* table, int column) {
+  float total = 0;
+  FASTRES_UNROLL
+  for (int w = 0; w < kWarpsDown; ++w) {
+    total += load_shared<float>(table + w * Tile::kColumns + column);
+  }
+  return total;
+}
+
+// Both normalisations of inference as factors: z = (product - mean) * scale + bias.
+struct Folded {
+  float mean, scale, bias;
+
+  FASTRES_DEVICE Folded(const RunningNorm& norm, uint32_t channel, bool valid) : mean(0), scale(1), bias(0) {
+    if (norm.mean != nullptr) {
+      mean = load_global(norm.mean + channel, valid);
+      scale = (norm.weight != nullptr ? load_global(norm.weight + channel, valid) : 1.0f) /
+          sqrtf(load_global(norm.var + channel, valid) + norm.eps);
+      bias = norm.bias != nullptr ? load_global(norm.bias + channel, valid) : 0.0f;
+    }
+  }
+  FASTRES_DEVICE void store(float* table, int column) const {
+    store_shared(table + column, mean);
+    store_shared(table + Tile::kColumns + column, scale);
+    store_shared(table + 2 * Tile::kColumns + column, bias);
+  }
+};
+
+FASTRES_DEVICE float normalised(float v, const float* table, int column) {
+  return (v - load_shared<float>(table + column)) * load_shared<float>(table + Tile::kColumns + column) +
+      load_shared<float>(table + 2 * Tile::kColumns + column);
+}
+
+// What inference makes of a product.
+template <typename T>
+FASTRES_DEVICE float activated(const Params<T>& p, const float* tables, float v, T x, int column) {
+  float y = normalised(v, tables, column);
+  if (p.x != nullptr) {
+    y += normalised(to_float(x), tables + 3 * Tile::kColumns, column);
+  }
+  return p.relu && !(y > 0) ? (y != y ? y : 0.0f) : y;
+}
+
+// Writes kItems results of a row next to each other, and where a cell is larger than one position zeros to the rest.
+template <Step kStep, int kItems, typename T, typename V>
+FASTRES_DEVICE void store_cell(const Target<T>& out, uint32_t line, int64_t item_offset, V value, bool valid) {
+  if constexpr (kStep == Step::kInputGradient) {
+    const uint32_t image_line = out.lines.width.quotient(line);
+    const uint32_t j = line - image_line * out.lines.width.divisor;
+    const uint32_t n = out.lines.height.quotient(image_line), i = image_line - n * out.lines.height.divisor;
+    T* corner = out.data + n * out.lines.image + i * out.lines.row + j * out.lines.column + item_offset;
+    for (uint32_t di = 0; di < out.cell_h; ++di) {
+      for (uint32_t dj = 0; dj < out.cell_w; ++dj) {
+        const bool inside = valid && i * out.cell_h + di < out.height && j * out.cell_w + dj < out.width;
+        const V what = di + dj == 0 ? value : V{};
+        store_global(reinterpret_cast<V*>(corner + di * out.row + dj * out.column), what, inside);
+      }
+    }
+  } else {
+    store_global(reinterpret_cast<V*>(out.data + out.lines.offset(line) + item_offset), value, valid);
+  }
+}
+
+// Brings the staged results to global memory, 16 bytes a thread where rows allow it.
+template <Step kStep, typename T, typename Out>
+FASTRES_DEVICE void store_results(
+    const Params<T>& p,
+    const Target<Out>& out,
+    const unsigned char* shared,
+    const float* tables,
+    uint32_t row0,
+    uint32_t column0) {
+  if (p.vector_stores) {
+    constexpr int kItems = 16 / sizeof(Out), kChunks = Tile::kColumns / kItems;
+    // Rolled: a vector of results is as many registers as the accumulators have left.
+    for (int index = thread_index(); index < Tile::kRows * kChunks; index += Tile::kThreads) {
+      const int row = index / kChunks, column = index % kChunks * kItems;
+      const bool valid = row0 + row < p.rows && column0 + column < p.columns;
+      union {
+        Bytes16 bytes;
+        Out items[kItems];
+      } x{}, v;
+      if constexpr (kStep == Step::kInference) {
+        if (p.x != nullptr) {
+          const T* from = p.x + out.lines.offset(row0 + row) + column0 + column;
+          x.bytes = load_global(reinterpret_cast<const Bytes16*>(from), valid);
+        }
+      }
+      FASTRES_UNROLL
+      for (int q = 0; q < kItems; q += 4) {
+        const auto four = load_shared<Bytes16>(shared + ResultTile::offset(row, column + q));
+        FASTRES_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          float value = bits_float(four.words[r]);
+          if constexpr (kStep == Step::kInference) {
+            value = activated(p, tables, value, x.items[q + r], column + q + r);
+          }
+          v.items[q + r] = from_float<Out>(value);
+        }
+      }
+      store_cell<kStep, kItems>(out, row0 + row, column0 + column, v.bytes, valid);
+    }
+    return;
+  }
+  for (int index = thread_index(); index < Tile::kRows * Tile::kColumns; index += Tile::kThreads) {
+    const int row = out.across ? index % Tile::kRows : index / Tile::kColumns;
+    const int column = out.across ? index / Tile::kRows : index % Tile::kColumns;
+    const bool valid = row0 + row < p.rows && column0 + column < p.columns;
+    const int64_t item_offset = (column0 + column) * out.step;
+    float value = load_shared<float>(shared + ResultTile::offset(row, column));
+    if constexpr (kStep == Step::kInference) {
+      T x{};
+      if (p.x != nullptr) {
+        x = load_global(p.x + out.lines.offset(row0 + row) + item_offset, valid);
+      }
+      value = activated(p, tables, value, x, column);
+    }
+    store_cell<kStep, 1>(out, row0 + row, item_offset, from_float<Out>(value), valid);
+  }
+}
+
+// --- The kernels ---------------------------------------------------------------------------------------------------
+
+// One tile of results. Blocks that share rows of A follow each other, so that A comes out of the L2 cache again.
+template <typename Math, Step kStep, bool kVector>
+FASTRES_KERNEL(Tile::kThreads, Tile::kBlocks)
+gemm(const Params<typename Math::Element> p) {
+  using T = typename Math::Element;
+  constexpr int kDepth = Tile::kStepBytes / static_cast<int>(sizeof(T));
+  constexpr bool kAAlongK = kStep != Step::kWeightGradient;
+  constexpr bool kBAlongK = kStep == Step::kForward || kStep == Step::kInference;
+  using A = std::conditional_t<kAAlongK, SharedTile<T, Tile::kRows, kDepth>, SharedTile<T, kDepth, Tile::kRows>>;
+  using B = std::conditional_t<kBAlongK, SharedTile<T, Tile::kColumns, kDepth>, SharedTile<T, kDepth, Tile::kColumns>>;
+  constexpr int kABytes = Tile::kRows * Tile::kStepBytes;
+
+  unsigned char* shared = shared_memory();
+  const uint32_t row_tile = block_index_x() / p.column_tiles;
+  const uint32_t row0 = row_tile * Tile::kRows;
+  const uint32_t column0 = (block_index_x() - row_tile * p.column_tiles) * Tile::kColumns;
+  const uint32_t step0 = block_index_y() * p.steps_a_split;
+  const uint32_t steps = (step0 + p.steps_a_split < p.steps ? step0 + p.steps_a_split : p.steps) - step0;
+
+  const Loader<T, A, kAAlongK, kVector> load_a(p.a, row0);
+  const Loader<T, B, kBAlongK, kVector> load_b(p.b, column0);
+  const auto fetch = [&](uint32_t step) {
+    if (step < steps) {
+      unsigned char* stage = shared + step % Tile::kStages * Tile::kStageBytes;
+      load_a.fetch(stage, step0 + step);
+      load_b.fetch(stage + kABytes, step0 + step);
+    }
+    copy_commit();
+  };
+
+  const Place place;
+  Accumulator sum = {};
+  FASTRES_UNROLL
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
+    fetch(stage);
+  }
+  for (uint32_t step = 0; step < steps; ++step) {
+    copy_wait<Tile::kStages - 2>();
+    barrier(); // this step has arrived for everybody, and everybody is done with the last one, whose place is free
+    fetch(step + Tile::kStages - 1);
+    const unsigned char* stage = shared + step % Tile::kStages * Tile::kStageBytes;
+    Math::template multiply<A, B, kAAlongK, kBAlongK>(sum, stage, stage + kABytes, place);
+  }
+  barrier(); // nobody reads the stages any more
+
+  float* tables = reinterpret_cast<float*>(shared + Tile::kResultBytes);
+  if constexpr (kStep == Step::kWeightGradient) {
+    stage_results(shared, sum, place);
+    barrier();
+    Target<float> out{};
+    out.lines.spaced = true;
+    out.lines.column = p.columns;
+    out.step = 1;
+    out.data = p.workspace + static_cast<int64_t>(block_index_y()) * p.rows * p.columns;
+    store_results<kStep>(p, out, shared, tables, row0, column0);
+  } else if constexpr (kStep == Step::kForward) {
+    FASTRES_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      FASTRES_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        FASTRES_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          sum[i][j][e] = to_float(from_float<T>(sum[i][j][e]));
+        }
+      }
+    }
+    stage_results(shared, sum, place);
+    const bool statistics = p.workspace != nullptr;
+    const uint32_t rows = p.rows - row0 < Tile::kRows ? p.rows - row0 : Tile::kRows;
+    const float count = static_cast<float>(rows);
+    float* squares = tables + kWarpsDown * Tile::kColumns;
+    if (statistics) {
+      sum_rows(tables, sum, place, rows, [](float v, int, bool inside) { return inside ? v : 0.0f; });
+    }
+    barrier();
+    if (statistics) {
+      float mean[8];
+      FASTRES_UNROLL
+      for (int c = 0; c < 8; ++c) {
+        mean[c] = sum_warps(tables, place.column_of(c / 2, c % 2)) / count;
+      }
+      sum_rows(squares, sum, place, rows, [&](float v, int c, bool inside) {
+        return inside ? (v - mean[c]) * (v - mean[c]) : 0.0f;
+      });
+    }
+    store_results<kStep>(p, p.out, shared, tables, row0, column0);
+    if (statistics) {
+      barrier();
+      const int column = thread_index();
+      if (column < Tile::kColumns) {
+        float* to = p.workspace + static_cast<int64_t>(row_tile) * 2 * p.columns + column0 + column;
+        const bool valid = column0 + column < p.columns;
+        store_global(to, sum_warps(tables, column) / count, valid);
+        store_global(to + p.columns, sum_warps(squares, column), valid);
+      }
+    }
+  } else {
+    stage_results(shared, sum, place);
+    if constexpr (kStep == Step::kInference) {
+      const int column = thread_index() % Tile::kColumns;
+      const bool valid = column0 + column < p.columns;
+      if (thread_index() < Tile::kColumns) {
+        Folded(p.norm, column0 + column, valid).store(tables, column);
+      } else if (thread_index() < 2 * Tile::kColumns) {
+        Folded(p.x_norm, column0 + column, valid).store(tables + 3 * Tile::kColumns, column);
+      }
+    }
+    barrier();
+    store_results<kStep>(p, p.out, shared, tables, row0, column0);
+  }
+}
+
+// Sums the values of a channel over the groups of the block; the same order always. Every thread gets the sum.
+template <int kThreads, int kWidth>
+FASTRES_DEVICE float sum_groups(float* table, float value) {
+  static_assert(kWidth <= 32 && kThreads / kWidth <= 1024);
+  FASTRES_UNROLL
+  for (int mask = kWidth; mask < 32; mask *= 2) {
+    value += shuffle_xor(value, mask);
+  }
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  if (lane < kWidth) {
+    store_shared(table + warp * kWidth + lane, value);
+  }
+  barrier();
+  float total = 0;
+  for (int w = 0; w < kThreads / 32; ++w) {
+    total += load_shared<float>(table + w * kWidth + lane % kWidth);
+  }
+  return total;
+}
+
+struct StatisticsParams {
+  const float* tiles; // [tiles, 2, channels]: mean, M2
+  uint32_t tile_count, channels;
+  int64_t count; // values a channel
+  float *mean, *m2;
+};
+
+// Chan et al. 1979 for many parts at once:
+//   mean = sum_i n_i mean_i / n      M2 = sum_i M2_i + n_i (mean_i - mean)^2
+// with the first part's mean as the origin, so that the sum of large means loses nothing.
+FASTRES_KERNEL(Combine::kStatisticsThreads, 1) combine_statistics(const StatisticsParams p) {
+  constexpr int kChannels = Combine::kChannels, kGroups = Combine::kStatisticsThreads / kChannels;
+  constexpr int kTable = Combine::kStatisticsThreads / 32 * kChannels;
+  float* tables = reinterpret_cast<float*>(shared_memory());
+  const uint32_t channel = block_index_x() * kChannels + thread_index() % kChannels;
+  const bool valid = channel < p.channels;
+  const uint32_t group = thread_index() / kChannels;
+  const auto at = [&](uint32_t tile, int which) {
+    return load_global(p.tiles + (static_cast<int64_t>(tile) * 2 + which) * p.channels + channel, valid);
+  };
+  const float last = static_cast<float>(p.count - static_cast<int64_t>(p.tile_count - 1) * Tile::kRows);
+  const auto weight = [&](uint32_t tile) { return tile + 1 < p.tile_count ? Tile::kRows : last; };
+  const float origin = at(0, 0);
+  float sum = 0;
+  FASTRES_UNROLL_BY(4)
+  for (uint32_t tile = group; tile < p.tile_count; tile += kGroups) {
+    sum += weight(tile) * (at(tile, 0) - origin);
+  }
+  const float mean =
+      origin + sum_groups<Combine::kStatisticsThreads, kChannels>(tables, sum) / static_cast<float>(p.count);
+  sum = 0;
+  FASTRES_UNROLL_BY(4)
+  for (uint32_t tile = group; tile < p.tile_count; tile += kGroups) {
+    const float apart = at(tile, 0) - mean;
+    sum += at(tile, 1) + weight(tile) * apart * apart;
+  }
+  const float m2 = sum_groups<Combine::kStatisticsThreads, kChannels>(tables + kTable, sum);
+  store_global(p.mean + channel, mean, valid && group == 0);
+  store_global(p.m2 + channel, m2, valid && group == 0);
+}
+
+template <typename T>
+struct WeightParams {
+  const float* splits; // [split_count, elements]
+  uint32_t split_count;
+  int64_t elements;
+  T* dweight;
+};
+
+// dW = the sum over splits, in a fixed order.
+template <typename T>
+FASTRES_KERNEL(Combine::kWeightThreads, 1)
+combine_weight(const WeightParams<T> p) {
+  constexpr int kWidth = Combine::kElements, kGroups = Combine::kWeightThreads / kWidth;
+  float* table = reinterpret_cast<float*>(shared_memory());
+  const int64_t element = static_cast<int64_t>(block_index_x()) * kWidth + thread_index() % kWidth;
+  const bool valid = element < p.elements;
+  const uint32_t group = thread_index() / kWidth;
+  float sum = 0;
+  FASTRES_UNROLL_BY(4)
+  for (uint32_t split = group; split < p.split_count; split += kGroups) {
+    sum += load_global(p.splits + split * p.elements + element, valid);
+  }
+  sum = sum_groups<Combine::kWeightThreads, kWidth>(table, sum);
+  store_global(p.dweight + element, from_float<T>(sum), valid && group == 0);
+}
+
+// --- Launching -----------------------------------------------------------------------------------------------------
+
+// What a launcher is asked for. It is called as launch(configuration, kernel, params).
+struct Configuration {
+  int64_t grid_x, grid_y;
+  int threads, shared_bytes;
+};
+
+inline Lines spaced_lines(int64_t distance) {
+  Lines lines{};
+  lines.spaced = true;
+  lines.column = distance;
+  return lines;
+}
+
+// The output positions of `p` in a dense tensor of `channels` whose images are h x w, stepping through it by the
+// stride or, for one that has the output's size, by 1.
+inline Lines position_lines(const Problem& p, int64_t channels, bool strided) {
+  const int64_t h = strided ? p.in_h : p.out_h(), w = strided ? p.in_w : p.out_w();
+  const int64_t column = p.channels_last ? channels : 1;
+  Lines lines{};
+  lines.spaced = p.channels_last && (!strided || (p.stride_h == 1 && p.stride_w == 1));
+  lines.width = Divisor(p.out_w());
+  lines.height = Divisor(p.out_h());
+  lines.image = h * w * channels;
+  lines.row = w * column * (strided ? p.stride_h : 1);
+  lines.column = column * (strided ? p.stride_w : 1);
+  return lines;
+}
+
+template <typename T>
+Operand<T> activation(const Problem& p, const void* data, bool strided) {
+  const int64_t channels = strided ? p.in_channels : p.out_channels;
+  const int64_t pixels = strided ? p.in_h * p.in_w : p.out_h() * p.out_w();
+  return {
+      static_cast<const T*>(data),
+      position_lines(p, channels, strided),
+      p.channels_last ? 1 : pixels,
+      static_cast<uint32_t>(p.positions()),
+      static_cast<uint32_t>(channels),
+      !p.channels_last};
+}
+
+template <typename T>
+Target<T> target(const Problem& p, void* data, bool strided) {
+  const Operand<T> same = activation<T>(p, nullptr, strided);
+  const int64_t column = p.channels_last ? same.item_count : 1;
+  return {
+      static_cast<T*>(data),
+      same.lines,
+      same.step,
+      static_cast<uint32_t>(p.stride_h),
+      static_cast<uint32_t>(p.stride_w),
+      static_cast<uint32_t>(p.in_h),
+      static_cast<uint32_t>(p.in_w),
+      p.in_w * column,
+      column,
+      same.across};
+}
+
+template <typename T>
+Params<T> params_of(Step step, const Plan& plan, const Problem& p, const Pointers& q) {
+  const uint32_t in = static_cast<uint32_t>(p.in_channels), out = static_cast<uint32_t>(p.out_channels);
+  const Operand<T> weight{static_cast<const T*>(q.weight), spaced_lines(in), 1, out, in, false};
+  Params<T> r{};
+  int64_t depth = in;
+  switch (step) {
+    case Step::kForward:
+    case Step::kInference:
+      r.a = activation<T>(p, q.s, true);
+      r.b = weight;
+      r.out = target<T>(p, step == Step::kForward ? q.product : q.y, false);
+      r.columns = out;
+      break;
+    case Step::kInputGradient:
+      r.a = activation<T>(p, q.dproduct, false);
+      r.b = weight;
+      r.out = target<T>(p, q.ds, true);
+      r.columns = in;
+      depth = out;
+      break;
+    case Step::kWeightGradient:
+      r.a = activation<T>(p, q.dproduct, false);
+      r.b = activation<T>(p, q.s, true);
+      r.columns = in;
+      depth = p.positions();
+      break;
+  }
+  r.rows = step == Step::kWeightGradient ? out : static_cast<uint32_t>(p.positions());
+  r.column_tiles = static_cast<uint32_t>(plan.column_tiles);
+  r.steps = static_cast<uint32_t>(ceil_div(depth, Tile::kStepBytes / static_cast<int64_t>(sizeof(T))));
+  r.steps_a_split = static_cast<uint32_t>(plan.steps_a_split);
+  r.vector_stores = plan.vector_stores;
+  r.relu = q.relu;
+  r.workspace = plan.workspace > 0 ? q.workspace : nullptr;
+  r.x = static_cast<const T*>(q.x);
+  r.norm = q.norm;
+  r.x_norm = q.x_norm;
+  return r;
+}
+
+template <typename Math, Step kStep, typename Launcher>
+void launch_gemm(const Plan& plan, const Problem& p, const Pointers& q, const Launcher& launch) {
+  using T = typename Math::Element;
+  const Configuration configuration{plan.blocks(), plan.splits, Tile::kThreads, Tile::kSharedBytes};
+  const Params<T> params = params_of<T>(kStep, plan, p, q);
+  if (plan.vector_loads) {
+    launch(configuration, gemm<Math, kStep, true>, params);
+  } else {
+    launch(configuration, gemm<Math, kStep, false>, params);
+  }
+}
+
+// Everything that a step launches, in order. `plan` is plan_of the same arguments.
+template <typename Math, typename Launcher>
+void run(Step step, const Plan& plan, const Problem& p, const Pointers& q, const Launcher& launch) {
+  using T = typename Math::Element;
+  switch (step) {
+    case Step::kForward: {
+      launch_gemm<Math, Step::kForward>(plan, p, q, launch);
+      if (plan.second_blocks > 0) {
+        constexpr int kTables = 2 * Combine::kStatisticsThreads / 32 * Combine::kChannels;
+        const StatisticsParams params{
+            q.workspace,
+            static_cast<uint32_t>(plan.row_tiles),
+            static_cast<uint32_t>(p.out_channels),
+            p.positions(),
+            q.mean,
+            q.m2};
+        launch(Configuration{plan.second_blocks, 1, plan.second_threads, kTables * 4}, combine_statistics, params);
+      }
+      break;
+    }
+    case Step::kInference:
+      launch_gemm<Math, Step::kInference>(plan, p, q, launch);
+      break;
+    case Step::kInputGradient:
+      launch_gemm<Math, Step::kInputGradient>(plan, p, q, launch);
+      break;
+    case Step::kWeightGradient: {
+      launch_gemm<Math, Step::kWeightGradient>(plan, p, q, launch);
+      const WeightParams<T> params{
+          q.workspace, static_cast<uint32_t>(plan.splits), p.out_channels * p.in_channels, static_cast<T*>(q.dweight)};
+      launch(
+          Configuration{plan.second_blocks, 1, plan.second_threads, Combine::kWeightThreads * 4},
+          combine_weight<T>,
+          params);
+      break;
+    }
+  }
+}
+
+} // namespace fastres::shortcut
