@@ -658,9 +658,11 @@ struct StatisticsParams {
 // Chan et al. 1979 for many parts at once:
 //   mean = sum_i n_i mean_i / n      M2 = sum_i M2_i + n_i (mean_i - mean)^2
 // with the first part's mean as the origin, so that the sum of large means loses nothing.
-FASTRES_KERNEL(Combine::kStatisticsThreads, 1) combine_statistics(const StatisticsParams p) {
-  constexpr int kChannels = Combine::kChannels, kGroups = Combine::kStatisticsThreads / kChannels;
-  constexpr int kTable = Combine::kStatisticsThreads / 32 * kChannels;
+template <int kThreads>
+FASTRES_KERNEL(kThreads, 1)
+combine_statistics(const StatisticsParams p) {
+  constexpr int kChannels = Combine::kChannels, kGroups = kThreads / kChannels;
+  constexpr int kTable = kThreads / 32 * kChannels;
   float* tables = reinterpret_cast<float*>(shared_memory());
   const uint32_t channel = block_index_x() * kChannels + thread_index() % kChannels;
   const bool valid = channel < p.channels;
@@ -676,15 +678,14 @@ FASTRES_KERNEL(Combine::kStatisticsThreads, 1) combine_statistics(const Statisti
   for (uint32_t tile = group; tile < p.tile_count; tile += kGroups) {
     sum += weight(tile) * (at(tile, 0) - origin);
   }
-  const float mean =
-      origin + sum_groups<Combine::kStatisticsThreads, kChannels>(tables, sum) / static_cast<float>(p.count);
+  const float mean = origin + sum_groups<kThreads, kChannels>(tables, sum) / static_cast<float>(p.count);
   sum = 0;
   FASTRES_UNROLL_BY(4)
   for (uint32_t tile = group; tile < p.tile_count; tile += kGroups) {
     const float apart = at(tile, 0) - mean;
     sum += at(tile, 1) + weight(tile) * apart * apart;
   }
-  const float m2 = sum_groups<Combine::kStatisticsThreads, kChannels>(tables + kTable, sum);
+  const float m2 = sum_groups<kThreads, kChannels>(tables + kTable, sum);
   store_global(p.mean + channel, mean, valid && group == 0);
   store_global(p.m2 + channel, m2, valid && group == 0);
 }
@@ -844,7 +845,10 @@ void run(Step step, const Plan& plan, const Problem& p, const Pointers& q, const
             p.positions(),
             q.mean,
             q.m2};
-        launch(Configuration{plan.second_blocks, 1, plan.second_threads, kTables * 4}, combine_statistics, params);
+        launch(
+            Configuration{plan.second_blocks, 1, plan.second_threads, kTables * 4},
+            combine_statistics<Combine::kStatisticsThreads>,
+            params);
       }
       break;
     }

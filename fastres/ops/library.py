@@ -13,20 +13,24 @@ from fastres import _extension
 LIBRARY: Any = torch.library.Library("fastres", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any], compiled_for: tuple[str, ...] = ("cpu",)
+) -> Any:
     """Define an operator and return its overload.
 
-    The fallback is plain PyTorch and serves every device that has no kernel of its own. On CPU tensors it loads the
-    compiled kernels first (building them if need be), after which the dispatcher goes to those directly.
+    The fallback is plain PyTorch and serves every device that has no kernel of its own. On tensors of the devices in
+    `compiled_for` it loads the compiled kernels first (building them if need be), after which the dispatcher goes to
+    those directly.
     """
     name = LIBRARY.define(schema)
     overload = getattr(torch.ops.fastres, name).default
 
     def dispatch(*args: Any) -> Any:
-        on_cpu = next(a for a in args if isinstance(a, Tensor)).device.type == "cpu"
-        if on_cpu and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", "CPU"):
-            _extension.load_cpu()
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", "CPU"):
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        key = device.upper()
+        if device in compiled_for and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", key):
+            {"cpu": _extension.load_cpu, "cuda": _extension.load_cuda}[device]()
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", key):
                 return overload(*args)
         return fallback(*args)
 

@@ -4,7 +4,10 @@
 
 In training the mean and M2 of the product, a channel each, are taken while its rows are still in cache;
 batch_norm_act then takes the raw product with these statistics and never reads it to measure it. In evaluation
-everything up to the ReLU is one pass, and the product is never written.
+everything up to the ReLU is one pass, and the product is never written. The statistics are those of the product as it
+is stored, since that is what batch_norm_act normalises.
+
+csrc/cpu serves CPU tensors, csrc/cuda CUDA tensors, each compiled and loaded when the first such tensor comes.
 """
 
 from __future__ import annotations
@@ -52,6 +55,7 @@ forward = define(
     " -> (Tensor product, Tensor mean, Tensor m2)",
     fallback=_forward_fallback,
     fake=_forward_fake,
+    compiled_for=("cpu", "cuda"),
 )
 
 
@@ -77,6 +81,7 @@ backward = define(
     " -> (Tensor ds, Tensor dweight)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    compiled_for=("cpu", "cuda"),
 )
 
 
@@ -107,6 +112,7 @@ inference = define(
     " Tensor? x_bias, int[2] stride, float eps, float x_eps, bool relu) -> Tensor",
     fallback=_inference_fallback,
     fake=_inference_fake,
+    compiled_for=("cpu", "cuda"),
 )
 
 
