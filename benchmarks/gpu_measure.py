@@ -86,6 +86,7 @@ def tasks(batches: Sequence[int]) -> Iterable[Task]:
     for index, batch in enumerate(batches):
         ops = list(workloads.op_workloads(batch))
         (step,) = workloads.train_workloads(batch)
+        (with_dropout,) = workloads.train_workloads(batch, max(workloads.DROPOUTS))
         rates = len(workloads.DROPOUTS)
         yield from map(_whole, ops[:rates])
         # Autotuning the whole network takes longer than all else, so it waits; then every side is measured again, in
@@ -94,6 +95,9 @@ def tasks(batches: Sequence[int]) -> Iterable[Task]:
         yield from map(_whole, ops[rates:])
         if index == 0:
             yield from map(_whole, workloads.projection_workloads(batch))
+        # Mostly for its memory: dropout is where eager keeps whole tensors.
+        few = tuple(side for side in with_dropout.sides if side not in (MAX_AUTOTUNE, FUSED_COMPILE))
+        yield Task(with_dropout, few, f"{step.group}-{with_dropout.key}")
         if MAX_AUTOTUNE in step.sides:
             yield Task(step, step.sides, f"{step.group}-{step.key}-{MAX_AUTOTUNE}")
 

@@ -57,7 +57,7 @@ class Workload:
         sides: who does it, eager first.
         shape: of the tensor that the operator passes over; None where the task is more than one operator.
         bytes: what one run has to read and write at least; None likewise.
-        dropout: the dropout rate of the operator.
+        dropout: the dropout rate of the operator, or of the network.
     """
 
     group: str
@@ -136,16 +136,17 @@ def block_workloads() -> Iterator[Workload]:
         )
 
 
-def train_workloads(batch: int = BATCH) -> Iterator[Workload]:
+def train_workloads(batch: int = BATCH, dropout: float = 0.0) -> Iterator[Workload]:
     """ResNet-18 with the CIFAR stem: forward, backward and a step of SGD with momentum."""
     yield Workload(
         group="model-train-step",
-        key=f"batch{batch}",
-        name=f"ResNet-18 training step, batch {batch}",
+        key=f"batch{batch}" + (f"-dropout{dropout:g}" if dropout else ""),
+        name=f"ResNet-18 training step, batch {batch}" + (f", dropout {dropout:g}" if dropout else ""),
         images=batch,
         rounds=1 if QUICK else 20 if CUDA else 3,
-        set_up=_train_step(batch),
+        set_up=_train_step(batch, dropout),
         sides=(*_model_sides(), *((FUSED_COMPILE, FUSED_GRAPH) if CUDA else ())),
+        dropout=dropout,
     )
 
 
@@ -320,9 +321,9 @@ def _block(projection: bool) -> Callable[[str], Run]:
     return set_up
 
 
-def _train_step(batch: int) -> Callable[[str], Run]:
+def _train_step(batch: int, dropout: float) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
-        model = resnet18(side)
+        model = resnet18(side, dropout)
         images, labels = image_batch(batch)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         forward = _compiled(model, side)
