@@ -137,6 +137,8 @@ template <typename T, typename Tile_, bool kAlongK, bool kVector>
 struct Loader {
   static constexpr int kParts = Tile_::kLines * (kVector ? Tile_::kChunks : Tile_::kItems) / Tile::kThreads;
   static constexpr int kStep = kAlongK ? Tile_::kItems : Tile_::kLines;
+  // There is no asynchronous copy of two bytes.
+  static constexpr bool kAsynchronous = kVector || sizeof(T) == 4;
   static_assert(kParts * Tile::kThreads == Tile_::kLines * (kVector ? Tile_::kChunks : Tile_::kItems));
 
   const Operand<T>& operand;
@@ -177,10 +179,10 @@ struct Loader {
         const bool valid = line0 + line < operand.line_count && item0 + item < operand.item_count;
         const T* from = operand.data + operand.lines.offset(line0 + line) + (item0 + item) * operand.step;
         unsigned char* place = to + Tile_::offset(line, item);
-        if constexpr (sizeof(T) == 4) {
+        if constexpr (kAsynchronous) {
           copy_async<4>(place, from, valid);
         } else {
-          store_shared(place, load_global(from, valid)); // there is no asynchronous copy of two bytes
+          store_shared(place, load_global(from, valid));
         }
       }
     }
@@ -535,7 +537,8 @@ gemm(const Params<typename Math::Element> p) {
   const uint32_t step0 = block_index_y() * p.steps_a_split;
   const uint32_t steps = (step0 + p.steps_a_split < p.steps ? step0 + p.steps_a_split : p.steps) - step0;
 
-  const Loader<T, A, kAAlongK, kVector> load_a(p.a, row0);
+  using LoadA = Loader<T, A, kAAlongK, kVector>;
+  const LoadA load_a(p.a, row0);
   const Loader<T, B, kBAlongK, kVector> load_b(p.b, column0);
   const auto fetch = [&](uint32_t step) {
     if (step < steps) {
@@ -543,7 +546,9 @@ gemm(const Params<typename Math::Element> p) {
       load_a.fetch(stage, step0 + step);
       load_b.fetch(stage + kABytes, step0 + step);
     }
-    copy_commit();
+    if constexpr (LoadA::kAsynchronous) {
+      copy_commit();
+    }
   };
 
   const Place place;
@@ -553,7 +558,9 @@ gemm(const Params<typename Math::Element> p) {
     fetch(stage);
   }
   for (uint32_t step = 0; step < steps; ++step) {
-    copy_wait<Tile::kStages - 2>();
+    if constexpr (LoadA::kAsynchronous) {
+      copy_wait<Tile::kStages - 2>();
+    }
     barrier(); // this step has arrived for everybody, and everybody is done with the last one, whose place is free
     fetch(step + Tile::kStages - 1);
     const unsigned char* stage = shared + step % Tile::kStages * Tile::kStageBytes;

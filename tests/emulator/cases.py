@@ -7,19 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
-from tests.emulator.machine import ARITHMETIC, empty_product, tf32
+from tests.emulator.machine import ARITHMETIC, Machine, empty_product, tf32
 from tests.oracle import LAYOUTS, activation, assert_close, generator, norm
 
 # (N, Cin, H, W), Cout, stride. A tile is 128 positions by 64 channels by 32 (or, float32, 16) of K.
 SHAPES = {
     "whole 16-byte rows": ((2, 64, 9, 7), 128, (2, 2)),
     "ragged tiles of 16-byte rows": ((3, 40, 15, 13), 72, (2, 2)),
-    "rows of 16 bytes on one side": ((2, 24, 8, 10), 20, (1, 1)),
+    "rows of 16 bytes on one side": ((2, 24, 8, 10), 18, (1, 1)),
     "odd channels": ((2, 5, 6, 7), 9, (2, 3)),
     "three channels, several tiles": ((1, 3, 17, 11), 66, (1, 1)),
     "a stride beyond the image": ((1, 16, 5, 5), 16, (7, 7)),
     "one of everything": ((1, 1, 1, 1), 1, (1, 1)),
     "gradients in several parts": ((4, 16, 32, 33), 24, (2, 1)),
+    "ragged everywhere, deep": ((3, 120, 15, 13), 72, (2, 2)),
 }
 
 
@@ -63,6 +64,19 @@ class Case:
         return torch.nn.grad.conv2d_weight(
             self.exact(self.s), self.weight.shape, self.exact(self.dproduct), stride=self.stride
         )
+
+    def check(self, machine: Machine, step: str, **options) -> None:
+        """Run a step on the emulator and hold its results against float64."""
+        a, s, weight, stride = self.arithmetic, self.s, self.weight, self.stride
+        if step == "forward":
+            self.check_forward(machine.forward(a, s, weight, stride, **options))
+        elif step == "inference":
+            y = machine.inference(a, s, weight, stride, self.norm, self.x, self.x_norm, **options)
+            assert_close(y, self.y(self.x, self.x_norm, True), "y", length=s.shape[1])
+        elif step == "input_gradient":
+            self.check_ds(machine.input_gradient(a, self.dproduct, s, weight, stride, **options))
+        else:
+            self.check_dweight(machine.weight_gradient(a, self.dproduct, s, weight, stride, **options))
 
     def check_forward(self, results: tuple[Tensor, Tensor, Tensor]) -> None:
         product, mean, m2 = results

@@ -39,7 +39,8 @@ struct Error : std::runtime_error {
 };
 
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
-enum class Site { kBarrier, kWait, kPredicate };
+// A wait may be taken out, or be content with one group less.
+enum class Site { kBarrier, kWait, kPredicate, kWaitByOne };
 
 struct Copy {
   unsigned char* to;
@@ -247,6 +248,7 @@ public:
     if (!passes(Site::kWait, where)) {
       return;
     }
+    pending += passes(Site::kWaitByOne, where) ? 0 : 1;
     auto& groups = threads_[now_]->groups;
     while (static_cast<int>(groups.size()) > pending + 1) {
       for (const Copy& copy : groups.front()) {

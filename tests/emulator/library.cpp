@@ -90,7 +90,7 @@ void exchange(const float* x, float* y, Fault fault) {
   }
   const float v = fault == Fault::kLeftWithCopies ? 0 : load_shared<float>(shared + (t ^ 32));
   if (fault == Fault::kBeyondShared) {
-    store_shared(shared + t + 1, v);
+    store_shared(shared + 64 + t, v);
   }
   if (fault == Fault::kMisaligned) {
     load_global(reinterpret_cast<const Bytes16*>(x + 1), true);
