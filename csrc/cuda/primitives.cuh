@@ -10,7 +10,12 @@
 #if defined(__CUDACC__)
 #define FASTRES_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTRES_DEVICE __device__ __forceinline__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// sm_75 has shared memory for one block only.
+#define FASTRES_KERNEL(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS)
+#else
 #define FASTRES_KERNEL(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS, BLOCKS)
+#endif
 #define FASTRES_UNROLL _Pragma("unroll")
 #define FASTRES_PRAGMA(WORDS) _Pragma(#WORDS)
 #define FASTRES_UNROLL_BY(N) FASTRES_PRAGMA(unroll N)

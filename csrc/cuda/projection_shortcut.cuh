@@ -520,7 +520,7 @@ FASTRES_DEVICE void store_results(
 
 // One tile of results. Blocks that share rows of A follow each other, so that A comes out of the L2 cache again.
 template <typename Math, Step kStep, bool kVector>
-FASTRES_KERNEL(Tile::kThreads, Tile::kBlocks)
+FASTRES_KERNEL(Tile::kThreads, Tile::blocks(sizeof(typename Math::Element)))
 gemm(const Params<typename Math::Element> p) {
   using T = typename Math::Element;
   constexpr int kDepth = Tile::kStepBytes / static_cast<int>(sizeof(T));
@@ -844,7 +844,6 @@ void run(Step step, const Plan& plan, const Problem& p, const Pointers& q, const
     case Step::kForward: {
       launch_gemm<Math, Step::kForward>(plan, p, q, launch);
       if (plan.second_blocks > 0) {
-        constexpr int kTables = 2 * Combine::kStatisticsThreads / 32 * Combine::kChannels;
         const StatisticsParams params{
             q.workspace,
             static_cast<uint32_t>(plan.row_tiles),
@@ -853,7 +852,7 @@ void run(Step step, const Plan& plan, const Problem& p, const Pointers& q, const
             q.mean,
             q.m2};
         launch(
-            Configuration{plan.second_blocks, 1, plan.second_threads, kTables * 4},
+            Configuration{plan.second_blocks, 1, plan.second_threads, Combine::kStatisticsBytes},
             combine_statistics<Combine::kStatisticsThreads>,
             params);
       }
@@ -870,9 +869,7 @@ void run(Step step, const Plan& plan, const Problem& p, const Pointers& q, const
       const WeightParams<T> params{
           q.workspace, static_cast<uint32_t>(plan.splits), p.out_channels * p.in_channels, static_cast<T*>(q.dweight)};
       launch(
-          Configuration{plan.second_blocks, 1, plan.second_threads, Combine::kWeightThreads * 4},
-          combine_weight<T>,
-          params);
+          Configuration{plan.second_blocks, 1, plan.second_threads, Combine::kWeightBytes}, combine_weight<T>, params);
       break;
     }
   }

@@ -11,14 +11,17 @@ namespace fastres::shortcut {
 // step takes 64 bytes of K (32 elements of 16 bits, 16 of 32), so one stage of both operands is 12 KiB and three are 36
 // KiB: under the 48 KiB that need no opt-in, and four blocks in the 164 KiB of sm_80, two in the 100 KiB of sm_86. Two
 // stages under way are 24 KiB a block; to cover 600 ns at 3.3 TB/s each of 132 multiprocessors needs 15 KiB. The
-// accumulators are 32 registers a thread; with fragments and addresses that stays below the 128 of two blocks.
+// accumulators are 32 registers a thread; with fragments and addresses that stays below the 80 of three blocks for 16
+// bits, and below the 128 of two for float32, whose FMA holds more operands.
 struct Tile {
   static constexpr int kRows = 128;
   static constexpr int kColumns = 64;
   static constexpr int kStepBytes = 64;
   static constexpr int kStages = 3;
   static constexpr int kThreads = 256;
-  static constexpr int kBlocks = 2; // a multiprocessor, asked of the compiler
+  static constexpr int blocks(int item_bytes) { // a multiprocessor, asked of the compiler
+    return item_bytes == 2 ? 3 : 2;
+  }
   static constexpr int kStageBytes = (kRows + kColumns) * kStepBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   // The epilogue uses the same memory again: the results as float32, then what is exchanged between warps.
@@ -31,8 +34,10 @@ struct Tile {
 struct Combine {
   static constexpr int kChannels = 8;
   static constexpr int kStatisticsThreads = 1024;
+  static constexpr int kStatisticsBytes = 2 * kStatisticsThreads / 32 * kChannels * 4; // two sums a warp and channel
   static constexpr int kElements = 32;
   static constexpr int kWeightThreads = 256;
+  static constexpr int kWeightBytes = kWeightThreads / 32 * kElements * 4;
 };
 
 enum class Step { kForward, kInference, kInputGradient, kWeightGradient };
