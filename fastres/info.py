@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastres
-from fastres import _extension
+from fastres import _extension, _triton
 
 Rows = list[tuple[str, str]]
 
@@ -51,6 +51,7 @@ def processors() -> Rows:
                 f" memory a block, {limits['l2_bytes'] / 2**20:.0f} MiB L2"
             )
         rows.append((f"GPU {index}", words))
+        rows.append((f"GPU {index} is served by", _served_by(_triton.obstacle(index))))
     return rows
 
 
@@ -71,6 +72,10 @@ def backends() -> Rows:
         rows.append(("warning", "the CPU module runs on another OpenMP runtime than torch, with its own threads"))
     rows += [(f"made at install: {name}", reason or "usable") for name, reason in status.installed.items()]
     return rows
+
+
+def _served_by(obstacle: str) -> str:
+    return f"plain PyTorch: {obstacle}" if obstacle else "the Triton kernels"
 
 
 def _cpu_model() -> str:

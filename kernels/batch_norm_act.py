@@ -104,7 +104,8 @@ def _moments(
     m2 = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_S, 1), tl.float32)
     rounds = 0.0
-    for tile in range(tl.program_id(0), tiles, splits):
+    # Four loads under way before the first is needed.
+    for tile in tl.range(tl.program_id(0), tiles, splits, loop_unroll_factor=4):
         n, first, position, inside = positions_of(tile, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
         offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
         mask = inside[:, None] & (channel < channels)[None, :]
@@ -152,22 +153,23 @@ def _statistics(
     arrived = tl.atomic_add(arrivals_ptr + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
     if arrived == splits - 1:
         tl.store(arrivals_ptr + tl.program_id(1), 0)
-        total = tl.zeros((1,), tl.float32)
-        whole_mean = tl.zeros((BLOCK_C,), tl.float32)
-        whole_m2 = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(0, splits, BLOCK_P):
+        counts = tl.zeros((BLOCK_P, 1), tl.float32)
+        means = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        m2s = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        # Row by row in the loop, across rows once after it: nothing here waits but for memory.
+        for start in tl.range(0, splits, BLOCK_P, loop_unroll_factor=2):
             p = start + tl.arange(0, BLOCK_P)
             exists = p < splits
             at = row_ptr + (p * (2 * BLOCK_C))[:, None] + column[None, :]
-            counts = tl.load(counts_ptr + p, mask=exists, other=0.0, cache_modifier=".cg")[:, None]
-            means = tl.load(at, mask=exists[:, None], other=0.0, cache_modifier=".cg")
-            m2s = tl.load(at + BLOCK_C, mask=exists[:, None], other=0.0, cache_modifier=".cg")
-            part, part_mean, part_m2 = _combine_moments(counts, means, m2s, BLOCK_P)
-            before = total
-            total += part
-            shift = tl.where(before > 0, part_mean - whole_mean, part_mean)
-            whole_mean = tl.where(before > 0, whole_mean + shift * (part / total), part_mean)
-            whole_m2 += part_m2 + tl.where(before > 0, shift * shift * (before * (part / total)), 0.0)
+            n = tl.load(counts_ptr + p, mask=exists, other=0.0, cache_modifier=".cg")[:, None]
+            delta = tl.load(at, mask=exists[:, None], other=0.0, cache_modifier=".cg") - means
+            m2s += tl.load(at + BLOCK_C, mask=exists[:, None], other=0.0, cache_modifier=".cg")
+            share = n / tl.maximum(counts + n, 1.0)
+            # Rows that do not exist take no part, not even where the mean is infinite.
+            means += tl.where(n > 0, delta * share, 0.0)
+            m2s += tl.where(n > 0, delta * delta * (counts * share), 0.0)
+            counts += n
+        _, whole_mean, whole_m2 = _combine_moments(counts, means, m2s, BLOCK_P)
         _finalise(
             whole_mean, whole_m2, mean_ptr, m2_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, mask,
             positions.to(tl.float32), momentum, eps,
@@ -266,12 +268,13 @@ def finalise_kernel(
 
 
 @triton.jit
-def _load_rstd(rstd_ptr, channel, mask, eps, VARIANCE: tl.constexpr):
-    """[1, BLOCK_C] of rstd, computed from the variance where that is what is stored."""
+def _load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, mask, eps, VARIANCE: tl.constexpr):
+    """(mean, weight * rstd, bias), [1, BLOCK_C] each; rstd from the variance where that is what is stored."""
     rstd = load_channels(rstd_ptr, channel, mask, 1.0)
     if VARIANCE:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(rstd + eps))
-    return rstd
+        rstd = tl.rsqrt(rstd + eps)
+    mean = load_channels(mean_ptr, channel, mask, 0.0)
+    return mean, rstd * load_channels(weight_ptr, channel, mask, 1.0), load_channels(bias_ptr, channel, mask, 0.0)
 
 
 @triton.jit(do_not_specialize=["positions", "eps", "residual_eps", "threshold", "keep_scale", "tiles", "splits"])
@@ -294,14 +297,11 @@ def apply_kernel(
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     real = channel < channels
-    mean = load_channels(mean_ptr, channel, real, 0.0)
-    scale = _load_rstd(rstd_ptr, channel, real, eps, VARIANCE) * load_channels(weight_ptr, channel, real, 1.0)
-    bias = load_channels(bias_ptr, channel, real, 0.0)
-    if residual_mean_ptr is not None:
-        r_mean = load_channels(residual_mean_ptr, channel, real, 0.0)
-        r_scale = _load_rstd(residual_rstd_ptr, channel, real, residual_eps, VARIANCE)
-        r_scale *= load_channels(residual_weight_ptr, channel, real, 1.0)
-        r_bias = load_channels(residual_bias_ptr, channel, real, 0.0)
+    NORMED: tl.constexpr = residual_mean_ptr is not None
+    if not NORMED:
+        mean, scale, bias = _load_affine(
+            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, real, eps, VARIANCE
+        )  # fmt: skip
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for step in range(tl.program_id(0), tiles, splits):
@@ -313,8 +313,18 @@ def apply_kernel(
         x = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C))
         if residual_ptr is not None:
             r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C))
-            if residual_mean_ptr is not None:
+            if NORMED:
+                r_mean, r_scale, r_bias = _load_affine(
+                    residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr, channel, real,
+                    residual_eps, VARIANCE,
+                )  # fmt: skip
                 r = (r - r_mean) * r_scale + r_bias
+        if NORMED:
+            # Loaded for every tile, out of the first-level cache: six vectors kept in registers, where a thread has
+            # eight channels of each, would halve the number of resident threads.
+            mean, scale, bias = _load_affine(
+                mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, real, eps, VARIANCE
+            )  # fmt: skip
         z = (x - mean) * scale + bias
         if residual_ptr is not None and not ACT_ADD:
             z += r
@@ -396,7 +406,9 @@ def backward_reduce_kernel(
     sum_gx = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     sum_d = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     sum_dr = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for tile in range(split, tiles, splits):
+    # Four loads under way, or three, before the first is needed; more than that does not fit in the registers.
+    UNROLL: tl.constexpr = 2 if residual_ptr is None else 1
+    for tile in tl.range(split, tiles, splits, loop_unroll_factor=UNROLL):
         n, first, position, inside = positions_of(tile, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
         offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
         mask = inside[:, None] & real[None, :]
@@ -429,37 +441,60 @@ def backward_reduce_kernel(
     arrived = tl.atomic_add(arrivals_ptr + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
     if arrived == splits - 1:
         tl.store(arrivals_ptr + tl.program_id(1), 0)
-        dbias = _sum_partials(row, splits, SUMS, BLOCK_C, BLOCK_P)
-        dweight = _sum_partials(row + BLOCK_C, splits, SUMS, BLOCK_C, BLOCK_P)
-        rstd = tl.load(rstd_ptr + channel, mask=real, other=0.0)
+        at = row + column
+        dbias, dweight, r_dweight, r_dbias = _sum_partials(at, splits, SUMS, BLOCK_C, BLOCK_P)
         tl.store(dbias_ptr + channel, dbias, mask=real)
-        tl.store(dweight_ptr + channel, dweight * rstd, mask=real)
+        tl.store(dweight_ptr + channel, dweight * tl.load(rstd_ptr + channel, mask=real, other=0.0), mask=real)
         if residual_ptr is not None:
-            r_dweight = _sum_partials(row + 2 * BLOCK_C, splits, SUMS, BLOCK_C, BLOCK_P)
-            if SUMS == 4:
-                dbias = _sum_partials(row + 3 * BLOCK_C, splits, SUMS, BLOCK_C, BLOCK_P)
-            r_rstd = tl.load(residual_rstd_ptr + channel, mask=real, other=0.0)
-            tl.store(residual_dbias_ptr + channel, dbias, mask=real)
-            tl.store(residual_dweight_ptr + channel, r_dweight * r_rstd, mask=real)
+            r_dweight *= tl.load(residual_rstd_ptr + channel, mask=real, other=0.0)
+            tl.store(residual_dweight_ptr + channel, r_dweight, mask=real)
+            tl.store(residual_dbias_ptr + channel, r_dbias, mask=real)
 
 
 @triton.jit
 def _sum_partials(first_ptr, splits, SUMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """[BLOCK_C], the sum of one partial over all splits, in the same order whichever program asks."""
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, splits, BLOCK_P):
+    """The sums [BLOCK_C] of each partial over all splits, in the same order whichever program asks.
+
+    first_ptr: [BLOCK_C], the first partial of split 0. With three partials the fourth sum is the first.
+    """
+    a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    b = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    c = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in tl.range(0, splits, BLOCK_P, loop_unroll_factor=2):
         p = start + tl.arange(0, BLOCK_P)
-        at = first_ptr + (p * (SUMS * BLOCK_C))[:, None] + tl.arange(0, BLOCK_C)[None, :]
-        total += tl.load(at, mask=(p < splits)[:, None], other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=0)
+        exists = (p < splits)[:, None]
+        at = first_ptr[None, :] + (p * (SUMS * BLOCK_C))[:, None]
+        a += tl.load(at, mask=exists, other=0.0, cache_modifier=".cg")
+        b += tl.load(at + BLOCK_C, mask=exists, other=0.0, cache_modifier=".cg")
+        if SUMS >= 3:
+            c += tl.load(at + 2 * BLOCK_C, mask=exists, other=0.0, cache_modifier=".cg")
+        if SUMS == 4:
+            d += tl.load(at + 3 * BLOCK_C, mask=exists, other=0.0, cache_modifier=".cg")
+    first = tl.sum(a, axis=0)
+    fourth = first
+    if SUMS == 4:
+        fourth = tl.sum(d, axis=0)
+    return first, tl.sum(b, axis=0), tl.sum(c, axis=0), fourth
 
 
 @triton.jit
-def _input_gradient(g, centred, scale, mean_g, mean_gx, TRAINING: tl.constexpr):
-    """weight * rstd * (g - dbias / M - xhat * dweight / M); evaluation has no statistics to go through."""
-    if TRAINING:
-        g = g - mean_g - centred * mean_gx
-    return g * scale
+def _load_gradient_vectors(
+    mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dbias_ptr, dweight_ptr, channel, mask, share, BIAS: tl.constexpr
+):
+    """(mean, weight * rstd, bias, dbias / M, dweight / M * rstd), [1, BLOCK_C] each; the last two are 0 in evaluation.
+
+    With them dx = scale * (g - mean_g - (x - mean) * mean_gx).
+    """
+    mean = load_channels(mean_ptr, channel, mask, 0.0)
+    rstd = load_channels(rstd_ptr, channel, mask, 1.0)
+    scale = rstd * load_channels(weight_ptr, channel, mask, 1.0)
+    bias = mean
+    if BIAS:
+        bias = load_channels(bias_ptr, channel, mask, 0.0)
+    mean_g = load_channels(dbias_ptr, channel, mask, 0.0) * share
+    mean_gx = load_channels(dweight_ptr, channel, mask, 0.0) * (share * rstd)
+    return mean, scale, bias, mean_g, mean_gx
 
 
 @triton.jit(do_not_specialize=["positions", "keep_scale", "tiles", "splits"])
@@ -484,40 +519,30 @@ def backward_apply_kernel(
     TRAINING: tl.constexpr = dbias_ptr is not None
     NORMED: tl.constexpr = residual_mean_ptr is not None
     READS_X: tl.constexpr = (TRAINING and dx_ptr is not None) or (RELU and bits_ptr is None)
-    READS_R: tl.constexpr = TRAINING and NORMED and dresidual_ptr is not None
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     real = channel < channels
-    mean = load_channels(mean_ptr, channel, real, 0.0)
-    rstd = load_channels(rstd_ptr, channel, real, 1.0)
-    scale = rstd * load_channels(weight_ptr, channel, real, 1.0)
-    bias = mean
-    if RELU and bits_ptr is None:
-        bias = load_channels(bias_ptr, channel, real, 0.0)
     if count_ptr is not None:
-        count = tl.load(count_ptr).to(tl.float32)
+        share = 1.0 / tl.load(count_ptr).to(tl.float32)
     else:
-        count = positions.to(tl.float32)
-    mean_g = mean
-    mean_gx = mean
-    if TRAINING:
-        mean_g = load_channels(dbias_ptr, channel, real, 0.0) / count
-        mean_gx = load_channels(dweight_ptr, channel, real, 0.0) / count * rstd
-    if NORMED:
-        r_rstd = load_channels(residual_rstd_ptr, channel, real, 1.0)
-        r_scale = r_rstd * load_channels(residual_weight_ptr, channel, real, 1.0)
-        r_mean_g = r_rstd
-        r_mean_gx = r_rstd
-        if READS_R:
-            r_mean = load_channels(residual_mean_ptr, channel, real, 0.0)
-            r_mean_g = load_channels(residual_dbias_ptr, channel, real, 0.0) / count
-            r_mean_gx = load_channels(residual_dweight_ptr, channel, real, 0.0) / count * r_rstd
+        share = 1.0 / positions.to(tl.float32)
+    if not NORMED:
+        mean, scale, bias, mean_g, mean_gx = _load_gradient_vectors(
+            mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dbias_ptr, dweight_ptr, channel, real, share,
+            RELU and bits_ptr is None,
+        )  # fmt: skip
     for step in range(tl.program_id(0), tiles, splits):
         n, first, position, inside = positions_of(
             tiles - 1 - step, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S
         )
         offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
         mask = inside[:, None] & real[None, :]
+        if NORMED:
+            # For every tile, as in the forward pass.
+            mean, scale, bias, mean_g, mean_gx = _load_gradient_vectors(
+                mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dbias_ptr, dweight_ptr, channel, real, share,
+                RELU and bits_ptr is None,
+            )  # fmt: skip
         dy = load_tile(dy_ptr, offset, mask, not (EVEN_S and EVEN_C))
         centred = dy
         if READS_X:
@@ -527,17 +552,23 @@ def backward_apply_kernel(
             RELU, CHANNELS_LAST, BLOCK_S, BLOCK_C,
         )  # fmt: skip
         if dx_ptr is not None:
-            dx = _input_gradient(g, centred, scale, mean_g, mean_gx, TRAINING)
-            store_tile(dx_ptr, offset, dx, mask, not (EVEN_S and EVEN_C))
+            dx = g
+            if TRAINING:
+                dx = g - mean_g - centred * mean_gx
+            store_tile(dx_ptr, offset, dx * scale, mask, not (EVEN_S and EVEN_C))
         if dresidual_ptr is not None:
             dr = g
             if ACT_ADD:
                 dr = dy
             if NORMED:
-                r = dr
-                if READS_R:
+                r_mean, r_scale, _, r_mean_g, r_mean_gx = _load_gradient_vectors(
+                    residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, None, residual_dbias_ptr,
+                    residual_dweight_ptr, channel, real, share, False,
+                )  # fmt: skip
+                if TRAINING:
                     r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C)) - r_mean
-                dr = _input_gradient(dr, r, r_scale, r_mean_g, r_mean_gx, TRAINING)
+                    dr = dr - r_mean_g - r * r_mean_gx
+                dr *= r_scale
             store_tile(dresidual_ptr, offset, dr, mask, not (EVEN_S and EVEN_C))
 
 

@@ -30,12 +30,13 @@ TRACED = Device(multiprocessors=132)
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One launch as it was asked for: `arguments` are the kernel's by name, without what None-valued pointers leave out."""
+    """One launch as it was asked for; `arguments` are the kernel's, by name."""
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
     num_warps: int
+    registers: int
 
     @property
     def name(self) -> str:
@@ -65,7 +66,9 @@ def geometry(x: Tensor) -> Geometry:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+    return Device(
+        properties.multi_processor_count, properties.max_threads_per_multi_processor, properties.warp_size
+    )
 
 
 def device_of(x: Tensor) -> Device:
@@ -149,8 +152,17 @@ def _meta(plan: Plan, image: Geometry, partials: bool) -> dict[str, Any]:
         "BLOCK_C": plan.block_c,
     }
     if partials:
-        meta["BLOCK_P"] = plan.block_s
+        meta["BLOCK_P"] = plan.block_p
     return meta
+
+
+_BACKEND = "hip" if torch.version.hip else "cuda"
+
+
+@functools.cache
+def launch_options(num_warps: int, registers: int, backend: str) -> dict[str, int]:
+    """The compiler's options; only NVIDIA's takes a limit of registers."""
+    return {"num_warps": num_warps} | ({"maxnreg": registers} if backend == "cuda" else {})
 
 
 def _autotunes() -> bool:
@@ -196,10 +208,10 @@ def launch(
         values, meta = arguments(plan), _meta(plan, shape, partials) | flags
         if recorder is not None:
             names = dict(zip(kernel.arg_names, values, strict=False))
-            recorder[0].append(Launch(kernel, grid, names | meta, plan.num_warps))
+            recorder[0].append(Launch(kernel, grid, names | meta, plan.num_warps, plan.registers))
         else:
             with _on_device(x):
-                kernel[grid](*values, **meta, num_warps=plan.num_warps)
+                kernel[grid](*values, **meta, **launch_options(plan.num_warps, plan.registers, _BACKEND))
         return
     plans = candidates(make, shape, device_of(x))
     widest = max(plans, key=lambda p: p.splits * p.channel_blocks * p.block_c)
@@ -215,7 +227,7 @@ def launch_over_channels(kernel: Any, shape: Geometry, x: Tensor, arguments: Seq
     recorder = _recorder.get()
     if recorder is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | {"BLOCK_C": block}
-        recorder[0].append(Launch(kernel, grid, named, 4))
+        recorder[0].append(Launch(kernel, grid, named, 4, recorder[1].registers))
         return
     with _on_device(x):
         kernel[grid](*arguments, BLOCK_C=block, num_warps=4)
@@ -226,7 +238,9 @@ def _tuner(
     kernel: Any, plans: tuple[Plan, ...], shape: Geometry, depth: int, partials: bool, restore: tuple[str, ...]
 ) -> tuple[Any, dict[tuple[int, int, int], tuple[int, int, int]]]:
     """The kernel under triton.autotune, and the grid of each of its configurations."""
-    configs = [triton.Config(_meta(p, shape, partials), num_warps=p.num_warps) for p in plans]
+    configs = [
+        triton.Config(_meta(p, shape, partials), **launch_options(p.num_warps, p.registers, _BACKEND)) for p in plans
+    ]
     grids = {(p.block_s, p.block_c, p.splits): (p.splits, p.channel_blocks, depth) for p in plans}
     tune = triton.autotune(
         configs, key=["positions", "channels", "image"], restore_value=list(restore) or None, cache_results=True

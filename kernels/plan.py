@@ -3,10 +3,12 @@
 The arithmetic, for a GPU of the H100's kind (132 multiprocessors, 3.35 TB/s, about 700 ns from the second-level cache's
 miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way at any time, 18 KB a multiprocessor.
 
-- A thread holds 32 bytes of each tensor: two 16-byte loads, 16 elements of 2 bytes or 8 of 4. The reductions keep two
-  float32 accumulators an element, so 16 elements cost them 32 registers beside 16 for the element itself: that stays
-  under the 64 at which 1024 threads, half of what a multiprocessor holds, are resident. 1024 threads * 32 bytes = 32 KB
-  are under way for a pass that reads one tensor, 64 KB for one that reads two.
+- A thread holds one 16-byte load of each tensor, 8 elements of 2 bytes or 4 of 4, and with them in channels_last 8 or 4
+  channels of each vector: at 8 that is 32 registers for the four vectors of a backward pass, and 16 for the two float32
+  accumulators of a reduction. So 64 registers suffice (the launch holds the compiler to it), and 1024 threads, half of
+  what a multiprocessor of 2048 threads holds, are resident; one of 1536 has 80 registers for each of 768 threads. An
+  element-wise pass over two tensors then has 32 KB under way. The reductions unroll their loop, four times over one
+  tensor and twice over two: 64 KB at best.
 - In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there are
   fewer. In NCHW it is as many positions of one image as fill a line or more.
 - The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
@@ -23,8 +25,8 @@ import dataclasses
 import functools
 
 LINE_BYTES = 128
-BYTES_A_THREAD = 32
-RESIDENT_THREADS = 1024
+BYTES_A_THREAD = 16
+REGISTER_FILE = 65536
 REDUCE_POSITIONS_BYTES = 533
 APPLY_POSITIONS_BYTES = 384
 INDEX_32_LIMIT = 2**31
@@ -55,10 +57,27 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a GPU: its multiprocessors, and the threads of a warp (64 on AMD's CDNA)."""
+    """What a plan needs to know of a GPU.
+
+    Attributes:
+        multiprocessors: how many it has.
+        threads: that a multiprocessor can hold.
+        warp: threads of a warp (64 on AMD's CDNA).
+    """
 
     multiprocessors: int
+    threads: int = 2048
     warp: int = 32
+
+    @property
+    def resident(self) -> int:
+        """Threads a multiprocessor is to hold: half of what it can."""
+        return self.threads // 2
+
+    @property
+    def registers(self) -> int:
+        """Registers that each of the resident threads can have; they are dealt out in units of eight."""
+        return REGISTER_FILE // self.resident // 8 * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +86,18 @@ class Plan:
 
     Attributes:
         block_s, block_c: positions and channels of a tile.
+        block_p: rows of partial sums that a program combines at a time: four values a thread.
         num_warps: warps of a program.
+        registers: what the compiler may use for a thread.
         index_64: whether offsets need 64 bits.
         even_s, even_c: whether tiles fill positions and channels without a remainder, so that no load needs a mask.
     """
 
     block_s: int
     block_c: int
+    block_p: int
     num_warps: int
+    registers: int
     tiles: int
     splits: int
     channel_blocks: int
@@ -115,7 +138,7 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
         positions_a_tile = min(block_s, geometry.image)
     channel_blocks = -(-geometry.channels // block_c)
     least = -(-positions_bytes // (geometry.itemsize * positions_a_tile))
-    resident = device.multiprocessors * (RESIDENT_THREADS // threads)
+    resident = device.multiprocessors * max(1, device.resident // threads)
     splits = max(1, min(resident // channel_blocks, tiles // least))
     # The same number of tiles for every program, but for the last ones.
     splits = -(-tiles // -(-tiles // splits))
@@ -123,7 +146,9 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
     return Plan(
         block_s=block_s,
         block_c=block_c,
+        block_p=threads * 4 // block_c,
         num_warps=threads // device.warp,
+        registers=device.registers,
         tiles=tiles,
         splits=splits,
         channel_blocks=channel_blocks,
@@ -135,8 +160,10 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
 
 
 @functools.lru_cache(maxsize=1024)
-def reduce_plan(geometry: Geometry, device: Device, threads: int = 512) -> Plan:
+def reduce_plan(geometry: Geometry, device: Device, threads: int | None = None) -> Plan:
     """For the passes that sum over positions: large programs, since each costs a row of partial sums."""
+    if threads is None:
+        threads = 512 if device.resident % 512 == 0 else 256
     return _plan(geometry, device, threads, REDUCE_POSITIONS_BYTES)
 
 

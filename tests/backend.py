@@ -25,11 +25,10 @@ def prepare(name: str | None) -> None:
     if name != "triton" or _registered:
         return
     from fastres.kernels import batch_norm_act
-    from fastres.ops.batch_norm_act import KERNELS
 
     _round_to_nearest_even()
     library = torch.library.Library("fastres", "IMPL")
-    for operator in KERNELS:
+    for operator in ("stats", "apply", "training", "inference", "backward_reduce", "backward_apply", "backward"):
         library.impl(f"batch_norm_act_{operator}", getattr(batch_norm_act, operator), "CPU")
     _registered.append(library)
 

@@ -9,6 +9,13 @@
 The running statistics are arguments that an operator mutates, and torch.library.register_autograd refuses those. So the
 autograd formula is a torch.autograd.Function over the mutable operator, which also has the least overhead.
 
+CUDA tensors go to the Triton kernels. Under torch.compile the operators stay opaque to inductor instead of being opened
+up with triton_op and wrap_triton, for three reasons. What stands before and behind them are convolutions, so inductor has
+nothing to fuse into the kernels. The reductions need counters that are zero at every launch and outlive it; traced, they
+would become a fill a launch. And the operators update running statistics by pointer, as their schema says; opened up,
+inductor would have to find that out of the kernel's code. The price is the dispatcher's call, which a CUDA graph
+(mode="reduce-overhead") takes away.
+
 For backward are kept: x, mean, rstd, and one bit an element where neither can say which elements were passed on; the
 residual only where it has a normalisation of its own.
 """
@@ -27,9 +34,6 @@ from fastres.reference import Activation, Affine
 _NORM = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias"
 _RESIDUAL_NORM = "Tensor? residual_mean, Tensor? residual_rstd, Tensor? residual_weight, Tensor? residual_bias"
 _ACTIVATION = "bool relu, float dropout_p, str order"
-
-KERNELS = ("stats", "apply", "training", "inference", "backward_reduce", "backward_apply", "backward")
-"""The operators, without their prefix: the names of the launchers in fastres.kernels.batch_norm_act as well."""
 
 
 def _residual(
@@ -60,6 +64,7 @@ stats = define(
     "batch_norm_act_stats(Tensor x) -> (Tensor count, Tensor mean, Tensor m2)",
     fallback=reference.stats,
     fake=_stats_fake,
+    launcher=("batch_norm_act", "stats"),
 )
 
 
@@ -85,6 +90,7 @@ apply = define(
     " -> (Tensor y, Tensor bits)",
     fallback=_apply_fallback,
     fake=_apply_fake,
+    launcher=("batch_norm_act", "apply"),
 )
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -145,6 +151,7 @@ training = define(
     " -> (Tensor y, Tensor mean, Tensor rstd, Tensor saved_residual_mean, Tensor saved_residual_rstd, Tensor bits)",
     fallback=_training_fallback,
     fake=_training_fake,
+    launcher=("batch_norm_act", "training"),
 )
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -178,6 +185,7 @@ inference = define(
     " -> (Tensor y, Tensor bits)",
     fallback=_inference_fallback,
     fake=_inference_fake,
+    launcher=("batch_norm_act", "inference"),
 )
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -212,6 +220,7 @@ backward_reduce = define(
     " -> (Tensor dweight, Tensor dbias, Tensor residual_dweight, Tensor residual_dbias)",
     fallback=_backward_reduce_fallback,
     fake=_backward_reduce_fake,
+    launcher=("batch_norm_act", "backward_reduce"),
 )
 
 
@@ -253,6 +262,7 @@ backward_apply = define(
     f" Tensor? residual_dbias, Tensor? count, {_ACTIVATION}, bool[2] needs) -> (Tensor dx, Tensor dresidual)",
     fallback=_backward_apply_fallback,
     fake=_backward_apply_fake,
+    launcher=("batch_norm_act", "backward_apply"),
 )
 
 
@@ -290,6 +300,7 @@ backward = define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor residual_dweight, Tensor residual_dbias)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    launcher=("batch_norm_act", "backward"),
 )
 
 # ------------------------------------------------------------------------------------------------------------ autograd

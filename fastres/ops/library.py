@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import _extension
+from fastres import _extension, _triton
 
 LIBRARY: Any = torch.library.Library("fastres", "DEF")  # type: ignore[no-untyped-call]
 
 
 def define(
-    schema: str, *, fallback: Callable[..., Any], fake: Callable[..., Any], compiled_for: tuple[str, ...] = ("cpu",)
+    schema: str,
+    *,
+    fallback: Callable[..., Any],
+    fake: Callable[..., Any],
+    compiled_for: tuple[str, ...] = ("cpu",),
+    launcher: tuple[str, str] | None = None,
 ) -> Any:
     """Define an operator and return its overload.
 
     The fallback is plain PyTorch and serves every device that has no kernel of its own. On tensors of the devices in
     `compiled_for` it loads the compiled kernels first (building them if need be), after which the dispatcher goes to
-    those directly.
+    those directly. CUDA tensors of an operator with a `launcher`, (module of fastres.kernels, function), go to that.
     """
     name = LIBRARY.define(schema)
     overload = getattr(torch.ops.fastres, name).default
@@ -35,6 +40,8 @@ def define(
         return fallback(*args)
 
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
+    if launcher is not None:
+        LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback), "CUDA")
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
     return overload
 
