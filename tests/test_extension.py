@@ -50,8 +50,8 @@ def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[dict, str]:
-    out, err = process.communicate(timeout=300)
+def finish(process: subprocess.Popen[str], timeout: int = 300) -> tuple[dict, str]:
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1]), err
 
@@ -73,6 +73,11 @@ def small_sources(tmp_path: Path) -> Path:
 def cache(tmp_path: Path) -> dict[str, str]:
     """An empty cache, and no module of the install."""
     return {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "FASTRES_EXTENSION": "build"}
+
+
+def needs_nvcc(test):
+    missing = _extension.nvcc_version() is None or torch.version.cuda is None
+    return needs_compiler(pytest.mark.skipif(missing, reason="no nvcc, or torch for CPU")(test))
 
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler")
@@ -256,21 +261,55 @@ def test_the_toolkit_is_where_nvcc_itself_says(tmp_path, monkeypatch):
         _extension.cuda_home.cache_clear()
 
 
-@needs_compiler
-@pytest.mark.skipif(_extension.nvcc_version() is None or torch.version.cuda is None, reason="no nvcc, or torch for CPU")
+@needs_nvcc
 def test_the_cuda_module_builds_where_it_is_forced_and_says_what_it_was_compiled_for(cache):
     code = """
 import json
-from fastres import _extension
+import torch
+from fastres import _extension, functional
 module = _extension.load_cuda()
 status = _extension.status().cuda
-print(json.dumps([None if module is None else module.build_info(), status.reason, status.error]))
+names = [f"fastres::projection_shortcut_{step}" for step in ("forward", "backward", "inference")]
+kernels = [torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in names]
+info = plan = None
+if module is not None:
+    info = module.build_info()
+    plan = module.launch_plan("forward", "bfloat16", (512, 64, 32, 32), 128, (2, 2))
+print(json.dumps([info, status.reason, status.error, kernels, plan]))
 """
     environment = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0", "FASTRES_CUDA": "1"}
-    (info, reason, error), err = finish(start(code, **environment, **cache))
+    (info, reason, error, kernels, plan), err = finish(start(code, **environment, **cache), timeout=900)
     assert info is not None, (reason, error, err)
     assert info["architectures"] == [800, 900]
     assert str(info["cuda"] // 1000) == str(_extension.nvcc_version()).split(".")[0]
+    assert kernels == [True] * 3
+    # 512 x 16 x 16 positions in tiles of 128, 128 channels in tiles of 64.
+    assert plan["grid"] == [2048, 1] and plan["vector_loads"] and plan["vector_stores"]
+
+
+@needs_nvcc
+def test_a_failed_cuda_build_leaves_the_cpu_kernels_and_is_shown_by_info(small_sources, cache):
+    """FORCE_CUDA stands in for a GPU: it makes the build at first use happen."""
+    (small_sources / "cuda").mkdir()
+    (small_sources / "cuda" / "broken.cu").write_text("__global__ void f() {\n  undeclared_name();\n}\n")
+    code = """
+import json, pathlib, sys, warnings
+import torch
+from fastres import _extension
+_extension.SOURCES = pathlib.Path(sys.argv[1])
+from fastres import functional, info
+shortcut = torch.ops.fastres.projection_shortcut_forward
+y = shortcut(torch.ones(1, 2, 2, 2), torch.ones(3, 2, 1, 1), [1, 1], False)[0]
+rows = dict(info.backends())
+print(json.dumps([float(y.sum()), rows, _extension.load_cuda() is None]))
+"""
+    environment = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "FASTRES_CUDA": "1"}
+    (total, rows, nothing), _ = finish(start(code, small_sources, **environment, **cache))
+    assert nothing and total == 24
+    assert rows["CPU"].startswith("compiled")
+    assert "the build failed" in rows["CUDA"]
+    assert "broken.cu(2)" in rows["CUDA compiler's first error"]
+    assert "undeclared_name" in rows["CUDA compiler's first error"]
 
 
 def test_the_cuda_module_can_be_left_out(monkeypatch):

@@ -15,6 +15,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define EMULATOR_ASAN 1
 #else
@@ -34,6 +35,10 @@ public:
 
   // Makes the next switch to it start at `entry`, which must not return.
   void start(Entry entry) {
+#if EMULATOR_ASAN
+    // Frames that were left behind, by an entry that never returns or by a run that failed, are still marked.
+    __asan_unpoison_memory_region(stack_.get(), bytes_);
+#endif
 #if defined(__x86_64__)
     // As if `entry` had been called: the stack is 16 bytes aligned before the return address.
     auto* top = reinterpret_cast<std::uint64_t*>(

@@ -97,7 +97,7 @@ void exchange(const float* x, float* y, Fault fault) {
   }
   store_global(fault == Fault::kInputWritten ? const_cast<float*>(x) + t : y + t, v, true);
   if (fault == Fault::kBeyondGlobal) {
-    store_global(y + 64 + t, v, true);
+    store_global(y + (1 << 28) + t, v, true); // far from the other buffer as well
   }
   if (fault == Fault::kWrittenTwice && t == 7) {
     store_global(y + t, v, true);

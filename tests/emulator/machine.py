@@ -63,11 +63,10 @@ class Plan(ctypes.Structure):
     ]
 
 
-def build(*more_flags: str) -> Path:
+def build() -> Path:
     """The emulator's shared library, compiled where this version of the sources was not compiled before."""
     sources = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *CUDA_SOURCES.glob("*.*h")])
-    more_flags = (*more_flags, *os.environ.get("FASTRES_EMULATOR_FLAGS", "").split())
-    digest = hashlib.sha256(repr((FLAGS, more_flags, _extension.compiler_version())).encode())
+    digest = hashlib.sha256(repr((FLAGS, _extension.compiler(), _extension.compiler_version())).encode())
     for path in sources:
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"fastres-emulator-{os.getuid()}"
@@ -76,7 +75,7 @@ def build(*more_flags: str) -> Path:
     if not library.is_file():
         # Into a file of its own and moved: another process may be building the same.
         temporary = library.with_suffix(f".{os.getpid()}")
-        command = [*_extension.compiler(), *FLAGS, *more_flags, f"-I{CUDA_SOURCES}", f"-I{FOLDER}"]
+        command = [*_extension.compiler(), *FLAGS, f"-I{CUDA_SOURCES}", f"-I{FOLDER}"]
         subprocess.run([*command, str(FOLDER / "library.cpp"), "-o", str(temporary)], check=True)
         temporary.replace(library)
     return library
