@@ -90,6 +90,7 @@ public:
   bool detect_races = true;
   std::set<std::pair<Site, std::uint32_t>> taken_out;
   std::map<std::pair<Site, std::uint32_t>, std::uint64_t> seen; // sites, and how often they were passed
+  std::uint64_t conflicts = 0; // rows of ldmatrix that share banks with another row of the same matrix
 
   void add_buffer(const void* data, std::size_t bytes, bool output) {
     buffers_[static_cast<const unsigned char*>(data)] = {bytes, std::vector<unsigned char>(output ? bytes : 0)};

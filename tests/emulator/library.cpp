@@ -124,6 +124,7 @@ void emulator_start(std::uint64_t seed, int detect_races) {
   machine().detect_races = detect_races != 0;
   machine().taken_out.clear();
   machine().seen.clear();
+  machine().conflicts = 0;
   machine().clear_buffers();
 }
 
@@ -137,6 +138,10 @@ void emulator_buffer(const void* data, std::int64_t bytes, int output) {
 
 int emulator_complete(const void* data) {
   return machine().complete(data);
+}
+
+std::uint64_t emulator_conflicts() {
+  return machine().conflicts;
 }
 
 // "site line passes" a line.

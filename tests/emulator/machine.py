@@ -102,6 +102,7 @@ class Machine:
     def __init__(self, library: Path) -> None:
         self.c = ctypes.CDLL(str(library))
         self.c.emulator_sites.restype = ctypes.c_char_p
+        self.c.emulator_conflicts.restype = ctypes.c_uint64
         for name in ("shortcut_run", "test_exchange", "test_copy", "test_mma", "test_load_matrices"):
             getattr(self.c, name).restype = ctypes.c_char_p
         self.plan: Plan | None = None

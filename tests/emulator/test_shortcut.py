@@ -136,3 +136,11 @@ def test_the_statistics_normalise_the_product_as_it_is_stored(machine):
     z = (product.float() - mean.view(1, -1, 1, 1)) / (m2 / count).sqrt().view(1, -1, 1, 1)
     expected = F.batch_norm(product.double(), None, None, training=True, eps=1e-12)
     assert_close(z, expected, "z", length=count)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "tf32"])
+@pytest.mark.parametrize("shape", ["whole 16-byte rows", "odd channels"])
+def test_the_rows_of_a_fragment_lie_in_different_banks(machine, arithmetic, step, shape):
+    Case(arithmetic, "channels_last", shape, "banks").check(machine, step)
+    assert machine.c.emulator_conflicts() == 0
