@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 
+from fastres import _extension
 from tests.emulator.machine import Machine, build
 
 
 @pytest.fixture(scope="session")
 def machine() -> Machine:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("no C++ compiler")
-    return Machine(build())
+    try:
+        return Machine(build())
+    except _extension.Unavailable as e:
+        pytest.skip(str(e))

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <compare>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -41,6 +42,21 @@ struct Error : std::runtime_error {
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
 // A wait may be taken out, or be content with one group less.
 enum class Site { kBarrier, kWait, kPredicate, kWaitByOne };
+
+// The file of a place without its folders.
+inline std::string file_of(const char* path) {
+  const std::string file = path;
+  return file.substr(file.rfind('/') + 1);
+}
+
+// A barrier, wait or predicate in the source.
+struct Place {
+  Site site;
+  std::uint32_t line;
+  const char* file;
+
+  auto operator<=>(const Place&) const = default;
+};
 
 struct Copy {
   unsigned char* to;
@@ -88,8 +104,8 @@ public:
   // --- Set up by the tests ---
   std::uint64_t seed = 0;
   bool detect_races = true;
-  std::set<std::pair<Site, std::uint32_t>> taken_out;
-  std::map<std::pair<Site, std::uint32_t>, std::uint64_t> seen; // sites, and how often they were passed
+  std::set<std::pair<Site, std::string>> taken_out; // as "file:line"
+  std::map<Place, std::uint64_t> seen;              // and how often they were passed
   std::uint64_t conflicts = 0; // rows of ldmatrix that share banks with another row of the same matrix
 
   void add_buffer(const void* data, std::size_t bytes, bool output) {
@@ -140,8 +156,9 @@ public:
   }
 
   bool passes(Site site, const Where& where) {
-    ++seen[{site, where.line()}];
-    return taken_out.empty() || !taken_out.contains({site, where.line()});
+    ++seen[{site, where.line(), where.file_name()}];
+    return taken_out.empty() ||
+        !taken_out.contains({site, file_of(where.file_name()) + ":" + std::to_string(where.line())});
   }
 
   void barrier(const Where& where) {
@@ -266,11 +283,10 @@ public:
   }
 
   [[noreturn]] void fail(const std::string& what, const Where& where) const {
-    std::string file = where.file_name();
-    file = file.substr(file.rfind('/') + 1);
     throw Error(
-        what + " (" + file + ":" + std::to_string(where.line()) + ", block " + std::to_string(block_x) + " " +
-        std::to_string(block_y) + ", thread " + std::to_string(now_) + ", seed " + std::to_string(seed) + ")");
+        what + " (" + file_of(where.file_name()) + ":" + std::to_string(where.line()) + ", block " +
+        std::to_string(block_x) + " " + std::to_string(block_y) + ", thread " + std::to_string(now_) + ", seed " +
+        std::to_string(seed) + ")");
   }
 
 private:

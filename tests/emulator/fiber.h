@@ -1,7 +1,7 @@
 // Fibers: a stack of its own for each thread of a block, and the switch between two of them.
 //
-// A switch saves what the calling convention asks a callee to keep. On
-// x86-64 that is a few instructions; elsewhere ucontext does it, with a system call for the signal mask.
+// A switch saves what the calling convention asks a callee to keep. On x86-64 that is a few instructions; elsewhere
+// ucontext does it, with a system call for the signal mask.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,11 @@
 #include <memory>
 #include <new>
 
-#if !defined(__x86_64__)
+// EMULATOR_UCONTEXT takes the portable way everywhere.
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_ASSEMBLY 1
+#else
+#define EMULATOR_ASSEMBLY 0
 #include <ucontext.h>
 #endif
 
@@ -39,7 +43,7 @@ public:
     // Frames that were left behind, by an entry that never returns or by a run that failed, are still marked.
     __asan_unpoison_memory_region(stack_.get(), bytes_);
 #endif
-#if defined(__x86_64__)
+#if EMULATOR_ASSEMBLY
     // As if `entry` had been called: the stack is 16 bytes aligned before the return address.
     auto* top = reinterpret_cast<std::uint64_t*>(
         (reinterpret_cast<std::uintptr_t>(stack_.get()) + bytes_) & ~std::uintptr_t{15});
@@ -64,7 +68,7 @@ public:
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, to.bottom(), to.size());
 #endif
-#if defined(__x86_64__)
+#if EMULATOR_ASSEMBLY
     emulator_switch(&pointer_, to.pointer_);
 #else
     swapcontext(&context_, &to.context_);
@@ -103,7 +107,7 @@ private:
   const void* known_bottom_ = nullptr;
   std::size_t known_size_ = 0;
 #endif
-#if defined(__x86_64__)
+#if EMULATOR_ASSEMBLY
   static void emulator_switch(void** save, void* load) asm("fastres_emulator_switch");
   void* pointer_ = nullptr;
 #else
@@ -113,7 +117,7 @@ private:
 
 } // namespace emulator
 
-#if defined(__x86_64__)
+#if EMULATOR_ASSEMBLY
 // Saves the callee-saved registers on this stack, changes stacks, takes those saved there and returns there.
 asm(R"(
 .text

@@ -128,8 +128,9 @@ void emulator_start(std::uint64_t seed, int detect_races) {
   machine().clear_buffers();
 }
 
-void emulator_take_out(int site, int line) {
-  machine().taken_out.insert({static_cast<emulator::Site>(site), line});
+// `place`: "file:line".
+void emulator_take_out(int site, const char* place) {
+  machine().taken_out.insert({static_cast<emulator::Site>(site), place});
 }
 
 void emulator_buffer(const void* data, std::int64_t bytes, int output) {
@@ -144,11 +145,12 @@ std::uint64_t emulator_conflicts() {
   return machine().conflicts;
 }
 
-// "site line passes" a line.
+// "site file:line passes" a line.
 const char* emulator_sites() {
   std::ostringstream text;
-  for (const auto& [site, passes] : machine().seen) {
-    text << static_cast<int>(site.first) << ' ' << site.second << ' ' << passes << '\n';
+  for (const auto& [place, passes] : machine().seen) {
+    text << static_cast<int>(place.site) << ' ' << emulator::file_of(place.file) << ':' << place.line << ' ' << passes
+         << '\n';
   }
   last_words = text.str();
   return last_words.c_str();

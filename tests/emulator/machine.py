@@ -96,7 +96,7 @@ class Machine:
 
     seed: of the order in which warps, lanes and blocks run.
     detect_races: report races as such; otherwise only their results show.
-    take_out: (site, line) pairs that this run goes without.
+    take_out: sites that this run goes without: (kind, "file:line").
     """
 
     def __init__(self, library: Path) -> None:
@@ -114,12 +114,12 @@ class Machine:
         *,
         seed: int = 0,
         detect_races: bool = True,
-        take_out: Iterable[tuple[str, int]] = (),
+        take_out: Iterable[tuple[str, str]] = (),
     ) -> None:
         """Make known what a run may touch. Outputs are filled with NaN."""
         self.c.emulator_start(ctypes.c_uint64(seed), int(detect_races))
-        for site, line in take_out:
-            self.c.emulator_take_out(SITES.index(site), line)
+        for kind, place in take_out:
+            self.c.emulator_take_out(SITES.index(kind), place.encode())
         for tensors, output in ((inputs, False), (outputs, True)):
             for t in tensors:
                 if t is not None and t.numel() > 0:
@@ -132,12 +132,12 @@ class Machine:
         if error is not None:
             raise EmulatorError(error.decode())
 
-    def sites(self) -> dict[tuple[str, int], int]:
-        """What the last run passed: (site, line of the source) -> how often."""
+    def sites(self) -> dict[tuple[str, str], int]:
+        """What the last run passed: (kind, "file:line") -> how often."""
         found = {}
         for text in self.c.emulator_sites().decode().splitlines():
-            site, line, passes = map(int, text.split())
-            found[SITES[site], line] = passes
+            kind, place, passes = text.split()
+            found[SITES[int(kind)], place] = int(passes)
         return found
 
     def plan_of(

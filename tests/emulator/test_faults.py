@@ -11,7 +11,7 @@ from tests.oracle import LAYOUTS, SEED
 SHAPE = "ragged everywhere, deep"
 
 
-def caught(machine, case: Case, step: str, site: tuple[str, int], *, seed: int, detect_races: bool = True) -> bool:
+def caught(machine, case: Case, step: str, site: tuple[str, str], *, seed: int, detect_races: bool = True) -> bool:
     try:
         case.check(machine, step, seed=seed, detect_races=detect_races, take_out=[site])
     except AssertionError:
@@ -26,7 +26,7 @@ def test_nothing_can_be_taken_out(machine, layout, arithmetic, step):
     case = Case(arithmetic, layout, SHAPE, step)
     case.check(machine, step)
     sites = machine.sites()
-    kinds = {site for site, _ in sites}
+    kinds = {kind for kind, _ in sites}
     # Two-byte elements are copied one by one, and waited for where they are loaded.
     asynchronous = layout == "channels_last" or arithmetic != "bfloat16"
     assert kinds == {"barrier", "predicate"} | ({"wait", "wait by one group"} if asynchronous else set())
