@@ -123,19 +123,54 @@ struct Folded {
   }
 };
 
-FASTRES_DEVICE float normalised(float v, const float* table, int column) {
-  return (v - load_shared<float>(table + column)) * load_shared<float>(table + Tile::kColumns + column) +
-      load_shared<float>(table + 2 * Tile::kColumns + column);
+template <int kCount>
+FASTRES_DEVICE void load_floats(float (&v)[kCount], const float* from) {
+  if constexpr (kCount == 4) {
+    const auto four = load_shared<Bytes16>(from);
+    FASTRES_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      v[i] = bits_float(four.words[i]);
+    }
+  } else {
+    static_assert(kCount == 1);
+    v[0] = load_shared<float>(from);
+  }
 }
 
-// What inference makes of a product.
-template <typename T>
-FASTRES_DEVICE float activated(const Params<T>& p, const float* tables, float v, T x, int column) {
-  float y = normalised(v, tables, column);
-  if (p.x != nullptr) {
-    y += normalised(to_float(x), tables + 3 * Tile::kColumns, column);
+template <int kCount>
+FASTRES_DEVICE void normalise(float (&v)[kCount], const float* table, int column) {
+  float mean[kCount], scale[kCount], bias[kCount];
+  load_floats(mean, table + column);
+  load_floats(scale, table + Tile::kColumns + column);
+  load_floats(bias, table + 2 * Tile::kColumns + column);
+  FASTRES_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = (v[i] - mean[i]) * scale[i] + bias[i];
   }
-  return p.relu && !(y > 0) ? (y != y ? y : 0.0f) : y;
+}
+
+// What inference makes of products in neighbouring columns.
+template <int kCount, typename T>
+FASTRES_DEVICE void activate(const Params<T>& p, const float* tables, float (&v)[kCount], const T* x, int column) {
+  normalise(v, tables, column);
+  if (p.x != nullptr) {
+    float added[kCount];
+    FASTRES_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      added[i] = to_float(x[i]);
+    }
+    normalise(added, tables + 3 * Tile::kColumns, column);
+    FASTRES_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      v[i] += added[i];
+    }
+  }
+  if (p.relu) {
+    FASTRES_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      v[i] = v[i] > 0 || v[i] != v[i] ? v[i] : 0.0f;
+    }
+  }
 }
 
 // Writes kItems results of a row next to each other, and where a cell is larger than one position zeros to the rest.
@@ -158,6 +193,37 @@ FASTRES_DEVICE void store_cell(const Target<T>& out, uint32_t line, int64_t item
   }
 }
 
+// How a block's threads share out a tile of results for 16-byte accesses: a thread keeps its columns.
+template <typename Out>
+struct Chunks {
+  static constexpr int kItems = 16 / static_cast<int>(sizeof(Out));
+  static constexpr int kAcross = Tile::kColumns / kItems;
+  static constexpr int kParts = Tile::kRows * kAcross / Tile::kThreads;
+  static_assert(Tile::kThreads % kAcross == 0);
+
+  FASTRES_DEVICE static int row_of(int part) {
+    return thread_index() / kAcross + part * (Tile::kThreads / kAcross);
+  }
+  FASTRES_DEVICE static int column() {
+    return thread_index() % kAcross * kItems;
+  }
+};
+
+// The other branch of inference, all of a thread's share at once: its latency is paid once, and beside the staging.
+template <typename T>
+FASTRES_DEVICE void load_added(Bytes16 (&x)[Chunks<T>::kParts], const Params<T>& p, uint32_t row0, uint32_t column0) {
+  if (p.x == nullptr || !p.vector_stores) {
+    return;
+  }
+  const uint32_t column = column0 + Chunks<T>::column();
+  FASTRES_UNROLL
+  for (int part = 0; part < Chunks<T>::kParts; ++part) {
+    const uint32_t row = row0 + Chunks<T>::row_of(part);
+    const T* from = p.x + p.out.lines.offset(row) + column;
+    x[part] = load_global(reinterpret_cast<const Bytes16*>(from), row < p.rows && column < p.columns);
+  }
+}
+
 // Brings the staged results to global memory, 16 bytes a thread where rows allow it.
 template <Step kStep, typename T, typename Out>
 FASTRES_DEVICE void store_results(
@@ -165,37 +231,36 @@ FASTRES_DEVICE void store_results(
     const Target<Out>& out,
     const unsigned char* shared,
     const float* tables,
+    const Bytes16* x,
     uint32_t row0,
     uint32_t column0) {
   if (p.vector_stores) {
-    constexpr int kItems = 16 / sizeof(Out), kChunks = Tile::kColumns / kItems;
-    // Rolled: a vector of results is as many registers as the accumulators have left.
-    for (int index = thread_index(); index < Tile::kRows * kChunks; index += Tile::kThreads) {
-      const int row = index / kChunks, column = index % kChunks * kItems;
-      const bool valid = row0 + row < p.rows && column0 + column < p.columns;
+    using C = Chunks<Out>;
+    const int column = C::column();
+    FASTRES_UNROLL
+    for (int part = 0; part < C::kParts; ++part) {
+      const int row = C::row_of(part);
       union {
         Bytes16 bytes;
-        Out items[kItems];
-      } x{}, v;
+        Out items[C::kItems];
+      } added{}, stored;
       if constexpr (kStep == Step::kInference) {
-        if (p.x != nullptr) {
-          const T* from = p.x + out.lines.offset(row0 + row) + column0 + column;
-          x.bytes = load_global(reinterpret_cast<const Bytes16*>(from), valid);
-        }
+        added.bytes = x[part];
       }
       FASTRES_UNROLL
-      for (int q = 0; q < kItems; q += 4) {
-        const auto four = load_shared<Bytes16>(shared + ResultTile::offset(row, column + q));
+      for (int q = 0; q < C::kItems; q += 4) {
+        float v[4];
+        load_floats(v, reinterpret_cast<const float*>(shared + ResultTile::offset(row, column + q)));
+        if constexpr (kStep == Step::kInference) {
+          activate(p, tables, v, added.items + q, column + q);
+        }
         FASTRES_UNROLL
         for (int r = 0; r < 4; ++r) {
-          float value = bits_float(four.words[r]);
-          if constexpr (kStep == Step::kInference) {
-            value = activated(p, tables, value, x.items[q + r], column + q + r);
-          }
-          v.items[q + r] = from_float<Out>(value);
+          stored.items[q + r] = from_float<Out>(v[r]);
         }
       }
-      store_cell<kStep, kItems>(out, row0 + row, column0 + column, v.bytes, valid);
+      const bool valid = row0 + row < p.rows && column0 + column < p.columns;
+      store_cell<kStep, C::kItems>(out, row0 + row, column0 + column, stored.bytes, valid);
     }
     return;
   }
@@ -204,15 +269,13 @@ FASTRES_DEVICE void store_results(
     const int column = out.across ? index / Tile::kRows : index % Tile::kColumns;
     const bool valid = row0 + row < p.rows && column0 + column < p.columns;
     const int64_t item_offset = (column0 + column) * out.step;
-    float value = load_shared<float>(shared + ResultTile::offset(row, column));
+    float v[1];
+    load_floats(v, reinterpret_cast<const float*>(shared + ResultTile::offset(row, column)));
     if constexpr (kStep == Step::kInference) {
-      T x{};
-      if (p.x != nullptr) {
-        x = load_global(p.x + out.lines.offset(row0 + row) + item_offset, valid);
-      }
-      value = activated(p, tables, value, x, column);
+      const T added = p.x != nullptr ? load_global(p.x + out.lines.offset(row0 + row) + item_offset, valid) : T{};
+      activate(p, tables, v, &added, column);
     }
-    store_cell<kStep, 1>(out, row0 + row, item_offset, from_float<Out>(value), valid);
+    store_cell<kStep, 1>(out, row0 + row, item_offset, from_float<Out>(v[0]), valid);
   }
 }
 
@@ -277,7 +340,7 @@ gemm(const Params<typename Math::Element> p) {
     out.lines.column = p.columns;
     out.step = 1;
     out.data = p.workspace + static_cast<int64_t>(block_index_y()) * p.rows * p.columns;
-    store_results<kStep>(p, out, shared, tables, row0, column0);
+    store_results<kStep>(p, out, shared, tables, nullptr, row0, column0);
   } else if constexpr (kStep == Step::kForward) {
     FASTRES_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -308,7 +371,7 @@ gemm(const Params<typename Math::Element> p) {
         return inside ? (v - mean[c]) * (v - mean[c]) : 0.0f;
       });
     }
-    store_results<kStep>(p, p.out, shared, tables, row0, column0);
+    store_results<kStep>(p, p.out, shared, tables, nullptr, row0, column0);
     if (statistics) {
       barrier();
       const int column = thread_index();
@@ -320,6 +383,10 @@ gemm(const Params<typename Math::Element> p) {
       }
     }
   } else {
+    Bytes16 x[kStep == Step::kInference ? Chunks<T>::kParts : 1] = {};
+    if constexpr (kStep == Step::kInference) {
+      load_added(x, p, row0, column0);
+    }
     stage_results(shared, sum, place);
     if constexpr (kStep == Step::kInference) {
       const int column = thread_index() % Tile::kColumns;
@@ -331,7 +398,7 @@ gemm(const Params<typename Math::Element> p) {
       }
     }
     barrier();
-    store_results<kStep>(p, p.out, shared, tables, row0, column0);
+    store_results<kStep>(p, p.out, shared, tables, x, row0, column0);
   }
 }
 
