@@ -262,4 +262,12 @@ void test_divide(std::uint32_t divisor, const std::uint32_t* n, std::uint32_t* q
   }
 }
 
+// Where output positions lie in the input (strided) or in the product, in elements.
+void test_offsets(const Problem* p, int strided, const std::uint32_t* positions, std::int64_t* to, std::int64_t count) {
+  const Lines lines = position_lines(*p, strided != 0 ? p->in_channels : p->out_channels, strided != 0);
+  for (std::int64_t i = 0; i < count; ++i) {
+    to[i] = lines.offset(positions[i]);
+  }
+}
+
 } // extern "C"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 
@@ -58,3 +60,31 @@ def test_the_shortcuts_of_a_resnet_at_batch_512_fill_a_gpu_by_16_byte_copies(mac
     plan = machine.plan_of(step, "bfloat16", problem)
     assert plan.vector_loads and plan.vector_stores
     assert plan.row_tiles * plan.column_tiles * plan.splits >= 132
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_positions_are_found_in_tensors_beyond_two_to_the_31_elements(machine, layout):
+    gen = generator("offsets", layout)
+    for _ in range(100):
+        limits = (3000, 500, 400, 400, 500, 4, 4)
+        n, cin, h, w, cout, sh, sw = (int(torch.randint(0, most, (), generator=gen)) + 1 for most in limits)
+        oh, ow = output_size(h, sh), output_size(w, sw)
+        p = torch.randint(0, n * oh * ow, (100,), generator=gen)
+        p[0] = n * oh * ow - 1
+        image, i, j = p // (oh * ow), p // ow % oh, p % ow
+        for strided, channels, (rows, columns), (row, column) in (
+            (1, cin, (h, w), (i * sh, j * sw)),
+            (0, cout, (oh, ow), (i, j)),
+        ):
+            pixel = row * columns + column
+            expected = image * rows * columns * channels + (pixel if layout == "nchw" else pixel * channels)
+            positions, offsets = p.to(torch.int32), torch.empty(len(p), dtype=torch.int64)
+            problem = Problem(n, cin, h, w, cout, sh, sw, layout == "channels_last")
+            machine.c.test_offsets(
+                ctypes.byref(problem),
+                strided,
+                ctypes.c_void_p(positions.data_ptr()),
+                ctypes.c_void_p(offsets.data_ptr()),
+                ctypes.c_int64(len(p)),
+            )
+            assert torch.equal(offsets, expected)
