@@ -59,3 +59,19 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def insert_table(file: Path, text: str, name: str = "results") -> bool:
+    """Put text between the lines `<!-- name -->` and `<!-- /name -->` of a file.
+
+    False, and nothing written, where it lacks them.
+    """
+    if not file.is_file():
+        return False
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, start, rest = file.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
+    if not start or not end:
+        return False
+    write_text(file, f"{before}{start}\n{text}{end}{after}")
+    return True

@@ -27,13 +27,12 @@ from tqdm import tqdm
 
 import fastres
 from benchmarks import records, workloads
-from benchmarks.records import PUBLISHED, ROOT, number, row
+from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
 from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
 from fastres.info import processors
 from fastres.train.checkpoint import atomic, write_text
 
 COPY = "copy"
-MARKERS = ("<!-- results -->", "<!-- /results -->")
 SAVED_BATCH = 4 if workloads.QUICK else 32
 NAMES = {EAGER: "PyTorch eager", COMPILE: "torch.compile", FUSED: "fastres"}
 COLOURS = {EAGER: "#9aa5b1", COMPILE: "#e0a458", FUSED: "#1f6f8b"}
@@ -300,18 +299,6 @@ def plot(results: Results, path: Path) -> None:
 
 def _batch(results: Results) -> int:
     return next(entry.images for entry in results.measurements if entry.group == "op")
-
-
-def insert_table(readme: Path, text: str) -> bool:
-    """Put the table between the two marker lines of a file; False, and nothing written, where it lacks them."""
-    if not readme.is_file():
-        return False
-    before, start, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not start or not end:
-        return False
-    write_text(readme, f"{before}{start}\n{text}{end}{after}")
-    return True
 
 
 def main(config: Config) -> None:

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.records import number, row
-from benchmarks.results import COLOURS, NAMES, insert_table
+from benchmarks.records import insert_table, number, row
+from benchmarks.results import COLOURS, NAMES
 from benchmarks.roofline_kernels import kernels_of
 from benchmarks.roofline_trace import PARTS, Kernel, Step
 from benchmarks.workloads import COMPILE, EAGER, FUSED, SIDES

@@ -37,7 +37,7 @@ from fastres.kernels.tile import (
     load_bits,
     load_channels,
     load_tile,
-    positions_of,
+    locate,
     store_bits,
     store_tile,
 )
@@ -104,11 +104,16 @@ def _moments(
     m2 = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_S, 1), tl.float32)
     rounds = 0.0
+    real = channel < channels
+    row = tl.arange(0, BLOCK_S)[:, None]
+    within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     # Four loads under way before the first is needed.
     for tile in tl.range(tl.program_id(0), tiles, splits, loop_unroll_factor=4):
-        n, first, position, inside = positions_of(tile, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
-        offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
-        mask = inside[:, None] & (channel < channels)[None, :]
+        at, byte_at, index, left = locate(
+            tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
+        )
+        offset = at + within
+        mask = (row < left) & real[None, :]
         x = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C))
         delta = x - mean
         if EVEN_S:
@@ -116,7 +121,7 @@ def _moments(
             mean += delta * (1.0 / rounds)
             m2 += delta * (x - mean)
         else:
-            exists = inside[:, None]
+            exists = row < left
             count += exists.to(tl.float32)
             mean += tl.where(exists, delta / tl.maximum(count, 1.0), 0.0)
             m2 += tl.where(exists, delta * (x - mean), 0.0)
@@ -285,7 +290,7 @@ def apply_kernel(
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,  # [C] float32; weight and bias may be None
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,  # [C]; None without their own norm
     positions, channels, image, eps, residual_eps, threshold, keep_scale, tiles, splits,
-    RELU: tl.constexpr, ACT_ADD: tl.constexpr, VARIANCE: tl.constexpr, FOURS: tl.constexpr,
+    RELU: tl.constexpr, ACT_ADD: tl.constexpr, VARIANCE: tl.constexpr, FOURS: tl.constexpr, WIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, EVEN_S: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -298,18 +303,21 @@ def apply_kernel(
     channel = first_channel + tl.arange(0, BLOCK_C)
     real = channel < channels
     NORMED: tl.constexpr = residual_mean_ptr is not None
-    if not NORMED:
+    IN_LOOP: tl.constexpr = NORMED and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if not IN_LOOP:
         mean, scale, bias = _load_affine(
             mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, real, eps, VARIANCE
         )  # fmt: skip
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    row = tl.arange(0, BLOCK_S)[:, None]
+    within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     for step in range(tl.program_id(0), tiles, splits):
-        n, first, position, inside = positions_of(
-            tiles - 1 - step, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S
+        at, byte_at, index, left = locate(
+            tiles - 1 - step, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
         )
-        offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
-        mask = inside[:, None] & real[None, :]
+        offset = at + within
+        mask = (row < left) & real[None, :]
         x = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C))
         if residual_ptr is not None:
             r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C))
@@ -319,9 +327,9 @@ def apply_kernel(
                     residual_eps, VARIANCE,
                 )  # fmt: skip
                 r = (r - r_mean) * r_scale + r_bias
-        if NORMED:
-            # Loaded for every tile, out of the first-level cache: six vectors kept in registers, where a thread has
-            # eight channels of each, would halve the number of resident threads.
+        if IN_LOOP:
+            # For every tile, out of the first-level cache: six vectors kept in registers, where a thread has eight
+            # channels of each, would halve the number of resident threads.
             mean, scale, bias = _load_affine(
                 mean_ptr, rstd_ptr, weight_ptr, bias_ptr, channel, real, eps, VARIANCE
             )  # fmt: skip
@@ -334,7 +342,7 @@ def apply_kernel(
             passed = passed & ~(z <= 0)
         if seed_ptr is not None:
             passed = passed & dropout_keep(
-                seed, position, first_channel, channels, threshold, FOURS, INDEX_64, BLOCK_S, BLOCK_C
+                seed, index, channels, threshold, FOURS, WIDE, BLOCK_S, BLOCK_C
             )
             z *= keep_scale
         if RELU or seed_ptr is not None:
@@ -344,8 +352,7 @@ def apply_kernel(
         store_tile(y_ptr, offset, z, mask, not (EVEN_S and EVEN_C))
         if bits_ptr is not None:
             store_bits(
-                bits_ptr, passed, n, first, position, inside, first_channel, channels, image, CHANNELS_LAST, BLOCK_S,
-                BLOCK_C,
+                bits_ptr, byte_at, passed, left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C
             )  # fmt: skip
 
 
@@ -354,13 +361,13 @@ def apply_kernel(
 
 @triton.jit
 def _masked_gradient(
-    dy, centred, scale, bias, bits_ptr, keep_scale, n, first, position, inside, first_channel, channels, image,
+    dy, centred, scale, bias, bits_ptr, byte_at, keep_scale, left, first_channel, channels, image,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """g = dy * bit / (1 - p): the gradient that reaches z. Without a bit mask the ReLU's bit comes from z itself."""
     if bits_ptr is not None:
         passed = load_bits(
-            bits_ptr, n, first, position, inside, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C
+            bits_ptr, byte_at, left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C
         )
         g = tl.where(passed, dy * keep_scale, 0.0)
     elif RELU:
@@ -400,82 +407,76 @@ def backward_reduce_kernel(
     else:
         scale = rstd
         bias = mean
-    if residual_ptr is not None:
-        r_mean = load_channels(residual_mean_ptr, channel, real, 0.0)
+    row = tl.arange(0, BLOCK_S)[:, None]
+    within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     sum_g = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     sum_d = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     sum_dr = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    # Four loads under way, or three, before the first is needed; more than that does not fit in the registers.
-    UNROLL: tl.constexpr = 2 if residual_ptr is None else 1
+    # Four loads under way before the first is needed; with more vectors than two they do not fit in the registers.
+    UNROLL: tl.constexpr = 2 if residual_ptr is None and (bits_ptr is not None or not RELU) else 1
     for tile in tl.range(split, tiles, splits, loop_unroll_factor=UNROLL):
-        n, first, position, inside = positions_of(tile, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
-        offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
-        mask = inside[:, None] & real[None, :]
+        at, byte_at, index, left = locate(
+            tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
+        )
+        offset = at + within
+        mask = (row < left) & real[None, :]
         dy = load_tile(dy_ptr, offset, mask, not (EVEN_S and EVEN_C))
         centred = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C)) - mean
         g = _masked_gradient(
-            dy, centred, scale, bias, bits_ptr, keep_scale, n, first, position, inside, first_channel, channels, image,
-            RELU, CHANNELS_LAST, BLOCK_S, BLOCK_C,
+            dy, centred, scale, bias, bits_ptr, byte_at, keep_scale, left, first_channel, channels, image, RELU,
+            CHANNELS_LAST, BLOCK_S, BLOCK_C,
         )  # fmt: skip
         sum_g += g
         sum_gx += g * centred
         if residual_ptr is not None:
-            r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C)) - r_mean
+            # The vector comes from the first-level cache for every tile, and costs no registers in between.
+            r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C))
+            r -= load_channels(residual_mean_ptr, channel, real, 0.0)
             if ACT_ADD:
                 sum_d += dy
                 sum_dr += dy * r
             else:
                 sum_dr += g * r
     SUMS: tl.constexpr = 2 if residual_ptr is None else (4 if ACT_ADD else 3)
-    row = partial_ptr + tl.program_id(1) * splits * SUMS * BLOCK_C
-    column = tl.arange(0, BLOCK_C)
-    own = row + split * SUMS * BLOCK_C + column
-    tl.store(own, tl.sum(sum_g, axis=0))
-    tl.store(own + BLOCK_C, tl.sum(sum_gx, axis=0))
-    if SUMS >= 3:
-        tl.store(own + 2 * BLOCK_C, tl.sum(sum_dr, axis=0))
+    partials_ptr = partial_ptr + tl.program_id(1) * splits * SUMS * BLOCK_C + tl.arange(0, BLOCK_C)
+    own = partials_ptr + split * SUMS * BLOCK_C
+    tl.store(own, tl.sum(sum_gx, axis=0))
+    tl.store(own + BLOCK_C, tl.sum(sum_g, axis=0))
     if SUMS == 4:
-        tl.store(own + 3 * BLOCK_C, tl.sum(sum_d, axis=0))
+        tl.store(own + 2 * BLOCK_C, tl.sum(sum_d, axis=0))
+    if SUMS >= 3:
+        tl.store(own + (SUMS - 1) * BLOCK_C, tl.sum(sum_dr, axis=0))
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
     if arrived == splits - 1:
         tl.store(arrivals_ptr + tl.program_id(1), 0)
-        at = row + column
-        dbias, dweight, r_dweight, r_dbias = _sum_partials(at, splits, SUMS, BLOCK_C, BLOCK_P)
+        dweight, dbias = _sum_partials(partials_ptr, splits, SUMS, BLOCK_C, BLOCK_P)
         tl.store(dbias_ptr + channel, dbias, mask=real)
         tl.store(dweight_ptr + channel, dweight * tl.load(rstd_ptr + channel, mask=real, other=0.0), mask=real)
         if residual_ptr is not None:
+            # The last two; of three partials the middle one serves twice, since dr is g then.
+            dbias, r_dweight = _sum_partials(partials_ptr + (SUMS - 2) * BLOCK_C, splits, SUMS, BLOCK_C, BLOCK_P)
             r_dweight *= tl.load(residual_rstd_ptr + channel, mask=real, other=0.0)
             tl.store(residual_dweight_ptr + channel, r_dweight, mask=real)
-            tl.store(residual_dbias_ptr + channel, r_dbias, mask=real)
+            tl.store(residual_dbias_ptr + channel, dbias, mask=real)
 
 
 @triton.jit
 def _sum_partials(first_ptr, splits, SUMS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The sums [BLOCK_C] of each partial over all splits, in the same order whichever program asks.
+    """Two neighbouring partials summed over all splits, [BLOCK_C] each, in the same order whichever program asks.
 
-    first_ptr: [BLOCK_C], the first partial of split 0. With three partials the fourth sum is the first.
+    first_ptr: [BLOCK_C], the first of the two in split 0.
     """
     a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     b = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    c = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in tl.range(0, splits, BLOCK_P, loop_unroll_factor=2):
+    for start in range(0, splits, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         exists = (p < splits)[:, None]
         at = first_ptr[None, :] + (p * (SUMS * BLOCK_C))[:, None]
         a += tl.load(at, mask=exists, other=0.0, cache_modifier=".cg")
         b += tl.load(at + BLOCK_C, mask=exists, other=0.0, cache_modifier=".cg")
-        if SUMS >= 3:
-            c += tl.load(at + 2 * BLOCK_C, mask=exists, other=0.0, cache_modifier=".cg")
-        if SUMS == 4:
-            d += tl.load(at + 3 * BLOCK_C, mask=exists, other=0.0, cache_modifier=".cg")
-    first = tl.sum(a, axis=0)
-    fourth = first
-    if SUMS == 4:
-        fourth = tl.sum(d, axis=0)
-    return first, tl.sum(b, axis=0), tl.sum(c, axis=0), fourth
+    return tl.sum(a, axis=0), tl.sum(b, axis=0)
 
 
 @triton.jit
@@ -518,6 +519,7 @@ def backward_apply_kernel(
     """
     TRAINING: tl.constexpr = dbias_ptr is not None
     NORMED: tl.constexpr = residual_mean_ptr is not None
+    IN_LOOP: tl.constexpr = NORMED and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     READS_X: tl.constexpr = (TRAINING and dx_ptr is not None) or (RELU and bits_ptr is None)
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
@@ -526,18 +528,20 @@ def backward_apply_kernel(
         share = 1.0 / tl.load(count_ptr).to(tl.float32)
     else:
         share = 1.0 / positions.to(tl.float32)
-    if not NORMED:
+    if not IN_LOOP:
         mean, scale, bias, mean_g, mean_gx = _load_gradient_vectors(
             mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dbias_ptr, dweight_ptr, channel, real, share,
             RELU and bits_ptr is None,
         )  # fmt: skip
+    row = tl.arange(0, BLOCK_S)[:, None]
+    within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     for step in range(tl.program_id(0), tiles, splits):
-        n, first, position, inside = positions_of(
-            tiles - 1 - step, positions, image, CHANNELS_LAST, INDEX_64, BLOCK_S
+        at, byte_at, index, left = locate(
+            tiles - 1 - step, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
         )
-        offset = element_offsets(n, first, position, channel, channels, image, CHANNELS_LAST, BLOCK_S)
-        mask = inside[:, None] & real[None, :]
-        if NORMED:
+        offset = at + within
+        mask = (row < left) & real[None, :]
+        if IN_LOOP:
             # For every tile, as in the forward pass.
             mean, scale, bias, mean_g, mean_gx = _load_gradient_vectors(
                 mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dbias_ptr, dweight_ptr, channel, real, share,
@@ -548,13 +552,16 @@ def backward_apply_kernel(
         if READS_X:
             centred = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C)) - mean
         g = _masked_gradient(
-            dy, centred, scale, bias, bits_ptr, keep_scale, n, first, position, inside, first_channel, channels, image,
-            RELU, CHANNELS_LAST, BLOCK_S, BLOCK_C,
+            dy, centred, scale, bias, bits_ptr, byte_at, keep_scale, left, first_channel, channels, image, RELU,
+            CHANNELS_LAST, BLOCK_S, BLOCK_C,
         )  # fmt: skip
+        centred_g = g
+        if TRAINING:
+            centred_g = g - mean_g
         if dx_ptr is not None:
-            dx = g
+            dx = centred_g
             if TRAINING:
-                dx = g - mean_g - centred * mean_gx
+                dx -= centred * mean_gx
             store_tile(dx_ptr, offset, dx * scale, mask, not (EVEN_S and EVEN_C))
         if dresidual_ptr is not None:
             dr = g
@@ -566,8 +573,13 @@ def backward_apply_kernel(
                     residual_dweight_ptr, channel, real, share, False,
                 )  # fmt: skip
                 if TRAINING:
+                    if ACT_ADD:
+                        dr -= r_mean_g
+                    else:
+                        # The mean of the same gradient.
+                        dr = centred_g
                     r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C)) - r_mean
-                    dr = dr - r_mean_g - r * r_mean_gx
+                    dr -= r * r_mean_gx
                 dr *= r_scale
             store_tile(dresidual_ptr, offset, dr, mask, not (EVEN_S and EVEN_C))
 
@@ -715,7 +727,7 @@ def _forward(
     )  # fmt: skip
     launch(
         apply_kernel, apply_plan, shape, x, lambda _: arguments, RELU=act.relu, ACT_ADD=act.order == "act_add",
-        VARIANCE=variance, FOURS=shape.channels % 4 == 0,
+        VARIANCE=variance, FOURS=shape.channels % 4 == 0, WIDE=shape.positions * shape.channels >= 2**34,
     )  # fmt: skip
     return y, bits
 

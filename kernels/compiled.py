@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastres.kernels.launch import Launch, launch_options
-from fastres.kernels.plan import Device
+from fastres.kernels.plan import Device, register_limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Architecture:
     @property
     def device(self) -> Device:
         """What plans are made for: a GPU of this architecture with as many multiprocessors as an H100."""
-        return Device(132, self.threads, self.warp)
+        capability = (self.arch // 10, self.arch % 10) if isinstance(self.arch, int) else (0, 0)
+        return Device(132, self.threads, self.warp, register_limit(self.threads, capability))
 
 
 KB = 1024

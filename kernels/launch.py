@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from fastres import reference
-from fastres.kernels.plan import Device, Geometry, Plan
+from fastres.kernels.plan import Device, Geometry, Plan, register_limit
 
 # For tensors that no GPU holds: the interpreter's, where a few programs of every kind show whether they cooperate, and
 # those of a trace.
@@ -66,9 +66,9 @@ def geometry(x: Tensor) -> Geometry:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(
-        properties.multi_processor_count, properties.max_threads_per_multi_processor, properties.warp_size
-    )
+    threads = properties.max_threads_per_multi_processor
+    registers = register_limit(threads, (properties.major, properties.minor))
+    return Device(properties.multi_processor_count, threads, properties.warp_size, registers)
 
 
 def device_of(x: Tensor) -> Device:

@@ -13,40 +13,45 @@ import triton.language as tl
 
 
 @triton.jit
-def _words(seed, counter, INDEX_64: tl.constexpr):
-    """The four words of each counter, uint32 in the counter's shape."""
-    if INDEX_64:
+def _words(seed, first, offset, WIDE: tl.constexpr):
+    """The four words of each counter first + offset, uint32 in the offset's shape.
+
+    WIDE: whether counters reach 2^32; otherwise their high word is 0.
+    """
+    if WIDE:
+        counter = first + offset
         low = (counter & 0xFFFFFFFF).to(tl.uint32)
         high = (counter >> 32).to(tl.uint32)
     else:
-        low = counter
-        high = counter * 0
-    zero = high * 0
+        low = first.to(tl.uint32) + offset.to(tl.uint32)
+        high = low * 0
+    zero = low * 0
     return tl.philox(seed, low, high, zero, zero)
 
 
 @triton.jit
 def dropout_keep(
-    seed, position, first_channel, channels, threshold,
-    FOURS: tl.constexpr, INDEX_64: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    seed, index, channels, threshold, FOURS: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Whether each element of a tile is kept, bool [BLOCK_S, BLOCK_C].
 
     Args:
-        position: [BLOCK_S], index in N, H, W order.
+        index: of the tile's first element in N, H, W, C order; its rows follow each other in that order.
         threshold: int32 with the bits of the unsigned threshold.
         FOURS: channels % 4 == 0. Then four neighbouring channels share a call and use its four words. Otherwise a call
             serves one element, since groups of four run across the ends of rows.
+        WIDE: whether the tensor has 2^34 elements or more.
     """
     least = threshold.to(tl.uint32, bitcast=True)
+    s = tl.arange(0, BLOCK_S)[:, None]
     if FOURS:
-        counter = position[:, None] * (channels // 4) + (first_channel // 4 + tl.arange(0, BLOCK_C // 4))[None, :]
-        a, b, c, d = _words(seed, counter, INDEX_64)
+        a, b, c, d = _words(seed, index // 4, s * (channels // 4) + tl.arange(0, BLOCK_C // 4)[None, :], WIDE)
         even = tl.join(a >= least, c >= least)
         odd = tl.join(b >= least, d >= least)
         return tl.reshape(tl.join(even, odd), (BLOCK_S, BLOCK_C))
     else:
-        index = position[:, None] * channels + (first_channel + tl.arange(0, BLOCK_C))[None, :]
-        a, b, c, d = _words(seed, index >> 2, INDEX_64)
-        word = index & 3
+        element = (index % 4).to(tl.int32) + s * channels + tl.arange(0, BLOCK_C)[None, :]
+        a, b, c, d = _words(seed, index // 4, element >> 2, WIDE)
+        word = element & 3
         return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)) >= least

@@ -6,9 +6,9 @@ miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way a
 - A thread holds one 16-byte load of each tensor, 8 elements of 2 bytes or 4 of 4, and with them in channels_last 8 or 4
   channels of each vector: at 8 that is 32 registers for the four vectors of a backward pass, and 16 for the two float32
   accumulators of a reduction. So 64 registers suffice (the launch holds the compiler to it), and 1024 threads, half of
-  what a multiprocessor of 2048 threads holds, are resident; one of 1536 has 80 registers for each of 768 threads. An
-  element-wise pass over two tensors then has 32 KB under way. The reductions unroll their loop, four times over one
-  tensor and twice over two: 64 KB at best.
+  what a multiprocessor of 2048 threads holds, are resident. An element-wise pass over two
+  tensors then has 32 KB under way. The reductions unroll their loop, four times over one tensor and twice over two:
+  64 KB at best.
 - In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there are
   fewer. In NCHW it is as many positions of one image as fill a line or more.
 - The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
@@ -26,10 +26,9 @@ import functools
 
 LINE_BYTES = 128
 BYTES_A_THREAD = 16
-REGISTER_FILE = 65536
+INDEX_32_LIMIT = 2**31
 REDUCE_POSITIONS_BYTES = 533
 APPLY_POSITIONS_BYTES = 384
-INDEX_32_LIMIT = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +62,33 @@ class Device:
         multiprocessors: how many it has.
         threads: that a multiprocessor can hold.
         warp: threads of a warp (64 on AMD's CDNA).
+        registers: what the compiler may give a thread.
     """
 
     multiprocessors: int
     threads: int = 2048
     warp: int = 32
+    registers: int = 64
 
     @property
     def resident(self) -> int:
         """Threads a multiprocessor is to hold: half of what it can."""
         return self.threads // 2
 
-    @property
-    def registers(self) -> int:
-        """Registers that each of the resident threads can have; they are dealt out in units of eight."""
-        return REGISTER_FILE // self.resident // 8 * 8
+
+def register_limit(threads: int, capability: tuple[int, int]) -> int:
+    """Registers that the compiler may give a thread so that half of a multiprocessor's threads are resident.
+
+    1024 threads can have 64 and 768 can have 80; but given 80 the compiler for 8.6 and 8.9 moves loads ahead until it
+    has to spill, and with 72 it does not. `python -m benchmarks.kernel_table` shows what became of every kernel.
+
+    Args:
+        threads: that a multiprocessor can hold.
+        capability: NVIDIA's compute capability; of no meaning elsewhere.
+    """
+    if threads >= 2048:
+        return 64
+    return 80 if capability >= (12, 0) else 72
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Plan:
 
     Attributes:
         block_s, block_c: positions and channels of a tile.
-        block_p: rows of partial sums that a program combines at a time: four values a thread.
+        block_p: rows of partial sums that a program combines at a time: two values a thread.
         num_warps: warps of a program.
         registers: what the compiler may use for a thread.
         index_64: whether offsets need 64 bits.
@@ -142,18 +153,17 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
     splits = max(1, min(resident // channel_blocks, tiles // least))
     # The same number of tiles for every program, but for the last ones.
     splits = -(-tiles // -(-tiles // splits))
-    elements = geometry.positions * geometry.channels
     return Plan(
         block_s=block_s,
         block_c=block_c,
-        block_p=threads * 4 // block_c,
+        block_p=threads * 2 // block_c,
         num_warps=threads // device.warp,
         registers=device.registers,
         tiles=tiles,
         splits=splits,
         channel_blocks=channel_blocks,
         # Masked lanes of the last tile count as well: their offsets must not wrap around to valid ones.
-        index_64=elements + block_s * geometry.channels + block_c * geometry.image >= INDEX_32_LIMIT,
+        index_64=(geometry.positions + block_s) * geometry.channels + block_c * geometry.image >= INDEX_32_LIMIT,
         even_s=even_s,
         even_c=geometry.channels % block_c == 0,
     )

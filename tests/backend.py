@@ -14,14 +14,20 @@ from typing import Any
 import torch
 
 NAME = os.environ.get("FASTRES_TEST_BACKEND")
+DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
 # The GPU kernels compute in float32; float64 is for checks on the CPU.
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = GPU_DTYPES if NAME in ("triton", "cuda") else (*GPU_DTYPES, torch.float64)
 
 _registered: list[Any] = []
 
 
 def prepare(name: str | None) -> None:
     """Make this process run the backend of that name."""
+    if name == "cuda":
+        torch.set_default_device(DEVICE)
+        # The oracle's convolutions are to be as exact as float32 is.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name != "triton" or _registered:
         return
     from fastres.kernels import batch_norm_act

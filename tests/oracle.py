@@ -18,9 +18,7 @@ from tests import backend
 SEED = int(os.environ.get("FASTRES_TEST_SEED", random.SystemRandom().randrange(2**31)))
 """Fresh at every run, printed in pytest's header."""
 
-DTYPES = (
-    backend.GPU_DTYPES if backend.NAME in ("triton", "cuda") else (*backend.GPU_DTYPES, torch.float64)
-)
+DTYPES = backend.DTYPES
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # An element is rounded once when it is stored (half an eps) and the float32 arithmetic before it takes a few roundings
@@ -58,8 +56,8 @@ def assert_close(actual: Tensor, expected: Tensor, name: str, *, length: int = 1
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator of its own for each test case, fixed by the run's seed and the case's key."""
-    return torch.Generator().manual_seed(random.Random(f"{SEED}{key}").randrange(2**62))
+    """A generator of its own for each test case, fixed by the run's seed and the case's key; it lives on the CPU."""
+    return torch.Generator("cpu").manual_seed(random.Random(f"{SEED}{key}").randrange(2**62))
 
 
 def activation(
@@ -71,8 +69,8 @@ def activation(
     mean: float = 0.5,
     std: float = 2.0,
 ) -> Tensor:
-    x = torch.randn(shape, generator=gen, dtype=torch.float64) * std + mean
-    return x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    x = torch.randn(shape, generator=gen, dtype=torch.float64, device="cpu") * std + mean
+    return x.to(backend.DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout])
 
 
 def norm(
@@ -81,9 +79,8 @@ def norm(
     """A normalisation with nothing at its default; eps bounds how far two close values magnify rounding."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return (torch.rand(channels, generator=gen, dtype=torch.float64) * (high - low) + low).to(
-            statistics_dtype(dtype)
-        )
+        values = torch.rand(channels, generator=gen, dtype=torch.float64, device="cpu") * (high - low) + low
+        return values.to(backend.DEVICE, statistics_dtype(dtype))
 
     return NormParams(
         uniform(-1, 1) if running else None,
@@ -162,8 +159,8 @@ def check_case(
     stretch = length * (1 + (product_eps / torch.finfo(statistics_dtype(dtype)).eps) ** 2)
     assert_close(y, expected, "y", length=max(1, int(stretch / length)))
     dy = (
-        torch.randn(y.shape, generator=gen, dtype=torch.float64)
-        .to(dtype)
+        torch.randn(y.shape, generator=gen, dtype=torch.float64, device="cpu")
+        .to(backend.DEVICE, dtype)
         .contiguous(memory_format=reference.memory_format(y))
     )
     if relu_input is not None:

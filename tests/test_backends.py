@@ -18,21 +18,31 @@ TESTS = Path(__file__).parent
 HERE = _extension.cpu_capability()
 
 
-def backends() -> list[str]:
-    """The CPU's capabilities up to this process's own, which the other tests run, and plain PyTorch."""
+def capabilities() -> list[str]:
+    """The CPU's capabilities up to this process's own, which the other tests run."""
     order = ["default", "avx2", "avx512"] if platform.machine().lower() in ("x86_64", "amd64") else ["default"]
-    return ["reference", *order[: order.index(HERE)]]
+    return order[: order.index(HERE)]
+
+
+ENVIRONMENT = {
+    "reference": {"FASTRES_EXTENSION": "0"},
+    "triton": {"FASTRES_EXTENSION": "0", "TRITON_INTERPRET": "1"},
+    "cuda": {},
+} | {capability: {"ATEN_CPU_CAPABILITY": capability} for capability in capabilities()}
 
 
 @pytest.mark.skipif("FASTRES_TEST_BACKEND" in os.environ, reason="this is one of those processes")
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize(
+    "backend", ["reference", *capabilities(), "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
 def test_the_parity_tests_pass_on(backend):
-    environment = os.environ | {"FASTRES_TEST_BACKEND": backend, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if backend == "reference":
-        environment["FASTRES_EXTENSION"] = "0"
+    environment = os.environ | ENVIRONMENT[backend]
+    environment |= {"FASTRES_TEST_BACKEND": backend, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    selected = [TESTS / "test_functional.py", TESTS / "ops" / "test_batch_norm_act.py"]
+    if backend == "triton":
+        selected.append(TESTS / "kernels" / "test_interpreted.py")
     else:
-        environment["ATEN_CPU_CAPABILITY"] = backend
-    selected = [TESTS / "test_functional.py", TESTS / "ops"]
+        selected.append(TESTS / "ops" / "test_projection_shortcut.py")
     # Compilation and hypothesis take long and do not depend on the backend.
     skip = "not compiles and not any_shape and not opcheck and not threads"
     done = subprocess.run(

@@ -174,6 +174,34 @@ def test_the_stages_one_by_one_give_what_the_whole_gives(layout, residual, order
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("x_given", [False, True])
+@pytest.mark.parametrize("residual_given", [None, False, True])
+def test_known_statistics_give_what_computed_ones_give(x_given, residual_given):
+    """Whoever has taken mean and M2 already, as the projection shortcut does, hands them over in any combination."""
+    gen, shape = generator("given", x_given, residual_given), (3, 18, 4, 5)
+    x, r = (activation(shape, torch.float32, "channels_last", gen) for _ in range(2))
+    own, other = (norm(18, torch.float32, gen) for _ in range(2))
+    normed = residual_given is not None
+    results = []
+    for given in (False, True):
+        running = [t.clone() for t in (*own[:2], *other[:2])]
+        statistics = [
+            *(OPS.batch_norm_act_stats(x)[1:] if given and x_given else (None, None)),
+            *(OPS.batch_norm_act_stats(r)[1:] if given and residual_given else (None, None)),
+        ]
+        y = OPS.batch_norm_act_training(
+            x, own.weight, own.bias, *running[:2], r if normed else None, *(other[2:4] if normed else (None, None)),
+            *(running[2:] if normed else (None, None)), *statistics, None, normed, 0.2, 0.05, 0.3, 0.07, True, 0.0,
+            "add_act",
+        )  # fmt: skip
+        results.append((*y, *running))
+    for a, b in zip(*results, strict=True):
+        if a.dtype == torch.uint8:
+            assert torch.equal(a, b)
+        else:
+            assert_close(a, b.double(), "with known statistics")
+
+
 def test_two_halves_of_a_batch_reduce_to_the_whole():
     """What a SyncBatchNorm does between the stages: statistics and sums over two processes, gradients of each part."""
     gen = generator("halves")
