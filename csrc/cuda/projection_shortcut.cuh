@@ -283,7 +283,7 @@ FASTRES_DEVICE void store_results(
 
 // One tile of results. Blocks that share rows of A follow each other, so that A comes out of the L2 cache again.
 template <typename Math, Step kStep, bool kVector>
-FASTRES_KERNEL(Tile::kThreads, Tile::blocks(sizeof(typename Math::Element)))
+FASTRES_KERNEL(Tile::kThreads, Tile::blocks(sizeof(typename Math::Element), kVector))
 gemm(const Params<typename Math::Element> p) {
   using T = typename Math::Element;
   constexpr int kDepth = Tile::kStepBytes / static_cast<int>(sizeof(T));

@@ -11,16 +11,17 @@ namespace fastres::shortcut {
 // step takes 64 bytes of K (32 elements of 16 bits, 16 of 32), so one stage of both operands is 12 KiB and three are 36
 // KiB: under the 48 KiB that need no opt-in, and four blocks in the 164 KiB of sm_80, two in the 100 KiB of sm_86. Two
 // stages under way are 24 KiB a block; to cover 600 ns at 3.3 TB/s each of 132 multiprocessors needs 15 KiB. The
-// accumulators are 32 registers a thread; with fragments and addresses that stays below the 80 of three blocks for 16
-// bits, and below the 128 of two for float32, whose FMA holds more operands.
+// accumulators are 32 registers a thread. With fragments and addresses that stays below the 80 of three blocks for 16
+// bits and 16-byte loads; element loads, which compute more addresses, and float32, whose FMA holds more operands, have
+// the 128 of two.
 struct Tile {
   static constexpr int kRows = 128;
   static constexpr int kColumns = 64;
   static constexpr int kStepBytes = 64;
   static constexpr int kStages = 3;
   static constexpr int kThreads = 256;
-  static constexpr int blocks(int item_bytes) { // a multiprocessor, asked of the compiler
-    return item_bytes == 2 ? 3 : 2;
+  static constexpr int blocks(int item_bytes, bool vector_loads) { // a multiprocessor, asked of the compiler
+    return item_bytes == 2 && vector_loads ? 3 : 2;
   }
   static constexpr int kStageBytes = (kRows + kColumns) * kStepBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
