@@ -58,6 +58,8 @@ struct Place {
   auto operator<=>(const Place&) const = default;
 };
 
+constexpr int kEverybody = -3; // in place of a thread's number: a warp reads together
+
 struct Copy {
   unsigned char* to;
   const void* from; // null: zeros
@@ -641,10 +643,18 @@ inline std::uint16_t matrix_element(const emulator::Warp& warp, int m, int r, in
 inline void load_matrices_any(std::uint32_t (&r)[4], const void* row, bool transposed, const Where& where) {
   Slot mine{};
   mine.row = static_cast<const unsigned char*>(row);
-  // The lane that gives a row's address is not the one that reads it: nobody's, so far as races go.
-  machine().read_shared(row, 16, machine().thread(), where);
+  // All lanes get something of the row, not only the one that gives its address: nobody may have written it just now.
+  machine().read_shared(row, 16, emulator::kEverybody, where);
   const Slot& slot =
       machine().collective(transposed ? "ldmatrix.trans" : "ldmatrix", where, mine, [transposed](emulator::Warp& warp) {
+        // A row is 16 of the 128 bytes that the banks give at a time; the eight of a matrix should cover them all.
+        for (int m = 0; m < 4; ++m) {
+          unsigned banks = 0;
+          for (int r = 0; r < 8; ++r) {
+            banks |= 1u << reinterpret_cast<std::uintptr_t>(warp.slots[m * 8 + r].row) / 16 % 8;
+          }
+          machine().conflicts += 8 - std::popcount(banks);
+        }
         for (Slot& slot : warp.slots) {
           const int row = slot.lane / 4, column = slot.lane % 4 * 2;
           for (int m = 0; m < 4; ++m) {
