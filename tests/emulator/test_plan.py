@@ -42,6 +42,7 @@ def test_a_plan_covers_every_result_and_all_of_k(machine, arithmetic, step):
         assert plan.splits == 1 or step == "weight_gradient"
         if step == "weight_gradient":
             assert plan.workspace == plan.splits * cin * cout
+            assert plan.splits == 1 or plan.splits <= positions // 512
             assert plan.splits == 1 or 2 * plan.workspace * 4 <= positions * (cin + cout) * item
             assert plan.splits * plan.row_tiles * plan.column_tiles <= max(264, plan.row_tiles * plan.column_tiles)
         elif step == "forward":
