@@ -1,7 +1,8 @@
 """`python -m benchmarks.kernel_table`: what the compilers make of the Triton kernels, as a table in docs/kernels.md.
 
 Every launch of a ResNet-18 (training without and with dropout, evaluation) is compiled for every architecture, on any
-machine. Ends with status 1 where a kernel uses local memory, or where fewer than half of a multiprocessor's threads fit.
+machine. Ends with status 1 where a kernel uses local memory, or where fewer than half of a multiprocessor's threads
+fit.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def label(launch: Launch) -> str:
 
 def is_good(compiled: Compiled) -> bool:
     """No local memory, and at least half of a multiprocessor's threads resident."""
-    return compiled.local_bytes == 0 and compiled.local_accesses == 0 and compiled.occupancy >= 0.5
+    return bool(compiled.local_bytes == 0 and compiled.local_accesses == 0 and compiled.occupancy >= 0.5)
 
 
 def cell(compiled: Compiled) -> str:

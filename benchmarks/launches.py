@@ -68,7 +68,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _as_cudnn(x: Tensor, out: Any) -> Any:
-    """A convolution's results in the memory format of x, which cuDNN keeps; where there is none, the fake one does not."""
+    """A convolution's results in the memory format of x, as cuDNN gives them and a fake one without a GPU does not."""
     if not isinstance(out, Tensor):
         return tuple(t if t is None or t.dim() != 4 else _as_cudnn(x, t) for t in out)
     return out.contiguous(memory_format=reference.memory_format(x))
@@ -92,7 +92,7 @@ def run_backward(loss: Tensor) -> None:
     Nodes are called in the reverse order of their making; gradients land in `.grad` of the leaves.
     """
     gradients: dict[Any, list[Any]] = {loss.grad_fn: [torch.ones_like(loss)]}
-    waiting = {loss.grad_fn}
+    waiting: set[Any] = {loss.grad_fn}
     while waiting:
         node: Any = max(waiting, key=lambda n: n._sequence_nr())
         waiting.remove(node)
@@ -141,7 +141,8 @@ def evaluation(
         network.eval()
         with Recorder(device) as recorder, torch.no_grad(), _autocast(dtype):
             network(images)
-    return recorder.trace
+    trace: Trace = recorder.trace
+    return trace
 
 
 @contextmanager

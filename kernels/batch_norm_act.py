@@ -10,11 +10,11 @@ T is one pass over a tensor of x's size and dtype. In training the forward pass 
 `apply_kernel`, the backward pass two, `backward_reduce_kernel` and `backward_apply_kernel`; evaluation is one each.
 
 Every kernel runs over a grid of (splits, channel blocks): a program owns BLOCK_C channels and every splits-th tile of
-positions (kernels/tile.py), so a vector of one value a channel is loaded once a program. The second pass of a pair walks
-the tiles backwards, since what the first pass read last is what the second-level cache still holds.
+positions (kernels/tile.py), so a vector of one value a channel is loaded once a program. The second pass of a pair
+walks the tiles backwards, since what the first pass read last is what the second-level cache still holds.
 
-Sums over positions are two-stage without floating-point atomics. Each program leaves its partial sums in a workspace; the
-program that arrives last for its channels, as an integer counter tells it, adds all partials in the order of their
+Sums over positions are two-stage without floating-point atomics. Each program leaves its partial sums in a workspace;
+the program that arrives last for its channels, as an integer counter tells it, adds all partials in the order of their
 splits. So the result does not depend on which program that was, and finalising costs no launch and no second reader.
 """
 
@@ -89,32 +89,38 @@ def _combine_moments(count, mean, m2, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _origin(x_ptr, channel, mask, image, CHANNELS_LAST: tl.constexpr):
+    """[BLOCK_C], the tensor's first element of each channel: means are kept as differences from it."""
+    if CHANNELS_LAST:
+        offset = channel
+    else:
+        offset = channel * image
+    return tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _moments(
-    x_ptr, first_channel, positions, channels, image, tiles, splits,
+    x_ptr, origin, first_channel, positions, channels, image, tiles, splits,
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, EVEN_S: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """(count [1], mean, M2 [BLOCK_C]) of this program's tiles.
+    """(count [1], mean - origin, M2 [BLOCK_C]) of this program's tiles.
 
-    Each element of the tile has a sample of its own, updated as in Welford 1962; the BLOCK_S samples of a channel are
-    combined once, at the end, so the loop has no exchange between threads.
+    Each position of the tile is a sample of its own, updated as in Welford 1962; the BLOCK_S samples of a channel are
+    combined once, at the end, so the loop has no exchange between threads. Differences from the origin are taken first:
+    where the mean is far from 0 they are small, and where the origin itself is far from the rest M2 is large.
     """
-    channel = first_channel + tl.arange(0, BLOCK_C)
+    real = first_channel + tl.arange(0, BLOCK_C) < channels
+    row = tl.arange(0, BLOCK_S)[:, None]
+    within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     mean = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     count = tl.zeros((BLOCK_S, 1), tl.float32)
     rounds = 0.0
-    real = channel < channels
-    row = tl.arange(0, BLOCK_S)[:, None]
-    within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     # Four loads under way before the first is needed.
     for tile in tl.range(tl.program_id(0), tiles, splits, loop_unroll_factor=4):
-        at, byte_at, index, left = locate(
-            tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
-        )
-        offset = at + within
-        mask = (row < left) & real[None, :]
-        x = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C))
+        at, _, _, left = locate(tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
+        x = load_tile(x_ptr, at + within, (row < left) & real[None, :], not (EVEN_S and EVEN_C)) - origin[None, :]
         delta = x - mean
         if EVEN_S:
             rounds += 1.0
@@ -142,9 +148,10 @@ def _statistics(
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     mask = channel < channels
+    origin = _origin(x_ptr, channel, mask, image, CHANNELS_LAST)
     count, mean, m2 = _moments(
-        x_ptr, first_channel, positions, channels, image, tiles, splits, CHANNELS_LAST, INDEX_64, EVEN_S, EVEN_C, BLOCK_S,
-        BLOCK_C,
+        x_ptr, origin, first_channel, positions, channels, image, tiles, splits, CHANNELS_LAST, INDEX_64, EVEN_S,
+        EVEN_C, BLOCK_S, BLOCK_C,
     )  # fmt: skip
     column = tl.arange(0, BLOCK_C)
     row_ptr = partial_ptr + tl.program_id(1) * splits * 2 * BLOCK_C
@@ -176,7 +183,7 @@ def _statistics(
             counts += n
         _, whole_mean, whole_m2 = _combine_moments(counts, means, m2s, BLOCK_P)
         _finalise(
-            whole_mean, whole_m2, mean_ptr, m2_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, mask,
+            origin + whole_mean, whole_m2, mean_ptr, m2_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, channel, mask,
             positions.to(tl.float32), momentum, eps,
         )  # fmt: skip
 
@@ -206,8 +213,8 @@ def statistics_kernel(
         if tl.program_id(2) == 0:
             _statistics(
                 x_ptr, partial_ptr, arrivals_ptr, mean_ptr, m2_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
-                momentum, eps, positions, channels, image, tiles, splits, CHANNELS_LAST, INDEX_64, EVEN_S, EVEN_C, BLOCK_S,
-                BLOCK_C, BLOCK_P,
+                momentum, eps, positions, channels, image, tiles, splits, CHANNELS_LAST, INDEX_64, EVEN_S, EVEN_C,
+                BLOCK_S, BLOCK_C, BLOCK_P,
             )  # fmt: skip
         else:
             blocks = tl.num_programs(1)
@@ -218,7 +225,7 @@ def statistics_kernel(
                 BLOCK_C, BLOCK_P,
             )  # fmt: skip
     else:
-        if other_given_mean_ptr is not None:  # noqa: SIM102 (one of these conditions is compile-time)
+        if other_given_mean_ptr is not None:
             if tl.program_id(0) == 0:
                 _finalise_given(
                     other_given_mean_ptr, other_given_m2_ptr, other_mean_ptr, other_rstd_ptr, other_running_mean_ptr,
@@ -341,9 +348,7 @@ def apply_kernel(
             # As in torch's ReLU, NaN passes.
             passed = passed & ~(z <= 0)
         if seed_ptr is not None:
-            passed = passed & dropout_keep(
-                seed, index, channels, threshold, FOURS, WIDE, BLOCK_S, BLOCK_C
-            )
+            passed = passed & dropout_keep(seed, index, channels, threshold, FOURS, WIDE, BLOCK_S, BLOCK_C)
             z *= keep_scale
         if RELU or seed_ptr is not None:
             z = tl.where(passed, z, 0.0)
@@ -366,9 +371,7 @@ def _masked_gradient(
 ):  # fmt: skip
     """g = dy * bit / (1 - p): the gradient that reaches z. Without a bit mask the ReLU's bit comes from z itself."""
     if bits_ptr is not None:
-        passed = load_bits(
-            bits_ptr, byte_at, left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C
-        )
+        passed = load_bits(bits_ptr, byte_at, left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
         g = tl.where(passed, dy * keep_scale, 0.0)
     elif RELU:
         g = tl.where(centred * scale + bias <= 0, 0.0, dy)
@@ -416,9 +419,7 @@ def backward_reduce_kernel(
     # Four loads under way before the first is needed; with more vectors than two they do not fit in the registers.
     UNROLL: tl.constexpr = 2 if residual_ptr is None and (bits_ptr is not None or not RELU) else 1
     for tile in tl.range(split, tiles, splits, loop_unroll_factor=UNROLL):
-        at, byte_at, index, left = locate(
-            tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
-        )
+        at, byte_at, _, left = locate(tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
         offset = at + within
         mask = (row < left) & real[None, :]
         dy = load_tile(dy_ptr, offset, mask, not (EVEN_S and EVEN_C))
@@ -536,7 +537,7 @@ def backward_apply_kernel(
     row = tl.arange(0, BLOCK_S)[:, None]
     within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
     for step in range(tl.program_id(0), tiles, splits):
-        at, byte_at, index, left = locate(
+        at, byte_at, _, left = locate(
             tiles - 1 - step, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S
         )
         offset = at + within
@@ -863,7 +864,7 @@ def backward(
     dropout_p: float, order: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_backward: two launches, one where only sums or only input gradients are needed."""
-    saved = (
+    saved: Any = (
         dy, x, mean, rstd, weight, bias, residual, residual_mean, residual_rstd, residual_weight, residual_bias, bits
     )  # fmt: skip
     sums: tuple[Tensor, ...] = tuple(_nothing(x) for _ in range(4))

@@ -1,7 +1,7 @@
 """What the compilers make of the kernels, on a machine without a GPU.
 
-A launch that was recorded is compiled for an architecture that need not be present, and read back from the machine code:
-registers, shared memory, stack, the widest access to global memory, and the occupancy that follows.
+A launch that was recorded is compiled for an architecture that need not be present, and read back from the machine
+code: registers, shared memory, stack, the widest access to global memory, and the occupancy that follows.
 `python -m benchmarks.kernel_table` makes a table of it.
 """
 
@@ -145,7 +145,11 @@ def compile_launch(launch: Launch, architecture: Architecture) -> Compiled:
         RuntimeError: Triton brings no disassembler with it.
     """
     threads, num_warps = launch.num_warps * architecture.warp, launch.num_warps
-    made = triton.compile(source(launch), target=architecture.target, options=launch_options(num_warps, launch.registers, architecture.backend))
+    made = triton.compile(
+        source(launch),
+        target=architecture.target,
+        options=launch_options(num_warps, launch.registers, architecture.backend),
+    )
     if architecture.backend == "hip":
         return _from_amdgcn(launch.name, architecture, num_warps, made)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Launching a kernel by its plan: the device, the arrival counters, opt-in autotuning, and recording for those who look.
+"""Launching a kernel by its plan: device, arrival counters, opt-in autotuning, and recording for those who look.
 
 Environment:
     FASTRES_AUTOTUNE: `1` times a few plans for every new shape with `triton.autotune` and keeps the fastest, on disk as
@@ -85,8 +85,8 @@ def device_of(x: Tensor) -> Device:
 class _Counters:
     """Zeroed int32 counters on one device. A kernel leaves them at zero, so nobody clears them between launches.
 
-    Launches on one stream follow each other and share a block of counters. Launches in a CUDA graph get counters that no
-    other launch ever gets, since graphs may be replayed beside each other and beside any stream.
+    Launches on one stream follow each other and share a block of counters. Launches in a CUDA graph get counters that
+    no other launch ever gets, since graphs may be replayed beside each other and beside any stream.
     """
 
     SHARED = 1024

@@ -1,7 +1,8 @@
 """The dropout contract in Triton: which elements are kept, a pure function of the seed and the element's index.
 
-Element i (linear index in N, H, W, C order, whatever the memory format) takes word i % 4 of Philox-4x32-10 with the seed
-as key and the counter (i // 4, 0, 0, 0), and is kept where that word, as an unsigned number, is at least the threshold.
+Element i (linear index in N, H, W, C order, whatever the memory format) takes word i % 4 of Philox-4x32-10 with the
+seed as key and the counter (i // 4, 0, 0, 0), and is kept where that word, as an unsigned number, is at least the
+threshold.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3.
 """

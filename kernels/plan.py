@@ -9,13 +9,13 @@ miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way a
   what a multiprocessor of 2048 threads holds, are resident. An element-wise pass over two
   tensors then has 32 KB under way. The reductions unroll their loop, four times over one tensor and twice over two:
   64 KB at best.
-- In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there are
-  fewer. In NCHW it is as many positions of one image as fill a line or more.
+- In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there
+  are fewer. In NCHW it is as many positions of one image as fill a line or more.
 - The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
   loaded once a program, and the reductions have few partial sums to combine.
-- What a program reads and writes beside its tiles must stay small. A reduction costs 16 bytes a channel and program (two
-  partial sums written and read again); at most 3 % of one T are 16 / (0.03 * itemsize) = 533 / itemsize positions a
-  program. The element-wise passes load 16 to 20 bytes a channel and program, against at least 2 T that they move
+- What a program reads and writes beside its tiles must stay small. A reduction costs 16 bytes a channel and program
+  (two partial sums written and read again); at most 3 % of one T are 16 / (0.03 * itemsize) = 533 / itemsize positions
+  a program. The element-wise passes load 16 to 20 bytes a channel and program, against at least 2 T that they move
   themselves: 384 / itemsize positions keep that under 2.6 %, at 2 bytes an element.
 """
 

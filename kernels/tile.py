@@ -1,8 +1,9 @@
 """How a program walks over an activation: tiles of [BLOCK_S positions, BLOCK_C channels], in either memory format.
 
-channels_last memory is [M, C], M = N * H * W: a tile is BLOCK_S rows of it. NCHW memory is [N, C, HW]: a tile is BLOCK_S
-positions of one image. In both the tile's axis 0 is the position and axis 1 the channel, so that all arithmetic and all
-sums over positions are written once; the compiler sees along which axis the memory runs and orders its threads by it.
+channels_last memory is [M, C], M = N * H * W: a tile is BLOCK_S rows of it. NCHW memory is [N, C, HW]: a tile is
+BLOCK_S positions of one image. In both the tile's axis 0 is the position and axis 1 the channel, so that all arithmetic
+and all sums over positions are written once; the compiler sees along which axis the memory runs and orders its threads
+by it.
 
 An offset is a scalar, where the tile begins, and an offset within the tile that is the same for every tile. Their sum
 serves all tensors of a pass. It has 32 bits where the tensor allows it: 64 would cost every thread registers.
@@ -47,9 +48,7 @@ def locate(
 
 
 @triton.jit
-def element_offsets(
-    channels, image, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def element_offsets(channels, image, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
     """Offsets of a tile's elements from its first, [BLOCK_S, BLOCK_C] of 32 bits, the same for every tile."""
     s, c = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_C)[None, :]
     if CHANNELS_LAST:
@@ -113,7 +112,7 @@ def store_bits(
     bits_ptr, at, passed, left, first_channel, channels, image,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Pack the tile's booleans, false outside the tensor, into bytes and store them from byte `at` on: csrc/common/bitmask.h."""
+    """Pack the tile's booleans, false outside the tensor, and store them from byte `at` on: csrc/common/bitmask.h."""
     weight = 1 << tl.arange(0, 8)
     if CHANNELS_LAST:
         eights = tl.reshape(passed.to(tl.int32), (BLOCK_S, BLOCK_C // 8, 8))

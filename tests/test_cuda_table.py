@@ -8,10 +8,9 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from fastres.kernels.compiled import ARCHITECTURES  # noqa: E402
-
 from benchmarks import cuda_table  # noqa: E402
 from benchmarks.records import ROOT  # noqa: E402
+from fastres.kernels.compiled import ARCHITECTURES  # noqa: E402
 
 PTXAS = """
 ptxas info    : 0 bytes gmem

@@ -10,10 +10,10 @@ The running statistics are arguments that an operator mutates, and torch.library
 autograd formula is a torch.autograd.Function over the mutable operator, which also has the least overhead.
 
 CUDA tensors go to the Triton kernels. Under torch.compile the operators stay opaque to inductor instead of being opened
-up with triton_op and wrap_triton, for three reasons. What stands before and behind them are convolutions, so inductor has
-nothing to fuse into the kernels. The reductions need counters that are zero at every launch and outlive it; traced, they
-would become a fill a launch. And the operators update running statistics by pointer, as their schema says; opened up,
-inductor would have to find that out of the kernel's code. The price is the dispatcher's call, which a CUDA graph
+up with triton_op and wrap_triton, for three reasons. What stands before and behind them are convolutions, so inductor
+has nothing to fuse into the kernels. The reductions need counters that are zero at every launch and outlive it; traced,
+they would become a fill a launch. And the operators update running statistics by pointer, as their schema says; opened
+up, inductor would have to find that out of the kernel's code. The price is the dispatcher's call, which a CUDA graph
 (mode="reduce-overhead") takes away.
 
 For backward are kept: x, mean, rstd, and one bit an element where neither can say which elements were passed on; the

@@ -1,5 +1,7 @@
-"""The Triton kernels in the interpreter: bytes moved, programs that cooperate, 64-bit offsets. A process of its own runs
-them (tests/test_backends.py)."""
+"""The Triton kernels in the interpreter: bytes moved, programs that cooperate, 64-bit offsets.
+
+tests/test_backends.py runs this file in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ SHAPE = (8, 64, 16, 16)
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 132])
-@pytest.mark.parametrize("dtype", backend.GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("residual", [False, True])
@@ -80,7 +82,7 @@ def test_bytes_stay_within_three_percent_of_the_budget(
     one = x.numel() * x.element_size()
     bits = x.numel() // 8 if residual or dropout_p > 0 else 0
     with counted_bytes() as forward:
-        y, mean, rstd, _, _, mask = OPS.batch_norm_act_training(
+        _, mean, rstd, _, _, mask = OPS.batch_norm_act_training(
             x, own.weight, own.bias, *own[:2], r if residual else None, *[None] * 8, torch.tensor([3]), False, 0.2,
             0.05, 0.0, 0.0, *act,
         )  # fmt: skip
