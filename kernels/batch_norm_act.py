@@ -20,7 +20,8 @@ splits. So the result does not depend on which program that was, and finalising 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -857,6 +858,10 @@ def backward_apply(
     return dx, dr
 
 
+def _call(function: Callable[..., Any], *groups: Iterable[Any]) -> Any:
+    return function(*chain.from_iterable(groups))
+
+
 def backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, residual_mean: Tensor | None, residual_rstd: Tensor | None,
@@ -864,14 +869,15 @@ def backward(
     dropout_p: float, order: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_backward: two launches, one where only sums or only input gradients are needed."""
-    saved: Any = (
+    saved = [
         dy, x, mean, rstd, weight, bias, residual, residual_mean, residual_rstd, residual_weight, residual_bias, bits
-    )  # fmt: skip
-    sums: tuple[Tensor, ...] = tuple(_nothing(x) for _ in range(4))
+    ]  # fmt: skip
+    act = (relu, dropout_p, order)
+    sums = [_nothing(x) for _ in range(4)]
     if needs[2]:
-        sums = backward_reduce(*saved, relu, dropout_p, order)
-    through: tuple[Tensor | None, ...] = (None,) * 4
+        sums = list(_call(backward_reduce, saved, act))
+    through: list[Tensor | None] = [None] * 4
     if training:
-        through = sums if residual_mean is not None else (*sums[:2], None, None)
-    dx, dr = backward_apply(*saved, *through, None, relu, dropout_p, order, needs[:2])
-    return dx, dr, *sums  # type: ignore[return-value]
+        through = [*sums] if residual_mean is not None else [*sums[:2], None, None]
+    dx, dr = _call(backward_apply, saved, through, (None,), act, (needs[:2],))
+    return dx, dr, *sums

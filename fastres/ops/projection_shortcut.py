@@ -133,10 +133,14 @@ class Projection(torch.autograd.Function):
         ctx.save_for_backward(s, weight)
         ctx.stride = stride
         ctx.mark_non_differentiable(mean, m2)
+        # Otherwise autograd makes zeros as gradients of the statistics, a launch each.
+        ctx.set_materialize_grads(False)
         return product, mean, m2
 
     @staticmethod
-    def backward(ctx: Any, dproduct: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, dproduct: Tensor | None, *_: Any) -> Any:
+        if dproduct is None:
+            return None, None, None, None
         s, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         ds, dweight = _backward_once(
