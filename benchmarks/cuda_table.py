@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from fastres.kernels.compiled import ARCHITECTURES, Architecture
 from tqdm import tqdm
 
 from benchmarks.records import ROOT, row
 from fastres import _extension
+from fastres.kernels.compiled import ARCHITECTURES, Architecture
 from fastres.train.checkpoint import write_text
 
 MARKERS = ("<!-- kernels -->", "<!-- /kernels -->")
