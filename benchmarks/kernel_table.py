@@ -1,8 +1,8 @@
 """`python -m benchmarks.kernel_table`: what the compilers make of the Triton kernels, as a table in docs/kernels.md.
 
-Every launch of a ResNet-18 (training without and with dropout, evaluation) is compiled for every architecture, on any
-machine. Ends with status 1 where a kernel uses local memory, or where fewer than half of a multiprocessor's threads
-fit.
+Every launch of a ResNet-18 and of the article's network, in training and evaluation, is compiled for every
+architecture, on any machine. Ends with status 1 where a kernel uses local memory, or where fewer than half of a
+multiprocessor's threads fit.
 """
 
 from __future__ import annotations
@@ -54,8 +54,12 @@ def label(launch: Launch) -> str:
         words.append("residual")
     if "seed_ptr" in given:
         words.append("dropout")
-    if "y_ptr" not in given and launch.name.startswith("backward"):
-        words.append("bits" if "bits_ptr" in given else "relu recomputed")
+    if "ACT_ADD" in given:
+        words.append("act_add")
+    if launch.arguments.get("RELU") is False:
+        words.append("no relu")
+    if launch.name.startswith("backward"):
+        words.append("bits" if "bits_ptr" in given else "relu recomputed" if "RELU" in given else "no bits")
     return ", ".join(words)
 
 

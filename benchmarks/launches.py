@@ -174,10 +174,12 @@ def _network(
 def model_launches(
     dtype: torch.dtype, memory_format: torch.memory_format, device: Device, batch: int = 512
 ) -> list[Launch]:
-    """Every launch of ResNet-18 in training, with and without dropout, and in evaluation."""
+    """Every launch of the ResNet-18 and of the article's network in training and evaluation."""
     launches: list[Launch] = []
-    for dropout in (0.0, 0.1):
+    for model, dropout in (("resnet18", 0.0), ("resnet18", 0.1), ("article", 0.1)):
         launches += training_step(
-            batch=batch, dtype=dtype, dropout=dropout, memory_format=memory_format, device=device
+            model, batch=batch, dtype=dtype, dropout=dropout, memory_format=memory_format, device=device
         )[0].launches
-    return launches + evaluation(batch=batch, dtype=dtype, memory_format=memory_format, device=device).launches
+    for model in ("resnet18", "article"):
+        launches += evaluation(model, batch=batch, dtype=dtype, memory_format=memory_format, device=device).launches
+    return launches

@@ -728,7 +728,8 @@ def _forward(
         threshold - 2**32 if threshold >= 2**31 else threshold, _keep_scale(act.dropout_p),
     )  # fmt: skip
     launch(
-        apply_kernel, apply_plan, shape, x, lambda _: arguments, RELU=act.relu, ACT_ADD=act.order == "act_add",
+        apply_kernel, apply_plan, shape, x, lambda _: arguments, RELU=act.relu,
+        ACT_ADD=residual is not None and act.order == "act_add",
         VARIANCE=variance, FOURS=shape.channels % 4 == 0, WIDE=shape.positions * shape.channels >= 2**34,
     )  # fmt: skip
     return y, bits
@@ -825,7 +826,7 @@ def backward_reduce(
 
     launch(
         backward_reduce_kernel, reduce_plan, shape, x, arguments, partials=True, RELU=relu,
-        ACT_ADD=order == "act_add",
+        ACT_ADD=normed and order == "act_add",
     )  # fmt: skip
     return dweight, dbias, r_dweight, r_dbias
 
@@ -853,7 +854,8 @@ def backward_apply(
         shape.channels, _image(shape), _keep_scale(dropout_p),
     )  # fmt: skip
     launch(
-        backward_apply_kernel, apply_plan, shape, x, lambda _: arguments, RELU=relu, ACT_ADD=order == "act_add"
+        backward_apply_kernel, apply_plan, shape, x, lambda _: arguments, RELU=relu,
+        ACT_ADD=needs[1] and order == "act_add",
     )  # fmt: skip
     return dx, dr
 

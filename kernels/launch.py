@@ -214,10 +214,16 @@ def launch(
                 kernel[grid](*values, **meta, **launch_options(plan.num_warps, plan.registers, _BACKEND))
         return
     plans = candidates(make, shape, device_of(x))
-    widest = max(plans, key=lambda p: p.splits * p.channel_blocks * p.block_c)
+    # Workspaces that are large enough whichever plan is tried.
+    roomy = dataclasses.replace(
+        plan,
+        splits=max(p.splits for p in plans),
+        channel_blocks=max(p.channel_blocks for p in plans),
+        block_c=max(p.block_c for p in plans),
+    )
     tuner, grids = _tuner(kernel, tuple(plans), shape, depth, partials, tuple(restore))
     with _on_device(x):
-        tuner[lambda meta: grids[meta["BLOCK_S"], meta["BLOCK_C"], meta["splits"]]](*arguments(widest), **flags)
+        tuner[lambda meta: grids[meta["BLOCK_S"], meta["BLOCK_C"], meta["splits"]]](*arguments(roomy), **flags)
 
 
 def launch_over_channels(kernel: Any, shape: Geometry, x: Tensor, arguments: Sequence[Any]) -> None:

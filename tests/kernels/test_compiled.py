@@ -31,9 +31,13 @@ def compiled_kernels(architecture, dtype, memory_format) -> dict[str, Compiled]:
 def test_every_kernel_of_a_model_compiles_into_registers(architecture, dtype, memory_format):
     found = compiled_kernels(architecture, dtype, memory_format)
     kinds = {c.kernel for c in found.values()}
-    assert kinds == {"statistics_kernel", "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel"}
+    assert kinds == {
+        "statistics_kernel", "finalise_kernel", "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel"
+    }  # fmt: skip
     assert not {name: c for name, c in found.items() if not is_good(c)}
     for name, c in found.items():
+        if c.kernel == "finalise_kernel":
+            continue  # touches no activation
         assert c.load_bytes == 16, f"{name}: loads of {c.load_bytes} bytes at most"
         if "reduce" not in name and "statistics" not in name:
             assert c.store_bytes == 16, f"{name}: stores of {c.store_bytes} bytes at most"
@@ -69,4 +73,4 @@ def test_the_register_limit_is_what_keeps_half_of_the_threads_resident():
 def test_launches_differ_where_their_machine_code_does():
     launches = model_launches(torch.bfloat16, torch.channels_last, ARCHITECTURES[3].device)
     kinds = {signature(launch) for launch in launches}
-    assert len(kinds) < len(launches) and len(kinds) == len(distinct(launches)) <= 16
+    assert len(kinds) < len(launches) and len(kinds) == len(distinct(launches)) <= 22
