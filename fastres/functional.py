@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastres import reference
 from fastres.ops import batch_norm_act as _bn_ops
+from fastres.ops import conv3x3 as _conv_ops
 from fastres.ops import projection_shortcut as _projection_ops
 from fastres.reference import NormParams
 
-__all__ = ["NormParams", "batch_norm_act", "projection_shortcut"]
+__all__ = ["NormParams", "batch_norm_act", "conv3x3", "projection_shortcut"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDERS = ("add_act", "act_add")
@@ -344,3 +345,50 @@ def projection_shortcut(
     if x is None or x_norm is None:
         return _run(product, norm, x, None, stats, None, training, relu, dropout_p, "add_act", seed)
     return _run(x, x_norm, product, norm, None, stats, training, relu, dropout_p, "add_act", seed)
+
+
+def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tensor:
+    """3x3 convolution with stride 1, padding 1, one group and no bias.
+
+        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, i + u - 1, j + v - 1]
+
+    On the CPU in float32 by Winograd's F(4x4, 3x3), which takes a quarter of the multiplications; its rounding errors
+    are about twice those of the direct sum, and an infinity or NaN in x spreads over the 4x4 tiles that it enters.
+    Differentiable once there, and results do not depend on the number of threads. Elsewhere PyTorch's convolution.
+
+    Where no gradient is asked for, the transformed weights are kept for the next call, for as long as the weight's
+    data pointer and version counter stand. Writing through `weight.data` does not count as a new version; writing to
+    the weight under torch.no_grad, as optimizers and load_state_dict do, does.
+
+    Args:
+        x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 in channels_last.
+        weight: [K, C, 3, 3], dtype of x.
+        algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays; "winograd"
+            wherever it serves x at all (float32 on the CPU; other memory formats are copied once); "direct" leaves
+            all to PyTorch. None: the environment variable FASTRES_CONV, or "auto". Under torch.compile the variable
+            is read when the function is traced.
+    Returns:
+        [N, K, H, W], dtype of x; channels_last by Winograd's algorithm, and else as PyTorch's convolution makes it.
+    Raises:
+        TypeError: not a tensor, an unsupported dtype, dtypes of x and weight differ, algorithm not a string.
+        ValueError: shapes or devices disagree; an unknown algorithm.
+    Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.
+    """
+    autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    if autocast is not None and isinstance(weight, Tensor) and x.is_floating_point():
+        x, weight = x.to(autocast), weight.to(autocast)
+    _check_activation("x", x)
+    _check_activation("weight", weight, x)
+    if weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if algorithm is not None and not isinstance(algorithm, str):
+        raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")
+    if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
+        return reference.conv3x3(x, weight)
+    x = _dense(x, torch.channels_last)
+    if _needs_grad(x, weight):
+        y: Tensor = _conv_ops.Conv3x3.apply(x, weight)
+        return y
+    return _conv_ops.forward(x, weight, True)  # type: ignore[no-any-return]

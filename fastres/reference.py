@@ -1,9 +1,9 @@
 """The operators in plain PyTorch.
 
-Two halves. The differentiable functions `batch_norm_act` and `projection_shortcut` say what the operators mean in as
-few lines as that takes; the tests hold every backend against them in float64. Below them the same mathematics stage
-by stage (statistics, apply, backward sums, backward apply), in the form in which the operators call it: that half is
-the fallback where nothing is compiled.
+Two halves. The differentiable functions `batch_norm_act`, `projection_shortcut` and `conv3x3` say what the operators
+mean in as few lines as that takes; the tests hold every backend against them in float64. Below them the same
+mathematics stage by stage (statistics, apply, backward sums, backward apply), in the form in which the operators call
+it: that half is the fallback where nothing is compiled.
 
 Notation: x is [N, C, H, W], M = N * H * W elements a channel, xhat = (x - mean) * rstd.
 """
@@ -254,6 +254,11 @@ def projection_shortcut(
         residual_norm=norm,
         **common,
     )
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """`fastres.functional.conv3x3` in plain PyTorch: the direct convolution, differentiable any number of times."""
+    return F.conv2d(x, weight, padding=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,446 @@
+// Winograd's minimal filtering F(4x4, 3x3): the transforms of tiles and weights, and the two matrix products between.
+//
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A      d: 6x6 input, g: 3x3 weights, Y: 4x4 outputs, *: element by element
+//
+// 36 multiplications give 16 outputs, where the direct sum takes 144. Source: Lavin and Gray 2016, "Fast algorithms for
+// convolutional neural networks", sections 4.1 and 4.3; Toom and Cook's construction from points 0, +-a, +-b and
+// infinity. Here a = sqrt(1/2) and b = sqrt(2): a * b = 1 keeps every matrix entry between 1/6 and 2.83, and the error
+// is a third to a quarter of that with the points 1 and 2 (docs/convolution.md has the figures); operations are as
+// many.
+//
+//   B^T rows   [1 0 -5/2 0 1 0]   [0 -+2a -2 +-a 1 0]   [0 -+b/2 -1/2 +-b 1 0]   [0 1 0 -5/2 0 1]
+//   G rows     [1 0 0]            [1 +-a 1/2] / -3/2     [1 +-b 2] / 6            [0 0 1]
+//   A^T rows   [1 1 1 1 1 0]      [0 a -a b -b 0]        [0 1/2 1/2 2 2 0]        [0 a/2 -a/2 2b -2b 1]
+//
+// Layouts of what is transformed, for each of the 36 points a plane (p: tile, c: channel, W: lanes of a vector):
+//   operand   [p / kRows][c / W][p % kRows][W]     left side of the product that gives outputs
+//   columns   [c / kColumns][p][kColumns]          right side of the product that gives the weight gradient; products
+//   rows      [p][c], padded                       left side of that product
+//   weights   [k / kColumns][c][kColumns]          right side of the product that gives outputs
+// so that the inner loops read memory in order, at fixed offsets.
+#pragma once
+
+#include "lanes.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace winograd {
+
+using Lanes = Vec<float>;
+
+constexpr int64_t kWidth = Lanes::size();
+constexpr int kOut = 4, kIn = 6, kTaps = 3, kPoints = kIn * kIn;
+
+// A product's tile in registers: kRows x kColumns accumulators leave room for two vectors and a broadcast.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int64_t kColumns = 2 * kWidth;
+
+inline int64_t round_up(int64_t value, int64_t to) {
+  return (value + to - 1) / to * to;
+}
+
+// --- one dimension of each transform; `from` and `to` are strided arrays in registers
+
+constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
+
+inline Lanes times(float factor, const Lanes& x, const Lanes& plus) {
+  return at::vec::fmadd(Lanes(factor), x, plus);
+}
+
+// B^T d
+struct InputTransform {
+  static constexpr int kFrom = kIn, kTo = kIn;
+  static inline __attribute__((always_inline)) void apply(const Lanes* d, int s, Lanes* o, int os) {
+    const Lanes d0 = d[0], d1 = d[s], d2 = d[2 * s], d3 = d[3 * s], d4 = d[4 * s], d5 = d[5 * s];
+    o[0] = times(-2.5f, d2, d0 + d4);
+    const Lanes even_a = times(-2.0f, d2, d4), odd_a = times(-2.0f, d1, d3);
+    o[os] = times(kA, odd_a, even_a);
+    o[2 * os] = times(-kA, odd_a, even_a);
+    const Lanes even_b = times(-0.5f, d2, d4), odd_b = times(-0.5f, d1, d3);
+    o[3 * os] = times(kB, odd_b, even_b);
+    o[4 * os] = times(-kB, odd_b, even_b);
+    o[5 * os] = times(-2.5f, d3, d1 + d5);
+  }
+};
+
+// A^T m
+struct OutputTransform {
+  static constexpr int kFrom = kIn, kTo = kOut;
+  static inline __attribute__((always_inline)) void apply(const Lanes* m, int s, Lanes* o, int os) {
+    const Lanes sum_a = m[s] + m[2 * s], difference_a = m[s] - m[2 * s];
+    const Lanes sum_b = m[3 * s] + m[4 * s], difference_b = m[3 * s] - m[4 * s];
+    o[0] = m[0] + sum_a + sum_b;
+    o[os] = times(kB, difference_b, Lanes(kA) * difference_a);
+    o[2 * os] = times(2.0f, sum_b, Lanes(0.5f) * sum_a);
+    o[3 * os] = times(2 * kB, difference_b, times(kA / 2, difference_a, m[5 * s]));
+  }
+};
+
+// A y
+struct GradientTransform {
+  static constexpr int kFrom = kOut, kTo = kIn;
+  static inline __attribute__((always_inline)) void apply(const Lanes* y, int s, Lanes* o, int os) {
+    const Lanes y0 = y[0], y1 = y[s], y2 = y[2 * s], y3 = y[3 * s];
+    o[0] = y0;
+    const Lanes even_a = times(0.5f, y2, y0), odd_a = times(0.5f, y3, y1);
+    o[os] = times(kA, odd_a, even_a);
+    o[2 * os] = times(-kA, odd_a, even_a);
+    const Lanes even_b = times(2.0f, y2, y0), odd_b = times(2.0f, y3, y1);
+    o[3 * os] = times(kB, odd_b, even_b);
+    o[4 * os] = times(-kB, odd_b, even_b);
+    o[5 * os] = y3;
+  }
+};
+
+// G g
+struct WeightTransform {
+  static constexpr int kFrom = kTaps, kTo = kIn;
+  static inline __attribute__((always_inline)) void apply(const Lanes* g, int s, Lanes* o, int os) {
+    const Lanes g0 = g[0], g1 = g[s], g2 = g[2 * s];
+    o[0] = g0;
+    const Lanes even_a = Lanes(-2.0f / 3) * times(0.5f, g2, g0), odd_a = Lanes(-2.0f / 3 * kA) * g1;
+    o[os] = even_a + odd_a;
+    o[2 * os] = even_a - odd_a;
+    const Lanes even_b = Lanes(1.0f / 6) * times(2.0f, g2, g0), odd_b = Lanes(kB / 6) * g1;
+    o[3 * os] = even_b + odd_b;
+    o[4 * os] = even_b - odd_b;
+    o[5 * os] = g2;
+  }
+};
+
+// G^T m
+struct WeightGradientTransform {
+  static constexpr int kFrom = kIn, kTo = kTaps;
+  static inline __attribute__((always_inline)) void apply(const Lanes* m, int s, Lanes* o, int os) {
+    const Lanes sum_a = m[s] + m[2 * s], difference_a = m[s] - m[2 * s];
+    const Lanes sum_b = m[3 * s] + m[4 * s], difference_b = m[3 * s] - m[4 * s];
+    o[0] = times(1.0f / 6, sum_b, times(-2.0f / 3, sum_a, m[0]));
+    o[os] = times(kB / 6, difference_b, Lanes(-2.0f / 3 * kA) * difference_a);
+    o[2 * os] = times(1.0f / 3, sum_b, times(-1.0f / 3, sum_a, m[5 * s]));
+  }
+};
+
+// Both dimensions of one tile, a vector of channels: load(i) gives element i of the square, store(i, v) takes point i.
+template <typename Transform, typename Load, typename Store>
+inline __attribute__((always_inline)) void transform_square(const Load& load, const Store& store) {
+  constexpr int from = Transform::kFrom, to = Transform::kTo;
+  Lanes half[to * from];
+#pragma GCC unroll 6
+  for (int j = 0; j < from; ++j) {
+    Lanes column[from];
+#pragma GCC unroll 6
+    for (int i = 0; i < from; ++i) {
+      column[i] = load(i * from + j);
+    }
+    Transform::apply(column, 1, half + j, from);
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < to; ++i) {
+    Lanes row[to];
+    Transform::apply(half + i * from, 1, row, 1);
+#pragma GCC unroll 6
+    for (int j = 0; j < to; ++j) {
+      store(i * to + j, row[j]);
+    }
+  }
+}
+
+// --- tiles
+
+// The 4x4 tiles of [images, height, width] outputs, in the order of memory. The last ones of a line or column may reach
+// over the edge.
+struct Tiles {
+  int64_t images, height, width;
+
+  int64_t down() const {
+    return (height + kOut - 1) / kOut;
+  }
+  int64_t across() const {
+    return (width + kOut - 1) / kOut;
+  }
+  int64_t count() const {
+    return images * down() * across();
+  }
+};
+
+// Pointers to the Size x Size positions of a tile in [images, height, width, channels], Before positions up and left of
+// its outputs; those outside point to zeros (or to null).
+template <int Size, int Before, typename T>
+inline std::array<T*, Size * Size> positions(const Tiles& tiles, T* x, int64_t channels, int64_t tile, T* outside) {
+  const int64_t across = tiles.across(), down = tiles.down();
+  const int64_t image = tile / (across * down), top = tile / across % down * kOut - Before;
+  const int64_t left = tile % across * kOut - Before;
+  std::array<T*, Size * Size> at;
+  for (int64_t i = 0; i < Size; ++i) {
+    for (int64_t j = 0; j < Size; ++j) {
+      const int64_t y = top + i, x_at = left + j;
+      const bool inside = y >= 0 && y < tiles.height && x_at >= 0 && x_at < tiles.width;
+      at[i * Size + j] = inside ? x + ((image * tiles.height + y) * tiles.width + x_at) * channels : outside;
+    }
+  }
+  return at;
+}
+
+// Transforms tiles first ... first + count - 1 of x [images, height, width, channels]. place(p, c) is where channel c
+// of the p-th of them goes within a plane; lanes past the last channel become zero. `zeros` has as many as channels.
+template <typename Transform, int Before, typename Place>
+inline void transform_tiles(
+    const Tiles& tiles,
+    const float* x,
+    int64_t channels,
+    int64_t first,
+    int64_t count,
+    const float* zeros,
+    float* to,
+    int64_t plane,
+    const Place& place) {
+  constexpr int size = Transform::kFrom;
+  for (int64_t p = 0; p < count; ++p) {
+    const auto at = positions<size, Before, const float>(tiles, x, channels, first + p, zeros);
+    int64_t c = 0;
+    for (; c + kWidth <= channels; c += kWidth) {
+      float* out = to + place(p, c);
+      transform_square<Transform>(
+          [&](int i) { return Lanes::loadu(at[i] + c); }, [&](int i, const Lanes& v) { v.store(out + i * plane); });
+    }
+    if (c < channels) {
+      float* out = to + place(p, c);
+      transform_square<Transform>(
+          [&](int i) { return Lanes::loadu(at[i] + c, channels - c); },
+          [&](int i, const Lanes& v) { v.store(out + i * plane); });
+    }
+  }
+}
+
+// The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of a product whose
+// planes are [p][kColumns].
+inline void transform_products(
+    const Tiles& tiles,
+    const float* product,
+    int64_t plane,
+    int64_t first,
+    int64_t count,
+    float* y,
+    int64_t channels,
+    int64_t from) {
+  const int64_t columns = std::min(kColumns, channels - from);
+  for (int64_t p = 0; p < count; ++p) {
+    const auto at = positions<kOut, 0, float>(tiles, y + from, channels, first + p, nullptr);
+    const bool whole = std::find(at.begin(), at.end(), nullptr) == at.end();
+    const float* in = product + p * kColumns;
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      const auto load = [&](int i) { return Lanes::loadu(in + i * plane + c); };
+      if (whole && c + kWidth <= columns) {
+        transform_square<OutputTransform>(load, [&](int i, const Lanes& v) { v.store(at[i] + c); });
+      } else {
+        const int64_t lanes = std::min(kWidth, columns - c);
+        transform_square<OutputTransform>(load, [&](int i, const Lanes& v) {
+          if (at[i] != nullptr) {
+            v.store(at[i] + c, static_cast<int>(lanes));
+          }
+        });
+      }
+    }
+  }
+}
+
+// --- weights
+
+// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever its layout. For the input gradient the
+// channels change places and the taps are turned by half a circle.
+struct Kernel {
+  const float* data;
+  int64_t outputs, inputs;
+  int64_t output_stride, input_stride;
+  std::array<int64_t, kTaps * kTaps> tap; // offsets
+};
+
+// to: 36 planes of [inputs padded to kWidth][kColumns], for output channels from ... from + kColumns - 1; what lies
+// outside the kernel is zero.
+inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int64_t plane) {
+  constexpr int taps = kTaps * kTaps;
+  alignas(64) float gathered[kWidth][taps][kColumns];
+  const int64_t columns = std::min(kColumns, kernel.outputs - from);
+  for (int64_t c0 = 0; c0 < kernel.inputs; c0 += kWidth) {
+    const int64_t inputs = std::min(kWidth, kernel.inputs - c0);
+    if (inputs < kWidth || columns < kColumns) {
+      std::fill_n(&gathered[0][0][0], kWidth * taps * kColumns, 0.0f);
+    }
+    const float* block = kernel.data + from * kernel.output_stride + c0 * kernel.input_stride;
+    if (kernel.output_stride == 1) {
+      for (int64_t c = 0; c < inputs; ++c) {
+        for (int t = 0; t < taps; ++t) {
+          const float* row = block + c * kernel.input_stride + kernel.tap[t];
+          std::copy(row, row + columns, gathered[c][t]);
+        }
+      }
+    } else {
+      for (int64_t k = 0; k < columns; ++k) {
+        for (int t = 0; t < taps; ++t) {
+          const float* row = block + k * kernel.output_stride + kernel.tap[t];
+          for (int64_t c = 0; c < inputs; ++c) {
+            gathered[c][t][k] = row[c * kernel.input_stride];
+          }
+        }
+      }
+    }
+    for (int64_t c = 0; c < kWidth; ++c) {
+      for (int64_t half = 0; half < kColumns; half += kWidth) {
+        float* out = to + (c0 + c) * kColumns + half;
+        transform_square<WeightTransform>(
+            [&](int i) { return Lanes::loadu(&gathered[c][i][half]); },
+            [&](int i, const Lanes& v) { v.store(out + i * plane); });
+      }
+    }
+  }
+}
+
+// --- products
+
+// Plain registers: compilers keep an array of these in registers throughout a loop, and one of at::vec's classes not.
+#if defined(CPU_CAPABILITY_AVX512)
+using Register = __m512;
+inline Register broadcast(const float* p) {
+  return _mm512_set1_ps(*p);
+}
+inline Register load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline void store(float* p, Register v) {
+  _mm512_storeu_ps(p, v);
+}
+inline Register multiply_add(Register x, Register y, Register z) {
+  return _mm512_fmadd_ps(x, y, z);
+}
+#else
+using Register = __m256;
+inline Register broadcast(const float* p) {
+  return _mm256_broadcast_ss(p);
+}
+inline Register load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+inline void store(float* p, Register v) {
+  _mm256_storeu_ps(p, v);
+}
+inline Register multiply_add(Register x, Register y, Register z) {
+  return _mm256_fmadd_ps(x, y, z);
+}
+#endif
+
+// product[r][:] = sum_c operand[r][c] * weights[c][:] for R rows of one group of kRows; depth is a multiple of kWidth.
+template <int R>
+inline void output_product(const float* operand, const float* weights, float* product, int64_t depth) {
+  Register low[R], high[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    low[r] = high[r] = Register{};
+  }
+  for (int64_t c = 0; c < depth; c += kWidth) {
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kWidth; ++lane) {
+      const Register weights_low = load(weights + lane * kColumns);
+      const Register weights_high = load(weights + lane * kColumns + kWidth);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const Register factor = broadcast(operand + r * kWidth + lane);
+        low[r] = multiply_add(factor, weights_low, low[r]);
+        high[r] = multiply_add(factor, weights_high, high[r]);
+      }
+    }
+    weights += kWidth * kColumns;
+    operand += kRows * kWidth;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(product + r * kColumns, low[r]);
+    store(product + r * kColumns + kWidth, high[r]);
+  }
+}
+
+// gradient[r][:] (+)= sum_p rows[p][r] * columns[p][:] for R rows.
+template <int R>
+inline void gradient_product(
+    const float* rows,
+    int64_t row,
+    const float* columns,
+    float* gradient,
+    int64_t depth,
+    bool accumulate) {
+  Register low[R], high[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    low[r] = high[r] = Register{};
+  }
+  for (int64_t p = 0; p < depth; ++p) {
+    const Register columns_low = load(columns), columns_high = load(columns + kWidth);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Register factor = broadcast(rows + r);
+      low[r] = multiply_add(factor, columns_low, low[r]);
+      high[r] = multiply_add(factor, columns_high, high[r]);
+    }
+    rows += row;
+    columns += kColumns;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    float* to = gradient + r * kColumns;
+    store(to, accumulate ? load(to) + low[r] : low[r]);
+    store(to + kWidth, accumulate ? load(to + kWidth) + high[r] : high[r]);
+  }
+}
+
+// Calls f(std::integral_constant<int, rows>) for 1 ... kRows.
+template <int R = kRows, typename F>
+inline void with_rows(int64_t rows, const F& f) {
+  if (rows == R) {
+    f(std::integral_constant<int, R>());
+  } else if constexpr (R > 1) {
+    with_rows<R - 1>(rows, f);
+  }
+}
+
+// `tiles` tiles of a plane of operand, a column group of weights: product [p][kColumns].
+inline void multiply_outputs(const float* operand, const float* weights, float* product, int64_t tiles, int64_t depth) {
+  for (int64_t p = 0; p < tiles; p += kRows) {
+    with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
+      output_product<rows>(operand + p * depth, weights, product + p * kColumns, depth);
+    });
+  }
+}
+
+// The gradient [outputs][kColumns] of one column group, over `tiles` tiles. Groups of rows are as even as can be: a
+// short last one would leave the multipliers waiting.
+inline void multiply_gradients(
+    const float* rows,
+    int64_t row,
+    const float* columns,
+    float* gradient,
+    int64_t outputs,
+    int64_t tiles,
+    bool accumulate) {
+  const int64_t groups = (outputs + kRows - 1) / kRows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t begin = outputs * g / groups, end = outputs * (g + 1) / groups;
+    with_rows(end - begin, [&](auto size) {
+      gradient_product<size>(rows + begin, row, columns, gradient + begin * kColumns, tiles, accumulate);
+    });
+  }
+}
+
+} // namespace winograd
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+#endif
