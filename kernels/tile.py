@@ -28,7 +28,7 @@ def locate(
         in NCHW to the end of the image, BLOCK_S at most.
     """
     if INDEX_64:
-        tile = tl.to_tensor(tile).to(tl.int64)
+        tile = tl.cast(tile, tl.int64)
     if CHANNELS_LAST:
         first = tile * BLOCK_S
         element = first * channels + first_channel

@@ -70,6 +70,16 @@ def test_the_register_limit_is_what_keeps_half_of_the_threads_resident():
     assert any(c.occupancy < 0.5 for c in free)
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_tensors_beyond_32_bit_offsets_compile_with_wide_accesses(memory_format):
+    architecture = ARCHITECTURES[3]
+    launches = distinct(model_launches(torch.bfloat16, memory_format, architecture.device, batch=2**15))
+    wide = [launch for launch in launches if launch.arguments.get("INDEX_64")]
+    assert {launch.name for launch in wide} >= {"statistics_kernel", "apply_kernel", "backward_reduce_kernel"}
+    for launch in wide[:: 1 if memory_format == torch.channels_last else 4]:
+        assert compile_launch(launch, architecture).load_bytes == 16, label(launch)
+
+
 def test_launches_differ_where_their_machine_code_does():
     launches = model_launches(torch.bfloat16, torch.channels_last, ARCHITECTURES[3].device)
     kinds = {signature(launch) for launch in launches}
