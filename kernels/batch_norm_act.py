@@ -193,7 +193,7 @@ def _statistics(
 def statistics_kernel(
     x_ptr,  # [M, C] or [N, C, HW]
     other_ptr,  # the same shape: a second tensor whose statistics are taken in the same launch; or None
-    partial_ptr,  # float32, a tensor after the other: [channel blocks, splits, 2, BLOCK_C] mean and M2, then
+    partial_ptr,  # float32, a tensor after the other: [channel blocks, splits, 2, BLOCK_C] mean - origin and M2, then
     # [channel blocks, splits] counts
     arrivals_ptr,  # [tensors, channel blocks] int32, 0 before and after
     mean_ptr, m2_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,  # [C] float32
@@ -432,7 +432,6 @@ def backward_reduce_kernel(
         sum_g += g
         sum_gx += g * centred
         if residual_ptr is not None:
-            # The vector comes from the first-level cache for every tile, and costs no registers in between.
             r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C))
             r -= load_channels(residual_mean_ptr, channel, real, 0.0)
             if ACT_ADD:
