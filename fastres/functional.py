@@ -354,7 +354,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
 
     On the CPU in float32 by Winograd's F(4x4, 3x3), which takes a quarter of the multiplications; its rounding errors
     are about twice those of the direct sum, and an infinity or NaN in x spreads over the 4x4 tiles that it enters.
-    Differentiable once there, and results do not depend on the number of threads. Elsewhere PyTorch's convolution.
+    Differentiable once there. Results are the same in every run; the rounding of the weight's gradient, and nothing
+    else, depends on the number of threads. Elsewhere PyTorch's convolution.
 
     Where no gradient is asked for, the transformed weights are kept for the next call, for as long as the weight's
     data pointer and version counter stand. Writing through `weight.data` does not count as a new version; writing to

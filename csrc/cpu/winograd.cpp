@@ -1,16 +1,28 @@
-// The 3x3 convolution with stride 1 and padding 1 on the CPU, by Winograd's F(4x4, 3x3) (winograd.h has the formulas).
+// The 3x3 convolution with stride 1 and padding 1 on the CPU, by Winograd's
+// F(4x4, 3x3) (winograd.h has the formulas).
 //
-// Outputs (and the input gradient, which is the same convolution of dy with the kernel turned by half a circle and its
-// channels exchanged) in one of two orders:
-//   by tiles      each thread takes a chunk of tiles that fits its L2 cache through all three steps: transform, 36
-//                 products, inverse transform. The transformed weights are made once, and read once a chunk.
-//   by channels   all tiles are transformed first; then each thread takes a group of output channels, transforms its
-//                 weights, and goes through the tiles: the transformed weights, four times as large as the weights and
-//                 larger than the tiles, never leave the caches.
-// The weight gradient: blocks of tiles are transformed by all threads together, then each thread takes its share of
-// points and channels and adds their products over the block.
+// Outputs (and the input gradient, which is the same convolution of dy with the
+// kernel turned by half a circle and its channels exchanged) in one of two
+// orders:
+//   by tiles      each thread takes a chunk of tiles that fits its L2 cache
+//   through all three steps: transform, 36
+//                 products, inverse transform. The transformed weights are made
+//                 once, and read once a chunk.
+//   by channels   all tiles are transformed first; then each thread takes a
+//   group of output channels, transforms its
+//                 weights, and goes through the tiles: the transformed weights,
+//                 four times as large as the weights and larger than the tiles,
+//                 never leave the caches.
+// The weight gradient, likewise:
+//   by shares     each thread takes its share of the tiles, a chunk at a time,
+//   through transforms and products, and
+//                 keeps sums of its own; they are added up and transformed back
+//                 at the end.
+//   at once       where the tiles are few: all are transformed, and each thread
+//   takes its share of the channels.
 //
-// Every output is one sum in one order, so results do not depend on the number of threads.
+// Every output and input gradient is one sum in one order, whatever the number
+// of threads. Sums by shares depend on that number, and on nothing else.
 #include "winograd.h"
 
 #include <ATen/Parallel.h>
@@ -36,15 +48,21 @@ namespace {
 
 using at::Tensor;
 
-// What a thread's chunk may take of its L2 cache, transformed input and products together.
-constexpr int64_t kChunkBytes = 768 * 1024;
+// What a thread's chunk may take of its L2 cache, transformed input and
+// products together.
+constexpr int64_t kChunkBytes = 448 * 1024;
 // Transformed tiles that all threads share, held in the last-level cache.
 constexpr int64_t kSharedBytes = 16 * 1024 * 1024;
-// Tiles over which a weight gradient is summed in registers.
+// Tiles over which a weight gradient is summed in registers, where there are
+// many, and its threads' sums in all.
 constexpr int64_t kGradientTiles = 128;
+constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
+// Pairs of channels whose weights pay for a thread's start.
+constexpr int64_t kThreadPairs = 64 * 1024;
 // Transformed weights kept for evaluation, in all.
 constexpr int64_t kKeptBytes = 256 * 1024 * 1024;
-// Planes a multiple of a page apart would all fall into the same few lines of the L1 cache.
+// Planes a multiple of a page apart would all fall into the same few lines of
+// the L1 cache.
 constexpr int64_t kSkew = 64 / sizeof(float);
 
 // Uninitialised floats, aligned to a cache line.
@@ -91,7 +109,8 @@ Tensor transformed(const Kernel& kernel) {
   const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth);
   Tensor to = at::empty({kPoints, groups, depth, kColumns}, at::kFloat);
   float* data = to.mutable_data_ptr<float>();
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kThreadPairs / (depth * kColumns));
+  at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       transform_weights(kernel, g * kColumns, data + g * depth * kColumns, groups * depth * kColumns);
     }
@@ -99,8 +118,9 @@ Tensor transformed(const Kernel& kernel) {
   return to;
 }
 
-// Transformed weights of evaluation. An entry stands while the weight's storage lives and its data pointer, version
-// counter, sizes and strides are what they were.
+// Transformed weights of evaluation. An entry stands while the weight's storage
+// lives and its data pointer, version counter, sizes and strides are what they
+// were.
 class KeptWeights {
 public:
   Tensor get(const Tensor& weight) {
@@ -155,7 +175,8 @@ private:
 };
 
 KeptWeights& kept_weights() {
-  static auto* kept = new KeptWeights; // never destroyed: tensors may not outlive torch's own statics
+  static auto* kept = new KeptWeights; // never destroyed: tensors may not
+                                       // outlive torch's own statics
   return *kept;
 }
 
@@ -221,7 +242,8 @@ void by_channels(const Tiles& tiles, const float* x, const Kernel& kernel, float
         operand_plane,
         operand_place(depth));
   });
-  // With more threads than groups several share a group, and each transforms its weights for itself.
+  // With more threads than groups several share a group, and each transforms
+  // its weights for itself.
   const int64_t threads = at::get_num_threads();
   const int64_t shares = std::clamp<int64_t>(threads / groups, 1, (count + kRows - 1) / kRows);
   const int64_t share = round_up((count + shares - 1) / shares, kRows);
@@ -265,75 +287,197 @@ void convolve(const Tiles& tiles, const float* x, const Kernel& kernel, float* y
 
 // --- the weight gradient
 
-// dw: [outputs][3][3][inputs]
-void weight_gradient(const Tiles& tiles, const float* x, int64_t inputs, const float* dy, int64_t outputs, float* dw) {
-  const int64_t count = tiles.count(), groups = groups_of(inputs);
-  // Rows a multiple of 2 KiB apart would fall into the same few lines of the L1 cache.
-  const int64_t row = round_up(outputs, kWidth) + kSkew;
-  const int64_t tile_bytes = kPoints * (row + groups * kColumns) * sizeof(float);
-  const int64_t most = std::max<int64_t>(1, kSharedBytes / tile_bytes / kGradientTiles) * kGradientTiles;
-  const int64_t blocks = (count + most - 1) / most;
-  const int64_t size = std::min(count, round_up((count + blocks - 1) / blocks, kGradientTiles));
-  const int64_t column_plane = groups * size * kColumns + kSkew, row_plane = size * row + kSkew;
-  const int64_t gradient_plane = groups * outputs * kColumns + kSkew;
-  const Buffer columns(kPoints * column_plane), rows(kPoints * row_plane), gradient(kPoints * gradient_plane);
-  const std::vector<float> zeros(std::max(inputs, outputs));
-  if (inputs % kColumns != 0) {
-    // The half of a column group that no vector of channels fills.
-    std::fill_n(columns.data(), kPoints * column_plane, 0.0f);
+// dW, and where the transformed tiles and their products lie.
+struct WeightGradient {
+  Tiles tiles;
+  const float* x;
+  const float* dy;
+  float* dw; // [outputs][3][3][inputs]
+  int64_t inputs, outputs;
+
+  int64_t groups() const {
+    return groups_of(inputs);
   }
-  for (int64_t first = 0; first < count; first += size) {
-    const int64_t block = std::min(size, count - first);
-    at::parallel_for(0, block, 8, [&](int64_t begin, int64_t end) {
-      transform_tiles<InputTransform, 1>(
-          tiles,
-          x,
-          inputs,
-          first + begin,
-          end - begin,
-          zeros.data(),
-          columns.data(),
-          column_plane,
-          [&](int64_t p, int64_t c) { return c / kColumns * size * kColumns + (begin + p) * kColumns + c % kColumns; });
-      transform_tiles<GradientTransform, 0>(
-          tiles,
-          dy,
-          outputs,
-          first + begin,
-          end - begin,
-          zeros.data(),
-          rows.data(),
-          row_plane,
-          [&](int64_t p, int64_t k) { return (begin + p) * row + k; });
-    });
-    at::parallel_for(0, kPoints * groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t point = task / groups, g = task % groups;
-        for (int64_t p = 0; p < block; p += kGradientTiles) {
-          multiply_gradients(
-              rows.data() + point * row_plane + p * row,
-              row,
-              columns.data() + point * column_plane + (g * size + p) * kColumns,
-              gradient.data() + point * gradient_plane + g * outputs * kColumns,
-              outputs,
-              std::min(kGradientTiles, block - p),
-              first + p > 0);
-        }
+  // Rows of dy a multiple of 2 KiB apart would fall into the same few lines of
+  // the L1 cache.
+  int64_t row() const {
+    return round_up(outputs, kWidth) + kSkew;
+  }
+  int64_t tile_bytes() const {
+    return kPoints * (row() + groups() * kColumns) * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t gradient_plane() const {
+    return groups() * outputs * kColumns + kSkew;
+  }
+  int64_t gradient_bytes() const {
+    return kPoints * gradient_plane() * static_cast<int64_t>(sizeof(float));
+  }
+};
+
+// Up to `most` transformed tiles of x and dy.
+class GradientTiles {
+public:
+  GradientTiles(const WeightGradient& w, int64_t most)
+      : most_(most),
+        column_plane_(w.groups() * most * kColumns + kSkew),
+        row_plane_(most * w.row() + kSkew),
+        columns_(kPoints * column_plane_),
+        rows_(kPoints * row_plane_),
+        zeros_(std::max(w.inputs, w.outputs)) {
+    if (w.inputs % kColumns != 0) {
+      // The part of a column group that no vector of channels fills.
+      std::fill_n(columns_.data(), kPoints * column_plane_, 0.0f);
+    }
+  }
+
+  // Tiles first ... first + count - 1 of the convolution become tiles at ... at
+  // + count - 1 of these.
+  void transform(const WeightGradient& w, int64_t first, int64_t count, int64_t at) {
+    const int64_t most = most_, row = w.row();
+    transform_tiles<InputTransform, 1>(
+        w.tiles,
+        w.x,
+        w.inputs,
+        first,
+        count,
+        zeros_.data(),
+        columns_.data() + at * kColumns,
+        column_plane_,
+        [most](int64_t p, int64_t c) { return c / kColumns * most * kColumns + p * kColumns + c % kColumns; });
+    transform_tiles<GradientTransform, 0>(
+        w.tiles,
+        w.dy,
+        w.outputs,
+        first,
+        count,
+        zeros_.data(),
+        rows_.data() + at * row,
+        row_plane_,
+        [row](int64_t p, int64_t k) { return p * row + k; });
+  }
+
+  // gradient (+)= the product of one point for output channels begin ... begin
+  // + size - 1 and a group of input channels.
+  void multiply(
+      const WeightGradient& w,
+      int64_t point,
+      int64_t group,
+      int64_t begin,
+      int64_t size,
+      int64_t count,
+      float* gradient,
+      bool accumulate) const {
+    const float* rows = rows_.data() + point * row_plane_ + begin;
+    const float* columns = columns_.data() + point * column_plane_ + group * most_ * kColumns;
+    with_rows(size, [&](auto r) { gradient_product<r>(rows, w.row(), columns, gradient, count, accumulate); });
+  }
+
+private:
+  int64_t most_, column_plane_, row_plane_;
+  Buffer columns_, rows_;
+  std::vector<float> zeros_;
+};
+
+// The inverse transform of `size` output channels from `begin` on and a group
+// of input channels: the sum of `parts` products, each with planes of
+// [size][kColumns].
+void transform_gradient(
+    const WeightGradient& w,
+    int64_t group,
+    int64_t begin,
+    int64_t size,
+    const std::vector<const float*>& parts,
+    int64_t plane) {
+  for (int64_t k = 0; k < size; ++k) {
+    for (int64_t half = 0; half < kColumns && group * kColumns + half < w.inputs; half += kWidth) {
+      const int64_t c = group * kColumns + half, at = k * kColumns + half;
+      float* out = w.dw + (begin + k) * kTaps * kTaps * w.inputs + c;
+      const int64_t lanes = std::min(kWidth, w.inputs - c);
+      transform_square<WeightGradientTransform>(
+          [&](int i) {
+            Lanes sum = load(parts[0] + i * plane + at);
+            for (size_t part = 1; part < parts.size(); ++part) {
+              sum = sum + load(parts[part] + i * plane + at);
+            }
+            return sum;
+          },
+          [&](int i, Lanes v) { store(out + i * w.inputs, v, lanes); });
+    }
+  }
+}
+
+// Few tiles: all are transformed, and each product is transformed back as soon
+// as it is there.
+void gradient_at_once(const WeightGradient& w) {
+  const int64_t count = w.tiles.count();
+  GradientTiles transformed(w, count);
+  at::parallel_for(
+      0, count, 8, [&](int64_t begin, int64_t end) { transformed.transform(w, begin, end - begin, begin); });
+  const RowGroups rows{w.outputs};
+  at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t plane = kRows * kColumns;
+    const Buffer product(kPoints * plane);
+    const std::vector<const float*> parts{product.data()};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
+      const int64_t size = rows.size(task % rows.count());
+      for (int64_t point = 0; point < kPoints; ++point) {
+        transformed.multiply(w, point, group, first, size, count, product.data() + point * plane, false);
       }
-    });
-  }
-  at::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      for (int64_t c = 0; c < inputs; c += kWidth) {
-        const float* in = gradient.data() + (c / kColumns * outputs + k) * kColumns + c % kColumns;
-        float* out = dw + k * kTaps * kTaps * inputs + c;
-        const int lanes = static_cast<int>(std::min(kWidth, inputs - c));
-        transform_square<WeightGradientTransform>(
-            [&](int i) { return Lanes::loadu(in + i * gradient_plane); },
-            [&](int i, const Lanes& v) { v.store(out + i * inputs, lanes); });
+      transform_gradient(w, group, first, size, parts, plane);
+    }
+  });
+}
+
+// Many tiles: every thread takes a share of them through its caches, a chunk at
+// a time, and the shares are added up.
+void gradient_by_shares(const WeightGradient& w) {
+  const int64_t count = w.tiles.count(), plane = w.gradient_plane();
+  const int64_t chunks = (count + kGradientTiles - 1) / kGradientTiles;
+  const int64_t shares =
+      std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, at::get_num_threads()));
+  const Buffer gradients(shares * kPoints * plane);
+  const RowGroups rows{w.outputs};
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    GradientTiles transformed(w, std::min(count, kGradientTiles));
+    for (int64_t share = begin; share < end; ++share) {
+      float* gradient = gradients.data() + share * kPoints * plane;
+      const int64_t start = chunks * share / shares;
+      for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
+        const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
+        transformed.transform(w, first, size, 0);
+        for (int64_t point = 0; point < kPoints; ++point) {
+          for (int64_t group = 0; group < w.groups(); ++group) {
+            for (int64_t r = 0; r < rows.count(); ++r) {
+              float* to = gradient + point * plane + (group * w.outputs + rows.begin(r)) * kColumns;
+              transformed.multiply(w, point, group, rows.begin(r), rows.size(r), size, to, chunk > start);
+            }
+          }
+        }
       }
     }
   });
+  at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<const float*> parts(shares);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
+      for (int64_t share = 0; share < shares; ++share) {
+        parts[share] = gradients.data() + share * kPoints * plane + (group * w.outputs + first) * kColumns;
+      }
+      transform_gradient(w, group, first, rows.size(task % rows.count()), parts, plane);
+    }
+  });
+}
+
+void weight_gradient(const WeightGradient& w) {
+  // At once where the transformed tiles are no larger than what would be added
+  // up otherwise.
+  const int64_t bytes = w.tiles.count() * w.tile_bytes();
+  if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 4 * w.gradient_bytes())) {
+    gradient_at_once(w);
+  } else {
+    gradient_by_shares(w);
+  }
 }
 
 // --- operators
@@ -424,7 +568,7 @@ std::tuple<Tensor, Tensor> backward(
   if (needs[1]) {
     const Tensor in = channels_last(x);
     Tensor to = plain ? empty_channels_last(weight.sizes(), x) : dweight;
-    weight_gradient(tiles, in.const_data_ptr<float>(), x.size(1), dout, weight.size(0), to.mutable_data_ptr<float>());
+    weight_gradient({tiles, in.const_data_ptr<float>(), dout, to.mutable_data_ptr<float>(), x.size(1), weight.size(0)});
     if (plain) {
       dweight.copy_(to);
     }

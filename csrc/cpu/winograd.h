@@ -1,22 +1,30 @@
-// Winograd's minimal filtering F(4x4, 3x3): the transforms of tiles and weights, and the two matrix products between.
+// Winograd's minimal filtering F(4x4, 3x3): the transforms of tiles and
+// weights, and the two matrix products between.
 //
-//   Y = A^T [ (G g G^T) * (B^T d B) ] A      d: 6x6 input, g: 3x3 weights, Y: 4x4 outputs, *: element by element
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A      d: 6x6 input, g: 3x3 weights, Y:
+//   4x4 outputs, *: element by element
 //
-// 36 multiplications give 16 outputs, where the direct sum takes 144. Source: Lavin and Gray 2016, "Fast algorithms for
-// convolutional neural networks", sections 4.1 and 4.3; Toom and Cook's construction from points 0, +-a, +-b and
-// infinity. Here a = sqrt(1/2) and b = sqrt(2): a * b = 1 keeps every matrix entry between 1/6 and 2.83, and the error
-// is a third to a quarter of that with the points 1 and 2 (docs/convolution.md has the figures); operations are as
-// many.
+// 36 multiplications give 16 outputs, where the direct sum takes 144. Source:
+// Lavin and Gray 2016, "Fast algorithms for convolutional neural networks",
+// sections 4.1 and 4.3; Toom and Cook's construction from points 0, +-a, +-b
+// and infinity. Here a = sqrt(1/2) and b = sqrt(2): a * b = 1 keeps every
+// matrix entry between 1/6 and 2.83, and the error is a third to a quarter of
+// that with the points 1 and 2 (docs/convolution.md has the figures);
+// operations are as many.
 //
-//   B^T rows   [1 0 -5/2 0 1 0]   [0 -+2a -2 +-a 1 0]   [0 -+b/2 -1/2 +-b 1 0]   [0 1 0 -5/2 0 1]
-//   G rows     [1 0 0]            [1 +-a 1/2] / -3/2     [1 +-b 2] / 6            [0 0 1]
-//   A^T rows   [1 1 1 1 1 0]      [0 a -a b -b 0]        [0 1/2 1/2 2 2 0]        [0 a/2 -a/2 2b -2b 1]
+//   B^T rows   [1 0 -5/2 0 1 0]   [0 -+2a -2 +-a 1 0]   [0 -+b/2 -1/2 +-b 1 0]
+//   [0 1 0 -5/2 0 1] G rows     [1 0 0]            [1 +-a 1/2] / -3/2     [1
+//   +-b 2] / 6            [0 0 1] A^T rows   [1 1 1 1 1 0]      [0 a -a b -b 0]
+//   [0 1/2 1/2 2 2 0]        [0 a/2 -a/2 2b -2b 1]
 //
-// Layouts of what is transformed, for each of the 36 points a plane (p: tile, c: channel, W: lanes of a vector):
-//   operand   [p / kRows][c / W][p % kRows][W]     left side of the product that gives outputs
-//   columns   [c / kColumns][p][kColumns]          right side of the product that gives the weight gradient; products
-//   rows      [p][c], padded                       left side of that product
-//   weights   [k / kColumns][c][kColumns]          right side of the product that gives outputs
+// Layouts of what is transformed, for each of the 36 points a plane (p: tile,
+// c: channel, W: lanes of a vector):
+//   operand   [p / kRows][c / W][p % kRows][W]     left side of the product
+//   that gives outputs columns   [c / kColumns][p][kColumns]          right
+//   side of the product that gives the weight gradient; products rows [p][c],
+//   padded                       left side of that product weights   [k /
+//   kColumns][c][kColumns]          right side of the product that gives
+//   outputs
 // so that the inner loops read memory in order, at fixed offsets.
 #pragma once
 
@@ -32,12 +40,50 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace winograd {
 
-using Lanes = Vec<float>;
+// Plain registers: compilers keep an array of these in registers throughout a
+// loop, and one of at::vec's classes not.
+#if defined(CPU_CAPABILITY_AVX512)
+using Lanes = __m512;
+inline Lanes broadcast(float value) {
+  return _mm512_set1_ps(value);
+}
+inline Lanes load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline void store(float* p, Lanes v) {
+  _mm512_storeu_ps(p, v);
+}
+inline Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
+  return _mm512_fmadd_ps(x, y, z);
+}
+#else
+using Lanes = __m256;
+inline Lanes broadcast(float value) {
+  return _mm256_set1_ps(value);
+}
+inline Lanes load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+inline void store(float* p, Lanes v) {
+  _mm256_storeu_ps(p, v);
+}
+inline Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
+  return _mm256_fmadd_ps(x, y, z);
+}
+#endif
+// Lanes from `count` on are zero.
+inline Lanes load(const float* p, int64_t count) {
+  return Vec<float>::loadu(p, count);
+}
+inline void store(float* p, Lanes v, int64_t count) {
+  Vec<float>(v).store(p, static_cast<int>(count));
+}
 
-constexpr int64_t kWidth = Lanes::size();
+constexpr int64_t kWidth = Vec<float>::size();
 constexpr int kOut = 4, kIn = 6, kTaps = 3, kPoints = kIn * kIn;
 
-// A product's tile in registers: kRows x kColumns accumulators leave room for two vectors and a broadcast.
+// A product's tile in registers: kRows x kColumns accumulators leave room for
+// two vectors and a broadcast.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kRows = 12;
 #else
@@ -49,12 +95,13 @@ inline int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
 }
 
-// --- one dimension of each transform; `from` and `to` are strided arrays in registers
+// --- one dimension of each transform; `from` and `to` are strided arrays in
+// registers
 
 constexpr float kA = 0.70710678118654752f, kB = 1.41421356237309505f;
 
-inline Lanes times(float factor, const Lanes& x, const Lanes& plus) {
-  return at::vec::fmadd(Lanes(factor), x, plus);
+inline Lanes times(float factor, Lanes x, Lanes plus) {
+  return multiply_add(broadcast(factor), x, plus);
 }
 
 // B^T d
@@ -80,8 +127,8 @@ struct OutputTransform {
     const Lanes sum_a = m[s] + m[2 * s], difference_a = m[s] - m[2 * s];
     const Lanes sum_b = m[3 * s] + m[4 * s], difference_b = m[3 * s] - m[4 * s];
     o[0] = m[0] + sum_a + sum_b;
-    o[os] = times(kB, difference_b, Lanes(kA) * difference_a);
-    o[2 * os] = times(2.0f, sum_b, Lanes(0.5f) * sum_a);
+    o[os] = times(kB, difference_b, broadcast(kA) * difference_a);
+    o[2 * os] = times(2.0f, sum_b, broadcast(0.5f) * sum_a);
     o[3 * os] = times(2 * kB, difference_b, times(kA / 2, difference_a, m[5 * s]));
   }
 };
@@ -108,10 +155,10 @@ struct WeightTransform {
   static inline __attribute__((always_inline)) void apply(const Lanes* g, int s, Lanes* o, int os) {
     const Lanes g0 = g[0], g1 = g[s], g2 = g[2 * s];
     o[0] = g0;
-    const Lanes even_a = Lanes(-2.0f / 3) * times(0.5f, g2, g0), odd_a = Lanes(-2.0f / 3 * kA) * g1;
+    const Lanes even_a = broadcast(-2.0f / 3) * times(0.5f, g2, g0), odd_a = broadcast(-2.0f / 3 * kA) * g1;
     o[os] = even_a + odd_a;
     o[2 * os] = even_a - odd_a;
-    const Lanes even_b = Lanes(1.0f / 6) * times(2.0f, g2, g0), odd_b = Lanes(kB / 6) * g1;
+    const Lanes even_b = broadcast(1.0f / 6) * times(2.0f, g2, g0), odd_b = broadcast(kB / 6) * g1;
     o[3 * os] = even_b + odd_b;
     o[4 * os] = even_b - odd_b;
     o[5 * os] = g2;
@@ -125,12 +172,13 @@ struct WeightGradientTransform {
     const Lanes sum_a = m[s] + m[2 * s], difference_a = m[s] - m[2 * s];
     const Lanes sum_b = m[3 * s] + m[4 * s], difference_b = m[3 * s] - m[4 * s];
     o[0] = times(1.0f / 6, sum_b, times(-2.0f / 3, sum_a, m[0]));
-    o[os] = times(kB / 6, difference_b, Lanes(-2.0f / 3 * kA) * difference_a);
+    o[os] = times(kB / 6, difference_b, broadcast(-2.0f / 3 * kA) * difference_a);
     o[2 * os] = times(1.0f / 3, sum_b, times(-1.0f / 3, sum_a, m[5 * s]));
   }
 };
 
-// Both dimensions of one tile, a vector of channels: load(i) gives element i of the square, store(i, v) takes point i.
+// Both dimensions of one tile, a vector of channels: load(i) gives element i of
+// the square, store(i, v) takes point i.
 template <typename Transform, typename Load, typename Store>
 inline __attribute__((always_inline)) void transform_square(const Load& load, const Store& store) {
   constexpr int from = Transform::kFrom, to = Transform::kTo;
@@ -157,8 +205,8 @@ inline __attribute__((always_inline)) void transform_square(const Load& load, co
 
 // --- tiles
 
-// The 4x4 tiles of [images, height, width] outputs, in the order of memory. The last ones of a line or column may reach
-// over the edge.
+// The 4x4 tiles of [images, height, width] outputs, in the order of memory. The
+// last ones of a line or column may reach over the edge.
 struct Tiles {
   int64_t images, height, width;
 
@@ -173,8 +221,9 @@ struct Tiles {
   }
 };
 
-// Pointers to the Size x Size positions of a tile in [images, height, width, channels], Before positions up and left of
-// its outputs; those outside point to zeros (or to null).
+// Pointers to the Size x Size positions of a tile in [images, height, width,
+// channels], Before positions up and left of its outputs; those outside point
+// to zeros (or to null).
 template <int Size, int Before, typename T>
 inline std::array<T*, Size * Size> positions(const Tiles& tiles, T* x, int64_t channels, int64_t tile, T* outside) {
   const int64_t across = tiles.across(), down = tiles.down();
@@ -191,8 +240,10 @@ inline std::array<T*, Size * Size> positions(const Tiles& tiles, T* x, int64_t c
   return at;
 }
 
-// Transforms tiles first ... first + count - 1 of x [images, height, width, channels]. place(p, c) is where channel c
-// of the p-th of them goes within a plane; lanes past the last channel become zero. `zeros` has as many as channels.
+// Transforms tiles first ... first + count - 1 of x [images, height, width,
+// channels]. place(p, c) is where channel c of the p-th of them goes within a
+// plane; lanes past the last channel become zero. `zeros` has as many as
+// channels.
 template <typename Transform, int Before, typename Place>
 inline void transform_tiles(
     const Tiles& tiles,
@@ -211,19 +262,18 @@ inline void transform_tiles(
     for (; c + kWidth <= channels; c += kWidth) {
       float* out = to + place(p, c);
       transform_square<Transform>(
-          [&](int i) { return Lanes::loadu(at[i] + c); }, [&](int i, const Lanes& v) { v.store(out + i * plane); });
+          [&](int i) { return load(at[i] + c); }, [&](int i, Lanes v) { store(out + i * plane, v); });
     }
     if (c < channels) {
       float* out = to + place(p, c);
       transform_square<Transform>(
-          [&](int i) { return Lanes::loadu(at[i] + c, channels - c); },
-          [&](int i, const Lanes& v) { v.store(out + i * plane); });
+          [&](int i) { return load(at[i] + c, channels - c); }, [&](int i, Lanes v) { store(out + i * plane, v); });
     }
   }
 }
 
-// The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of a product whose
-// planes are [p][kColumns].
+// The outputs of tiles first ... first + count - 1, channels from ... from +
+// columns - 1, out of a product whose planes are [p][kColumns].
 inline void transform_products(
     const Tiles& tiles,
     const float* product,
@@ -239,14 +289,14 @@ inline void transform_products(
     const bool whole = std::find(at.begin(), at.end(), nullptr) == at.end();
     const float* in = product + p * kColumns;
     for (int64_t c = 0; c < columns; c += kWidth) {
-      const auto load = [&](int i) { return Lanes::loadu(in + i * plane + c); };
+      const auto point = [&](int i) { return load(in + i * plane + c); };
       if (whole && c + kWidth <= columns) {
-        transform_square<OutputTransform>(load, [&](int i, const Lanes& v) { v.store(at[i] + c); });
+        transform_square<OutputTransform>(point, [&](int i, Lanes v) { store(at[i] + c, v); });
       } else {
         const int64_t lanes = std::min(kWidth, columns - c);
-        transform_square<OutputTransform>(load, [&](int i, const Lanes& v) {
+        transform_square<OutputTransform>(point, [&](int i, Lanes v) {
           if (at[i] != nullptr) {
-            v.store(at[i] + c, static_cast<int>(lanes));
+            store(at[i] + c, v, lanes);
           }
         });
       }
@@ -256,8 +306,9 @@ inline void transform_products(
 
 // --- weights
 
-// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever its layout. For the input gradient the
-// channels change places and the taps are turned by half a circle.
+// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever
+// its layout. For the input gradient the channels change places and the taps
+// are turned by half a circle.
 struct Kernel {
   const float* data;
   int64_t outputs, inputs;
@@ -265,8 +316,8 @@ struct Kernel {
   std::array<int64_t, kTaps * kTaps> tap; // offsets
 };
 
-// to: 36 planes of [inputs padded to kWidth][kColumns], for output channels from ... from + kColumns - 1; what lies
-// outside the kernel is zero.
+// to: 36 planes of [inputs padded to kWidth][kColumns], for output channels
+// from ... from + kColumns - 1; what lies outside the kernel is zero.
 inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int64_t plane) {
   constexpr int taps = kTaps * kTaps;
   alignas(64) float gathered[kWidth][taps][kColumns];
@@ -284,6 +335,16 @@ inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int
           std::copy(row, row + columns, gathered[c][t]);
         }
       }
+    } else if (kernel.input_stride == 1 && inputs == kWidth && columns == kColumns) {
+      for (int t = 0; t < taps; ++t) {
+        for (int64_t half = 0; half < kColumns; half += kWidth) {
+          at::vec::transpose_mxn<float, kWidth, kWidth>(
+              block + half * kernel.output_stride + kernel.tap[t],
+              kernel.output_stride,
+              &gathered[0][t][half],
+              taps * kColumns);
+        }
+      }
     } else {
       for (int64_t k = 0; k < columns; ++k) {
         for (int t = 0; t < taps; ++t) {
@@ -298,8 +359,7 @@ inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int
       for (int64_t half = 0; half < kColumns; half += kWidth) {
         float* out = to + (c0 + c) * kColumns + half;
         transform_square<WeightTransform>(
-            [&](int i) { return Lanes::loadu(&gathered[c][i][half]); },
-            [&](int i, const Lanes& v) { v.store(out + i * plane); });
+            [&](int i) { return load(&gathered[c][i][half]); }, [&](int i, Lanes v) { store(out + i * plane, v); });
       }
     }
   }
@@ -307,53 +367,23 @@ inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int
 
 // --- products
 
-// Plain registers: compilers keep an array of these in registers throughout a loop, and one of at::vec's classes not.
-#if defined(CPU_CAPABILITY_AVX512)
-using Register = __m512;
-inline Register broadcast(const float* p) {
-  return _mm512_set1_ps(*p);
-}
-inline Register load(const float* p) {
-  return _mm512_loadu_ps(p);
-}
-inline void store(float* p, Register v) {
-  _mm512_storeu_ps(p, v);
-}
-inline Register multiply_add(Register x, Register y, Register z) {
-  return _mm512_fmadd_ps(x, y, z);
-}
-#else
-using Register = __m256;
-inline Register broadcast(const float* p) {
-  return _mm256_broadcast_ss(p);
-}
-inline Register load(const float* p) {
-  return _mm256_loadu_ps(p);
-}
-inline void store(float* p, Register v) {
-  _mm256_storeu_ps(p, v);
-}
-inline Register multiply_add(Register x, Register y, Register z) {
-  return _mm256_fmadd_ps(x, y, z);
-}
-#endif
-
-// product[r][:] = sum_c operand[r][c] * weights[c][:] for R rows of one group of kRows; depth is a multiple of kWidth.
+// product[r][:] = sum_c operand[r][c] * weights[c][:] for R rows of one group
+// of kRows; depth is a multiple of kWidth.
 template <int R>
 inline void output_product(const float* operand, const float* weights, float* product, int64_t depth) {
-  Register low[R], high[R];
+  Lanes low[R], high[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    low[r] = high[r] = Register{};
+    low[r] = high[r] = Lanes{};
   }
   for (int64_t c = 0; c < depth; c += kWidth) {
 #pragma GCC unroll 16
     for (int lane = 0; lane < kWidth; ++lane) {
-      const Register weights_low = load(weights + lane * kColumns);
-      const Register weights_high = load(weights + lane * kColumns + kWidth);
+      const Lanes weights_low = load(weights + lane * kColumns);
+      const Lanes weights_high = load(weights + lane * kColumns + kWidth);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const Register factor = broadcast(operand + r * kWidth + lane);
+        const Lanes factor = broadcast(operand[r * kWidth + lane]);
         low[r] = multiply_add(factor, weights_low, low[r]);
         high[r] = multiply_add(factor, weights_high, high[r]);
       }
@@ -377,16 +407,16 @@ inline void gradient_product(
     float* gradient,
     int64_t depth,
     bool accumulate) {
-  Register low[R], high[R];
+  Lanes low[R], high[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    low[r] = high[r] = Register{};
+    low[r] = high[r] = Lanes{};
   }
   for (int64_t p = 0; p < depth; ++p) {
-    const Register columns_low = load(columns), columns_high = load(columns + kWidth);
+    const Lanes columns_low = load(columns), columns_high = load(columns + kWidth);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const Register factor = broadcast(rows + r);
+      const Lanes factor = broadcast(rows[r]);
       low[r] = multiply_add(factor, columns_low, low[r]);
       high[r] = multiply_add(factor, columns_high, high[r]);
     }
@@ -411,7 +441,8 @@ inline void with_rows(int64_t rows, const F& f) {
   }
 }
 
-// `tiles` tiles of a plane of operand, a column group of weights: product [p][kColumns].
+// `tiles` tiles of a plane of operand, a column group of weights: product
+// [p][kColumns].
 inline void multiply_outputs(const float* operand, const float* weights, float* product, int64_t tiles, int64_t depth) {
   for (int64_t p = 0; p < tiles; p += kRows) {
     with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
@@ -420,24 +451,21 @@ inline void multiply_outputs(const float* operand, const float* weights, float* 
   }
 }
 
-// The gradient [outputs][kColumns] of one column group, over `tiles` tiles. Groups of rows are as even as can be: a
-// short last one would leave the multipliers waiting.
-inline void multiply_gradients(
-    const float* rows,
-    int64_t row,
-    const float* columns,
-    float* gradient,
-    int64_t outputs,
-    int64_t tiles,
-    bool accumulate) {
-  const int64_t groups = (outputs + kRows - 1) / kRows;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = outputs * g / groups, end = outputs * (g + 1) / groups;
-    with_rows(end - begin, [&](auto size) {
-      gradient_product<size>(rows + begin, row, columns, gradient + begin * kColumns, tiles, accumulate);
-    });
+// Groups of at most kRows, as even as can be: a short last one would leave the
+// multipliers waiting.
+struct RowGroups {
+  int64_t rows;
+
+  int64_t count() const {
+    return (rows + kRows - 1) / kRows;
   }
-}
+  int64_t begin(int64_t group) const {
+    return rows * group / count();
+  }
+  int64_t size(int64_t group) const {
+    return begin(group + 1) - begin(group);
+  }
+};
 
 } // namespace winograd
 } // namespace CPU_CAPABILITY
