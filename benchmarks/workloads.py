@@ -22,7 +22,7 @@ from torchvision.models.resnet import BasicBlock
 
 from benchmarks import sides
 from fastres import models
-from fastres.functional import NormParams, batch_norm_act, projection_shortcut
+from fastres.functional import NormParams, batch_norm_act, conv3x3, projection_shortcut
 from fastres.nn import FusedBasicBlock
 
 EAGER, COMPILE, FUSED = SIDES = sides.SIDES
@@ -47,7 +47,7 @@ class Workload:
     """One task. `make(side)` sets a side up; the function it returns does the task once, to the end.
 
     Attributes:
-        group: op, projection, block, model-train-step or model-inference.
+        group: op, projection, conv, block, model-train-step or model-inference.
         key: the task in one word, unique in its group.
         name: the task in words, for tables.
         images: images, or samples of the batch, in one run.
@@ -119,6 +119,31 @@ def projection_workloads(batch: int = BATCH) -> Iterator[Workload]:
             set_up=_projection((batch, channels, size, size)),
             sides=_model_sides(),
         )
+
+
+CONV_PASSES = {"forward": "forward", "input": "input gradient", "weight": "weight gradient"}
+
+
+def conv_workloads(batches: tuple[int, ...] = (64, 128)) -> Iterator[Workload]:
+    """conv3x3(x, weight) at the four shapes of ResNet-18's stages, float32 on the CPU: forward, or one gradient of it.
+
+    The weights' transform counts in every run. On a GPU there is nothing to compare: both sides are PyTorch's.
+    """
+    if CUDA:
+        return
+    for batch in (2,) if QUICK else batches:
+        for stage in range(1 if QUICK else 4):
+            shape = (batch, 64 << stage, IMAGE >> stage, IMAGE >> stage)
+            for key, words in CONV_PASSES.items():
+                yield Workload(
+                    group="conv",
+                    key=f"{'x'.join(map(str, shape))}-{key}",
+                    name=f"3x3 convolution, {words}, {shape[1]} channels, {_text(shape)}",
+                    images=batch,
+                    rounds=2 if QUICK else 20,
+                    set_up=_conv(shape, key),
+                    sides=(EAGER, FUSED),
+                )
 
 
 def block_workloads() -> Iterator[Workload]:
@@ -292,6 +317,30 @@ def _projection(shape: Shape) -> Callable[[str], Run]:
             torch.autograd.backward(forward(s, x), dy)
 
         return run
+
+    return set_up
+
+
+def _conv(shape: Shape, key: str) -> Callable[[str], Run]:
+    def set_up(side: str) -> Run:
+        torch.manual_seed(0)
+        channels = shape[1]
+        x, dy = _activation(shape), _activation(shape)
+        weight = _activation((channels, channels, 3, 3)).mul_((9 * channels) ** -0.5)
+        if side == FUSED:
+            # Gradients are asked for so that no transformed weights are kept from the run before.
+            x.requires_grad_(key != "weight")
+            weight.requires_grad_(key != "input")
+            if key == "forward":
+                return lambda: conv3x3(x, weight)
+            y = conv3x3(x, weight)
+            wanted = x if key == "input" else weight
+            return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        if key == "forward":
+            return lambda: F.conv2d(x, weight, padding=1)
+        wanted = (x if key == "input" else weight).requires_grad_()
+        y = F.conv2d(x, weight, padding=1)
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
     return set_up
 

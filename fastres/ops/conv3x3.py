@@ -26,12 +26,12 @@ ALGORITHMS = ("auto", "direct", "winograd")
 TILE = 4
 _POINTS = 36
 # Costs in floating-point operations of the products, as measured on one core with AVX-512 (docs/convolution.md): the
-# transforms of a tile, a channel; the transform of the weights, a pair of channels; starting the threads three times.
-_TILE_COST = 1700
-_WEIGHT_COST = 1500
+# transforms of a tile, a channel; the transform of the weights, a pair of channels; a call.
+_TILE_COST = 1600
+_WEIGHT_COST = 400
 _CALL_COST = 1_000_000
 # Winograd has to be this much cheaper, for its rounding errors are larger.
-_ADVANTAGE = 1.2
+_ADVANTAGE = 1.1
 
 
 # -------------------------------------------------------------------------------------------------- choice of algorithm
