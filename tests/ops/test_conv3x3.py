@@ -343,6 +343,28 @@ def test_auto_takes_winograd_where_it_pays(monkeypatch):
     assert not calls(monkeypatch, deep, wide)
 
 
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        # images, inputs, outputs, height, width: as measured, see docs/convolution.md
+        ((64, 3, 64, 32, 32), False),
+        ((64, 8, 8, 32, 32), False),
+        ((64, 16, 16, 32, 32), False),
+        ((64, 32, 32, 32, 32), True),
+        ((1, 64, 64, 32, 32), True),
+        ((1, 128, 128, 16, 16), True),
+        ((1, 256, 256, 8, 8), True),
+        ((1, 512, 512, 4, 4), False),
+        ((8, 512, 512, 4, 4), True),
+        ((128, 512, 512, 4, 4), True),
+        # not measured: a tile of one pixel takes more multiplications than the pixel
+        ((64, 512, 512, 1, 1), False),
+    ],
+)
+def test_the_cost_model_decides_as_was_measured(case, wanted):
+    assert ops.pays(*case) is wanted
+
+
 def test_the_argument_comes_before_the_environment(monkeypatch):
     x, weight, _ = data((2, 8, 8, 5, 5))
     monkeypatch.setenv("FASTRES_CONV", "winograd")
