@@ -23,12 +23,10 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from benchmarks.records import ROOT, row
+from benchmarks.records import ROOT, insert_table, row
 from fastres import _extension
 from fastres.kernels.compiled import ARCHITECTURES, Architecture
-from fastres.train.checkpoint import write_text
 
-MARKERS = ("<!-- kernels -->", "<!-- /kernels -->")
 STEPS = ("forward", "inference", "input gradient", "weight gradient")
 ARITHMETIC = {"BFloat16": "bfloat16", "Half": "float16", "Tf32": "float32 as tf32", "Float": "float32"}
 TWO_BLOCKS = ("sm_80", "sm_90")
@@ -233,11 +231,10 @@ def main(config: Config) -> int:
         "",
         *plans(said),
     ]
-    document = config.output.read_text(encoding="utf-8")
-    if not all(marker in document for marker in MARKERS):
-        raise SystemExit(f"output: expected a document with {MARKERS[0]} and {MARKERS[1]}, got {config.output}")
-    before, after = document.split(MARKERS[0])[0], document.split(MARKERS[1])[1]
-    write_text(config.output, before + "\n".join([MARKERS[0], *text, MARKERS[1]]) + after)
+    if not insert_table(config.output, "\n".join(text) + "\n", "kernels"):
+        raise SystemExit(
+            f"output: expected a document with <!-- kernels --> and <!-- /kernels -->, got {config.output}"
+        )
     for words in wrong:
         print(f"wrong: {words}", file=sys.stderr)
     return 1 if wrong else 0

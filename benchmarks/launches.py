@@ -117,11 +117,11 @@ def run_backward(loss: Tensor) -> None:
 
 def training_step(
     model: str = "resnet18", *, batch: int = 512, dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0,
-    memory_format: torch.memory_format = torch.channels_last, fused: bool = True, device: Device = TRACED,
+    memory_format: torch.memory_format = torch.channels_last, device: Device = TRACED,
 ) -> tuple[Trace, nn.Module]:  # fmt: skip
     """Forward, loss, backward and a step of SGD of a network with the CIFAR stem under autocast; (trace, network)."""
     with fake_cuda():
-        network, images, labels = _network(model, batch, dropout, memory_format, fused)
+        network, images, labels = _network(model, batch, dropout, memory_format)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         with Recorder(device) as recorder:
             with _autocast(dtype):
@@ -137,7 +137,7 @@ def evaluation(
 ) -> Trace:  # fmt: skip
     """A forward pass in evaluation mode, without gradients."""
     with fake_cuda():
-        network, images, _ = _network(model, batch, 0.0, memory_format, True)
+        network, images, _ = _network(model, batch, 0.0, memory_format)
         network.eval()
         with Recorder(device) as recorder, torch.no_grad(), _autocast(dtype):
             network(images)
@@ -160,9 +160,9 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _network(
-    model: str, batch: int, dropout: float, memory_format: torch.memory_format, fused: bool
+    model: str, batch: int, dropout: float, memory_format: torch.memory_format
 ) -> tuple[nn.Module, Tensor, Tensor]:
-    network = models.create(model, num_classes=CLASSES, dropout=dropout, fused=fused)
+    network = models.create(model, num_classes=CLASSES, dropout=dropout, fused=True)
     for module in network.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.dim() == 4:  # Module.to would do so, but swaps tensors, which fake ones do not allow

@@ -111,6 +111,7 @@ def _moments(
     combined once, at the end, so the loop has no exchange between threads. Differences from the origin are taken first:
     where the mean is far from 0 they are small, and where the origin itself is far from the rest M2 is large.
     """
+    MASKED: tl.constexpr = not (EVEN_S and EVEN_C)
     real = first_channel + tl.arange(0, BLOCK_C) < channels
     row = tl.arange(0, BLOCK_S)[:, None]
     within = element_offsets(channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
@@ -121,7 +122,7 @@ def _moments(
     # Four loads under way before the first is needed.
     for tile in tl.range(tl.program_id(0), tiles, splits, loop_unroll_factor=4):
         at, _, _, left = locate(tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
-        x = load_tile(x_ptr, at + within, (row < left) & real[None, :], not (EVEN_S and EVEN_C)) - origin[None, :]
+        x = load_tile(x_ptr, at + within, (row < left) & real[None, :], MASKED) - origin[None, :]
         delta = x - mean
         if EVEN_S:
             rounds += 1.0
@@ -307,6 +308,7 @@ def apply_kernel(
     Reads T for x and T for r, writes T for y and 1 bit an element. VARIANCE: rstd_ptr holds the variance, as evaluation
     has it. Grid: (splits, channel blocks).
     """
+    MASKED: tl.constexpr = not (EVEN_S and EVEN_C)
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     real = channel < channels
@@ -326,9 +328,9 @@ def apply_kernel(
         )
         offset = at + within
         mask = (row < left) & real[None, :]
-        x = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C))
+        x = load_tile(x_ptr, offset, mask, MASKED)
         if residual_ptr is not None:
-            r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C))
+            r = load_tile(residual_ptr, offset, mask, MASKED)
             if NORMED:
                 r_mean, r_scale, r_bias = _load_affine(
                     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr, channel, real,
@@ -355,7 +357,7 @@ def apply_kernel(
             z = tl.where(passed, z, 0.0)
         if residual_ptr is not None and ACT_ADD:
             z += r
-        store_tile(y_ptr, offset, z, mask, not (EVEN_S and EVEN_C))
+        store_tile(y_ptr, offset, z, mask, MASKED)
         if bits_ptr is not None:
             store_bits(
                 bits_ptr, byte_at, passed, left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C
@@ -400,6 +402,7 @@ def backward_reduce_kernel(
     (12, or with order "act_add" 16, with a normalised residual). Grid: (splits, channel blocks).
     """
     split = tl.program_id(0)
+    MASKED: tl.constexpr = not (EVEN_S and EVEN_C)
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     real = channel < channels
@@ -423,8 +426,8 @@ def backward_reduce_kernel(
         at, byte_at, _, left = locate(tile, first_channel, positions, channels, image, CHANNELS_LAST, INDEX_64, BLOCK_S)
         offset = at + within
         mask = (row < left) & real[None, :]
-        dy = load_tile(dy_ptr, offset, mask, not (EVEN_S and EVEN_C))
-        centred = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C)) - mean
+        dy = load_tile(dy_ptr, offset, mask, MASKED)
+        centred = load_tile(x_ptr, offset, mask, MASKED) - mean
         g = _masked_gradient(
             dy, centred, scale, bias, bits_ptr, byte_at, keep_scale, left, first_channel, channels, image, RELU,
             CHANNELS_LAST, BLOCK_S, BLOCK_C,
@@ -432,7 +435,7 @@ def backward_reduce_kernel(
         sum_g += g
         sum_gx += g * centred
         if residual_ptr is not None:
-            r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C))
+            r = load_tile(residual_ptr, offset, mask, MASKED)
             r -= load_channels(residual_mean_ptr, channel, real, 0.0)
             if ACT_ADD:
                 sum_d += dy
@@ -522,6 +525,7 @@ def backward_apply_kernel(
     NORMED: tl.constexpr = residual_mean_ptr is not None
     IN_LOOP: tl.constexpr = NORMED and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     READS_X: tl.constexpr = (TRAINING and dx_ptr is not None) or (RELU and bits_ptr is None)
+    MASKED: tl.constexpr = not (EVEN_S and EVEN_C)
     first_channel = tl.program_id(1) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     real = channel < channels
@@ -548,10 +552,10 @@ def backward_apply_kernel(
                 mean_ptr, rstd_ptr, weight_ptr, bias_ptr, dbias_ptr, dweight_ptr, channel, real, share,
                 RELU and bits_ptr is None,
             )  # fmt: skip
-        dy = load_tile(dy_ptr, offset, mask, not (EVEN_S and EVEN_C))
+        dy = load_tile(dy_ptr, offset, mask, MASKED)
         centred = dy
         if READS_X:
-            centred = load_tile(x_ptr, offset, mask, not (EVEN_S and EVEN_C)) - mean
+            centred = load_tile(x_ptr, offset, mask, MASKED) - mean
         g = _masked_gradient(
             dy, centred, scale, bias, bits_ptr, byte_at, keep_scale, left, first_channel, channels, image, RELU,
             CHANNELS_LAST, BLOCK_S, BLOCK_C,
@@ -563,7 +567,7 @@ def backward_apply_kernel(
             dx = centred_g
             if TRAINING:
                 dx -= centred * mean_gx
-            store_tile(dx_ptr, offset, dx * scale, mask, not (EVEN_S and EVEN_C))
+            store_tile(dx_ptr, offset, dx * scale, mask, MASKED)
         if dresidual_ptr is not None:
             dr = g
             if ACT_ADD:
@@ -579,10 +583,10 @@ def backward_apply_kernel(
                     else:
                         # The mean of the same gradient.
                         dr = centred_g
-                    r = load_tile(residual_ptr, offset, mask, not (EVEN_S and EVEN_C)) - r_mean
+                    r = load_tile(residual_ptr, offset, mask, MASKED) - r_mean
                     dr -= r * r_mean_gx
                 dr *= r_scale
-            store_tile(dresidual_ptr, offset, dr, mask, not (EVEN_S and EVEN_C))
+            store_tile(dresidual_ptr, offset, dr, mask, MASKED)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -715,7 +719,6 @@ def _forward(
     seed: Tensor | None, eps: float, residual_eps: float, act: reference.Activation, save_bits: bool, variance: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, bits) by one launch. `vectors`: mean, rstd (the variance where `variance` says so), weight, bias."""
-    _check(x, [("residual", residual)], (*vectors, *residual_vectors))
     shape = geometry(x)
     y = torch.empty_like(x)
     bits = _bits(x, act, residual is not None, save_bits)
@@ -740,6 +743,8 @@ def apply(
     residual_bias: Tensor | None, seed: Tensor | None, relu: bool, dropout_p: float, order: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_apply."""
+    vectors = (mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias)
+    _check(x, [("residual", residual)], vectors)
     residual_vectors = (residual_mean, residual_rstd, residual_weight, residual_bias)
     return _forward(
         x, (mean, rstd, weight, bias), residual, residual_vectors if residual_mean is not None else (None,) * 4, seed,
@@ -756,8 +761,8 @@ def training(
     residual_eps: float, relu: bool, dropout_p: float, order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_training: two launches."""
-    vectors = (running_mean, running_var, x_mean, x_m2, residual_running_mean, residual_running_var, residual_mean,
-               residual_m2)  # fmt: skip
+    vectors = (weight, bias, running_mean, running_var, x_mean, x_m2, residual_weight, residual_bias,
+               residual_running_mean, residual_running_var, residual_mean, residual_m2)  # fmt: skip
     _check(x, [("residual", residual)], vectors)
     values = [(x, _Norm(running_mean, running_var, momentum, eps, x_mean, x_m2))]
     normed = residual is not None and residual_norm
@@ -788,6 +793,9 @@ def inference(
     order: str, save_bits: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_inference: one launch."""
+    vectors = (running_mean, running_var, weight, bias, residual_running_mean, residual_running_var, residual_weight,
+               residual_bias)  # fmt: skip
+    _check(x, [("residual", residual)], vectors)
     residual_vectors = (residual_running_mean, residual_running_var, residual_weight, residual_bias)
     return _forward(
         x, (running_mean, running_var, weight, bias), residual,

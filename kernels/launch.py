@@ -119,23 +119,20 @@ class _Counters:
         return found
 
 
-@functools.cache
-def _counters(device: torch.device) -> _Counters:
-    return _Counters(device)
+_counters: dict[torch.device, _Counters] = {}
 
 
 def arrival_counters(x: Tensor, size: int) -> Tensor:
     """int32 [size or more] on x's device, all 0, for the next launch on the current stream."""
     if _recorder.get() is not None:
         return x.new_empty(size, dtype=torch.int32)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing() and x.device not in _known:
-        # Whatever is allocated during a capture belongs to the graph.
-        return torch.zeros(size, dtype=torch.int32, device=x.device)
-    _known.add(x.device)
-    return _counters(x.device).take(size)
+    if x.device not in _counters:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Whatever is allocated during a capture belongs to the graph.
+            return torch.zeros(size, dtype=torch.int32, device=x.device)
+        _counters[x.device] = _Counters(x.device)
+    return _counters[x.device].take(size)
 
-
-_known: set[torch.device] = set()
 
 # ------------------------------------------------------------------------------------------------------------ launching
 

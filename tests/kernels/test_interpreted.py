@@ -129,7 +129,7 @@ def test_counters_are_zero_again_after_every_launch(layout):
     for _ in range(2):
         _, mean, m2 = OPS.batch_norm_act_stats(x)
         OPS.batch_norm_act_backward_reduce(dy, x, mean, m2, *[None] * 8, False, 0.0, "add_act")
-        assert all(not c.any() for c in _counters(x.device).by_stream.values())
+        assert all(not c.any() for c in _counters[x.device].by_stream.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
