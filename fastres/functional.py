@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastres import reference
 from fastres.ops import batch_norm_act as _bn_ops
 from fastres.ops import conv3x3 as _conv_ops
+from fastres.ops import norm_act_conv3x3 as _norm_act_conv_ops
 from fastres.ops import projection_shortcut as _projection_ops
 from fastres.reference import NormParams
 
-__all__ = ["NormParams", "batch_norm_act", "conv3x3", "projection_shortcut"]
+__all__ = [
+    "Convolved",
+    "NormParams",
+    "Statistics",
+    "batch_norm_act",
+    "conv3x3",
+    "conv3x3_norm_act",
+    "measured_conv3x3",
+    "norm_act_conv3x3",
+    "projection_shortcut",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ORDERS = ("add_act", "act_add")
+
+
+class Statistics(NamedTuple):
+    """What a normalisation by the batch's statistics measures of its input, where somebody has measured it already.
+
+    Attributes:
+        mean: [C], float32 (float64 for float64).
+        m2: [C], the sum of squared deviations from the mean.
+    """
+
+    mean: Tensor
+    m2: Tensor
+
+
+class Convolved(NamedTuple):
+    """A convolution's results.
+
+    Attributes:
+        y: [N, K, H, W].
+        statistics: those of y where the convolution took them, for the normalisation that follows; or None.
+        x: the convolution's input, to be taken by whatever else reads it (a residual, say). A gradient that comes back
+            through it is added where the convolution writes its own, instead of in a pass over three tensors.
+    """
+
+    y: Tensor
+    statistics: Statistics | None
+    x: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -90,6 +130,31 @@ def _check_options(
         raise ValueError(f"x: expected more than 1 value a channel in training, got shape {shape}")
 
 
+def _check_statistics(name: str, value: Statistics | None, like: Tensor, training: bool) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Statistics):
+        raise TypeError(f"{name}: expected Statistics or None, got {type(value).__name__}")
+    if not training:
+        raise ValueError(f"{name}: expected None with training=False, which takes the running ones, got Statistics")
+    dtype = reference.statistics_dtype(like.dtype)
+    for part, vector in zip(value._fields, value, strict=True):
+        _check_channels(f"{name}.{part}", vector, like, like.shape[1])
+        if vector.dtype != dtype:
+            raise TypeError(f"{name}.{part}: expected dtype {dtype}, got {vector.dtype}")
+
+
+def _check_convolution(x: Tensor, weight: Tensor, algorithm: str | None) -> None:
+    _check_activation("x", x)
+    _check_activation("weight", weight, x)
+    if weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if algorithm is not None and not isinstance(algorithm, str):
+        raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")
+
+
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
@@ -120,6 +185,14 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):  # autocast does not know meta
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def _autocast_pair(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The two inputs of a convolution as autocast would have them."""
+    autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    if autocast is not None and isinstance(weight, Tensor) and x.is_floating_point():
+        return x.to(autocast), weight.to(autocast)
+    return x, weight
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -193,6 +266,7 @@ def batch_norm_act(
     dropout_p: float = 0.0,
     order: str = "add_act",
     seed: Tensor | None = None,
+    statistics: Statistics | None = None,
 ) -> Tensor:
     """Normalise `x`, add `residual`, apply ReLU and dropout in one pass over memory.
 
@@ -221,6 +295,7 @@ def batch_norm_act(
         order: "add_act" (ResNet v1) or "act_add".
         seed: int64, one element, on x's device; the dropout mask is a pure function of it. None draws one from torch's
             generator, so torch.manual_seed and activation checkpointing behave.
+        statistics: those of x, where they are known already, in training only. x is then not read to be measured.
     Returns:
         [N, C, H, W], dtype and memory format of x.
     Raises:
@@ -246,6 +321,7 @@ def batch_norm_act(
             raise TypeError(f"residual_norm: expected NormParams or None, got {type(residual_norm).__name__}")
         _check_norm("residual_norm.", residual_norm, x, channels, training)
     _check_norm("", norm, x, channels, training)
+    _check_statistics("statistics", statistics, x, training)
     _check_options(training, relu, dropout_p, seed, x, tuple(x.shape))
     if x.numel() == 0:
         # As torch.nn.BatchNorm2d does: an empty result that autograd can pass through, running statistics untouched.
@@ -253,7 +329,7 @@ def batch_norm_act(
             x, *norm[:4], training=training, momentum=momentum, eps=eps, residual=residual, residual_norm=residual_norm,
             relu=relu, dropout_p=0.0, order=order,
         )  # fmt: skip
-    return _run(x, norm, residual, residual_norm, None, None, training, relu, dropout_p, order, seed)
+    return _run(x, norm, residual, residual_norm, statistics, None, training, relu, dropout_p, order, seed)
 
 
 def projection_shortcut(
@@ -268,6 +344,7 @@ def projection_shortcut(
     relu: bool = True,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    x_statistics: Statistics | None = None,
 ) -> Tensor:
     """The projection shortcut of a residual block, with the addition and the activation that follow it.
 
@@ -285,6 +362,7 @@ def projection_shortcut(
         x_norm: normalisation of x, applied in the same pass; None adds x as it is.
         stride: of the convolution, one number or (rows, columns).
         training, relu, dropout_p, seed: as in `batch_norm_act`; `training` holds for both normalisations.
+        x_statistics: those of x, where they are known already, with x_norm and in training only.
     Returns:
         [N, Cout, ceil(H / stride), ceil(W / stride)], dtype of s and memory format of x, or of s where x is None.
     Raises:
@@ -292,11 +370,10 @@ def projection_shortcut(
             positive.
     Source: He et al. 2015, equation 2 and option B.
     """
-    autocast = _autocast_dtype(s.device) if isinstance(s, Tensor) else None
-    if autocast is not None and isinstance(conv_weight, Tensor) and s.is_floating_point():
-        s, conv_weight = s.to(autocast), conv_weight.to(autocast)
-        if isinstance(x, Tensor):
-            x = x.to(autocast)
+    s, conv_weight = _autocast_pair(s, conv_weight)
+    autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    if x is not None and autocast is not None:
+        x = x.to(autocast)
     _check_activation("s", s)
     strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
     if len(strides) != 2 or not all(isinstance(v, int) for v in strides):
@@ -324,6 +401,10 @@ def projection_shortcut(
         if not isinstance(params, NormParams):
             raise TypeError(f"{prefix[:-1]}: expected NormParams, got {type(params).__name__}")
         _check_norm(prefix, params, s, channels, training)
+    if x_statistics is not None:
+        if x is None or x_norm is None:
+            raise ValueError("x_statistics: expected None without x and x_norm, got Statistics")
+        _check_statistics("x_statistics", x_statistics, x, training)
     _check_options(training, relu, dropout_p, seed, s, tuple(shape))
     if s.numel() == 0:
         return reference.projection_shortcut(
@@ -344,7 +425,7 @@ def projection_shortcut(
     stats = (mean, m2) if training else None
     if x is None or x_norm is None:
         return _run(product, norm, x, None, stats, None, training, relu, dropout_p, "add_act", seed)
-    return _run(x, x_norm, product, norm, None, stats, training, relu, dropout_p, "add_act", seed)
+    return _run(x, x_norm, product, norm, x_statistics, stats, training, relu, dropout_p, "add_act", seed)
 
 
 def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tensor:
@@ -375,21 +456,139 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
         ValueError: shapes or devices disagree; an unknown algorithm.
     Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.
     """
-    autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    if autocast is not None and isinstance(weight, Tensor) and x.is_floating_point():
-        x, weight = x.to(autocast), weight.to(autocast)
-    _check_activation("x", x)
-    _check_activation("weight", weight, x)
-    if weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(
-            f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
-        )
-    if algorithm is not None and not isinstance(algorithm, str):
-        raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")
+    x, weight = _autocast_pair(x, weight)
+    _check_convolution(x, weight, algorithm)
     if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
         return reference.conv3x3(x, weight)
     x = _dense(x, torch.channels_last)
     if _needs_grad(x, weight):
-        y: Tensor = _conv_ops.Conv3x3.apply(x, weight)
+        y: Tensor = _conv_ops.Conv3x3.apply(x, weight, False)[0]
         return y
-    return _conv_ops.forward(x, weight, True)  # type: ignore[no-any-return]
+    return _conv_ops.inference(x, weight, None, None, None, None, None, 0.0, False)  # type: ignore[no-any-return]
+
+
+def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
+    """`conv3x3` in training, with what its neighbours in a residual block can use.
+
+    Args, Raises, Source: as `conv3x3`.
+    Returns:
+        y as `conv3x3`; by Winograd's algorithm with its statistics, and with x for its other uses. See `Convolved`.
+    """
+    x, weight = _autocast_pair(x, weight)
+    _check_convolution(x, weight, algorithm)
+    if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
+        return Convolved(reference.conv3x3(x, weight), None, x)
+    y, mean, m2, x = _conv_ops.Conv3x3.apply(_dense(x, torch.channels_last), weight, True)
+    return Convolved(y, Statistics(mean, m2), x)
+
+
+def norm_act_conv3x3(
+    x: Tensor,
+    norm: NormParams,
+    weight: Tensor,
+    *,
+    statistics: Statistics | None = None,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    dropout_p: float = 0.0,
+    order: str = "add_act",
+    seed: Tensor | None = None,
+    algorithm: str | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """conv3x3(batch_norm_act(x)) in training: normalisation by the batch's statistics, and the convolution after it.
+
+        a = batch_norm_act(x, *norm, training=True, ...)        y = conv3x3(a, weight)
+
+    By Winograd's algorithm a is applied in the convolution's input transform: it is neither written nor kept for
+    backward. Kept are x, mean, rstd, the weight, the residual, and with dropout one bit an element.
+
+    Args:
+        x: [N, C, H, W]; dtypes as in `batch_norm_act`.
+        norm: normalisation of x; running statistics are updated in place.
+        weight: [K, C, 3, 3], dtype of x, of the convolution.
+        statistics, residual, relu, dropout_p, order, seed: as in `batch_norm_act`, training=True.
+        algorithm: as in `conv3x3`; "direct" computes the one after the other.
+    Returns:
+        y: [N, K, H, W], dtype of x; memory format as `conv3x3`'s.
+        statistics: those of y, or None where they have not been taken.
+    Raises:
+        TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
+    Source: Ioffe and Szegedy 2015, algorithm 1; Lavin and Gray 2016, section 4.
+    """
+    x, weight = _autocast_pair(x, weight)
+    if isinstance(residual, Tensor) and isinstance(x, Tensor) and _autocast_dtype(x.device) is not None:
+        residual = residual.to(x.dtype)
+    _check_convolution(x, weight, algorithm)
+    if not isinstance(norm, NormParams):
+        raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
+    if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
+        a = batch_norm_act(
+            x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu,
+            dropout_p=dropout_p, order=order, seed=seed, statistics=statistics,
+        )  # fmt: skip
+        return reference.conv3x3(a, weight), None
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+    if residual is not None:
+        _check_activation("residual", residual, x, x.shape)
+        residual = _dense(residual, torch.channels_last)
+    _check_norm("norm.", norm, x, x.shape[1], True)
+    _check_statistics("statistics", statistics, x, True)
+    _check_options(True, relu, dropout_p, seed, x, tuple(x.shape))
+    if dropout_p > 0 and seed is None:
+        seed = reference.draw_seed(x.device)
+    own = _cast(norm, torch.float32)
+    x_mean, x_m2 = statistics if statistics is not None else (None, None)
+    y, mean, m2 = _norm_act_conv_ops.NormActConv3x3.apply(
+        _dense(x, torch.channels_last), own.weight, own.bias, residual, weight, x_mean, x_m2, own.running_mean,
+        own.running_var, seed, float(norm.momentum), float(norm.eps), relu, float(dropout_p), order, True,
+    )  # fmt: skip
+    _store_running(norm, own)
+    return y, Statistics(mean, m2)
+
+
+def conv3x3_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    norm: NormParams,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    algorithm: str | None = None,
+) -> Tensor:
+    """batch_norm_act(conv3x3(x)) in evaluation: the convolution, and the normalisation by running statistics after it.
+
+        y = relu(bn(conv3x3(x)) + residual)
+
+    By Winograd's algorithm, where no gradient is asked for, one pass: all that follows the sum is done to a tile in
+    registers. Transformed weights are kept as `conv3x3` says.
+
+    Args:
+        x, weight, algorithm: as in `conv3x3`.
+        norm: normalisation of the convolution's output, [K]; running statistics are needed.
+        residual: [N, K, H, W], dtype and device of x.
+        relu: off leaves normalisation and addition.
+    Returns:
+        [N, K, H, W], dtype of x; memory format as `conv3x3`'s.
+    Raises:
+        TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
+    """
+    x, weight = _autocast_pair(x, weight)
+    _check_convolution(x, weight, algorithm)
+    if not isinstance(norm, NormParams):
+        raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
+    serves = _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm))
+    if not serves or _needs_grad(x, weight, norm.weight, norm.bias, residual):
+        y = conv3x3(x, weight, algorithm=algorithm)
+        return batch_norm_act(y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu)
+    shape = torch.Size((x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    if residual is not None:
+        _check_activation("residual", residual, x, shape)
+        residual = _dense(residual, torch.channels_last)
+    _check_norm("norm.", norm, x, shape[1], False)
+    _check_options(False, relu, 0.0, None, x, tuple(shape))
+    own = _cast(norm, torch.float32)
+    return _conv_ops.inference(  # type: ignore[no-any-return]
+        _dense(x, torch.channels_last), weight, own.running_mean, own.running_var, own.weight, own.bias, residual,
+        float(norm.eps), relu,
+    )  # fmt: skip

@@ -2,6 +2,10 @@
 
     y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, i + u - 1, j + v - 1]
 
+In training the statistics of y, a channel each, are taken while its tiles are in registers, for the normalisation that
+follows; in evaluation that normalisation, a residual and the ReLU are applied there, and nothing else is written. In
+backward a gradient that reaches x on another way is added where the convolution's own is written.
+
 Each 4x4 tile of outputs takes 36 multiplications a pair of channels instead of 144; transforming tiles and weights
 takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 tensors on processors with AVX2 or
 AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from fastres import reference
 from fastres.ops.library import define, differentiable_once
+from fastres.reference import Activation, Affine
 
 ALGORITHMS = ("auto", "direct", "winograd")
 
@@ -74,30 +79,71 @@ def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
     return reference.rows_are_channels(x) and pays(n, c, weight.shape[0], h, w)
 
 
-# ------------------------------------------------------------------------------------------------------------ operators
+# ------------------------------------------------------------------------------------------------------------- forward
 
 
-def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
+def empty_output(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution's output, uninitialised: channels_last whatever x is."""
     shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _forward_fallback(x: Tensor, weight: Tensor, keep_weights: bool) -> Tensor:
-    return _empty_output(x, weight).copy_(F.conv2d(x, weight, padding=1))
+def measured(y: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, M2), the last two empty where they are not asked for."""
+    if statistics:
+        return (y, *reference.stats(y)[1:])
+    none = y.new_empty(0, dtype=reference.statistics_dtype(y.dtype))
+    return y, none, none.clone()
 
 
-def _forward_fake(x: Tensor, weight: Tensor, keep_weights: bool) -> Tensor:
-    return _empty_output(x, weight)
+def fake_measured(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `measured` gives for the output of this convolution, uninitialised."""
+    size = weight.shape[0] if statistics else 0
+    mean, m2 = (x.new_empty(size, dtype=reference.statistics_dtype(x.dtype)) for _ in range(2))
+    return empty_output(x, weight), mean, m2
+
+
+def _forward_fallback(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return measured(empty_output(x, weight).copy_(F.conv2d(x, weight, padding=1)), statistics)
 
 
 forward = define(
-    "conv3x3_forward(Tensor x, Tensor weight, bool keep_weights) -> Tensor",
+    "conv3x3_forward(Tensor x, Tensor weight, bool statistics) -> (Tensor y, Tensor mean, Tensor m2)",
     fallback=_forward_fallback,
-    fake=_forward_fake,
+    fake=fake_measured,
 )
 
 
-def _empty_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+def _inference_fallback(
+    x: Tensor, conv_weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    y = F.conv2d(x, conv_weight, padding=1)
+    if running_mean is not None and running_var is not None:
+        normed = Affine(y, running_mean, torch.rsqrt(running_var + eps), weight, bias)
+        y, _ = reference.apply(normed, residual, None, Activation(relu, 0.0, "add_act"), False)
+    return empty_output(x, conv_weight).copy_(y)
+
+
+def _inference_fake(
+    x: Tensor, conv_weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool,
+) -> Tensor:  # fmt: skip
+    return empty_output(x, conv_weight)
+
+
+inference = define(
+    "conv3x3_inference(Tensor x, Tensor conv_weight, Tensor? running_mean, Tensor? running_var, Tensor? weight,"
+    " Tensor? bias, Tensor? residual, float eps, bool relu) -> Tensor",
+    fallback=_inference_fallback,
+    fake=_inference_fake,
+)
+
+# ------------------------------------------------------------------------------------------------------------ backward
+
+
+def empty_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), uninitialised, and empty where not needed."""
     dx, dweight = x.new_empty(0), x.new_empty(0)
     if needs[0]:
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -107,23 +153,34 @@ def _empty_gradients(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tens
     return dx, dweight
 
 
-def _backward_fallback(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+def plain_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) by PyTorch, in the layouts of `empty_gradients`."""
     found = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needs, False]
     )
-    results = _empty_gradients(x, weight, needs)
+    results = empty_gradients(x, weight, needs)
     for to, gradient, needed in zip(results, found[:2], needs, strict=True):
         if needed:
             to.copy_(gradient)
     return results
 
 
-def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(x, weight, needs)
+def _backward_fallback(
+    dy: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = plain_backward(dy, x, weight, needs)
+    return dx.add_(added) if needs[0] and added is not None else dx, dweight
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    return empty_gradients(x, weight, needs)
 
 
 backward = define(
-    "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, bool[2] needs) -> (Tensor dx, Tensor dweight)",
+    "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, Tensor? added, bool[2] needs)"
+    " -> (Tensor dx, Tensor dweight)",
     fallback=_backward_fallback,
     fake=_backward_fake,
 )
@@ -132,17 +189,24 @@ _backward_once = differentiable_once(backward, "conv3x3")
 
 
 class Conv3x3(torch.autograd.Function):
-    """y, channels_last. Kept for backward: x and the weight."""
+    """(y, mean, M2, x): y channels_last, its statistics (not differentiable; that they depend on y is part of
+    batch_norm_act's own backward), and x for every other use of it. Kept for backward: x and the weight.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        y: Tensor = forward(x, weight, False)
-        return y
+        y, mean, m2 = forward(x, weight, statistics)
+        ctx.mark_non_differentiable(mean, m2)
+        # Otherwise autograd makes zeros where x has no other use.
+        ctx.set_materialize_grads(False)
+        return y, mean, m2, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, _mean: None, _m2: None, added: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[:2]
-        dx, dweight = _backward_once(dy, x, weight, needs)
-        return dx if needs[0] else None, dweight if needs[1] else None
+        if dy is None:
+            return added, None, None
+        x, weight = ctx.saved_tensors
+        dx, dweight = _backward_once(dy, x, weight, added, needs)
+        return dx if needs[0] else None, dweight if needs[1] else None, None
