@@ -1,9 +1,9 @@
 """The operators in plain PyTorch.
 
-Two halves. The differentiable functions `batch_norm_act`, `projection_shortcut` and `conv3x3` say what the operators
-mean in as few lines as that takes; the tests hold every backend against them in float64. Below them the same
-mathematics stage by stage (statistics, apply, backward sums, backward apply), in the form in which the operators call
-it: that half is the fallback where nothing is compiled.
+Two halves. The differentiable functions, from `batch_norm_act` to `conv3x3_norm_act`, say what the operators mean in as
+few lines as that takes; the tests hold every backend against them in float64. Below them the same mathematics stage by
+stage (statistics, apply, backward sums, backward apply), in the form in which the operators call it: that half is the
+fallback where nothing is compiled.
 
 Notation: x is [N, C, H, W], M = N * H * W elements a channel, xhat = (x - mean) * rstd.
 """
@@ -259,6 +259,32 @@ def projection_shortcut(
 def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     """`fastres.functional.conv3x3` in plain PyTorch: the direct convolution, differentiable any number of times."""
     return F.conv2d(x, weight, padding=1)
+
+
+def norm_act_conv3x3(
+    x: Tensor,
+    norm: NormParams,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    dropout_p: float = 0.0,
+    order: str = "add_act",
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y of `fastres.functional.norm_act_conv3x3` in plain PyTorch, differentiable; it trusts its arguments."""
+    a = batch_norm_act(
+        x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu,
+        dropout_p=dropout_p, order=order, seed=seed,
+    )  # fmt: skip
+    return conv3x3(a, weight)
+
+
+def conv3x3_norm_act(
+    x: Tensor, weight: Tensor, norm: NormParams, *, residual: Tensor | None = None, relu: bool = True
+) -> Tensor:
+    """`fastres.functional.conv3x3_norm_act` in plain PyTorch, differentiable; it trusts its arguments."""
+    return batch_norm_act(conv3x3(x, weight), *norm[:4], eps=norm.eps, residual=residual, relu=relu)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

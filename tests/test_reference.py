@@ -99,3 +99,26 @@ def test_the_oracle_agrees_with_torch_s_own_operators(training, relu, order):
     dy = torch.randn(y.shape, generator=gen, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("order", ["add_act", "act_add"])
+def test_the_oracle_of_the_convolution_s_neighbours_agrees_with_torch_s_own_operators(order):
+    gen = generator("neighbours", order)
+    x, r = (activation((2, 5, 4, 6), torch.float64, "nchw", gen).requires_grad_() for _ in range(2))
+    weight, back = (torch.randn(s, generator=gen, dtype=torch.float64) for s in ((7, 5, 3, 3), (5, 7, 3, 3)))
+    first, last = norm(5, torch.float64, gen), norm(5, torch.float64, gen)
+    seed, running = torch.tensor([4]), [t.clone() for t in first[:2]]
+    z = F.batch_norm(x, *running, first.weight, first.bias, True, first.momentum, first.eps)
+    keep = reference.dropout_keep(x.shape, seed, 0.3).double() / 0.7
+    a = F.relu(z + r) * keep if order == "add_act" else F.relu(z) * keep + r
+    product = F.conv2d(F.conv2d(a, weight, padding=1), back, padding=1)
+    expected = F.relu(F.batch_norm(product, *last[:4], eps=last.eps) + r)
+    y = reference.norm_act_conv3x3(x, first, weight, residual=r, dropout_p=0.3, order=order, seed=seed)
+    y = reference.conv3x3_norm_act(y, back, last, residual=r)
+    torch.testing.assert_close(y, expected)
+    for kept, wanted in zip(first[:2], running, strict=True):
+        torch.testing.assert_close(kept, wanted)
+    inputs = [x, r, first.weight, first.bias, last.weight, last.bias]
+    dy = torch.randn(y.shape, generator=gen, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
+        torch.testing.assert_close(a, b)
