@@ -9,6 +9,7 @@
 // it has its own normalisation); the backward apply reads them again and writes dx and dr. Each reads or writes the
 // bits once.
 #include "batch_norm_act.h"
+#include "norm_act_backward.h"
 
 #include <ATen/ops/full.h>
 #include <torch/library.h>
@@ -49,9 +50,7 @@ std::tuple<Tensor, Tensor> apply_forward(
   Tensor bits = at::empty({saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0}, byte_options(x));
   Dropout dropout{};
   if (act.dropout_p > 0) {
-    TORCH_CHECK_VALUE(seed.has_value() && seed->numel() == 1, "seed: expected one element where dropout_p > 0");
-    TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed: expected dtype int64, got ", seed->scalar_type());
-    dropout = {philox_key(*seed->const_data_ptr<int64_t>()), dropout_threshold(act.dropout_p)};
+    dropout = dropout_of(seed, act.dropout_p);
   }
   apply_all(
       ApplyParams<T>{
@@ -109,59 +108,6 @@ std::tuple<Tensor, Tensor> apply(
         x, residual, seed, act, true, norm, residual_mean.has_value() ? &residual_norm : nullptr);
   });
   return result;
-}
-
-// The statistics of one input become mean and rstd, the running statistics and the vectors of the apply pass.
-template <typename T>
-ChannelNorm<acc_t<T>> finalise(
-    const Tensor& x,
-    const Rows& rows,
-    const OptionalTensor& known_mean,
-    const OptionalTensor& known_m2,
-    const OptionalTensor& weight,
-    const OptionalTensor& bias,
-    const OptionalTensor& running_mean,
-    const OptionalTensor& running_var,
-    double momentum,
-    double eps,
-    Tensor& mean,
-    Tensor& rstd) {
-  using A = acc_t<T>;
-  const int64_t channels = rows.channels;
-  const double count = static_cast<double>(rows.count());
-  Moments moments(channels);
-  if (known_mean.has_value() && known_m2.has_value()) {
-    const A* m = channel_data<A>("mean", known_mean, channels);
-    const A* m2 = channel_data<A>("m2", known_m2, channels);
-    moments.mean.assign(m, m + channels);
-    moments.m2.assign(m2, m2 + channels);
-  } else {
-    moments = moments_of(x.const_data_ptr<T>(), rows);
-  }
-  mean = channel_vector(x, channels);
-  rstd = channel_vector(x, channels);
-  A* mean_data = mean.mutable_data_ptr<A>();
-  A* rstd_data = rstd.mutable_data_ptr<A>();
-  for (int64_t c = 0; c < channels; ++c) {
-    mean_data[c] = static_cast<A>(moments.mean[c]);
-    rstd_data[c] = static_cast<A>(1.0 / std::sqrt(moments.m2[c] / count + eps));
-  }
-  const auto update =
-      [&](const char* name, const OptionalTensor& running, const std::vector<double>& batch, double by) {
-        if (!running.has_value()) {
-          return;
-        }
-        channel_data<A>(name, running, channels);
-        A* data = running->mutable_data_ptr<A>();
-        for (int64_t c = 0; c < channels; ++c) {
-          data[c] = static_cast<A>((1.0 - momentum) * static_cast<double>(data[c]) + momentum * batch[c] / by);
-        }
-        // The dispatcher counts versions for operators that it generates, not for these.
-        running->unsafeGetTensorImpl()->bump_version();
-      };
-  update("running_mean", running_mean, moments.mean, 1.0);
-  update("running_var", running_var, moments.m2, count - 1.0);
-  return Saved<A>(channels, mean, rstd, weight, bias).norm();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
@@ -251,58 +197,6 @@ std::tuple<Tensor, Tensor> inference(
 }
 
 // --- backward
-
-// Where the gradient's bit comes from.
-enum class Gate { open, bits, recompute };
-
-// dx = scale * g - offset - slope * (x - mean)
-template <typename A>
-struct GradientNorm {
-  std::vector<A> scale, offset, slope;
-};
-
-template <typename T>
-struct BackwardParams {
-  const T* dy;
-  const T* x;
-  const T* residual; // null unless it has its own normalisation
-  const uint8_t* bits;
-  T* dx; // null where not needed, or in the pass that sums
-  T* dresidual;
-  const ChannelNorm<acc_t<T>>* norm;
-  const ChannelNorm<acc_t<T>>* residual_norm;
-  const GradientNorm<acc_t<T>>* gradient;
-  const GradientNorm<acc_t<T>>* residual_gradient;
-  Gate gate;
-  acc_t<T> keep_scale; // 1 / (1 - p), or 1
-  bool act_add;
-  bool centred; // statistics are the batch's: offset and slope count
-  bool stream;
-  Rows rows;
-};
-
-// g at elements k ... of a row, and x - mean, which both passes need.
-template <typename T, bool kColumns, Gate kGate, typename Count>
-inline Pair<acc_t<T>> masked_gradient(
-    const BackwardParams<T>& p,
-    const ChannelLanes<acc_t<T>, kColumns>& lanes,
-    int64_t row,
-    int64_t k,
-    Count count,
-    const Pair<acc_t<T>>& dy,
-    const Pair<acc_t<T>>& centred) {
-  using A = acc_t<T>;
-  if constexpr (kGate == Gate::open) {
-    return dy;
-  } else if constexpr (kGate == Gate::bits) {
-    const uint8_t* bits = p.bits + row * bitmask_row_bytes(p.rows.inner()) + k / 8;
-    return select_lanes(dy, load_bits(bits, count)) * Pair<A>::fill(p.keep_scale);
-  } else {
-    // The very expression of the forward pass, so that its sign is the same.
-    const Pair<A> z = fmadd(centred, lanes(p.norm->scale, k, count), lanes(p.norm->bias, k, count));
-    return select_lanes(dy, passing_lanes(z));
-  }
-}
 
 // Four sums a channel: g, g * (x - mean), and the same two of what reaches the residual's normalisation.
 constexpr int kSums = 4;
@@ -394,60 +288,6 @@ void sum_planes(const BackwardParams<T>& p, int64_t begin, int64_t end, int64_t 
   }
 }
 
-template <typename T, bool kColumns, bool kDual, Gate kGate>
-void gradient_rows(const BackwardParams<T>& p, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const int64_t inner = p.rows.inner();
-  for (int64_t row = begin; row < end; ++row) {
-    const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
-    for_each_unit<A>(inner, [&](int64_t k, auto count) {
-      const int64_t at = row * inner + k;
-      const Pair<A> dy = load_lanes(p.dy + at, count);
-      const bool needs_x = p.centred || kGate == Gate::recompute;
-      const Pair<A> centred = needs_x ? load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count) : Pair<A>::fill(0);
-      const Pair<A> g = masked_gradient<T, kColumns, kGate>(p, lanes, row, k, count, dy, centred);
-      const auto through = [&](const GradientNorm<A>& norm, const Pair<A>& dz, const Pair<A>& value) {
-        const Pair<A> scaled = dz * lanes(norm.scale, k, count);
-        return p.centred ? scaled - fmadd(value, lanes(norm.slope, k, count), lanes(norm.offset, k, count)) : scaled;
-      };
-      if (p.dx != nullptr) {
-        put(p.dx + at, through(*p.gradient, g, centred), count, p.stream);
-      }
-      if (p.dresidual != nullptr) {
-        const Pair<A> dr = p.act_add ? dy : g;
-        if constexpr (kDual) {
-          const Pair<A> r =
-              p.centred ? load_lanes(p.residual + at, count) - lanes(p.residual_norm->mean, k, count) : dr;
-          put(p.dresidual + at, through(*p.residual_gradient, dr, r), count, p.stream);
-        } else {
-          put(p.dresidual + at, dr, count, p.stream);
-        }
-      }
-    });
-  }
-  if (p.stream) {
-    stream_fence();
-  }
-}
-
-template <typename T, typename F>
-void with_flags(const BackwardParams<T>& p, const F& f) {
-  const auto with_gate = [&](auto columns, auto dual) {
-    switch (p.gate) {
-      case Gate::open:
-        return f(columns, dual, std::integral_constant<Gate, Gate::open>());
-      case Gate::bits:
-        return f(columns, dual, std::integral_constant<Gate, Gate::bits>());
-      case Gate::recompute:
-        return f(columns, dual, std::integral_constant<Gate, Gate::recompute>());
-    }
-  };
-  const auto with_dual = [&](auto columns) {
-    return p.residual != nullptr ? with_gate(columns, std::true_type()) : with_gate(columns, std::false_type());
-  };
-  return p.rows.channels_last ? with_dual(std::true_type()) : with_dual(std::false_type());
-}
-
 template <typename T>
 ChannelSums sum_all(const BackwardParams<T>& p) {
   const Rows& rows = p.rows;
@@ -477,39 +317,6 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
     }
   }
   return total;
-}
-
-template <typename T>
-void gradient_all(const BackwardParams<T>& p) {
-  const Segments segments(p.rows.rows(), p.rows.bytes(sizeof(T)), kElementwiseBytes);
-  with_flags(p, [&](auto columns, auto dual, auto gate) {
-    for_each_segment_backwards(segments, [&](int64_t s) {
-      const auto [begin, end] = segments.range(s);
-      gradient_rows<T, decltype(columns)::value, decltype(dual)::value, decltype(gate)::value>(p, begin, end);
-    });
-  });
-}
-
-template <typename A>
-GradientNorm<A> gradient_norm(
-    const ChannelNorm<A>& norm,
-    const A* rstd,
-    const A* dweight,
-    const A* dbias,
-    double count) {
-  GradientNorm<A> out;
-  const size_t channels = norm.scale.size();
-  out.scale = norm.scale;
-  out.offset.assign(channels, A(0));
-  out.slope.assign(channels, A(0));
-  if (dweight != nullptr) {
-    for (size_t c = 0; c < channels; ++c) {
-      const double scale = norm.scale[c];
-      out.offset[c] = static_cast<A>(scale * dbias[c] / count);
-      out.slope[c] = static_cast<A>(scale * rstd[c] * dweight[c] / count);
-    }
-  }
-  return out;
 }
 
 // The saved tensors and flags of one backward call, checked and made ready.

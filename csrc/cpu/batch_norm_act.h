@@ -40,6 +40,12 @@ inline bool parse_order(std::string_view order) {
   return order == "act_add";
 }
 
+inline Dropout dropout_of(const OptionalTensor& seed, double dropout_p) {
+  TORCH_CHECK_VALUE(seed.has_value() && seed->numel() == 1, "seed: expected one element where dropout_p > 0");
+  TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed: expected dtype int64, got ", seed->scalar_type());
+  return {philox_key(*seed->const_data_ptr<int64_t>()), dropout_threshold(dropout_p)};
+}
+
 // A [C] argument as the loops read it: contiguous, in the statistics' dtype.
 template <typename A>
 inline const A* channel_data(const char* name, const Tensor& v, int64_t channels) {
@@ -120,6 +126,59 @@ inline ChannelNorm<A> running_norm(
   }
   saved.rstd = rstd.data();
   return saved.norm();
+}
+
+// The statistics of one input become mean and rstd, the running statistics and the vectors of the apply pass.
+template <typename T>
+inline ChannelNorm<acc_t<T>> finalise(
+    const Tensor& x,
+    const Rows& rows,
+    const OptionalTensor& known_mean,
+    const OptionalTensor& known_m2,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& running_mean,
+    const OptionalTensor& running_var,
+    double momentum,
+    double eps,
+    Tensor& mean,
+    Tensor& rstd) {
+  using A = acc_t<T>;
+  const int64_t channels = rows.channels;
+  const double count = static_cast<double>(rows.count());
+  Moments moments(channels);
+  if (known_mean.has_value() && known_m2.has_value()) {
+    const A* m = channel_data<A>("mean", known_mean, channels);
+    const A* m2 = channel_data<A>("m2", known_m2, channels);
+    moments.mean.assign(m, m + channels);
+    moments.m2.assign(m2, m2 + channels);
+  } else {
+    moments = moments_of(x.const_data_ptr<T>(), rows);
+  }
+  mean = channel_vector(x, channels);
+  rstd = channel_vector(x, channels);
+  A* mean_data = mean.mutable_data_ptr<A>();
+  A* rstd_data = rstd.mutable_data_ptr<A>();
+  for (int64_t c = 0; c < channels; ++c) {
+    mean_data[c] = static_cast<A>(moments.mean[c]);
+    rstd_data[c] = static_cast<A>(1.0 / std::sqrt(moments.m2[c] / count + eps));
+  }
+  const auto update =
+      [&](const char* name, const OptionalTensor& running, const std::vector<double>& batch, double by) {
+        if (!running.has_value()) {
+          return;
+        }
+        channel_data<A>(name, running, channels);
+        A* data = running->mutable_data_ptr<A>();
+        for (int64_t c = 0; c < channels; ++c) {
+          data[c] = static_cast<A>((1.0 - momentum) * static_cast<double>(data[c]) + momentum * batch[c] / by);
+        }
+        // The dispatcher counts versions for operators that it generates, not for these.
+        running->unsafeGetTensorImpl()->bump_version();
+      };
+  update("running_mean", running_mean, moments.mean, 1.0);
+  update("running_var", running_var, moments.m2, count - 1.0);
+  return Saved<A>(channels, mean, rstd, weight, bias).norm();
 }
 
 // Streaming stores pay where the output is larger than what the caches can keep for its reader.

@@ -199,14 +199,20 @@ inline Vec<double> select_lanes(const Vec<double>& x, uint32_t bits) {
 #endif
 }
 
+// x where z is not <= 0 (NaN included), 0 elsewhere: ReLU's gradient.
+template <typename A>
+inline Vec<A> gate(const Vec<A>& x, const Vec<A>& z) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return select_lanes(x, passing_lanes(z));
+#else
+  return Vec<A>::blendv(x, Vec<A>(A(0)), z <= Vec<A>(A(0)));
+#endif
+}
+
 // ReLU that lets NaN through, as PyTorch's does.
 template <typename A>
 inline Vec<A> rectify(const Vec<A>& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return select_lanes(x, passing_lanes(x));
-#else
-  return Vec<A>::blendv(x, Vec<A>(A(0)), x <= Vec<A>(A(0)));
-#endif
+  return gate(x, x);
 }
 
 template <typename A>

@@ -38,6 +38,8 @@ struct ApplyParams {
   bool act_add;
   bool stream;
   Rows rows;
+  const uint8_t* kept = nullptr; // dropout's mask where it has been drawn already, in channels_last
+  int64_t first_y_row = 0;       // the row that y starts with, where y is not as large as x
 
   Residual kind() const {
     return residual == nullptr ? Residual::none : residual_norm ? Residual::normalised : Residual::plain;
@@ -90,15 +92,18 @@ inline void put(T* p, const Pair<acc_t<T>>& x, Count count, bool streaming) {
   store_lanes(p, x, count);
 }
 
-// `keep` is the row's keep bits in NCHW; in channels_last they are drawn here.
-template <typename T, bool kColumns, Residual kResidual, bool kDropout>
+// Where dropout's mask comes from.
+enum class Keep { all, drawn, given };
+
+// `keep` is the row's keep bits; in channels_last they may be drawn here instead.
+template <typename T, bool kColumns, Residual kResidual, Keep kKeep>
 inline void apply_row(const ApplyParams<T>& p, int64_t row, const uint8_t* keep) {
   using A = acc_t<T>;
   const int64_t inner = p.rows.inner();
   const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
   const T* x = p.x + row * inner;
   const T* residual = p.residual + (kResidual == Residual::none ? 0 : row * inner);
-  T* y = p.y + row * inner;
+  T* y = p.y + (row - p.first_y_row) * inner;
   uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
   for_each_unit<A>(inner, [&](int64_t k, auto count) {
     const auto& norm = *p.norm;
@@ -115,10 +120,10 @@ inline void apply_row(const ApplyParams<T>& p, int64_t row, const uint8_t* keep)
         z = z + r;
       }
     }
-    if (kDropout || bits != nullptr) {
+    if (kKeep != Keep::all || bits != nullptr) {
       uint32_t passed = p.relu ? passing_lanes(z) : ~0u;
-      if constexpr (kDropout) {
-        passed &= kColumns ? keep_bits(*p.dropout, row * inner + k) : load_bits(keep + k / 8, count);
+      if constexpr (kKeep != Keep::all) {
+        passed &= kKeep == Keep::drawn ? keep_bits(*p.dropout, row * inner + k) : load_bits(keep + k / 8, count);
         z = z * Pair<A>::fill(p.keep_scale);
       }
       z = select_lanes(z, passed);
@@ -161,9 +166,24 @@ inline void draw_keep_rows(const Dropout& dropout, const Rows& rows, int64_t row
   }
 }
 
-template <typename T, bool kColumns, Residual kResidual, bool kDropout>
+// The mask of whole channels_last rows, written as the bit mask of bitmask.h.
+inline void draw_keep_bits(const Dropout& dropout, const Rows& rows, uint8_t* keep) {
+  constexpr int64_t unit = 32;
+  const int64_t inner = rows.inner(), bytes = bitmask_row_bytes(inner);
+  const Segments segments(rows.rows(), rows.bytes(1), kElementwiseBytes);
+  for_each_segment(segments, [&](int64_t s) {
+    const auto [begin, end] = segments.range(s);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t k = 0; k < inner; k += unit) {
+        store_bits(keep + row * bytes + k / 8, keep_bits(dropout, row * inner + k), std::min(unit, inner - k));
+      }
+    }
+  });
+}
+
+template <typename T, bool kColumns, Residual kResidual, Keep kKeep>
 inline void apply_rows(const ApplyParams<T>& p, int64_t begin, int64_t end) {
-  if constexpr (kDropout && !kColumns) {
+  if constexpr (kKeep != Keep::all && !kColumns) {
     const bool four = p.rows.channels % 4 == 0 && begin % 4 == 0 && end % 4 == 0;
     const int64_t bytes = bitmask_row_bytes(p.rows.pixels), group = four ? 4 : 1;
     // load_bits never reads past a row, so the last row needs no slack.
@@ -171,12 +191,13 @@ inline void apply_rows(const ApplyParams<T>& p, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += group) {
       draw_keep_rows(*p.dropout, p.rows, row, four, keep.data());
       for (int64_t k = 0; k < group; ++k) {
-        apply_row<T, kColumns, kResidual, kDropout>(p, row + k, keep.data() + k * bytes);
+        apply_row<T, kColumns, kResidual, Keep::given>(p, row + k, keep.data() + k * bytes);
       }
     }
   } else {
     for (int64_t row = begin; row < end; ++row) {
-      apply_row<T, kColumns, kResidual, kDropout>(p, row, nullptr);
+      apply_row<T, kColumns, kResidual, kKeep>(
+          p, row, kKeep == Keep::given ? p.kept + row * bitmask_row_bytes(p.rows.inner()) : nullptr);
     }
   }
   if (p.stream) {
@@ -187,21 +208,28 @@ inline void apply_rows(const ApplyParams<T>& p, int64_t begin, int64_t end) {
 // Rows begin ... end - 1 of the pass.
 template <typename T>
 inline void apply_range(const ApplyParams<T>& p, int64_t begin, int64_t end) {
-  const auto with_residual = [&](auto columns, auto dropout) {
-    constexpr bool kColumns = decltype(columns)::value, kDropout = decltype(dropout)::value;
+  const auto with_residual = [&](auto columns, auto keep) {
+    constexpr bool kColumns = decltype(columns)::value;
+    constexpr Keep kKeep = decltype(keep)::value;
     switch (p.kind()) {
       case Residual::none:
-        return apply_rows<T, kColumns, Residual::none, kDropout>(p, begin, end);
+        return apply_rows<T, kColumns, Residual::none, kKeep>(p, begin, end);
       case Residual::plain:
-        return apply_rows<T, kColumns, Residual::plain, kDropout>(p, begin, end);
+        return apply_rows<T, kColumns, Residual::plain, kKeep>(p, begin, end);
       case Residual::normalised:
-        return apply_rows<T, kColumns, Residual::normalised, kDropout>(p, begin, end);
+        return apply_rows<T, kColumns, Residual::normalised, kKeep>(p, begin, end);
     }
   };
-  const auto with_dropout = [&](auto columns) {
-    return p.dropout == nullptr ? with_residual(columns, std::false_type()) : with_residual(columns, std::true_type());
-  };
-  return p.rows.channels_last ? with_dropout(std::true_type()) : with_dropout(std::false_type());
+  using All = std::integral_constant<Keep, Keep::all>;
+  using Drawn = std::integral_constant<Keep, Keep::drawn>;
+  using Given = std::integral_constant<Keep, Keep::given>;
+  if (!p.rows.channels_last) {
+    return p.dropout == nullptr ? with_residual(std::false_type(), All()) : with_residual(std::false_type(), Drawn());
+  }
+  if (p.kept != nullptr) {
+    return with_residual(std::true_type(), Given());
+  }
+  return p.dropout == nullptr ? with_residual(std::true_type(), All()) : with_residual(std::true_type(), Drawn());
 }
 
 } // namespace CPU_CAPABILITY

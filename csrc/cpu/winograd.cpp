@@ -23,13 +23,17 @@
 //
 // Every output and input gradient is one sum in one order, whatever the number
 // of threads. Sums by shares depend on that number, and on nothing else.
-#include "winograd.h"
+#include "batch_norm_act.h"
+#include "epilogues.h"
+#include "norm_act_backward.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/var_mean.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
@@ -45,8 +49,6 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace winograd {
 namespace {
-
-using at::Tensor;
 
 // What a thread's chunk may take of its L2 cache, transformed input and
 // products together.
@@ -182,93 +184,17 @@ KeptWeights& kept_weights() {
 
 // --- outputs
 
+// The input of a convolution: [images, height, width, channels] as it lies, or what `act` makes of it.
+struct Source {
+  const float* data;
+  const ApplyParams<float>* act = nullptr;
+};
+
+using InputReader = TileReader<InputTransform, 1>;
+
 // Where channel c of tile p goes in a plane of operand, see winograd.h.
 auto operand_place(int64_t depth) {
   return [depth](int64_t p, int64_t c) { return p / kRows * depth * kRows + c * kRows + p % kRows * kWidth; };
-}
-
-void by_tiles(const Tiles& tiles, const float* x, const Tensor& weights, const Kernel& kernel, float* y) {
-  const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
-  const int64_t width = groups * kColumns;
-  const int64_t most =
-      std::max<int64_t>(2, kChunkBytes / static_cast<int64_t>(sizeof(float)) / kPoints / (depth + width) / kRows) *
-      kRows;
-  // As many chunks for every thread.
-  const int64_t threads = at::get_num_threads();
-  const int64_t chunks = round_up((count + most - 1) / most, threads);
-  const int64_t size = round_up((count + chunks - 1) / chunks, kRows);
-  const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
-  const std::vector<float> zeros(kernel.inputs);
-  const float* u = weights.const_data_ptr<float>();
-  at::parallel_for(0, (count + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
-    const Buffer operand(kPoints * operand_plane), product(kPoints * product_plane);
-    for (int64_t first = begin * size; first < std::min(count, end * size); first += size) {
-      const int64_t chunk = std::min(size, count - first);
-      transform_tiles<InputTransform, 1>(
-          tiles, x, kernel.inputs, first, chunk, zeros.data(), operand.data(), operand_plane, operand_place(depth));
-      for (int64_t point = 0; point < kPoints; ++point) {
-        for (int64_t g = 0; g < groups; ++g) {
-          multiply_outputs(
-              operand.data() + point * operand_plane,
-              u + (point * groups + g) * depth * kColumns,
-              product.data() + point * product_plane + g * size * kColumns,
-              chunk,
-              depth);
-        }
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        transform_products(
-            tiles, product.data() + g * size * kColumns, product_plane, first, chunk, y, kernel.outputs, g * kColumns);
-      }
-    }
-  });
-}
-
-void by_channels(const Tiles& tiles, const float* x, const Kernel& kernel, float* y) {
-  const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
-  const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
-  const Buffer operand(kPoints * operand_plane);
-  const std::vector<float> zeros(kernel.inputs);
-  at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kRows;
-    transform_tiles<InputTransform, 1>(
-        tiles,
-        x,
-        kernel.inputs,
-        first,
-        std::min(count, end * kRows) - first,
-        zeros.data(),
-        operand.data() + first * depth,
-        operand_plane,
-        operand_place(depth));
-  });
-  // With more threads than groups several share a group, and each transforms
-  // its weights for itself.
-  const int64_t threads = at::get_num_threads();
-  const int64_t shares = std::clamp<int64_t>(threads / groups, 1, (count + kRows - 1) / kRows);
-  const int64_t share = round_up((count + shares - 1) / shares, kRows);
-  const int64_t size =
-      std::min(share, kChunkBytes / 2 / static_cast<int64_t>(sizeof(float)) / kPoints / kColumns / kRows * kRows);
-  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    const int64_t weight_plane = depth * kColumns + kSkew, product_plane = size * kColumns + kSkew;
-    const Buffer weights(kPoints * weight_plane), product(kPoints * product_plane);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t g = task / shares, start = task % shares * share;
-      transform_weights(kernel, g * kColumns, weights.data(), weight_plane);
-      for (int64_t first = start; first < std::min(count, start + share); first += size) {
-        const int64_t chunk = std::min(size, std::min(count, start + share) - first);
-        for (int64_t point = 0; point < kPoints; ++point) {
-          multiply_outputs(
-              operand.data() + point * operand_plane + first * depth,
-              weights.data() + point * weight_plane,
-              product.data() + point * product_plane,
-              chunk,
-              depth);
-        }
-        transform_products(tiles, product.data(), product_plane, first, chunk, y, kernel.outputs, g * kColumns);
-      }
-    }
-  });
 }
 
 // Whether the tiles, transformed, are smaller than the weights are.
@@ -277,11 +203,117 @@ bool goes_by_channels(const Tiles& tiles, const Kernel& kernel) {
       tiles.count() * kernel.inputs * kPoints * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
 }
 
-void convolve(const Tiles& tiles, const float* x, const Kernel& kernel, float* y, const Tensor* kept_of) {
+// How the tiles are shared out.
+Chunks chunks_of(const Tiles& tiles, const Kernel& kernel) {
+  const int64_t count = tiles.count(), threads = at::get_num_threads(), groups = groups_of(kernel.outputs);
+  const int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float)) / kPoints;
   if (goes_by_channels(tiles, kernel)) {
-    by_channels(tiles, x, kernel, y);
+    // With more threads than groups several share a group, and each transforms its weights for itself.
+    const int64_t shares = std::clamp<int64_t>(threads / groups, 1, (count + kRows - 1) / kRows);
+    const int64_t share = round_up((count + shares - 1) / shares, kRows);
+    return {tiles, share, std::min(share, floats / 2 / kColumns / kRows * kRows)};
+  }
+  const int64_t width = round_up(kernel.inputs, kWidth) + groups * kColumns;
+  const int64_t most = std::max<int64_t>(2, floats / width / kRows) * kRows;
+  // As many chunks for every thread.
+  const int64_t chunks = round_up((count + most - 1) / most, threads);
+  const int64_t size = round_up((count + chunks - 1) / chunks, kRows);
+  return {tiles, round_up(count, size), size};
+}
+
+template <typename Epilogue>
+void by_tiles(
+    const Chunks& chunks,
+    const Source& x,
+    const Tensor& weights,
+    const Kernel& kernel,
+    const Epilogue& epilogue) {
+  const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), size = chunks.size;
+  const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
+  const float* u = weights.const_data_ptr<float>();
+  at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
+    const Buffer operand(kPoints * operand_plane), product(kPoints * product_plane);
+    InputReader reader(chunks.tiles, x.data, kernel.inputs, x.act);
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const int64_t first = chunks.first(slot), count = chunks.count(slot);
+      reader.transform(first, count, operand.data(), operand_plane, operand_place(depth));
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t g = 0; g < groups; ++g) {
+          multiply_outputs(
+              operand.data() + point * operand_plane,
+              u + (point * groups + g) * depth * kColumns,
+              product.data() + point * product_plane + g * size * kColumns,
+              count,
+              depth);
+        }
+      }
+      const auto of_chunk = epilogue.chunk(slot);
+      for (int64_t g = 0; g < groups; ++g) {
+        transform_products(
+            chunks.tiles,
+            product.data() + g * size * kColumns,
+            product_plane,
+            first,
+            count,
+            kernel.outputs,
+            g * kColumns,
+            of_chunk);
+      }
+    }
+  });
+}
+
+template <typename Epilogue>
+void by_channels(const Chunks& chunks, const Source& x, const Kernel& kernel, const Epilogue& epilogue) {
+  const Tiles& tiles = chunks.tiles;
+  const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
+  const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
+  const Buffer operand(kPoints * operand_plane);
+  at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kRows;
+    InputReader(tiles, x.data, kernel.inputs, x.act)
+        .transform(
+            first,
+            std::min(count, end * kRows) - first,
+            operand.data() + first * depth,
+            operand_plane,
+            operand_place(depth));
+  });
+  const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
+  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+    const int64_t weight_plane = depth * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
+    const Buffer weights(kPoints * weight_plane), product(kPoints * product_plane);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / shares, share = task % shares;
+      transform_weights(kernel, g * kColumns, weights.data(), weight_plane);
+      for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
+        const int64_t first = chunks.first(slot), size = chunks.count(slot);
+        for (int64_t point = 0; point < kPoints; ++point) {
+          multiply_outputs(
+              operand.data() + point * operand_plane + first * depth,
+              weights.data() + point * weight_plane,
+              product.data() + point * product_plane,
+              size,
+              depth);
+        }
+        transform_products(
+            tiles, product.data(), product_plane, first, size, kernel.outputs, g * kColumns, epilogue.chunk(slot));
+      }
+    }
+  });
+}
+
+template <typename Epilogue>
+void convolve(
+    const Chunks& chunks,
+    const Source& x,
+    const Kernel& kernel,
+    const Epilogue& epilogue,
+    const Tensor* kept_of = nullptr) {
+  if (goes_by_channels(chunks.tiles, kernel)) {
+    by_channels(chunks, x, kernel, epilogue);
   } else {
-    by_tiles(tiles, x, kept_of ? kept_weights().get(*kept_of) : transformed(kernel), kernel, y);
+    by_tiles(chunks, x, kept_of ? kept_weights().get(*kept_of) : transformed(kernel), kernel, epilogue);
   }
 }
 
@@ -290,7 +322,7 @@ void convolve(const Tiles& tiles, const float* x, const Kernel& kernel, float* y
 // dW, and where the transformed tiles and their products lie.
 struct WeightGradient {
   Tiles tiles;
-  const float* x;
+  Source x;
   const float* dy;
   float* dw; // [outputs][3][3][inputs]
   int64_t inputs, outputs;
@@ -322,38 +354,29 @@ public:
         column_plane_(w.groups() * most * kColumns + kSkew),
         row_plane_(most * w.row() + kSkew),
         columns_(kPoints * column_plane_),
-        rows_(kPoints * row_plane_),
-        zeros_(std::max(w.inputs, w.outputs)) {
+        rows_(kPoints * row_plane_) {
     if (w.inputs % kColumns != 0) {
       // The part of a column group that no vector of channels fills.
       std::fill_n(columns_.data(), kPoints * column_plane_, 0.0f);
     }
   }
 
-  // Tiles first ... first + count - 1 of the convolution become tiles at ... at
-  // + count - 1 of these.
-  void transform(const WeightGradient& w, int64_t first, int64_t count, int64_t at) {
+  // What a thread transforms tiles with.
+  struct Readers {
+    InputReader x;
+    TileReader<GradientTransform, 0> dy;
+
+    explicit Readers(const WeightGradient& w) : x(w.tiles, w.x.data, w.inputs, w.x.act), dy(w.tiles, w.dy, w.outputs) {}
+  };
+
+  // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these.
+  void transform(const WeightGradient& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
     const int64_t most = most_, row = w.row();
-    transform_tiles<InputTransform, 1>(
-        w.tiles,
-        w.x,
-        w.inputs,
-        first,
-        count,
-        zeros_.data(),
-        columns_.data() + at * kColumns,
-        column_plane_,
-        [most](int64_t p, int64_t c) { return c / kColumns * most * kColumns + p * kColumns + c % kColumns; });
-    transform_tiles<GradientTransform, 0>(
-        w.tiles,
-        w.dy,
-        w.outputs,
-        first,
-        count,
-        zeros_.data(),
-        rows_.data() + at * row,
-        row_plane_,
-        [row](int64_t p, int64_t k) { return p * row + k; });
+    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, [most](int64_t p, int64_t c) {
+      return c / kColumns * most * kColumns + p * kColumns + c % kColumns;
+    });
+    readers.dy.transform(
+        first, count, rows_.data() + at * row, row_plane_, [row](int64_t p, int64_t k) { return p * row + k; });
   }
 
   // gradient (+)= the product of one point for output channels begin ... begin
@@ -375,7 +398,6 @@ public:
 private:
   int64_t most_, column_plane_, row_plane_;
   Buffer columns_, rows_;
-  std::vector<float> zeros_;
 };
 
 // The inverse transform of `size` output channels from `begin` on and a group
@@ -411,8 +433,10 @@ void transform_gradient(
 void gradient_at_once(const WeightGradient& w) {
   const int64_t count = w.tiles.count();
   GradientTiles transformed(w, count);
-  at::parallel_for(
-      0, count, 8, [&](int64_t begin, int64_t end) { transformed.transform(w, begin, end - begin, begin); });
+  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+    GradientTiles::Readers readers(w);
+    transformed.transform(w, readers, begin, end - begin, begin);
+  });
   const RowGroups rows{w.outputs};
   at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t plane = kRows * kColumns;
@@ -440,12 +464,13 @@ void gradient_by_shares(const WeightGradient& w) {
   const RowGroups rows{w.outputs};
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     GradientTiles transformed(w, std::min(count, kGradientTiles));
+    GradientTiles::Readers readers(w);
     for (int64_t share = begin; share < end; ++share) {
       float* gradient = gradients.data() + share * kPoints * plane;
       const int64_t start = chunks * share / shares;
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
-        transformed.transform(w, first, size, 0);
+        transformed.transform(w, readers, first, size, 0);
         for (int64_t point = 0; point < kPoints; ++point) {
           for (int64_t group = 0; group < w.groups(); ++group) {
             for (int64_t r = 0; r < rows.count(); ++r) {
@@ -513,46 +538,128 @@ Tensor empty_channels_last(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-Tensor forward(const Tensor& x, const Tensor& weight, bool keep_weights) {
-  check(x, weight);
+// Where the results of a convolution's epilogue that measures go.
+std::tuple<Tensor, Tensor> as_tensors(const Moments& moments, const Tensor& like) {
+  const int64_t channels = static_cast<int64_t>(moments.mean.size());
+  Tensor mean = channel_vector(like, channels), m2 = channel_vector(like, channels);
+  std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
+  std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
+  return {mean, m2};
+}
+
+// (y, mean, M2), the last two empty where they are not asked for.
+std::tuple<Tensor, Tensor, Tensor> convolve_measured(
+    const Tensor& x,
+    const Source& source,
+    const Tensor& weight,
+    bool statistics) {
   Tensor y = empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
+  float* to = y.mutable_data_ptr<float>();
+  const Kernel kernel = kernel_of(weight);
+  const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
+  if (!statistics) {
+    convolve(chunks, source, kernel, Write{to});
+    return {y, channel_vector(x, 0), channel_vector(x, 0)};
+  }
+  ChunkSums sums(chunks, kernel.outputs);
+  const WriteMeasured epilogue{to, kernel.outputs, &sums};
+  convolve(chunks, source, kernel, epilogue);
+  const auto [mean, m2] = as_tensors(epilogue.moments(), x);
+  return {y, mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics) {
+  check(x, weight);
   if (!serves(x, weight)) {
-    return y.copy_(at::convolution(x, weight, std::nullopt, kOne, kOne, kOne, false, kNone, 1));
+    Tensor y = empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
+    y.copy_(at::convolution(x, weight, std::nullopt, kOne, kOne, kOne, false, kNone, 1));
+    if (!statistics) {
+      return {y, channel_vector(x, 0), channel_vector(x, 0)};
+    }
+    const auto [var, mean] = at::var_mean(y.to(statistics_type(x)), {0, 2, 3}, 0);
+    return {y, mean, at::mul(var, static_cast<double>(y.size(0) * y.size(2) * y.size(3)))};
   }
   const Tensor in = channels_last(x);
-  const Tiles tiles{x.size(0), x.size(2), x.size(3)};
-  convolve(
-      tiles,
-      in.const_data_ptr<float>(),
-      kernel_of(weight),
-      y.mutable_data_ptr<float>(),
-      keep_weights ? &weight : nullptr);
+  return convolve_measured(in, {in.const_data_ptr<float>()}, weight, statistics);
+}
+
+Tensor inference(
+    const Tensor& x,
+    const Tensor& conv_weight,
+    const OptionalTensor& running_mean,
+    const OptionalTensor& running_var,
+    const OptionalTensor& weight,
+    const OptionalTensor& bias,
+    const OptionalTensor& residual,
+    double eps,
+    bool relu) {
+  check(x, conv_weight);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected dtype float32, got ", x.scalar_type());
+  Tensor y = empty_channels_last({x.size(0), conv_weight.size(0), x.size(2), x.size(3)}, x);
+  if (y.numel() == 0) {
+    return y;
+  }
+  const Tensor in = channels_last(x);
+  const Source source{in.const_data_ptr<float>()};
+  float* to = y.mutable_data_ptr<float>();
+  const Kernel kernel = kernel_of(conv_weight);
+  const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
+  if (!running_mean.has_value()) {
+    convolve(chunks, source, kernel, Write{to}, &conv_weight);
+    return y;
+  }
+  const ChannelNorm<float> norm = running_norm<float>(kernel.outputs, running_mean, running_var, weight, bias, eps);
+  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+  const Normalise epilogue{to, &norm, r.defined() ? r.const_data_ptr<float>() : nullptr, relu};
+  convolve(chunks, source, kernel, epilogue, &conv_weight);
   return y;
+}
+
+void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
+  const std::array<int64_t, 4> sizes = {x.size(0), weight.size(0), x.size(2), x.size(3)};
+  const at::IntArrayRef shape(sizes);
+  TORCH_CHECK_VALUE(dy.sizes() == shape, "dy: expected shape ", shape, ", got ", dy.sizes());
+  TORCH_CHECK_TYPE(
+      dy.scalar_type() == x.scalar_type(), "dy: expected dtype ", x.scalar_type(), ", got ", dy.scalar_type());
+}
+
+// In the weight's own layout where that is channels_last, and else contiguous.
+Tensor weight_gradient_of(const Tensor& x, const Source& source, const Tensor& dy, const Tensor& weight) {
+  Tensor to = empty_channels_last(weight.sizes(), x);
+  weight_gradient(
+      {{x.size(0), x.size(2), x.size(3)},
+       source,
+       dy.const_data_ptr<float>(),
+       to.mutable_data_ptr<float>(),
+       x.size(1),
+       weight.size(0)});
+  return weight.is_contiguous() ? to.contiguous() : to;
 }
 
 std::tuple<Tensor, Tensor> backward(
     const Tensor& dy,
     const Tensor& x,
     const Tensor& weight,
+    const OptionalTensor& added,
     std::array<bool, 2> needs) {
   check(x, weight);
-  const std::array<int64_t, 4> sizes = {x.size(0), weight.size(0), x.size(2), x.size(3)};
-  const at::IntArrayRef shape(sizes);
-  TORCH_CHECK_VALUE(dy.sizes() == shape, "dy: expected shape ", shape, ", got ", dy.sizes());
-  TORCH_CHECK_TYPE(
-      dy.scalar_type() == x.scalar_type(), "dy: expected dtype ", x.scalar_type(), ", got ", dy.scalar_type());
+  check_gradient(dy, x, weight);
+  TORCH_CHECK_VALUE(
+      !added.has_value() || (added->sizes() == x.sizes() && added->scalar_type() == x.scalar_type()),
+      "added: expected shape and dtype of x");
   const auto none = x.options().memory_format(std::nullopt);
-  const bool plain = weight.is_contiguous();
-  Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : at::empty({0}, none);
-  Tensor dweight = at::empty({0}, none);
-  if (needs[1]) {
-    dweight = plain ? at::empty(weight.sizes(), none) : empty_channels_last(weight.sizes(), x);
-  }
+  Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : at::empty({0}, none), dweight = at::empty({0}, none);
   if (!serves(x, weight)) {
+    if (needs[1]) {
+      dweight = weight.is_contiguous() ? at::empty(weight.sizes(), none) : empty_channels_last(weight.sizes(), x);
+    }
     const auto [own_dx, own_dweight, own_dbias] = at::convolution_backward(
         dy, x, weight, at::OptionalIntArrayRef(), kOne, kOne, kOne, false, kNone, 1, {needs[0], needs[1], false});
     if (needs[0]) {
       dx.copy_(own_dx);
+      if (added.has_value()) {
+        dx.add_(*added);
+      }
     }
     if (needs[1]) {
       dweight.copy_(own_dweight);
@@ -560,20 +667,180 @@ std::tuple<Tensor, Tensor> backward(
     return {dx, dweight};
   }
   const Tensor gradient = channels_last(dy);
-  const float* dout = gradient.const_data_ptr<float>();
-  const Tiles tiles{x.size(0), x.size(2), x.size(3)};
   if (needs[0]) {
-    convolve(tiles, dout, turned(kernel_of(weight)), dx.mutable_data_ptr<float>(), nullptr);
+    const Kernel kernel = turned(kernel_of(weight));
+    const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
+    const Source source{gradient.const_data_ptr<float>()};
+    float* to = dx.mutable_data_ptr<float>();
+    if (added.has_value()) {
+      const Tensor other = channels_last(*added);
+      convolve(chunks, source, kernel, WriteAdded{to, other.const_data_ptr<float>()});
+    } else {
+      convolve(chunks, source, kernel, Write{to});
+    }
   }
   if (needs[1]) {
     const Tensor in = channels_last(x);
-    Tensor to = plain ? empty_channels_last(weight.sizes(), x) : dweight;
-    weight_gradient({tiles, in.const_data_ptr<float>(), dout, to.mutable_data_ptr<float>(), x.size(1), weight.size(0)});
-    if (plain) {
-      dweight.copy_(to);
-    }
+    dweight = weight_gradient_of(in, {in.const_data_ptr<float>()}, gradient, weight);
   }
   return {dx, dweight};
+}
+
+// --- the convolution of what a normalisation makes of x
+
+void check_normed(const Tensor& x, const Tensor& weight) {
+  check(x, weight);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected dtype float32, got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.numel() > 0 && weight.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
+}
+
+// x, a residual and a keep mask, as the input's transform reads them. Their memory is this object's.
+struct Activated {
+  Rows rows;
+  Tensor x, residual, keep;
+  ApplyParams<float> params{};
+
+  Activated(
+      const Tensor& x_in,
+      const OptionalTensor& residual_in,
+      const Tensor& keep_in,
+      bool relu,
+      double dropout_p,
+      std::string_view order)
+      : rows{true, x_in.size(0), x_in.size(1), x_in.size(2) * x_in.size(3)}, x(channels_last(x_in)), keep(keep_in) {
+    if (residual_in.has_value()) {
+      residual = like_rows("residual", *residual_in, x, rows);
+    }
+    const int64_t bytes = rows.rows() * bitmask_row_bytes(rows.inner());
+    TORCH_CHECK_VALUE(
+        dropout_p == 0 || (keep.scalar_type() == at::kByte && keep.numel() == bytes && keep.is_contiguous()),
+        "keep: expected uint8 of ",
+        bytes,
+        " elements, got ",
+        keep.scalar_type(),
+        " of ",
+        keep.numel());
+    params.x = x.const_data_ptr<float>();
+    params.residual = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
+    params.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+    params.relu = relu;
+    params.act_add = parse_order(order);
+    params.rows = rows;
+    params.kept = dropout_p > 0 ? keep.const_data_ptr<uint8_t>() : nullptr;
+  }
+  Activated(const Activated&) = delete;
+  Activated& operator=(const Activated&) = delete;
+
+  Source source() const {
+    return {params.x, &params};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
+    const Tensor& x,
+    const OptionalTensor& x_mean,
+    const OptionalTensor& x_m2,
+    const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias,
+    const OptionalTensor& running_mean,
+    const OptionalTensor& running_var,
+    const OptionalTensor& residual,
+    const OptionalTensor& seed,
+    const Tensor& weight,
+    double momentum,
+    double eps,
+    bool relu,
+    double dropout_p,
+    std::string_view order,
+    bool statistics) {
+  check_normed(x, weight);
+  const Tensor in = channels_last(x);
+  const Rows rows{true, x.size(0), x.size(1), x.size(2) * x.size(3)};
+  Tensor keep = at::empty({dropout_p > 0 ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0}, byte_options(x));
+  if (dropout_p > 0) {
+    draw_keep_bits(dropout_of(seed, dropout_p), rows, keep.mutable_data_ptr<uint8_t>());
+  }
+  Activated activated(in, residual, keep, relu, dropout_p, order);
+  Tensor mean, rstd;
+  const ChannelNorm<float> norm = finalise<float>(
+      in, rows, x_mean, x_m2, norm_weight, norm_bias, running_mean, running_var, momentum, eps, mean, rstd);
+  activated.params.norm = &norm;
+  const auto [y, y_mean, y_m2] = convolve_measured(in, activated.source(), weight, statistics);
+  return {y, y_mean, y_m2, mean, rstd, keep};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_backward(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& mean,
+    const Tensor& rstd,
+    const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias,
+    const OptionalTensor& residual,
+    const Tensor& keep,
+    const Tensor& weight,
+    bool relu,
+    double dropout_p,
+    std::string_view order,
+    std::array<bool, 3> needs) {
+  check_normed(x, weight);
+  check_gradient(dy, x, weight);
+  TORCH_CHECK_VALUE(!needs[1] || (needs[0] && residual.has_value()), "needs: the residual's gradient needs x's");
+  const int64_t channels = x.size(1);
+  const Saved<float> saved(channels, mean, rstd, norm_weight, norm_bias);
+  const ChannelNorm<float> norm = saved.norm();
+  Activated activated(x, residual, keep, relu, dropout_p, order);
+  activated.params.norm = &norm;
+  const Tensor gradient = channels_last(dy);
+  const auto none = x.options().memory_format(std::nullopt);
+  Tensor dx = at::empty({0}, none), dr = dx.clone(), dweight = dx.clone();
+  if (needs[2]) {
+    dweight = weight_gradient_of(activated.x, activated.source(), gradient, weight);
+  }
+  if (!needs[0]) {
+    return {dx, dr, dweight, dx.clone(), dx.clone()};
+  }
+  // A residual that joins before the activation has g as its gradient, one that joins after it the whole of da. Where
+  // neither is asked for dx takes g's place.
+  const bool keeps_g = needs[1] && !activated.params.act_add;
+  Tensor g = empty_channels_last(x.sizes(), x), da;
+  if (needs[1] && activated.params.act_add) {
+    da = empty_channels_last(x.sizes(), x);
+  }
+  const Kernel kernel = turned(kernel_of(weight));
+  const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
+  ChunkSums sums(chunks, channels);
+  float* g_data = g.mutable_data_ptr<float>();
+  const MaskedGradient epilogue{
+      &activated.params, g_data, da.defined() ? da.mutable_data_ptr<float>() : nullptr, channels, &sums};
+  convolve(chunks, {gradient.const_data_ptr<float>()}, kernel, epilogue);
+  const auto [sum_g, sum_products] = epilogue.totals();
+  Tensor dnorm_weight = channel_vector(x, channels), dnorm_bias = channel_vector(x, channels);
+  float* dnorm_weight_data = dnorm_weight.mutable_data_ptr<float>();
+  float* dnorm_bias_data = dnorm_bias.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < channels; ++c) {
+    dnorm_weight_data[c] = static_cast<float>(sum_products[c] * saved.rstd[c]);
+    dnorm_bias_data[c] = static_cast<float>(sum_g[c]);
+  }
+  const GradientNorm<float> gradient_norm_of_x =
+      gradient_norm(norm, saved.rstd, dnorm_weight_data, dnorm_bias_data, static_cast<double>(activated.rows.count()));
+  dx = keeps_g ? empty_channels_last(x.sizes(), x) : g;
+  BackwardParams<float> params{};
+  params.dy = g_data;
+  params.x = activated.params.x;
+  params.dx = dx.mutable_data_ptr<float>();
+  params.norm = &norm;
+  params.gradient = &gradient_norm_of_x;
+  params.gate = Gate::open;
+  params.keep_scale = 1.0f;
+  params.centred = true;
+  params.stream = keeps_g && should_stream(params.dx, activated.rows);
+  params.rows = activated.rows;
+  gradient_all(params);
+  if (needs[1]) {
+    dr = keeps_g ? g : da;
+  }
+  return {dx, dr, dweight, dnorm_weight, dnorm_bias};
 }
 
 } // namespace
@@ -585,6 +852,9 @@ std::tuple<Tensor, Tensor> backward(
 TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("conv3x3_forward", fastres::winograd::forward);
   m.impl("conv3x3_backward", fastres::winograd::backward);
+  m.impl("conv3x3_inference", fastres::winograd::inference);
+  m.impl("norm_act_conv3x3_forward", fastres::winograd::norm_act_forward);
+  m.impl("norm_act_conv3x3_backward", fastres::winograd::norm_act_backward);
 }
 
 #endif

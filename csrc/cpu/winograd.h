@@ -28,7 +28,7 @@
 // so that the inner loops read memory in order, at fixed offsets.
 #pragma once
 
-#include "lanes.h"
+#include "norm_act.h"
 
 #include <algorithm>
 #include <array>
@@ -219,86 +219,236 @@ struct Tiles {
   int64_t count() const {
     return images * down() * across();
   }
+  // Outputs of tiles first ... first + count - 1.
+  int64_t pixels(int64_t first, int64_t count) const {
+    int64_t sum = 0;
+    for (int64_t tile = first; tile < first + count; ++tile) {
+      const int64_t top = tile / across() % down() * kOut, left = tile % across() * kOut;
+      sum += std::min<int64_t>(kOut, height - top) * std::min<int64_t>(kOut, width - left);
+    }
+    return sum;
+  }
 };
 
-// Pointers to the Size x Size positions of a tile in [images, height, width,
-// channels], Before positions up and left of its outputs; those outside point
-// to zeros (or to null).
-template <int Size, int Before, typename T>
-inline std::array<T*, Size * Size> positions(const Tiles& tiles, T* x, int64_t channels, int64_t tile, T* outside) {
-  const int64_t across = tiles.across(), down = tiles.down();
-  const int64_t image = tile / (across * down), top = tile / across % down * kOut - Before;
-  const int64_t left = tile % across * kOut - Before;
-  std::array<T*, Size * Size> at;
-  for (int64_t i = 0; i < Size; ++i) {
-    for (int64_t j = 0; j < Size; ++j) {
-      const int64_t y = top + i, x_at = left + j;
-      const bool inside = y >= 0 && y < tiles.height && x_at >= 0 && x_at < tiles.width;
-      at[i * Size + j] = inside ? x + ((image * tiles.height + y) * tiles.width + x_at) * channels : outside;
+// The Size x Size positions of a tile, from Before up and left of its outputs on: a pointer to each of its rows, of
+// which those outside the image point to zeros, and whether its first or last column lies outside.
+template <int Size>
+struct Window {
+  std::array<const float*, Size> row;
+  bool left_out, right_out;
+  int64_t inside; // columns from the first one inside on
+};
+
+// Transforms the tiles of x [images, height, width, channels], or of what `act` makes of x: that is computed a line of
+// tiles at a time, into a buffer of this object's, and two of its six lines of pixels serve the next line of tiles as
+// well. One object a thread.
+template <typename Transform, int Before>
+class TileReader {
+public:
+  static constexpr int kSize = Transform::kFrom;
+
+  TileReader(const Tiles& tiles, const float* x, int64_t channels, const ApplyParams<float>* act = nullptr)
+      : tiles_(tiles), x_(x), channels_(channels), act_(act) {
+    // A margin of Before on the left, and up to the last tile's end on the right, is never written to and stays zero.
+    const int64_t width = tiles.across() * kOut + kSize - kOut;
+    line_ = width * channels;
+    buffer_.assign(kSize * (act != nullptr ? line_ : channels), 0.0f);
+  }
+
+  // Tiles first ... first + count - 1. place(p, c) is where channel c of the p-th of them goes within a plane; lanes
+  // past the last channel become zero.
+  template <typename Place>
+  void transform(int64_t first, int64_t count, float* to, int64_t plane, const Place& place) {
+    const int64_t across = tiles_.across();
+    for (int64_t p = 0; p < count;) {
+      const int64_t line = (first + p) / across, begin = (first + p) % across;
+      const int64_t end = std::min(across, begin + count - p);
+      if (act_ != nullptr) {
+        activate(line, begin, end);
+      }
+      for (int64_t column = begin; column < end; ++column, ++p) {
+        transform_tile(act_ != nullptr ? activated(line, column) : in_place(line, column), to, plane, p, place);
+      }
     }
   }
-  return at;
-}
 
-// Transforms tiles first ... first + count - 1 of x [images, height, width,
-// channels]. place(p, c) is where channel c of the p-th of them goes within a
-// plane; lanes past the last channel become zero. `zeros` has as many as
-// channels.
-template <typename Transform, int Before, typename Place>
-inline void transform_tiles(
-    const Tiles& tiles,
-    const float* x,
-    int64_t channels,
-    int64_t first,
-    int64_t count,
-    const float* zeros,
-    float* to,
-    int64_t plane,
-    const Place& place) {
-  constexpr int size = Transform::kFrom;
-  for (int64_t p = 0; p < count; ++p) {
-    const auto at = positions<size, Before, const float>(tiles, x, channels, first + p, zeros);
+private:
+  // The line of pixels that is the i-th of a line of tiles; lines of tiles are numbered through all images.
+  int64_t pixel_line(int64_t line, int64_t i) const {
+    return line % tiles_.down() * kOut - Before + i;
+  }
+
+  // Where a line of pixels lies in the buffer.
+  int64_t slot(int64_t pixel_line) const {
+    return (pixel_line + Before) % kSize * line_;
+  }
+
+  Window<kSize> activated(int64_t line, int64_t column) const {
+    Window<kSize> window{{}, false, false, kSize};
+    for (int64_t i = 0; i < kSize; ++i) {
+      window.row[i] = buffer_.data() + slot(pixel_line(line, i)) + column * kOut * channels_;
+    }
+    return window;
+  }
+
+  Window<kSize> in_place(int64_t line, int64_t column) const {
+    const int64_t image = line / tiles_.down(), left = column * kOut - Before;
+    Window<kSize> window{{}, left<0, left + kSize> tiles_.width, std::min<int64_t>(kSize, tiles_.width - left)};
+    for (int64_t i = 0; i < kSize; ++i) {
+      const int64_t y = pixel_line(line, i);
+      const bool inside = y >= 0 && y < tiles_.height;
+      // The column outside is not read; its address stays inside the tensor.
+      const int64_t from = window.left_out ? 0 : left;
+      const float* row = inside ? x_ + ((image * tiles_.height + y) * tiles_.width + from) * channels_ : buffer_.data();
+      window.row[i] = row;
+    }
+    return window;
+  }
+
+  // Fills the buffer for tiles begin ... end - 1 of a line.
+  void activate(int64_t line, int64_t begin, int64_t end) {
+    const bool follows = line == line_filled_ + 1 && line % tiles_.down() != 0 && begin >= begin_ && end <= end_;
+    const int64_t left = std::max<int64_t>(0, begin * kOut - Before);
+    const int64_t right = std::min(tiles_.width, end * kOut + kSize - kOut - Before);
+    for (int64_t i = follows ? kSize - kOut : 0; i < kSize; ++i) {
+      const int64_t y = pixel_line(line, i);
+      float* to = buffer_.data() + slot(y) + (left + Before) * channels_;
+      if (y < 0 || y >= tiles_.height) {
+        std::fill_n(to, (right - left) * channels_, 0.0f);
+        continue;
+      }
+      ApplyParams<float> params = *act_;
+      params.y = to;
+      params.first_y_row = (line / tiles_.down() * tiles_.height + y) * tiles_.width + left;
+      apply_range(params, params.first_y_row, params.first_y_row + right - left);
+    }
+    line_filled_ = line;
+    begin_ = begin;
+    end_ = end;
+  }
+
+  template <typename Place>
+  void transform_tile(const Window<kSize>& window, float* to, int64_t plane, int64_t p, const Place& place) const {
+    if (window.right_out && window.inside != kSize - 1) {
+      // The last tile of a line whose width is no multiple of four.
+      return transform_columns(
+          window, to, plane, p, place, [&](int64_t j) { return j >= (window.left_out ? 1 : 0) && j < window.inside; });
+    }
+    const auto with_edges = [&](auto left, auto right) {
+      transform_columns(window, to, plane, p, place, [&](int j) {
+        return !(decltype(left)::value && j == 0) && !(decltype(right)::value && j == kSize - 1);
+      });
+    };
+    if (window.left_out) {
+      window.right_out ? with_edges(std::true_type(), std::true_type())
+                       : with_edges(std::true_type(), std::false_type());
+    } else {
+      window.right_out ? with_edges(std::false_type(), std::true_type())
+                       : with_edges(std::false_type(), std::false_type());
+    }
+  }
+
+  template <typename Place, typename Inside>
+  inline __attribute__((always_inline)) void transform_columns(
+      const Window<kSize>& window,
+      float* to,
+      int64_t plane,
+      int64_t p,
+      const Place& place,
+      const Inside& inside) const {
+    const auto rows = window.row;
+    const int64_t channels = channels_, out = window.left_out ? 1 : 0;
+    const auto run = [&](int64_t c, auto count) {
+      float* target = to + place(p, c);
+      transform_square<Transform>(
+          [&](int i) __attribute__((always_inline)) {
+            const int j = i % kSize;
+            if (!inside(j)) {
+              return Lanes{};
+            }
+            const float* from = rows[i / kSize] + (j - out) * channels + c;
+            if constexpr (std::is_same_v<decltype(count), int64_t>) {
+              return load(from, count);
+            } else {
+              return load(from);
+            }
+          },
+          [&](int i, Lanes v) __attribute__((always_inline)) { store(target + i * plane, v); });
+    };
     int64_t c = 0;
     for (; c + kWidth <= channels; c += kWidth) {
-      float* out = to + place(p, c);
-      transform_square<Transform>(
-          [&](int i) { return load(at[i] + c); }, [&](int i, Lanes v) { store(out + i * plane, v); });
+      run(c, std::integral_constant<int64_t, kWidth>());
     }
     if (c < channels) {
-      float* out = to + place(p, c);
-      transform_square<Transform>(
-          [&](int i) { return load(at[i] + c, channels - c); }, [&](int i, Lanes v) { store(out + i * plane, v); });
+      run(c, channels - c);
     }
   }
-}
 
-// The outputs of tiles first ... first + count - 1, channels from ... from +
-// columns - 1, out of a product whose planes are [p][kColumns].
+  Tiles tiles_;
+  const float* x_;
+  int64_t channels_;
+  const ApplyParams<float>* act_; // its y is not used
+  int64_t line_;                  // floats of a line of pixels in the buffer
+  std::vector<float> buffer_;     // kSize lines of pixels, or without act zeros for one of a tile's
+  int64_t line_filled_ = -2, begin_ = 0, end_ = 0;
+};
+
+// The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of a product whose planes
+// are [p][kColumns]. What becomes of them is the epilogue's (epilogues.h).
+template <typename Epilogue>
 inline void transform_products(
     const Tiles& tiles,
     const float* product,
     int64_t plane,
     int64_t first,
     int64_t count,
-    float* y,
     int64_t channels,
-    int64_t from) {
+    int64_t from,
+    const Epilogue& epilogue) {
   const int64_t columns = std::min(kColumns, channels - from);
+  const int64_t across = tiles.across(), down = tiles.down();
   for (int64_t p = 0; p < count; ++p) {
-    const auto at = positions<kOut, 0, float>(tiles, y + from, channels, first + p, nullptr);
-    const bool whole = std::find(at.begin(), at.end(), nullptr) == at.end();
+    const int64_t line = (first + p) / across, top = line % down * kOut, left = (first + p) % across * kOut;
+    const int64_t pixel = (line / down * tiles.height + top) * tiles.width + left;
+    const int64_t height = std::min<int64_t>(kOut, tiles.height - top);
+    const int64_t width = std::min<int64_t>(kOut, tiles.width - left);
+    const int64_t start = pixel * channels + from, row = tiles.width * channels;
     const float* in = product + p * kColumns;
     for (int64_t c = 0; c < columns; c += kWidth) {
-      const auto point = [&](int i) { return load(in + i * plane + c); };
-      if (whole && c + kWidth <= columns) {
-        transform_square<OutputTransform>(point, [&](int i, Lanes v) { store(at[i] + c, v); });
+      const auto put = [&](auto& vector, int i, Lanes v) __attribute__((always_inline)) {
+        vector(pixel + i / kOut * tiles.width + i % kOut, start + c + i / kOut * row + i % kOut * channels, v);
+      };
+      const auto point = [&](int i) __attribute__((always_inline)) { return load(in + i * plane + c); };
+      if (height == kOut && width == kOut && c + kWidth <= columns) {
+        auto vector = epilogue.vector(from + c, std::integral_constant<int64_t, kWidth>());
+        if (p == 0) {
+          vector.begin(
+              [&](const auto& take) { transform_square<OutputTransform>(point, [&](int, Lanes v) { take(v); }); },
+              kOut * kOut);
+        }
+        transform_square<OutputTransform>(
+            point, [&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i, v); });
+        vector.end();
       } else {
-        const int64_t lanes = std::min(kWidth, columns - c);
+        auto vector = epilogue.vector(from + c, std::min(kWidth, columns - c));
+        const auto inside = [&](int i) { return i / kOut < height && i % kOut < width; };
+        if (p == 0) {
+          vector.begin(
+              [&](const auto& take) {
+                transform_square<OutputTransform>(point, [&](int i, Lanes v) {
+                  if (inside(i)) {
+                    take(v);
+                  }
+                });
+              },
+              height * width);
+        }
         transform_square<OutputTransform>(point, [&](int i, Lanes v) {
-          if (at[i] != nullptr) {
-            store(at[i] + c, v, lanes);
+          if (inside(i)) {
+            put(vector, i, v);
           }
         });
+        vector.end();
       }
     }
   }

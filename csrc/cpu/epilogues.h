@@ -1,0 +1,330 @@
+// What becomes of a convolution's outputs while a tile of them is in registers.
+//
+// An epilogue's chunk(slot) is the epilogue of one chunk of tiles, which one thread goes through; its vector(c, count)
+// is called for every tile and vector of channels, from channel c on. What that returns is shown the outputs, all of
+// the chunk's first tile, begin(visit, outputs), and then takes every one, operator()(pixel, at, value), `at` being the
+// element's place in a tensor of the outputs' shape, and end().
+#pragma once
+
+#include "statistics.h"
+#include "winograd.h"
+
+#include <vector>
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace winograd {
+
+// `count` is a compile-time constant where the vector is whole.
+template <typename Count>
+inline Lanes load_counted(const float* p, Count count) {
+  if constexpr (std::is_same_v<Count, int64_t>) {
+    return load(p, count);
+  } else {
+    return load(p);
+  }
+}
+template <typename Count>
+inline void store_counted(float* p, Lanes v, Count count) {
+  if constexpr (std::is_same_v<Count, int64_t>) {
+    store(p, v, count);
+  } else {
+    store(p, v);
+  }
+}
+
+// Tiles slot * size ... of each of `shares` shares, cut into chunks: where an output's tile falls, and how many there
+// are.
+struct Chunks {
+  Tiles tiles;
+  int64_t share; // tiles, the last share may have fewer
+  int64_t size;  // tiles of a chunk
+
+  int64_t in_share() const {
+    return (share + size - 1) / size;
+  }
+  int64_t slots() const {
+    return (tiles.count() + share - 1) / share * in_share();
+  }
+  int64_t first(int64_t slot) const {
+    return slot / in_share() * share + slot % in_share() * size;
+  }
+  int64_t count(int64_t slot) const {
+    const int64_t end = std::min(tiles.count(), (slot / in_share() + 1) * share);
+    return std::clamp<int64_t>(end - first(slot), 0, size);
+  }
+};
+
+// Three vectors of channels a chunk, each written by the thread that goes through it.
+class ChunkSums {
+public:
+  ChunkSums(const Chunks& chunks, int64_t channels)
+      : chunks_(chunks), channels_(channels), data_(3 * chunks.slots() * channels) {}
+
+  float* data(int64_t slot) {
+    return data_.data() + 3 * slot * channels_;
+  }
+
+  // f(sums of the chunk, outputs a channel) for every chunk, in their order.
+  template <typename F>
+  void for_each(const F& f) const {
+    for (int64_t slot = 0; slot < chunks_.slots(); ++slot) {
+      if (const int64_t count = chunks_.count(slot); count > 0) {
+        f(data_.data() + 3 * slot * channels_, chunks_.tiles.pixels(chunks_.first(slot), count));
+      }
+    }
+  }
+
+private:
+  Chunks chunks_;
+  int64_t channels_;
+  std::vector<float> data_;
+};
+
+// y = value
+struct Write {
+  float* y;
+
+  Write chunk(int64_t) const {
+    return *this;
+  }
+  template <typename Count>
+  struct Vector {
+    float* y;
+    Count count;
+
+    template <typename Visit>
+    void begin(const Visit&, int64_t) {}
+    void operator()(int64_t, int64_t at, Lanes v) {
+      store_counted(y + at, v, count);
+    }
+    void end() {}
+  };
+  template <typename Count>
+  Vector<Count> vector(int64_t, Count count) const {
+    return {y, count};
+  }
+};
+
+// y = value + added
+struct WriteAdded {
+  float* y;
+  const float* added;
+
+  WriteAdded chunk(int64_t) const {
+    return *this;
+  }
+  template <typename Count>
+  struct Vector {
+    float* y;
+    const float* added;
+    Count count;
+
+    template <typename Visit>
+    void begin(const Visit&, int64_t) {}
+    void operator()(int64_t, int64_t at, Lanes v) {
+      store_counted(y + at, v + load_counted(added + at, count), count);
+    }
+    void end() {}
+  };
+  template <typename Count>
+  Vector<Count> vector(int64_t, Count count) const {
+    return {y, added, count};
+  }
+};
+
+// y = value, and its moments. Sums are taken of differences from the mean of the chunk's first tile, so that no square
+// is much larger than the variance.
+struct WriteMeasured {
+  float* y;
+  int64_t channels;
+  ChunkSums* sums;
+  float* of_chunk = nullptr; // shift, sum, sum of squares
+
+  WriteMeasured chunk(int64_t slot) const {
+    return {y, channels, sums, sums->data(slot)};
+  }
+  template <typename Count>
+  struct Vector {
+    float* y;
+    float* sums;
+    int64_t channels;
+    Count count;
+    Lanes shift, sum, squares;
+
+    template <typename Visit>
+    void begin(const Visit& visit, int64_t outputs) {
+      sum = squares = Lanes{};
+      visit([&](Lanes v) { sum = sum + v; });
+      shift = sum * broadcast(1.0f / static_cast<float>(outputs));
+      sum = Lanes{};
+      store_counted(sums, shift, count);
+    }
+    void operator()(int64_t, int64_t at, Lanes v) {
+      store_counted(y + at, v, count);
+      const Lanes d = v - shift;
+      sum = sum + d;
+      squares = multiply_add(d, d, squares);
+    }
+    void end() {
+      store_counted(sums + channels, sum, count);
+      store_counted(sums + 2 * channels, squares, count);
+    }
+  };
+  template <typename Count>
+  Vector<Count> vector(int64_t c, Count count) const {
+    float* own = of_chunk + c;
+    return {
+        y,
+        own,
+        channels,
+        count,
+        load_counted(own, count),
+        load_counted(own + channels, count),
+        load_counted(own + 2 * channels, count)};
+  }
+
+  Moments moments() const {
+    Moments all(channels);
+    sums->for_each([&](const float* part, int64_t outputs) {
+      const Chan chan(all.count, outputs);
+      const double inverse = 1.0 / static_cast<double>(outputs);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double s1 = part[channels + c], s2 = part[2 * channels + c];
+        chan(all.mean[c], all.m2[c], part[c] + s1 * inverse, s2 - s1 * s1 * inverse);
+      }
+      all.count += outputs;
+    });
+    return all;
+  }
+};
+
+// y = relu(bn(value) + residual), bn by constants
+struct Normalise {
+  float* y;
+  const ChannelNorm<float>* norm;
+  const float* residual; // or null
+  bool relu;
+
+  Normalise chunk(int64_t) const {
+    return *this;
+  }
+  template <typename Count>
+  struct Vector {
+    float* y;
+    const float* residual;
+    bool relu;
+    Count count;
+    Lanes mean, scale, bias;
+
+    template <typename Visit>
+    void begin(const Visit&, int64_t) {}
+    void operator()(int64_t, int64_t at, Lanes v) {
+      Lanes z = multiply_add(v - mean, scale, bias);
+      if (residual != nullptr) {
+        z = z + load_counted(residual + at, count);
+      }
+      store_counted(y + at, relu ? Lanes(rectify(Vec<float>(z))) : z, count);
+    }
+    void end() {}
+  };
+  template <typename Count>
+  Vector<Count> vector(int64_t c, Count count) const {
+    return {
+        y,
+        residual,
+        relu,
+        count,
+        load_counted(norm->mean.data() + c, count),
+        load_counted(norm->scale.data() + c, count),
+        load_counted(norm->bias.data() + c, count)};
+  }
+};
+
+// Where the value is the gradient of what a normalisation and its activation made of x: the gradient g that reaches the
+// normalisation, and its sums of g and of g * (x - mean).
+struct MaskedGradient {
+  const ApplyParams<float>* act;
+  float* g;
+  float* value; // the value itself as well, or null
+  int64_t channels;
+  ChunkSums* sums;
+  float* of_chunk = nullptr; // the first of the three is not used
+
+  MaskedGradient chunk(int64_t slot) const {
+    return {act, g, value, channels, sums, sums->data(slot)};
+  }
+  template <typename Count>
+  struct Vector {
+    const MaskedGradient& of;
+    int64_t c;
+    Count count;
+    Lanes mean, scale, bias, sum, products;
+
+    template <typename Visit>
+    void begin(const Visit&, int64_t) {
+      sum = products = Lanes{};
+    }
+    void operator()(int64_t pixel, int64_t at, Lanes v) {
+      const ApplyParams<float>& act = *of.act;
+      if (of.value != nullptr) {
+        store_counted(of.value + at, v, count);
+      }
+      const Lanes centred = load_counted(act.x + at, count) - mean;
+      if (act.relu) {
+        // The very expression of the forward pass, so that its sign is the same.
+        Lanes z = multiply_add(centred, scale, bias);
+        if (act.residual != nullptr && !act.act_add) {
+          z = z + load_counted(act.residual + at, count);
+        }
+        v = gate(Vec<float>(v), Vec<float>(z));
+      }
+      if (act.kept != nullptr) {
+        const uint8_t* kept = act.kept + pixel * bitmask_row_bytes(of.channels) + c / 8;
+        v = select_lanes(Vec<float>(v * broadcast(act.keep_scale)), load_bits(kept, count));
+      }
+      store_counted(of.g + at, v, count);
+      sum = sum + v;
+      products = multiply_add(v, centred, products);
+    }
+    void end() {
+      float* own = of.of_chunk + c;
+      store_counted(own + of.channels, sum, count);
+      store_counted(own + 2 * of.channels, products, count);
+    }
+  };
+  template <typename Count>
+  Vector<Count> vector(int64_t c, Count count) const {
+    const ChannelNorm<float>& norm = *act->norm;
+    const float* own = of_chunk + c;
+    return {
+        *this,
+        c,
+        count,
+        load_counted(norm.mean.data() + c, count),
+        load_counted(norm.scale.data() + c, count),
+        load_counted(norm.bias.data() + c, count),
+        load_counted(own + channels, count),
+        load_counted(own + 2 * channels, count)};
+  }
+
+  // (sum of g, sum of g * (x - mean))
+  std::pair<std::vector<double>, std::vector<double>> totals() const {
+    std::vector<double> first(channels, 0.0), second(channels, 0.0);
+    sums->for_each([&](const float* part, int64_t) {
+      for (int64_t c = 0; c < channels; ++c) {
+        first[c] += part[channels + c];
+        second[c] += part[2 * channels + c];
+      }
+    });
+    return {first, second};
+  }
+};
+
+} // namespace winograd
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+#endif
