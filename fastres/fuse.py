@@ -25,6 +25,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastres.nn.blocks import DropoutBasicBlock, DropoutBottleneck, FusedBasicBlock, FusedBottleneck
+from fastres.nn.conv import ConvAlgorithm, check_conv_algorithm
 from fastres.nn.norm import AbsorbedReLU, BatchNormAct2d, FusedBatchNormAct2d
 from fastres.nn.obstacles import class_name, obstacle
 from fastres.nn.shortcut import ProjectionShortcut, projection_obstacle
@@ -163,6 +164,8 @@ def _swap_block(block: nn.Module) -> None:
     fused = _FUSED[type(block)]
     dropout = block.__dict__.pop("dropout") if isinstance(block, (DropoutBasicBlock, DropoutBottleneck)) else 0.0
     block.__class__ = fused
+    assert isinstance(block, fused)
+    block.conv_algorithm = None
     for name in fused.norms:
         FusedBatchNormAct2d.adopt(getattr(block, name), dropout=dropout if name == fused.dropout_norm else 0.0)
 
@@ -259,7 +262,7 @@ def fuse_report(model: nn.Module) -> FuseReport:
     )
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None = None) -> nn.Module:
     """Swap what can be fused in a model, and leave the rest as it is.
 
     Outputs, gradients, running statistics, state_dict, hooks and the mode of every module stay. Modules keep their
@@ -275,16 +278,26 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: change the model itself. Otherwise a copy is changed that shares every parameter and buffer with it: a
             training step on one is seen by the other, until one of them is moved or cast. Modules that the model
             refers to other than as children are not copied.
+        conv_algorithm: what the blocks' 3x3 convolutions with stride 1 compute with, as `algorithm` of
+            `fastres.functional.conv3x3`; it holds for blocks that were fused before as well. None leaves those as they
+            are, and the others to the environment variable FASTRES_CONV.
     Returns:
         The model, or the copy.
     Raises:
-        TypeError: not a module, or one that is scripted, compiled or wrapped in DistributedDataParallel already.
+        TypeError: not a module, or one that is scripted, compiled or wrapped in DistributedDataParallel already;
+            conv_algorithm is not a string or None.
+        ValueError: conv_algorithm is unknown.
     """
     _check_model(model, "fuse")
+    check_conv_algorithm(conv_algorithm)
     fused = model if inplace else _share(model, {})
     for candidate in _candidates(fused):
         if candidate.fused is None and candidate.obstacle is None:
             candidate.swap()
+    if conv_algorithm is not None:
+        for module in fused.modules():
+            if isinstance(module, ConvAlgorithm):
+                module.conv_algorithm = conv_algorithm
     if _log.isEnabledFor(logging.INFO):
         _log.info("%s", fuse_report(fused))
     return fused
@@ -337,6 +350,7 @@ def _release_block(block: FusedBasicBlock | FusedBottleneck) -> None:
             return  # somebody changed it since: the class stays, which is exact with plain normalisations as well
     for norm in norms.values():
         norm.release()
+    del block.conv_algorithm
     if type(block.downsample) is ProjectionShortcut:
         block.downsample.release()
     plain, with_dropout = _PLAIN[type(block)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastres.models.stem import STEM_CHANNELS, check_head, init_convolution, make_stem
 from fastres.nn.blocks import ResidualBlock
+from fastres.nn.conv import check_conv_algorithm
 from fastres.nn.norm import FusedBatchNormAct2d, check_dropout
 
 
@@ -23,21 +24,25 @@ class ArticleResNet18(nn.Module):
         num_classes: outputs.
         stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
         dropout: 0 <= dropout < 1, in each block before the addition.
+        conv_algorithm: of the blocks' 3x3 convolutions with stride 1, as `fastres.fuse`.
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.
     """
 
-    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5) -> None:
+    def __init__(
+        self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, conv_algorithm: str | None = None
+    ) -> None:
         check_head(num_classes, stem)
         dropout = check_dropout(dropout)
+        check_conv_algorithm(conv_algorithm)
         super().__init__()
         self.conv1, self.maxpool = make_stem(stem)
         self.bn1 = FusedBatchNormAct2d(STEM_CHANNELS)
-        self.layer1 = _stage(STEM_CHANNELS, 64, 1, dropout)
-        self.layer2 = _stage(64, 128, 2, dropout)
-        self.layer3 = _stage(128, 256, 2, dropout)
-        self.layer4 = _stage(256, 512, 2, dropout)
+        self.layer1 = _stage(STEM_CHANNELS, 64, 1, dropout, conv_algorithm)
+        self.layer2 = _stage(64, 128, 2, dropout, conv_algorithm)
+        self.layer3 = _stage(128, 256, 2, dropout, conv_algorithm)
+        self.layer4 = _stage(256, 512, 2, dropout, conv_algorithm)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * ResidualBlock.expansion, num_classes)
         self.skip = nn.Linear(STEM_CHANNELS, num_classes)
@@ -53,7 +58,8 @@ class ArticleResNet18(nn.Module):
         return logits + self.skip(torch.flatten(self.avgpool(stem), 1))  # type: ignore[no-any-return]
 
 
-def _stage(in_channels: int, out_channels: int, stride: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(in_channels, out_channels, stride, dropout), ResidualBlock(out_channels, out_channels, 1, dropout)
-    )
+def _stage(
+    in_channels: int, out_channels: int, stride: int, dropout: float, conv_algorithm: str | None
+) -> nn.Sequential:
+    first = ResidualBlock(in_channels, out_channels, stride, dropout, conv_algorithm=conv_algorithm)
+    return nn.Sequential(first, ResidualBlock(out_channels, out_channels, 1, dropout, conv_algorithm=conv_algorithm))

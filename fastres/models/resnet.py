@@ -11,6 +11,7 @@ from torchvision.models.resnet import ResNet
 from fastres.fuse import fuse
 from fastres.models.stem import check_head, init_convolution, make_stem
 from fastres.nn.blocks import FusedBasicBlock, FusedBottleneck
+from fastres.nn.conv import check_conv_algorithm
 from fastres.nn.norm import check_dropout
 
 
@@ -26,6 +27,7 @@ class FusedResNet(ResNet):  # type: ignore[misc]
         num_classes: outputs.
         stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
         dropout: 0 <= dropout < 1, inside each block before its last convolution.
+        conv_algorithm: of the blocks' 3x3 convolutions with stride 1, as `fastres.fuse`.
         zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's ResNet;
             norm_layer has to make torch.nn.BatchNorm2d (`functools.partial(torch.nn.BatchNorm2d, eps=1e-3)`, say).
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
@@ -44,6 +46,7 @@ class FusedResNet(ResNet):  # type: ignore[misc]
         *,
         stem: str = "cifar",
         dropout: float = 0.0,
+        conv_algorithm: str | None = None,
         zero_init_residual: bool = False,
         groups: int = 1,
         width_per_group: int = 64,
@@ -52,6 +55,7 @@ class FusedResNet(ResNet):  # type: ignore[misc]
     ) -> None:
         check_head(num_classes, stem)
         dropout = check_dropout(dropout)
+        check_conv_algorithm(conv_algorithm)
         super().__init__(
             block, list(layers), num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation,
             norm_layer,
@@ -62,7 +66,7 @@ class FusedResNet(ResNet):  # type: ignore[misc]
         for module in self.modules():
             if isinstance(module, (FusedBasicBlock, FusedBottleneck)):
                 getattr(module, module.dropout_norm).dropout = dropout
-        fuse(self, inplace=True)
+        fuse(self, inplace=True, conv_algorithm=conv_algorithm)
 
 
 class FusedResNet18(FusedResNet):

@@ -17,11 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastres.nn.norm import FusedBatchNormAct2d, check_dropout
+from fastres.nn.conv import (
+    ConvAlgorithm,
+    check_conv_algorithm,
+    convolve,
+    convolve_norm,
+    norm_convolve,
+    takes_batch_statistics,
+)
+from fastres.nn.norm import FusedBatchNormAct2d, check_dropout, known
 from fastres.nn.shortcut import ProjectionShortcut, SkipConnection, add_shortcut, projection_obstacle
 
 
-class FusedBasicBlock(BasicBlock):  # type: ignore[misc]
+class FusedBasicBlock(ConvAlgorithm, BasicBlock):  # type: ignore[misc]
     """torchvision's BasicBlock with everything between its convolutions fused.
 
         y = relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut(x))
@@ -31,9 +39,12 @@ class FusedBasicBlock(BasicBlock):  # type: ignore[misc]
             norm_layer has to make torch.nn.BatchNorm2d. A `downsample` of a 1x1 convolution and BatchNorm2d becomes a
             `ProjectionShortcut`; any other is called as it is.
         dropout: 0 <= dropout < 1, between the convolutions.
+        conv_algorithm: of the 3x3 convolutions with stride 1, as `algorithm` of `fastres.functional.conv3x3`. By
+            Winograd's, in training, the block keeps for backward its input, the raw outputs of its convolutions, and
+            bits.
     Raises:
-        TypeError: norm_layer makes something else than torch.nn.BatchNorm2d.
-        ValueError: dropout is outside [0, 1).
+        TypeError: norm_layer makes something else than torch.nn.BatchNorm2d, conv_algorithm is not a string or None.
+        ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("bn1", "bn2")
@@ -51,17 +62,29 @@ class FusedBasicBlock(BasicBlock):  # type: ignore[misc]
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         dropout: float = 0.0,
+        conv_algorithm: str | None = None,
     ) -> None:
         super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        self.conv_algorithm = check_conv_algorithm(conv_algorithm)
         _adopt_children(self, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] to [N, planes, ceil(H / stride), ceil(W / stride)]."""
-        out = self.bn1(self.conv1(x), dropout_training=self.training)
-        return add_shortcut(self.bn2, self.conv2(out), x, self.downsample)
+        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+        if takes_batch_statistics(bn1):
+            out, statistics, x = convolve(self.conv1, x, bn1, algorithm)
+            out, statistics = norm_convolve(
+                bn1, self.conv2, out, statistics, bn2, algorithm, dropout_training=self.training
+            )
+            return add_shortcut(bn2, out, x, self.downsample, statistics)
+        out = convolve_norm(self.conv1, bn1, x, algorithm, dropout_training=self.training)
+        if self.downsample is None:
+            return convolve_norm(self.conv2, bn2, out, algorithm, residual=x)
+        out, statistics, _ = convolve(self.conv2, out, bn2, algorithm)
+        return add_shortcut(bn2, out, x, self.downsample, statistics)
 
 
-class FusedBottleneck(Bottleneck):  # type: ignore[misc]
+class FusedBottleneck(ConvAlgorithm, Bottleneck):  # type: ignore[misc]
     """torchvision's Bottleneck, fused around the convolutions; dropout stands after the ReLU of bn2.
 
     Args, Raises: as `FusedBasicBlock`.
@@ -82,14 +105,21 @@ class FusedBottleneck(Bottleneck):  # type: ignore[misc]
         norm_layer: Callable[..., nn.Module] | None = None,
         *,
         dropout: float = 0.0,
+        conv_algorithm: str | None = None,
     ) -> None:
         super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        self.conv_algorithm = check_conv_algorithm(conv_algorithm)
         _adopt_children(self, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] to [N, 4 * planes, ceil(H / stride), ceil(W / stride)]."""
-        out = self.bn1(self.conv1(x))
-        out = self.bn2(self.conv2(out), dropout_training=self.training)
+        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+        out = self.conv1(x)
+        if takes_batch_statistics(bn1):
+            out, statistics = norm_convolve(bn1, self.conv2, out, None, bn2, algorithm)
+            out = bn2(out, dropout_training=self.training, **known(statistics))
+        else:
+            out = convolve_norm(self.conv2, bn2, bn1(out), algorithm, dropout_training=self.training)
         return add_shortcut(self.bn3, self.conv3(out), x, self.downsample)
 
 
@@ -155,7 +185,7 @@ class DropoutBottleneck(Bottleneck):  # type: ignore[misc]
         return f"dropout={self.dropout:g}"
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(ConvAlgorithm, nn.Module):
     """The residual block that adds its input before the second convolution.
 
         y = bn2(conv2(dropout(relu(bn1(conv1 x))) + shortcut(x)))
@@ -167,14 +197,25 @@ class ResidualBlock(nn.Module):
         in_channels, out_channels: of the block.
         stride: of the first convolution and of the shortcut.
         dropout: 0 <= dropout < 1; it acts where the block is in training mode.
+        conv_algorithm: as `FusedBasicBlock`.
     Raises:
-        ValueError: dropout is outside [0, 1).
+        TypeError: conv_algorithm is not a string or None.
+        ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
     """
 
     expansion: ClassVar[int] = 1
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dropout: float = 0.5,
+        *,
+        conv_algorithm: str | None = None,
+    ) -> None:
         super().__init__()
+        self.conv_algorithm = check_conv_algorithm(conv_algorithm)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = FusedBatchNormAct2d(out_channels, dropout=dropout, order="act_add")
         changes = stride != 1 or in_channels != out_channels
@@ -184,5 +225,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        out = self.bn1(self.conv1(x), self.shortcut(x), dropout_training=self.training)
-        return self.bn2(self.conv2(out))  # type: ignore[no-any-return]
+        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+        out, statistics, x = convolve(self.conv1, x, bn1, algorithm)
+        shortcut = self.shortcut(x)
+        if takes_batch_statistics(bn1):
+            out, statistics = norm_convolve(
+                bn1, self.conv2, out, statistics, bn2, algorithm, residual=shortcut, dropout_training=self.training
+            )
+            return bn2(out, **known(statistics))  # type: ignore[no-any-return]
+        out = bn1(out, shortcut, dropout_training=self.training)
+        return convolve_norm(self.conv2, bn2, out, algorithm)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional
-from fastres.functional import NormParams
+from fastres.functional import NormParams, Statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,6 +29,11 @@ def check_dropout(dropout: float) -> float:
     return float(dropout)
 
 
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether torch.nn.BatchNorm2d.forward would normalise by the batch's own statistics."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
 def read_norm(norm: nn.BatchNorm2d) -> tuple[NormParams, bool]:
     """What torch.nn.BatchNorm2d.forward would use: parameters, and whether the batch's own statistics count.
 
@@ -42,13 +47,18 @@ def read_norm(norm: nn.BatchNorm2d) -> tuple[NormParams, bool]:
         counts = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
         momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0) if counts else 0.0  # type: ignore[arg-type]
     params = NormParams(mean, var, norm.weight, norm.bias, momentum, norm.eps)
-    return params, norm.training or (mean is None and var is None)
+    return params, uses_batch_statistics(norm)
 
 
 def count_batch(norm: nn.BatchNorm2d) -> None:
     """Count a batch as torch.nn.BatchNorm2d does, to be called once the batch has gone through."""
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
+
+
+def known(statistics: Statistics | None) -> dict[str, Any]:
+    """The keyword of `FusedBatchNormAct2d.forward`, left out where nothing is known: another class may lack it."""
+    return {} if statistics is None else {"statistics": statistics}
 
 
 class _NormAct(nn.BatchNorm2d):
@@ -132,7 +142,14 @@ class FusedBatchNormAct2d(_NormAct):
         TypeError, ValueError: an argument has the wrong type, dropout is outside [0, 1), order is unknown.
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, dropout_training: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        dropout_training: bool | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
         """Normalise `x`, add `residual`, apply ReLU and dropout.
 
         Args:
@@ -140,6 +157,8 @@ class FusedBatchNormAct2d(_NormAct):
             residual: [N, C, H, W], dtype and device of x.
             dropout_training: whether dropout acts; None means in training mode. A block passes its own mode, so that
                 freezing the normalisation (`norm.eval()`) leaves the block's dropout alone.
+            statistics: those of x where they are known already, as a convolution measures them; only where the batch's
+                statistics are used.
         Returns:
             [N, C, H, W], dtype and memory format of x.
         Raises:
@@ -153,7 +172,7 @@ class FusedBatchNormAct2d(_NormAct):
         y = functional.batch_norm_act(
             x, *norm[:4], training=batch_statistics, momentum=norm.momentum, eps=norm.eps,
             residual=None if late else residual, relu=self.relu, dropout_p=0.0 if separate else dropout,
-            order=self.order,
+            order=self.order, statistics=statistics,
         )  # fmt: skip
         if separate:
             y = F.dropout(y, dropout)
@@ -169,8 +188,15 @@ class BatchNormAct2d(_NormAct):
     `fastres.unfuse` leaves it behind where torchvision has no class to go back to.
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, dropout_training: bool | None = None) -> Tensor:
-        """As `FusedBatchNormAct2d.forward`."""
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        dropout_training: bool | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        """As `FusedBatchNormAct2d.forward`; x is measured whether or not `statistics` are given."""
         y = super().forward(x)
         if residual is not None and self.order == "add_act":
             y = y + residual

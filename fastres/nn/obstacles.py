@@ -1,12 +1,17 @@
 """What stands in the way of leaving a module's own call out, or of giving its output another meaning.
 
-`fastres.fuse` asks before it swaps a module, and the shortcuts ask again at each call: a hook that is registered later,
-or pruning, which works through one, then runs as it would in torchvision's network.
+`fastres.fuse` asks before it swaps a module, and the blocks and shortcuts ask again at each call: a hook that is
+registered later, or pruning, which works through one, then runs as it would in torchvision's network.
 """
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch.nn as nn
+from torch.nn.modules.module import _has_any_global_hook
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -36,3 +41,11 @@ def obstacle(module: nn.Module | None, expected: type[nn.Module]) -> str | None:
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the instance"
     return None
+
+
+def is_exactly(module: nn.Module, expected: type[_Module]) -> TypeGuard[_Module]:
+    """Whether calling the module now does what the class `expected` says and no more.
+
+    Other than for `obstacle`, hooks on all modules count, as profilers and counters register them for a while.
+    """
+    return obstacle(module, expected) is None and not _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -9,7 +9,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastres import functional
-from fastres.nn.norm import FusedBatchNormAct2d, count_batch, read_norm
+from fastres.functional import Statistics
+from fastres.nn.norm import FusedBatchNormAct2d, count_batch, known, read_norm
 from fastres.nn.obstacles import has_hooks, obstacle
 
 if TYPE_CHECKING:
@@ -83,7 +84,13 @@ class ProjectionShortcut(nn.Sequential):
         self.__class__ = nn.Sequential  # type: ignore[assignment]
         return self
 
-    def forward(self, s: Tensor, x: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+    def forward(
+        self,
+        s: Tensor,
+        x: Tensor | None = None,
+        norm: nn.Module | None = None,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
         """bn(conv1x1(s)); with `x` and `norm`: norm's activation of norm(x) + bn(conv1x1(s)).
 
         Where they cannot be one step (one of the two normalisations is frozen, somebody registered a hook on the
@@ -93,20 +100,23 @@ class ProjectionShortcut(nn.Sequential):
             s: [N, Cin, H, W], the block's input.
             x: [N, Cout, ceil(H / stride), ceil(W / stride)], the last convolution of the main branch.
             norm: FusedBatchNormAct2d or BatchNormAct2d, the normalisation of x.
+            statistics: those of x where they are known already and norm uses them.
         Returns:
             [N, Cout, ceil(H / stride), ceil(W / stride)].
         Raises:
-            TypeError: one of x and norm without the other.
+            TypeError: one of x and norm without the other, or statistics without them.
             TypeError, ValueError: as `fastres.functional.projection_shortcut`.
         """
         if x is None and norm is None:
+            if statistics is not None:
+                raise TypeError(f"statistics: expected None without x and norm, got {type(statistics).__name__}")
             return super().forward(s)  # type: ignore[no-any-return, no-untyped-call]
         if x is None or norm is None:
             raise TypeError(
                 f"x and norm: expected both or neither, got {'x' if norm is None else 'norm'} without the other"
             )
         if not self._is_one_step_with(norm):
-            return norm(x, super().forward(s))  # type: ignore[no-any-return, no-untyped-call]
+            return norm(x, super().forward(s), **known(statistics))  # type: ignore[no-any-return, no-untyped-call]
         conv, own = _children(self)
         main = cast(FusedBatchNormAct2d, norm)
         params, batch_statistics = read_norm(own)
@@ -114,6 +124,7 @@ class ProjectionShortcut(nn.Sequential):
         y = functional.projection_shortcut(
             s, conv.weight, params, x, main_params, stride=cast("tuple[int, int]", conv.stride),
             training=batch_statistics, relu=main.relu, dropout_p=main.dropout if main.training else 0.0,
+            x_statistics=statistics,
         )  # fmt: skip
         count_batch(own)
         count_batch(main)
@@ -129,14 +140,19 @@ class ProjectionShortcut(nn.Sequential):
 
 
 def add_shortcut(
-    norm: Callable[[Tensor, Tensor], Tensor], x: Tensor, s: Tensor, downsample: nn.Module | None
+    norm: Callable[..., Tensor],
+    x: Tensor,
+    s: Tensor,
+    downsample: nn.Module | None,
+    statistics: Statistics | None = None,
 ) -> Tensor:
-    """The end of a residual block: norm's activation of norm(x) + downsample(s), with downsample None the identity."""
-    if downsample is None:
-        return norm(x, s)
+    """The end of a residual block: norm's activation of norm(x) + downsample(s), with downsample None the identity.
+
+    `statistics` are those of x where they are known already and norm uses them.
+    """
     if isinstance(downsample, ProjectionShortcut) and not has_hooks(downsample):
-        return downsample(s, x, norm)  # type: ignore[no-any-return]
-    return norm(x, downsample(s))
+        return downsample(s, x, norm, **known(statistics))  # type: ignore[no-any-return]
+    return norm(x, s if downsample is None else downsample(s), **known(statistics))
 
 
 class SkipConnection(nn.Sequential):
