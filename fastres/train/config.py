@@ -5,18 +5,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from fastres import models
+from fastres.ops.conv3x3 import asked_algorithm
 from fastres.train.errors import InputError
+from fastres.train.precision import choose_amp
 
 Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
 Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
 Schedule = Literal["cosine", "constant"]
 Stem = Literal["auto", "cifar", "imagenet"]
-Amp = Literal["none", "bf16"]
+Amp = Literal["auto", "none", "bf16"]
+ConvAlgorithm = Literal["auto", "direct", "winograd"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class TrainConfig:
     Args:
         fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
             checkpoints.
+        conv_algorithm: What the fused blocks compute their 3x3 convolutions of stride 1 with, in float32 on a CPU:
+            winograd, direct (PyTorch's), or auto, Winograd's where a cost model says that it pays. Everything else is
+            PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with --no-fused.
         model: Network: resnet18, resnet34, resnet50, resnet101, resnet152 or article.
         dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
             handwritten digits that come with scikit-learn.
@@ -62,7 +68,8 @@ class TrainConfig:
         device: cpu, cuda or cuda:N; auto is CUDA where there is a GPU.
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
         workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
-        amp: Automatic mixed precision: bf16 runs convolutions in bfloat16.
+        amp: Automatic mixed precision: bf16 runs convolutions in bfloat16, none runs everything in float32, auto takes
+            the faster of the two for this network on this device. The choice is saved: a resumed run keeps it.
         channels_last: Keep images and weights in the channels_last memory format, the faster one.
         reuse_memory: On the CPU, let the C library keep large buffers instead of returning them to the system at each
             free: faster, and the process keeps its peak memory until it ends.
@@ -70,6 +77,7 @@ class TrainConfig:
     """
 
     fused: bool = True
+    conv_algorithm: ConvAlgorithm | None = None
     model: str = "resnet18"
     dataset: Dataset = "auto"
     data_dir: Path = Path("data")
@@ -114,9 +122,16 @@ def check_config(config: TrainConfig) -> None:
         ("schedule", Schedule),
         ("stem", Stem),
         ("amp", Amp),
+        ("conv_algorithm", ConvAlgorithm),
     ):
         _check_choice(name, getattr(config, name), get_args(kind))
     _check_choice("model", config.model, models.NAMES)
+    # A resumed run has its checkpoint to agree with, which says more.
+    if not config.fused and config.conv_algorithm is not None and config.resume is None:
+        raise InputError(
+            "conv_algorithm: expected nothing with fused=False (--no-fused), where every convolution is PyTorch's, "
+            f"got {config.conv_algorithm!r}"
+        )
     for name in ("epochs", "max_steps", "eval_batch_size", "threads", "image_size"):
         _check_range(name, getattr(config, name), low=1)
     _check_range("batch_size", config.batch_size, low=2)
@@ -139,16 +154,30 @@ def check_config(config: TrainConfig) -> None:
 
 
 def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainConfig:
-    """Fill every field that depends on the data set, so that config.json says what ran.
+    """Fill every field that depends on the data set or the machine, so that config.json says what ran.
 
     Args:
-        config: checked configuration; fields that are not None stay as they are.
+        config: checked configuration; fields that are neither None nor "auto" stay as they are.
         dataset: the data set in use, never "auto".
         image_size: side of its images in pixels.
+
+    Raises:
+        InputError: the environment variable FASTRES_CONV, where it counts, names no algorithm.
     """
     small = dataset == "digits"
     plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
     epochs = _first(config.epochs, 5 if small else 30)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        conv_algorithm: Any = asked_algorithm(config.conv_algorithm) if config.fused else config.conv_algorithm
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    amp = config.amp
+    if amp == "auto":
+        amp = choose_amp(
+            torch.device(device), model=config.model, fused=config.fused, conv_algorithm=conv_algorithm,
+            channels_last=config.channels_last,
+        )  # fmt: skip
     return dataclasses.replace(
         config,
         dataset=dataset,
@@ -161,7 +190,9 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         warmup_epochs=_first(config.warmup_epochs, 0.0 if config.schedule == "constant" else min(1.0, epochs / 5)),
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
-        device=("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device,
+        device=device,
+        conv_algorithm=conv_algorithm,
+        amp=amp,
     )
 
 
@@ -190,9 +221,8 @@ def _first(value: Any, default: Any) -> Any:
 
 
 def _check_type(name: str, value: object, kind: Any) -> None:
-    if kind in (Dataset, Optimizer, Schedule, Stem, Amp):
-        kind = str
-    kinds = get_args(kind) or (kind,)
+    kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+    kinds = tuple(str if get_origin(k) is Literal else k for k in kinds)
     if float in kinds:
         kinds = (*kinds, int)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -200,8 +230,8 @@ def _check_type(name: str, value: object, kind: Any) -> None:
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
         raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 

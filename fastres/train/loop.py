@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,13 @@ SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "ev
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 
 
-def train(config: TrainConfig, *, data: ImageData | None = None, console: Console | None = None) -> Summary:
+def train(
+    config: TrainConfig,
+    *,
+    data: ImageData | None = None,
+    make_model: Callable[[TrainConfig, int], nn.Module] | None = None,
+    console: Console | None = None,
+) -> Summary:
     """Train a network as configured, and leave config.json, metrics.jsonl, steps.jsonl, last.pt, best.pt and
     summary.json in the output folder.
 
@@ -45,6 +51,8 @@ def train(config: TrainConfig, *, data: ImageData | None = None, console: Consol
     Args:
         config: need not be resolved.
         data: used in place of the data set that the configuration names.
+        make_model: makes the network in place of the one that the configuration names, from the resolved configuration
+            and the number of classes, once the generators are seeded. `load_model` cannot read such a checkpoint.
         console: where the report goes; standard output by default.
 
     Returns:
@@ -56,7 +64,7 @@ def train(config: TrainConfig, *, data: ImageData | None = None, console: Consol
         DivergedError: the loss is no longer finite. The files hold the state before that.
     """
     console = console or Console()
-    run = _prepare(config, data, console)
+    run = _prepare(config, data, make_model or _make_model, console)
     return _Loop(run, console).run()
 
 
@@ -88,7 +96,12 @@ class _Run:
     backend: str
 
 
-def _prepare(config: TrainConfig, data: ImageData | None, console: Console) -> _Run:
+def _prepare(
+    config: TrainConfig,
+    data: ImageData | None,
+    make_model: Callable[[TrainConfig, int], nn.Module],
+    console: Console,
+) -> _Run:
     check_config(config)
     resumed = None
     if config.resume is not None:
@@ -110,7 +123,7 @@ def _prepare(config: TrainConfig, data: ImageData | None, console: Console) -> _
     if device.type == "cpu" and config.reuse_memory:
         reuse_cpu_memory()
     torch.manual_seed(config.seed)
-    model = _make_model(config, len(data.classes)).to(device)
+    model = make_model(config, len(data.classes)).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model.parameters(), config)
@@ -442,15 +455,18 @@ class _Window:
 
 def _make_model(config: TrainConfig, num_classes: int) -> nn.Module:
     return models.create(
-        config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused
-    )
+        config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
+        conv_algorithm=config.conv_algorithm,
+    )  # fmt: skip
 
 
 def _inherit(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """Fields left to a default take the checkpoint's values, so that they resolve as they did then."""
     open_fields = [
         f.name for f in dataclasses.fields(config)
-        if f.name not in ("resume", "output_dir", "max_steps") and getattr(config, f.name) in (None, "auto")
+        if f.name not in ("resume", "output_dir", "max_steps")
+        # "auto" is one of the algorithms, not a default.
+        and getattr(config, f.name) in ((None,) if f.name == "conv_algorithm" else (None, "auto"))
     ]  # fmt: skip
     changes = {name: saved[name] for name in open_fields if name in saved and name != "device"}
     return dataclasses.replace(config, **changes)

@@ -69,7 +69,8 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
             )
         )
     console.print(
-        f"{config.model} ({'fused' if config.fused else 'plain'}, {backend}) on {config.device}, {describe(data)}; "
+        f"{config.model} ({'fused' if config.fused else 'plain'}, {backend}) on {config.device} in "
+        f"{'bfloat16' if config.amp == 'bf16' else 'float32'}, {describe(data)}; "
         f"{config.epochs} epochs of batches of {config.batch_size}, {config.optimizer}, lr {config.lr:g}, "
         f"weight decay {config.weight_decay:g}, seed {config.seed}; results in {config.output_dir}",
         markup=False,

@@ -21,6 +21,8 @@ CLASSES = ("left", "right", "both")
 class TinyNet(nn.Sequential):
     """A convolution with BN and dropout, and a linear layer: what training has to handle, at 8 channels."""
 
+    conv_algorithm: str | None = None
+
     def __init__(self, num_classes: int, dropout: float, stem: str) -> None:
         super().__init__(
             nn.Conv2d(3, 8, 3, stride=2 if stem == "imagenet" else 1, padding=1, bias=False),
@@ -39,10 +41,17 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> list[TinyNet]:
     made: list[TinyNet] = []
 
     def create(
-        name: str, *, num_classes: int, stem: str = "cifar", dropout: float | None = None, fused: bool = True
+        name: str,
+        *,
+        num_classes: int,
+        stem: str = "cifar",
+        dropout: float | None = None,
+        fused: bool = True,
+        conv_algorithm: str | None = None,
     ) -> nn.Module:
         default = 0.5 if name == "article" else 0.0
         made.append(TinyNet(num_classes, default if dropout is None else dropout, stem))
+        made[-1].conv_algorithm = conv_algorithm
         return made[-1]
 
     monkeypatch.setattr(models, "create", create)
@@ -76,7 +85,12 @@ def run(tiny_models: list[TinyNet], data: ImageData, tmp_path: Path) -> Callable
     """Train a tiny network: keyword arguments are the fields of TrainConfig; `to` names the folder."""
 
     def start(
-        to: str = "run", *, on: ImageData | None = None, console: Console | None = None, **fields: Any
+        to: str = "run",
+        *,
+        on: ImageData | None = None,
+        make_model: Any = None,
+        console: Console | None = None,
+        **fields: Any,
     ) -> Summary:
         fields = {
             "device": "cpu",
@@ -87,7 +101,7 @@ def run(tiny_models: list[TinyNet], data: ImageData, tmp_path: Path) -> Callable
             **fields,
         }
         quiet = Console(file=io.StringIO(), width=200)
-        return train(TrainConfig(**fields), data=on or data, console=console or quiet)
+        return train(TrainConfig(**fields), data=on or data, make_model=make_model, console=console or quiet)
 
     return start
 

@@ -5,7 +5,16 @@ from typing import Any, get_args
 import pytest
 
 from fastres.train import __main__ as cli
-from fastres.train.config import Dataset, Optimizer, TrainConfig, check_config, from_dict, resolve, to_dict
+from fastres.train.config import (
+    ConvAlgorithm,
+    Dataset,
+    Optimizer,
+    TrainConfig,
+    check_config,
+    from_dict,
+    resolve,
+    to_dict,
+)
 from fastres.train.errors import InputError
 
 OUT_OF_RANGE: list[tuple[str, Any]] = [
@@ -15,6 +24,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("schedule", "step"),
     ("stem", "tiny"),
     ("amp", "fp16"),
+    ("conv_algorithm", "fft"),
     ("epochs", 0),
     ("max_steps", 0),
     ("batch_size", 1),
@@ -51,11 +61,18 @@ def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epochs", "3"), ("epochs", 1.5), ("batch_size", True), ("lr", "fast"), ("fused", 1), ("data_dir", "data"),
-     ("model", None), ("seed", None), ("output_dir", "runs")],
+     ("model", None), ("seed", None), ("output_dir", "runs"), ("amp", None), ("conv_algorithm", True)],
 )  # fmt: skip
 def test_value_of_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=rf"^{name}: "):
         check_config(TrainConfig(**{name: value}))
+
+
+@pytest.mark.parametrize("algorithm", get_args(ConvAlgorithm))
+def test_convolution_algorithm_of_a_plain_network_is_refused(algorithm: Any) -> None:
+    check_config(TrainConfig(conv_algorithm=algorithm))
+    with pytest.raises(InputError, match=rf"^conv_algorithm: .*--no-fused.*{algorithm}"):
+        check_config(TrainConfig(conv_algorithm=algorithm, fused=False))
 
 
 def test_warmup_longer_than_the_run_is_refused() -> None:
@@ -66,9 +83,10 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
 @pytest.mark.parametrize("dataset", [d for d in get_args(Dataset) if d != "auto"])
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_resolved_configuration_is_complete_and_survives_json(dataset: Any, optimizer: Any) -> None:
-    resolved = resolve(TrainConfig(optimizer=optimizer), dataset=dataset, image_size=32)
+    resolved = resolve(TrainConfig(optimizer=optimizer, amp="auto"), dataset=dataset, image_size=32)
     unset = {name for name, value in to_dict(resolved).items() if value in (None, "auto")}
-    assert unset == {"output_dir", "resume", "max_steps", "threads", "dropout"}
+    # The convolution's "auto" is an algorithm, which chooses anew for every call.
+    assert unset == {"output_dir", "resume", "max_steps", "threads", "dropout", "conv_algorithm"}
     assert from_dict(json.loads(json.dumps(to_dict(resolved)))) == resolved
 
 
@@ -79,6 +97,33 @@ def test_resolving_keeps_what_was_given() -> None:
     resolved = resolve(given, dataset="digits", image_size=32)
     assert (resolved.lr, resolved.weight_decay, resolved.epochs, resolved.batch_size) == (0.3, 0.0, 7, 9)
     assert (resolved.warmup_epochs, resolved.stem, resolved.device) == (0.0, "imagenet", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "expected"),
+    [
+        (None, None, "auto"),
+        (None, "winograd", "winograd"),
+        ("direct", "winograd", "direct"),
+        ("auto", "direct", "auto"),
+    ],
+)
+def test_convolution_algorithm_is_the_option_or_the_variable(
+    given: Any, variable: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is None:
+        monkeypatch.delenv("FASTRES_CONV", raising=False)
+    else:
+        monkeypatch.setenv("FASTRES_CONV", variable)
+    resolved = resolve(TrainConfig(conv_algorithm=given), dataset="digits", image_size=32)
+    assert resolved.conv_algorithm == expected
+    assert resolve(TrainConfig(fused=False), dataset="digits", image_size=32).conv_algorithm is None
+
+
+def test_wrong_algorithm_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRES_CONV", "fft")
+    with pytest.raises(InputError, match=r"^FASTRES_CONV: .*'fft'"):
+        resolve(TrainConfig(), dataset="digits", image_size=32)
 
 
 @pytest.mark.parametrize(("size", "stem"), [(32, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")])
@@ -125,7 +170,8 @@ def test_command_line_expresses_the_recipe_of_the_article(parsed: list[TrainConf
 
 @pytest.mark.parametrize(
     "arguments", [["--lr=-1"], ["--model", "vgg"], ["--dropout", "1"], ["--resume", "nowhere"],
-                  ["--dataset", "imagefolder", "--data-dir", "nowhere"]],
+                  ["--dataset", "imagefolder", "--data-dir", "nowhere"],
+                  ["--no-fused", "--conv-algorithm", "winograd"]],
 )  # fmt: skip
 def test_wrong_argument_ends_the_command_with_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,7 @@ from fastres.train import (
     saved_config,
     train,
 )
+from fastres.train import config as config_module
 from fastres.train import data as data_module
 from fastres.train.config import Optimizer
 from fastres.train.data import normalise
@@ -119,6 +120,52 @@ def test_variants_train(run: Run, fields: dict[str, Any]) -> None:
         assert run(epochs=1, **fields).step == 6
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("chosen", "dtype"), [("bf16", torch.bfloat16), ("none", torch.float32)])
+def test_automatic_precision_is_what_runs_and_what_is_saved(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, dtype: torch.dtype
+) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(config_module, "choose_amp", lambda device, **fields: seen.append(fields) or chosen)
+    found = set()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: found.add(output.dtype) if isinstance(module, nn.Conv2d) else None
+    )
+    text = io.StringIO()
+    try:
+        run(amp="auto", max_steps=6, console=Console(file=text, width=300))
+    finally:
+        hook.remove()
+    assert found == {dtype}
+    assert ("bfloat16" if chosen == "bf16" else "float32") in text.getvalue().splitlines()[0]
+    assert seen == [{"model": "resnet18", "fused": True, "conv_algorithm": "auto", "channels_last": True}]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["amp"] == chosen
+    # On a machine that would choose otherwise, the run goes on as it began.
+    monkeypatch.setattr(config_module, "choose_amp", lambda *args, **fields: pytest.fail("chosen again"))
+    assert run(amp="auto", resume=tmp_path / "run").step == 12
+
+
+def test_algorithm_reaches_the_network_and_its_checkpoint(run: Run, tiny_models: list[Any], tmp_path: Path) -> None:
+    run(max_steps=1, conv_algorithm="winograd")
+    load_model(tmp_path / "run")
+    run(to="plain", max_steps=1, fused=False)
+    assert [model.conv_algorithm for model in tiny_models] == ["winograd", "winograd", None]
+
+
+def test_network_of_ones_own_is_made_after_seeding(run: Run, tiny_models: list[Any]) -> None:
+    seen: list[tuple[int, int, Tensor]] = []
+
+    def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
+        seen.append((config.image_size or 0, num_classes, torch.rand(1)))
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, num_classes))
+
+    for name in ("one", "two"):
+        run(to=name, seed=3, max_steps=1, make_model=make_model)
+    torch.manual_seed(3)
+    expected = (8, 3, torch.rand(1))
+    assert seen == [expected, expected]
+    assert not tiny_models
 
 
 def test_same_seed_gives_the_same_run_and_another_seed_another(run: Run, tmp_path: Path) -> None:
@@ -288,6 +335,8 @@ def test_options_left_open_are_those_of_the_checkpoint(run: Run, tmp_path: Path)
         ({"batch_size": 9}, "batch_size was 8, is 9"),
         ({"optimizer": "adam"}, "optimizer was 'nesterov', is 'adam'"),
         ({"fused": False}, "fused was True, is False"),
+        ({"conv_algorithm": "winograd"}, "conv_algorithm was 'auto', is 'winograd'"),
+        ({"amp": "bf16"}, "amp was 'none', is 'bf16'"),
         ({"seed": 1}, "seed was 0, is 1"),
     ],
 )
@@ -298,6 +347,34 @@ def test_checkpoint_of_another_run_is_refused(run: Run, tmp_path: Path, change: 
         run(resume=tmp_path / "run", **change)
     assert said in str(caught.value)
     assert contents(tmp_path / "run") == before
+
+
+def test_algorithm_of_a_plain_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
+    run(max_steps=6, fused=False)
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"conv_algorithm was None, is 'direct'"):
+        run(resume=tmp_path / "run", fused=False, conv_algorithm="direct")
+    assert contents(tmp_path / "run") == before
+
+
+def test_automatic_algorithm_asked_for_is_not_the_checkpoints(run: Run, tmp_path: Path) -> None:
+    run(max_steps=6, conv_algorithm="winograd")
+    with pytest.raises(InputError, match=r"conv_algorithm was 'winograd', is 'auto'"):
+        run(resume=tmp_path / "run", conv_algorithm="auto")
+    assert run(resume=tmp_path / "run").step == 12
+
+
+@pytest.mark.parametrize(("fused", "algorithm"), [(True, "direct"), (False, None)])
+def test_checkpoint_from_before_there_were_algorithms_goes_on_with_pytorchs(
+    run: Run, tiny_models: list[Any], tmp_path: Path, fused: bool, algorithm: str | None
+) -> None:
+    run(max_steps=6, fused=fused, conv_algorithm=algorithm)
+    state = load_checkpoint(tmp_path / "run")
+    del state["config"]["conv_algorithm"]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    assert run(resume=tmp_path / "run", fused=fused).step == 12
+    load_model(tmp_path / "run")
+    assert [model.conv_algorithm for model in tiny_models] == [algorithm] * 3
 
 
 def test_checkpoint_of_other_classes_is_refused(run: Run, data: ImageData, tmp_path: Path) -> None:
