@@ -3,7 +3,8 @@
 // An epilogue's chunk(slot) is the epilogue of one chunk of tiles, which one thread goes through; its vector(c, count)
 // is called for every tile and vector of channels, from channel c on. What that returns is shown the outputs, all of
 // the chunk's first tile, begin(visit, outputs), and then takes every one, operator()(pixel, at, value), `at` being the
-// element's place in a tensor of the outputs' shape, and end().
+// element's place in a tensor of the outputs' shape, and end(). for_each_read(f) calls f with what is read at these
+// places.
 #pragma once
 
 #include "statistics.h"
@@ -32,6 +33,16 @@ inline void store_counted(float* p, Lanes v, Count count) {
     store(p, v, count);
   } else {
     store(p, v);
+  }
+}
+
+// A store of an output. Past the caches where `streaming`, which may be where every vector fills a line of the cache.
+template <typename Count>
+inline void put(float* p, Lanes v, Count count, bool streaming) {
+  if (!std::is_same_v<Count, int64_t> && streaming) {
+    stream_vector(p, v);
+  } else {
+    store_counted(p, v, count);
   }
 }
 
@@ -86,25 +97,29 @@ private:
 // y = value
 struct Write {
   float* y;
+  bool streaming;
 
   Write chunk(int64_t) const {
     return *this;
   }
+  template <typename F>
+  void for_each_read(const F&) const {}
   template <typename Count>
   struct Vector {
     float* y;
+    bool streaming;
     Count count;
 
     template <typename Visit>
     void begin(const Visit&, int64_t) {}
     void operator()(int64_t, int64_t at, Lanes v) {
-      store_counted(y + at, v, count);
+      put(y + at, v, count, streaming);
     }
     void end() {}
   };
   template <typename Count>
   Vector<Count> vector(int64_t, Count count) const {
-    return {y, count};
+    return {y, streaming, count};
   }
 };
 
@@ -112,26 +127,32 @@ struct Write {
 struct WriteAdded {
   float* y;
   const float* added;
+  bool streaming;
 
   WriteAdded chunk(int64_t) const {
     return *this;
+  }
+  template <typename F>
+  void for_each_read(const F& f) const {
+    f(added);
   }
   template <typename Count>
   struct Vector {
     float* y;
     const float* added;
+    bool streaming;
     Count count;
 
     template <typename Visit>
     void begin(const Visit&, int64_t) {}
     void operator()(int64_t, int64_t at, Lanes v) {
-      store_counted(y + at, v + load_counted(added + at, count), count);
+      put(y + at, v + load_counted(added + at, count), count, streaming);
     }
     void end() {}
   };
   template <typename Count>
   Vector<Count> vector(int64_t, Count count) const {
-    return {y, added, count};
+    return {y, added, streaming, count};
   }
 };
 
@@ -139,16 +160,20 @@ struct WriteAdded {
 // is much larger than the variance.
 struct WriteMeasured {
   float* y;
+  bool streaming;
   int64_t channels;
   ChunkSums* sums;
   float* of_chunk = nullptr; // shift, sum, sum of squares
 
   WriteMeasured chunk(int64_t slot) const {
-    return {y, channels, sums, sums->data(slot)};
+    return {y, streaming, channels, sums, sums->data(slot)};
   }
+  template <typename F>
+  void for_each_read(const F&) const {}
   template <typename Count>
   struct Vector {
     float* y;
+    bool streaming;
     float* sums;
     int64_t channels;
     Count count;
@@ -163,7 +188,7 @@ struct WriteMeasured {
       store_counted(sums, shift, count);
     }
     void operator()(int64_t, int64_t at, Lanes v) {
-      store_counted(y + at, v, count);
+      put(y + at, v, count, streaming);
       const Lanes d = v - shift;
       sum = sum + d;
       squares = multiply_add(d, d, squares);
@@ -178,6 +203,7 @@ struct WriteMeasured {
     float* own = of_chunk + c;
     return {
         y,
+        streaming,
         own,
         channels,
         count,
@@ -204,6 +230,7 @@ struct WriteMeasured {
 // y = relu(bn(value) + residual), bn by constants
 struct Normalise {
   float* y;
+  bool streaming;
   const ChannelNorm<float>* norm;
   const float* residual; // or null
   bool relu;
@@ -211,9 +238,16 @@ struct Normalise {
   Normalise chunk(int64_t) const {
     return *this;
   }
+  template <typename F>
+  void for_each_read(const F& f) const {
+    if (residual != nullptr) {
+      f(residual);
+    }
+  }
   template <typename Count>
   struct Vector {
     float* y;
+    bool streaming;
     const float* residual;
     bool relu;
     Count count;
@@ -226,7 +260,7 @@ struct Normalise {
       if (residual != nullptr) {
         z = z + load_counted(residual + at, count);
       }
-      store_counted(y + at, relu ? Lanes(rectify(Vec<float>(z))) : z, count);
+      put(y + at, relu ? Lanes(rectify(Vec<float>(z))) : z, count, streaming);
     }
     void end() {}
   };
@@ -234,6 +268,7 @@ struct Normalise {
   Vector<Count> vector(int64_t c, Count count) const {
     return {
         y,
+        streaming,
         residual,
         relu,
         count,
@@ -249,12 +284,17 @@ struct MaskedGradient {
   const ApplyParams<float>* act;
   float* g;
   float* value; // the value itself as well, or null
+  bool streaming;
   int64_t channels;
   ChunkSums* sums;
   float* of_chunk = nullptr; // the first of the three is not used
 
   MaskedGradient chunk(int64_t slot) const {
-    return {act, g, value, channels, sums, sums->data(slot)};
+    return {act, g, value, streaming, channels, sums, sums->data(slot)};
+  }
+  template <typename F>
+  void for_each_read(const F& f) const {
+    act->for_each_read(f);
   }
   template <typename Count>
   struct Vector {
@@ -270,7 +310,7 @@ struct MaskedGradient {
     void operator()(int64_t pixel, int64_t at, Lanes v) {
       const ApplyParams<float>& act = *of.act;
       if (of.value != nullptr) {
-        store_counted(of.value + at, v, count);
+        put(of.value + at, v, count, of.streaming);
       }
       const Lanes centred = load_counted(act.x + at, count) - mean;
       if (act.relu) {
@@ -285,7 +325,7 @@ struct MaskedGradient {
         const uint8_t* kept = act.kept + pixel * bitmask_row_bytes(of.channels) + c / 8;
         v = select_lanes(Vec<float>(v * broadcast(act.keep_scale)), load_bits(kept, count));
       }
-      store_counted(of.g + at, v, count);
+      put(of.g + at, v, count, of.streaming);
       sum = sum + v;
       products = multiply_add(v, centred, products);
     }

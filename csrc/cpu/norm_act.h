@@ -41,6 +41,13 @@ struct ApplyParams {
   const uint8_t* kept = nullptr; // dropout's mask where it has been drawn already, in channels_last
   int64_t first_y_row = 0;       // the row that y starts with, where y is not as large as x
 
+  template <typename F>
+  void for_each_read(const F& f) const {
+    f(x);
+    if (residual != nullptr) {
+      f(residual);
+    }
+  }
   Residual kind() const {
     return residual == nullptr ? Residual::none : residual_norm ? Residual::normalised : Residual::plain;
   }

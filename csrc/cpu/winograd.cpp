@@ -188,6 +188,15 @@ KeptWeights& kept_weights() {
 struct Source {
   const float* data;
   const ApplyParams<float>* act = nullptr;
+
+  template <typename F>
+  void for_each_read(const F& f) const {
+    if (act != nullptr) {
+      act->for_each_read(f);
+    } else {
+      f(data);
+    }
+  }
 };
 
 using InputReader = TileReader<InputTransform, 1>;
@@ -234,10 +243,19 @@ void by_tiles(
   at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Buffer operand(kPoints * operand_plane), product(kPoints * product_plane);
     InputReader reader(chunks.tiles, x.data, kernel.inputs, x.act);
+    Ahead ahead;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
       reader.transform(first, count, operand.data(), operand_plane, operand_place(depth));
+      ahead.clear();
+      epilogue.for_each_read([&](const float* p) { ahead.add(chunks.tiles, p, kernel.outputs, first, count); });
+      if (slot + 1 < end) {
+        x.for_each_read([&](const float* p) {
+          ahead.add(chunks.tiles, p, kernel.inputs, chunks.first(slot + 1), chunks.count(slot + 1));
+        });
+      }
       for (int64_t point = 0; point < kPoints; ++point) {
+        ahead.fetch(kPoints);
         for (int64_t g = 0; g < groups; ++g) {
           multiply_outputs(
               operand.data() + point * operand_plane,
@@ -260,6 +278,7 @@ void by_tiles(
             of_chunk);
       }
     }
+    stream_fence();
   });
 }
 
@@ -300,6 +319,7 @@ void by_channels(const Chunks& chunks, const Source& x, const Kernel& kernel, co
             tiles, product.data(), product_plane, first, size, kernel.outputs, g * kColumns, epilogue.chunk(slot));
       }
     }
+    stream_fence();
   });
 }
 
@@ -465,13 +485,21 @@ void gradient_by_shares(const WeightGradient& w) {
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     GradientTiles transformed(w, std::min(count, kGradientTiles));
     GradientTiles::Readers readers(w);
+    Ahead ahead;
     for (int64_t share = begin; share < end; ++share) {
       float* gradient = gradients.data() + share * kPoints * plane;
       const int64_t start = chunks * share / shares;
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
         transformed.transform(w, readers, first, size, 0);
+        ahead.clear();
+        if (chunk + 1 < chunks * (share + 1) / shares) {
+          const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
+          w.x.for_each_read([&](const float* p) { ahead.add(w.tiles, p, w.inputs, next, next_size); });
+          ahead.add(w.tiles, w.dy, w.outputs, next, next_size);
+        }
         for (int64_t point = 0; point < kPoints; ++point) {
+          ahead.fetch(kPoints);
           for (int64_t group = 0; group < w.groups(); ++group) {
             for (int64_t r = 0; r < rows.count(); ++r) {
               float* to = gradient + point * plane + (group * w.outputs + rows.begin(r)) * kColumns;
@@ -538,6 +566,13 @@ Tensor empty_channels_last(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
+// Whether outputs are stored past the caches: they are more than those can keep, and every vector is a whole line.
+bool streams(const Tensor& y) {
+  constexpr int64_t line = 64;
+  return kWidth * static_cast<int64_t>(sizeof(float)) == line && y.size(1) % kWidth == 0 &&
+      should_stream(y.const_data_ptr<float>(), rows_of(y));
+}
+
 // Where the results of a convolution's epilogue that measures go.
 std::tuple<Tensor, Tensor> as_tensors(const Moments& moments, const Tensor& like) {
   const int64_t channels = static_cast<int64_t>(moments.mean.size());
@@ -558,11 +593,11 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
   const Kernel kernel = kernel_of(weight);
   const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
   if (!statistics) {
-    convolve(chunks, source, kernel, Write{to});
+    convolve(chunks, source, kernel, Write{to, streams(y)});
     return {y, channel_vector(x, 0), channel_vector(x, 0)};
   }
   ChunkSums sums(chunks, kernel.outputs);
-  const WriteMeasured epilogue{to, kernel.outputs, &sums};
+  const WriteMeasured epilogue{to, streams(y), kernel.outputs, &sums};
   convolve(chunks, source, kernel, epilogue);
   const auto [mean, m2] = as_tensors(epilogue.moments(), x);
   return {y, mean, m2};
@@ -605,12 +640,12 @@ Tensor inference(
   const Kernel kernel = kernel_of(conv_weight);
   const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
   if (!running_mean.has_value()) {
-    convolve(chunks, source, kernel, Write{to}, &conv_weight);
+    convolve(chunks, source, kernel, Write{to, streams(y)}, &conv_weight);
     return y;
   }
   const ChannelNorm<float> norm = running_norm<float>(kernel.outputs, running_mean, running_var, weight, bias, eps);
   const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
-  const Normalise epilogue{to, &norm, r.defined() ? r.const_data_ptr<float>() : nullptr, relu};
+  const Normalise epilogue{to, streams(y), &norm, r.defined() ? r.const_data_ptr<float>() : nullptr, relu};
   convolve(chunks, source, kernel, epilogue, &conv_weight);
   return y;
 }
@@ -674,9 +709,9 @@ std::tuple<Tensor, Tensor> backward(
     float* to = dx.mutable_data_ptr<float>();
     if (added.has_value()) {
       const Tensor other = channels_last(*added);
-      convolve(chunks, source, kernel, WriteAdded{to, other.const_data_ptr<float>()});
+      convolve(chunks, source, kernel, WriteAdded{to, other.const_data_ptr<float>(), streams(dx)});
     } else {
-      convolve(chunks, source, kernel, Write{to});
+      convolve(chunks, source, kernel, Write{to, streams(dx)});
     }
   }
   if (needs[1]) {
@@ -812,7 +847,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_backward(
   ChunkSums sums(chunks, channels);
   float* g_data = g.mutable_data_ptr<float>();
   const MaskedGradient epilogue{
-      &activated.params, g_data, da.defined() ? da.mutable_data_ptr<float>() : nullptr, channels, &sums};
+      &activated.params, g_data, da.defined() ? da.mutable_data_ptr<float>() : nullptr, streams(g), channels, &sums};
   convolve(chunks, {gradient.const_data_ptr<float>()}, kernel, epilogue);
   const auto [sum_g, sum_products] = epilogue.totals();
   Tensor dnorm_weight = channel_vector(x, channels), dnorm_bias = channel_vector(x, channels);

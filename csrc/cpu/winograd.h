@@ -230,6 +230,58 @@ struct Tiles {
   }
 };
 
+// Memory that is read after the products. They keep the multipliers busy and memory idle: meanwhile it is brought into
+// the L2 cache, a share at a time.
+class Ahead {
+public:
+  void clear() {
+    runs_.clear();
+    lines_ = run_ = at_ = 0;
+  }
+
+  // The pixels of tiles first ... first + count - 1 of x [images, height, width, channels].
+  void add(const Tiles& tiles, const float* x, int64_t channels, int64_t first, int64_t count) {
+    const int64_t across = tiles.across(), down = tiles.down();
+    for (int64_t tile = first; tile < first + count;) {
+      const int64_t line = tile / across, begin = tile % across, end = std::min(across, begin + first + count - tile);
+      const int64_t top = line % down * kOut, left = begin * kOut, right = std::min(tiles.width, end * kOut);
+      for (int64_t y = top; y < std::min(tiles.height, top + kOut); ++y) {
+        const int64_t pixel = (line / down * tiles.height + y) * tiles.width + left;
+        add_run(x + pixel * channels, (right - left) * channels * static_cast<int64_t>(sizeof(float)));
+      }
+      tile += end - begin;
+    }
+  }
+
+  // One of `shares` shares, each call the next.
+  void fetch(int64_t shares) {
+    for (int64_t left = (lines_ + shares - 1) / shares; left > 0 && run_ < static_cast<int64_t>(runs_.size()); --left) {
+      __builtin_prefetch(runs_[run_].first + at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= runs_[run_].second) {
+        ++run_;
+        at_ = 0;
+      }
+    }
+  }
+
+private:
+  static constexpr int64_t kLine = 64;
+
+  void add_run(const float* p, int64_t bytes) {
+    const char* start = reinterpret_cast<const char*>(p);
+    lines_ += (bytes + kLine - 1) / kLine;
+    if (!runs_.empty() && runs_.back().first + runs_.back().second == start) {
+      runs_.back().second += bytes;
+    } else {
+      runs_.emplace_back(start, bytes);
+    }
+  }
+
+  std::vector<std::pair<const char*, int64_t>> runs_;
+  int64_t lines_ = 0, run_ = 0, at_ = 0;
+};
+
 // The Size x Size positions of a tile, from Before up and left of its outputs on: a pointer to each of its rows, of
 // which those outside the image point to zeros, and whether its first or last column lies outside.
 template <int Size>
