@@ -1,4 +1,9 @@
-"""Random cases of the two operators, the float64 oracle beside them, and the one table of tolerances."""
+"""Random cases of the operators, the float64 oracle beside them, and the one table of tolerances.
+
+Winograd's convolution has a tolerance of its own, which follows from the algorithm: its transforms are sums of products
+whose terms are larger than their result, so rounding errors grow by a factor that the matrices determine.
+`amplification` computes it from the points alone.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ import random
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
@@ -41,9 +47,10 @@ def bound(expected: Tensor, dtype: torch.dtype, length: int = 1) -> Tensor:
     return stored + computed * scale.clamp(min=1.0)
 
 
-def assert_close(actual: Tensor, expected: Tensor, name: str, *, length: int = 1) -> None:
+def assert_close(actual: Tensor, expected: Tensor, name: str, *, length: int = 1, noise: float = 0.0) -> None:
+    """Assert that `actual` is the float64 `expected` to `bound` and `noise`, an error that came in with its input."""
     error = (actual.double() - expected).abs()
-    allowed = bound(expected, actual.dtype, length)
+    allowed = bound(expected, actual.dtype, length) + noise
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if error.numel() == 0:
         return
@@ -53,6 +60,105 @@ def assert_close(actual: Tensor, expected: Tensor, name: str, *, length: int = 1
         f"{name}: error {error.reshape(-1)[worst].item():.3e}, allowed {allowed_there.item():.3e}, "
         f"expected {expected.reshape(-1)[worst].item():.6e}; FASTRES_TEST_SEED={SEED}"
     )
+
+
+def near_zero(z: Tensor, dtype: torch.dtype, product_eps: float = 0.0) -> Tensor:
+    """Where a ReLU input is too close to 0 for its sign to be told, for data of `dtype`; see `check_case`."""
+    return z.abs() <= (64 * torch.finfo(statistics_dtype(dtype)).eps + 4 * product_eps) * z.abs().max().clamp(min=1)
+
+
+def keep_off_zero(x: Tensor, relu_input: Callable[[], Tensor]) -> None:
+    """Move elements of x, in place, until no element of the ReLU input that it is part of is near zero.
+
+    Behind a convolution a flipped element would say something about all its neighbours.
+    """
+    with torch.no_grad():
+        while bool((near := near_zero(relu_input(), x.dtype)).any()):
+            x += 0.01 * near
+
+
+def saved_bytes(f: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for backward, without parameters and statistics of [C]."""
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.dim() != 1 or t.dtype == torch.uint8:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = f()
+    assert out.requires_grad
+    return sum(storages.values())
+
+
+# ------------------------------------------------------------------------------------------- Winograd's rounding errors
+
+
+def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A^T, G and B^T of the minimal filter with these points and infinity, float64."""
+    size = outputs + taps - 1
+    a, g, b = (torch.zeros(s, dtype=torch.float64) for s in ((outputs, size), (size, taps), (size, size)))
+
+    def polynomial(roots: list[float]) -> Tensor:
+        coefficients = torch.ones(1, dtype=torch.float64)
+        for root in roots:
+            coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
+        return coefficients
+
+    for i, p in enumerate(points):
+        others = [q for j, q in enumerate(points) if j != i]
+        b[i, : size - 1] = polynomial(others)
+        g[i] = torch.tensor([p**k for k in range(taps)], dtype=torch.float64) / math.prod(p - q for q in others)
+        a[:, i] = torch.tensor([p**k for k in range(outputs)], dtype=torch.float64)
+    b[-1], g[-1, -1], a[-1, -1] = polynomial(points), 1, 1
+    return a, g, b
+
+
+POINTS = [0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2)]
+A, G, B = toom_cook(POINTS, 4, 3)
+
+
+def amplification(last: Tensor, left: Tensor, right: Tensor, terms: int) -> float:
+    """How much larger, in root mean square, what is summed at last is than the result, for independent random data.
+
+    Args:
+        last: rows of the last transform, in one dimension; left, right: those of the two factors.
+        terms: products behind a result in the direct sum.
+    """
+    squares = last.square() @ (left.square().sum(1) * right.square().sum(1))
+    return math.sqrt(float(torch.outer(squares, squares).max()) / terms)
+
+
+OUTPUT_AMPLIFICATION = amplification(A, G, B, 9)  # 7.1; 31 with the points 0, +-1 and +-2
+WEIGHT_AMPLIFICATION = amplification(G.T, A.T, B, 16)  # 6.0; 24
+
+
+def output_length(channels: int) -> int:
+    """The `length` of an output of the convolution over that many channels, and of an input gradient likewise."""
+    # A tile adds up its 36 points whatever the true sum's length.
+    return math.ceil((36 + 9 * channels) * OUTPUT_AMPLIFICATION**2)
+
+
+def weight_length(x: Tensor) -> int:
+    """The `length` of the gradient of the convolution's weight, with x its input."""
+    return math.ceil((36 + x.numel() // x.shape[1]) * WEIGHT_AMPLIFICATION**2)
+
+
+# What the convolution measures it sums up in float32 over a chunk of tiles, in float64 from there on. With 36 points of
+# at least 24 channels, inputs and outputs together, a chunk has to fit into 448 KiB.
+CHUNK_PIXELS = 448 * 1024 // 4 // 36 // 24 * 16
+
+
+def assert_statistics(mean: Tensor, m2: Tensor, y: Tensor, name: str) -> None:
+    """Assert that mean and M2, a channel each, are those of the convolution's output."""
+    exact, count = y.double(), y.numel() // y.shape[1]
+    length = min(count, CHUNK_PIXELS)
+    assert_close(mean, exact.mean((0, 2, 3)), f"mean of {name}", length=length)
+    assert_close(m2 / count, exact.var((0, 2, 3), correction=0), f"variance of {name}", length=length)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 def generator(*key: object) -> torch.Generator:
@@ -152,9 +258,7 @@ def check_case(
     if relu_input is not None:
         with torch.no_grad():
             z = relu_input(case.double())
-        doubtful = z.abs() <= (64 * torch.finfo(statistics_dtype(dtype)).eps + 4 * product_eps) * z.abs().max().clamp(
-            min=1
-        )
+        doubtful = near_zero(z, dtype, product_eps)
     y, expected = run(case), oracle(exact)
     stretch = length * (1 + (product_eps / torch.finfo(statistics_dtype(dtype)).eps) ** 2)
     assert_close(y, expected, "y", length=max(1, int(stretch / length)))

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastres import _extension, functional, reference
-from fastres.functional import NormParams
+from fastres.functional import NormParams, Statistics
 from tests import backend
-from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, norm
+from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, norm, saved_bytes
 
 
 def call(f, case: Case, **options) -> Tensor:
@@ -237,6 +237,36 @@ def test_running_statistics_follow_torch_over_several_batches():
     assert_close(var, bn.running_var, "running_var")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", ["none", "plain", "normalised"])
+def test_known_statistics_are_taken_instead_of_measured_ones(layout, dtype, residual):
+    """What was given is used, and the running statistics follow it."""
+    gen = generator("known", layout, dtype, residual)
+    case = make_case((3, 18, 4, 5), dtype, layout, gen, residual=residual)
+    other = Case(case.tensors, {name: n._replace(running_mean=n.running_mean.clone(), running_var=n.running_var.clone())
+                                for name, n in case.norms.items()})  # fmt: skip
+    x = case.tensors["x"].detach()
+    measured = Statistics(*torch.ops.fastres.batch_norm_act_stats(x)[1:])
+    dy = activation(tuple(x.shape), dtype, layout, gen)
+    results = []
+    for c, statistics in ((case, None), (other, measured)):
+        y = call(functional.batch_norm_act, c, training=True, statistics=statistics)
+        results.append([y, *torch.autograd.grad(y, list(c.inputs().values()), dy), *c.running().values()])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b.double(), "with known statistics")
+
+    n = case.norms["norm"]._replace(bias=None, eps=0.0)
+    before = [t.double().clone() for t in n[:2]]
+    wide = Statistics(measured.mean, measured.m2 * 4)
+    y = functional.batch_norm_act(x, *n[:4], training=True, momentum=0.5, eps=0.0, relu=False, statistics=wide)
+    mean, var = measured.mean.double(), measured.m2.double() / 60
+    z = (x.double() - mean[:, None, None]) * (n.weight.detach().double() * torch.rsqrt(4 * var))[:, None, None]
+    assert_close(y.detach(), z, "y")
+    assert_close(n.running_mean, (before[0] + mean) / 2, "running_mean")
+    assert_close(n.running_var, (before[1] + 4 * var * 60 / 59) / 2, "running_var")
+
+
 def test_bfloat16_parameters_and_running_statistics_are_computed_in_float32():
     gen = generator("half model")
     case = make_case((3, 9, 4, 4), torch.bfloat16, "nchw", gen, residual="none")
@@ -266,21 +296,6 @@ def test_an_empty_batch_passes_through_and_leaves_the_running_statistics(residua
 
 # ---------------------------------------------------------------------------------------------- memory, determinism,
 # rng
-
-
-def saved_bytes(f) -> int:
-    """Bytes that autograd keeps for backward, without parameters and statistics of [C]."""
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.dim() != 1 or t.dtype == torch.uint8:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = f()
-    assert out.requires_grad
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -427,6 +442,25 @@ def test_projection_shortcut_agrees_with_float64(dtype, layout, training, main):
             assert_close(fresh, exact, "y without gradients", length=int(1 + (product_eps / 2**-23) ** 2) * 13)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_projection_takes_known_statistics_of_the_main_branch(layout):
+    gen = generator("known", layout)
+    case = projection_case(torch.float32, layout, gen, "normalised", 2, (7, 5))
+    x = case.tensors["x"]
+    measured = Statistics(*torch.ops.fastres.batch_norm_act_stats(x.detach())[1:])
+    start = [t.clone() for t in case.running().values()]
+    results = []
+    for statistics in (None, measured, Statistics(measured.mean, measured.m2 * 4)):
+        for kept, value in zip(case.running().values(), start, strict=True):
+            kept.copy_(value)
+        y = project(functional.projection_shortcut, case, stride=2, training=True, x_statistics=statistics)
+        gradients = torch.autograd.grad(y.sum(), list(case.inputs().values()))
+        results.append([y, *gradients, *(t.clone() for t in case.running().values())])
+    for a, b in zip(*results[:2], strict=True):
+        assert_close(a, b.double(), "with known statistics", length=case_length(case, 2))
+    assert not torch.allclose(results[2][0], results[0][0], rtol=0.1)
+
+
 def case_length(case: Case, stride) -> int:
     s = case.tensors["s"]
     return s.shape[0] * s.shape[2] * s.shape[3] + s.shape[1]
@@ -509,6 +543,27 @@ W = torch.zeros(4, 4, 1, 1)
         (TypeError, r"momentum: expected a number, got NoneType", {"momentum": None}),
         (ValueError, r"eps: expected at least 0, got -1", {"eps": -1}),
         (ValueError, r"more than 1 value a channel", {"x": torch.zeros(1, 4, 1, 1), "training": True}),
+        (
+            ValueError,
+            r"statistics: expected None with training=False.* got Statistics",
+            {"statistics": Statistics(V, V)},
+        ),
+        (TypeError, r"statistics: expected Statistics or None, got tuple", {"statistics": (V, V), "training": True}),
+        (
+            ValueError,
+            r"statistics.mean: expected shape \(4,\).* got \(3,\)",
+            {"statistics": Statistics(V[:3], V), "training": True},
+        ),
+        (
+            TypeError,
+            r"statistics.m2: expected dtype torch.float32, got torch.float64",
+            {"statistics": Statistics(V, V.double()), "training": True},
+        ),
+        (
+            TypeError,
+            r"statistics.mean: expected a Tensor.* got NoneType",
+            {"statistics": Statistics(None, V), "training": True},
+        ),
     ],
 )
 def test_bad_input_to_batch_norm_act_is_named_before_anything_is_written(error, message, arguments):
@@ -534,6 +589,23 @@ def test_bad_input_to_batch_norm_act_is_named_before_anything_is_written(error, 
         (ValueError, r"x: expected shape \(2, 4, 2, 2\), got \(2, 4, 3, 3\)", {"x": X, "stride": 2}),
         (ValueError, r"x_norm: expected None without x", {"x_norm": N}),
         (ValueError, r"more than 1 value a channel", {"s": X[:1], "stride": 3, "training": True}),
+        (ValueError, r"x_statistics: expected None without x and x_norm", {"x_statistics": Statistics(V, V)}),
+        (ValueError, r"x_statistics: expected None without x and x_norm", {"x": X, "x_statistics": Statistics(V, V)}),
+        (
+            ValueError,
+            r"x_statistics: expected None with training=False.* got Statistics",
+            {"x": X, "x_norm": N, "x_statistics": Statistics(V, V)},
+        ),
+        (
+            TypeError,
+            r"x_statistics: expected Statistics or None, got Tensor",
+            {"x": X, "x_norm": N, "x_statistics": V, "training": True},
+        ),
+        (
+            ValueError,
+            r"x_statistics.m2: expected shape \(4,\).* got \(2,\)",
+            {"x": X, "x_norm": N, "x_statistics": Statistics(V, V[:2]), "training": True},
+        ),
     ],
 )
 def test_bad_input_to_projection_shortcut_is_named(error, message, arguments):

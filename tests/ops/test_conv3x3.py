@@ -1,8 +1,5 @@
-"""The 3x3 convolution: values and both gradients against float64, the choice of algorithm, and the kept weights.
-
-Tolerances follow from the algorithm. Its transforms are sums of products whose terms are larger than their result, so
-rounding errors grow by a factor that the matrices determine: `amplification` computes it from the points alone.
-"""
+"""The 3x3 convolution: values, statistics and gradients against float64, evaluation's end of a block, the choice of
+algorithm, and the kept weights."""
 
 from __future__ import annotations
 
@@ -16,8 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import _extension, functional, reference
+from fastres.functional import NormParams
 from fastres.ops import conv3x3 as ops
-from tests.oracle import LAYOUTS, SEED, activation, assert_close, generator
+from tests.oracle import (
+    LAYOUTS,
+    SEED,
+    WEIGHT_AMPLIFICATION,
+    A,
+    B,
+    Case,
+    G,
+    activation,
+    assert_close,
+    assert_statistics,
+    bound,
+    check_case,
+    double_norm,
+    generator,
+    norm,
+    output_length,
+    weight_length,
+)
 
 OPS = torch.ops.fastres
 CAPABILITY = _extension.cpu_capability()
@@ -39,45 +55,6 @@ SHAPES = [
 ]
 
 
-def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T, G and B^T of the minimal filter with these points and infinity, float64."""
-    size = outputs + taps - 1
-    a, g, b = (torch.zeros(s, dtype=torch.float64) for s in ((outputs, size), (size, taps), (size, size)))
-
-    def polynomial(roots: list[float]) -> Tensor:
-        coefficients = torch.ones(1, dtype=torch.float64)
-        for root in roots:
-            coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
-        return coefficients
-
-    for i, p in enumerate(points):
-        others = [q for j, q in enumerate(points) if j != i]
-        b[i, : size - 1] = polynomial(others)
-        g[i] = torch.tensor([p**k for k in range(taps)], dtype=torch.float64) / math.prod(p - q for q in others)
-        a[:, i] = torch.tensor([p**k for k in range(outputs)], dtype=torch.float64)
-    b[-1], g[-1, -1], a[-1, -1] = polynomial(points), 1, 1
-    return a, g, b
-
-
-POINTS = [0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2)]
-A, G, B = toom_cook(POINTS, 4, 3)
-
-
-def amplification(last: Tensor, left: Tensor, right: Tensor, terms: int) -> float:
-    """How much larger, in root mean square, what is summed at last is than the result, for independent random data.
-
-    Args:
-        last: rows of the last transform, in one dimension; left, right: those of the two factors.
-        terms: products behind a result in the direct sum.
-    """
-    squares = last.square() @ (left.square().sum(1) * right.square().sum(1))
-    return math.sqrt(float(torch.outer(squares, squares).max()) / terms)
-
-
-OUTPUT_AMPLIFICATION = amplification(A, G, B, 9)  # 7.1; 31 with the points 0, +-1 and +-2
-WEIGHT_AMPLIFICATION = amplification(G.T, A.T, B, 16)  # 6.0; 24
-
-
 def data(shape: tuple[int, int, int, int, int], *key: object, layout: str = "channels_last") -> tuple[Tensor, ...]:
     """x, weight and dy."""
     n, c, k, h, w = shape
@@ -87,6 +64,11 @@ def data(shape: tuple[int, int, int, int, int], *key: object, layout: str = "cha
     return x, weight, activation((n, k, h, w), torch.float32, layout, gen, mean=0.1, std=1.0)
 
 
+def layout_of(t: Tensor) -> tuple[object, ...]:
+    """What a fake kernel has to foretell. The stride of a single element says nothing."""
+    return t.dtype, t.shape, tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+
+
 def exact(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
     y = reference.conv3x3(x, weight)
@@ -94,18 +76,20 @@ def exact(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def check(shape: tuple[int, int, int, int, int], x: Tensor, weight: Tensor, dy: Tensor) -> None:
-    n, c, k, h, w = shape
+    """y, its statistics, and both gradients, with another use of x and without."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y = functional.conv3x3(x, weight, algorithm="winograd")
-    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+    y, statistics, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+    other = activation(x.shape, torch.float32, "channels_last", generator(shape, "other"))
+    dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
+    both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
     expected = exact(x, weight, dy)
-    # A tile adds up its 36 points whatever the true sum's length.
-    lengths = (36 + 9 * c, 36 + 9 * k, 36 + n * h * w)
-    factors = (OUTPUT_AMPLIFICATION, OUTPUT_AMPLIFICATION, WEIGHT_AMPLIFICATION)
-    for name, got, wanted, length, factor in zip(
-        ("y", "gradient of x", "gradient of weight"), (y, dx, dweight), expected, lengths, factors, strict=True
-    ):
-        assert_close(got.detach(), wanted, name, length=math.ceil(length * factor**2))
+    assert_close(y.detach(), expected[0], "y", length=output_length(shape[1]))
+    assert_close(dx, expected[1], "gradient of x", length=output_length(shape[2]))
+    assert_close(dweight, expected[2], "gradient of weight", length=weight_length(x))
+    assert_close(both, expected[1] + other, "gradient of x, added to", length=output_length(shape[2]))
+    assert torch.equal(dweight_again, dweight)
+    assert torch.equal(same, x)
+    assert_statistics(*statistics, y.detach(), "y")
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -148,8 +132,8 @@ def test_errors_are_as_small_as_documented():
         channels, size = 64 << stage, 32 >> stage
         x, weight, dy = data((4, channels, channels, size, size))
         wanted = exact(x, weight, dy)
-        y = OPS.conv3x3_forward(x, weight, False)
-        for got, value in zip((y, *OPS.conv3x3_backward(dy, x, weight, [True, True])), wanted, strict=True):
+        y = OPS.conv3x3_forward(x, weight, False)[0]
+        for got, value in zip((y, *OPS.conv3x3_backward(dy, x, weight, None, [True, True])), wanted, strict=True):
             assert float((got - value).abs().max() / value.abs().max()) < 1e-5
 
 
@@ -160,7 +144,7 @@ def test_weight_gradient_at_batch_128_is_close_to_the_direct_one(channels, size)
     x -= 0.5  # a mean would add up to sums so large that they hide the errors
     dy -= 0.1
     wanted = exact(x, weight, dy)[2]
-    _, dweight = OPS.conv3x3_backward(dy, x, weight, [False, True])
+    _, dweight = OPS.conv3x3_backward(dy, x, weight, None, [False, True])
     _, direct, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )
@@ -174,29 +158,65 @@ def test_weight_gradient_at_batch_128_is_close_to_the_direct_one(channels, size)
 
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (1, 1, 1, 1, 1), (2, 8, 8, 4, 4)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_passes_on_both_operators(shape, layout):
+def test_opcheck_passes_on_every_operator(shape, layout):
     x, weight, dy = data(shape, layout=layout)
-    for keep in (True, False):
-        torch.library.opcheck(OPS.conv3x3_forward.default, (x, weight, keep))
-    for needs in ([True, True], [True, False], [False, True]):
-        torch.library.opcheck(OPS.conv3x3_backward.default, (dy, x, weight, needs))
+    vectors = [t.detach() for t in norm(shape[2], torch.float32, generator(shape))[:4]]
+    for statistics in (True, False):
+        torch.library.opcheck(OPS.conv3x3_forward.default, (x, weight, statistics))
+    for added in (None, torch.ones_like(x)):
+        for needs in ([True, True], [True, False], [False, True]):
+            torch.library.opcheck(OPS.conv3x3_backward.default, (dy, x, weight, added, needs))
+    torch.library.opcheck(OPS.conv3x3_inference.default, (x, weight, *[None] * 5, 0.0, False))
+    for residual in (None, dy):
+        torch.library.opcheck(OPS.conv3x3_inference.default, (x, weight, *vectors, residual, 0.05, True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_kernels_foretell_shapes_strides_and_dtypes(layout):
+    x, weight, dy = data((2, 5, 3, 6, 7), layout=layout)
+    running = torch.zeros(3), torch.ones(3)
+    calls = [
+        *((OPS.conv3x3_forward, (x, weight, statistics)) for statistics in (True, False)),
+        *(
+            (OPS.conv3x3_backward, (dy, x, w, x, [first, second]))
+            for w in (weight, weight.contiguous(memory_format=torch.channels_last))
+            for first in (True, False)
+            for second in (True, False)
+        ),
+        (OPS.conv3x3_inference, (x, weight, *running, None, None, dy, 0.1, True)),
+    ]
+    for op, arguments in calls:
+        on_meta = [t.to("meta") if isinstance(t, Tensor) else t for t in arguments]
+        results, foretold = ([r] if isinstance(r, Tensor) else r for r in (op(*arguments), op(*on_meta)))
+        for real, fake in zip(results, foretold, strict=True):
+            assert layout_of(real) == layout_of(fake)
 
 
 @pytest.mark.parametrize("algorithm", ops.ALGORITHMS)
-def test_the_function_compiles_to_one_graph_with_the_same_results(algorithm):
+def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
     x, weight, dy = data((4, 64, 64, 16, 16))
     x.requires_grad_()
     weight.requires_grad_()
+    n = norm(64, torch.float32, generator("compiles"))
 
-    def f(x, weight):
+    def convolve(x, weight):
         return functional.conv3x3(x, weight, algorithm=algorithm)
 
-    results = []
-    for run in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
-        y = run(x, weight)
-        with torch.no_grad():
-            evaluated = run(x, weight)
-        results.append([y, evaluated, *torch.autograd.grad(y, (x, weight), dy)])
+    def measure(x, weight):
+        y, statistics, same = functional.measured_conv3x3(x, weight, algorithm=algorithm)
+        running = torch.zeros(64), torch.ones(64)
+        return functional.batch_norm_act(y, *running, training=True, statistics=statistics, residual=same, relu=False)
+
+    def end(x, weight):
+        return functional.conv3x3_norm_act(x, weight, n, residual=x, algorithm=algorithm)
+
+    results: list[list[Tensor]] = [[], []]
+    for f in (convolve, measure, end):
+        for found, run in zip(results, (f, torch.compile(f, fullgraph=True, backend="aot_eager")), strict=True):
+            y = run(x, weight)
+            with torch.no_grad():
+                evaluated = run(x, weight)
+            found += [y, evaluated, *torch.autograd.grad(y, (x, weight), dy)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -218,7 +238,7 @@ def test_results_are_the_same_in_every_run_and_with_any_threads(shape):
         for threads in (1, 2, 3, 7, 20):
             torch.set_num_threads(threads)
             runs = [
-                (OPS.conv3x3_forward(x, weight, False), *OPS.conv3x3_backward(dy, x, weight, [True, True]))
+                (*OPS.conv3x3_forward(x, weight, True), *OPS.conv3x3_backward(dy, x, weight, x, [True, True]))
                 for _ in range(2)
             ]
             assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -226,27 +246,30 @@ def test_results_are_the_same_in_every_run_and_with_any_threads(shape):
     finally:
         torch.set_num_threads(before)
     wanted = exact(x, weight, dy)[2]
-    length = math.ceil((36 + x.shape[0] * x.shape[2] * x.shape[3]) * WEIGHT_AMPLIFICATION**2)
-    for y, dx, dweight in results.values():
+    for y, mean, m2, dx, dweight in results.values():
         assert torch.equal(y, results[1][0])
-        assert torch.equal(dx, results[1][1])
+        assert torch.equal(dx, results[1][3])
         # Each thread adds up its share of the tiles.
-        assert_close(dweight, wanted, "gradient of weight", length=length)
+        assert_close(dweight, wanted, "gradient of weight", length=weight_length(x))
+        assert_statistics(mean, m2, y, "y")
 
 
 @needs_kernels
 def test_either_order_of_work_gives_the_same_bits():
     # One image goes by channels and 64 by tiles; an image's results know nothing of the others.
     x, weight, _ = data((64, 64, 64, 8, 8))
-    together, alone = OPS.conv3x3_forward(x, weight, False), OPS.conv3x3_forward(x[:1], weight, False)
+    together, alone = (OPS.conv3x3_forward(t, weight, False)[0] for t in (x, x[:1]))
     assert torch.equal(together[:1], alone)
 
 
 def test_one_gradient_alone_is_that_of_both():
     x, weight, dy = data((2, 24, 40, 6, 6))
-    dx, dweight = OPS.conv3x3_backward(dy, x, weight, [True, True])
-    assert torch.equal(OPS.conv3x3_backward(dy, x, weight, [True, False])[0], dx)
-    assert torch.equal(OPS.conv3x3_backward(dy, x, weight, [False, True])[1], dweight)
+    for added in (None, torch.ones_like(x)):
+        dx, dweight = OPS.conv3x3_backward(dy, x, weight, added, [True, True])
+        alone, empty = OPS.conv3x3_backward(dy, x, weight, added, [True, False])
+        assert torch.equal(alone, dx) and empty.numel() == 0
+        empty, alone = OPS.conv3x3_backward(dy, x, weight, added, [False, True])
+        assert torch.equal(alone, dweight) and empty.numel() == 0
 
 
 def test_double_backward_is_a_clear_error():
@@ -266,6 +289,185 @@ def test_nothing_outside_the_tiles_of_a_nan_is_touched():
     assert bool(y[0, :, :2, :2].isnan().all())
     assert torch.equal(y[0, :, 4:], clean[0, :, 4:])
     assert torch.equal(y[0, :, :, 4:], clean[0, :, :, 4:])
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (40, 8, 40, 9, 7)], ids=str)
+def test_y_does_not_depend_on_whether_it_is_measured(shape):
+    x, weight, _ = data(shape)
+    measured, plain = (OPS.conv3x3_forward(x, weight, statistics) for statistics in (True, False))
+    assert torch.equal(measured[0], plain[0])
+    assert [t.numel() for t in plain[1:]] == [0, 0]
+    assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), plain[0])
+
+
+@pytest.mark.parametrize("shape", [(40, 32, 40, 30, 31), (4, 256, 256, 3, 4), (9, 3, 70, 5, 5)], ids=str)
+def test_statistics_of_many_chunks_by_several_workers(shape):
+    x, weight, _ = data(shape)
+    before = torch.get_num_threads()
+    try:
+        for workers in (1, 2, 3, 5):
+            torch.set_num_threads(workers)
+            y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
+            assert_statistics(mean, m2, y, f"y by {workers} workers")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(8, 20, 40, 16, 15), (2, 20, 40, 4, 6)], ids=str)
+def test_statistics_far_from_zero_lose_no_precision(shape):
+    n, c, k, h, w = shape
+    x = activation((n, c, h, w), torch.float32, "channels_last", generator(shape), mean=1e4, std=1.0)
+    weight = torch.zeros(k, c, 3, 3)
+    weight[torch.arange(k), torch.arange(k) % c, 1, 1] = 1  # padding's zeros stay out of the sums
+    y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
+    exact = y.double()
+    exact_m2 = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
+    # The mean is stored in float32, half a spacing of 1e4 away at best; its own error takes as much again.
+    assert (mean.double() - exact.mean((0, 2, 3))).abs().max() <= 2 * 2**-11
+    assert ((m2.double() - exact_m2).abs() / exact_m2).max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(37, 12, 20, 1, 1), (300, 8, 5, 1, 1), (2, 3, 40, 1, 1)], ids=str)
+def test_the_variance_of_a_constant_channel_is_nothing(shape):
+    n, c, k, h, w = shape
+    x, weight, _ = data((1, c, k, h, w))
+    weight[0] = 0
+    y, mean, m2 = OPS.conv3x3_forward(x.expand(n, -1, -1, -1), weight, True)
+    assert torch.equal(y, y[:1].expand_as(y))
+    value = y[0, :, 0, 0]
+    assert ((mean - value).abs() <= 2 * torch.finfo(torch.float32).eps * value.abs()).all()
+    assert (m2 <= n * (2 * torch.finfo(torch.float32).eps * value).square()).all()
+    assert mean[0] == 0 and m2[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------- added gradient
+
+
+@pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (40, 8, 40, 9, 7)], ids=str)
+@pytest.mark.parametrize("strides", ["nchw", "channels_last", "expanded", "every other"])
+def test_an_added_gradient_of_any_strides_is_added_once(shape, strides):
+    x, weight, dy = data(shape)
+    added = activation(x.shape, torch.float32, "channels_last", generator(shape, strides))
+    if strides in LAYOUTS:
+        added = added.contiguous(memory_format=LAYOUTS[strides])
+    elif strides == "expanded":
+        added = added[:1, :, :1, :1].expand_as(x)
+    else:
+        added = added.repeat_interleave(2, 3)[..., ::2]
+    alone, dweight = OPS.conv3x3_backward(dy, x, weight, None, [True, True])
+    dx, same = OPS.conv3x3_backward(dy, x, weight, added, [True, True])
+    assert_close(dx, alone.double() + added, "gradient of x")
+    assert torch.equal(same, dweight)
+
+
+@pytest.mark.parametrize("algorithm", ["winograd", "direct"])
+@pytest.mark.parametrize("asked", ["x", "weight", "both"])
+@pytest.mark.parametrize("used", ["y", "x", "both"])
+def test_every_use_of_the_input_sends_its_gradient_back(algorithm, asked, used):
+    x, weight, dy = data((3, 20, 36, 6, 7), algorithm, asked, used)
+    other = activation(x.shape, torch.float32, "nchw", generator(algorithm, asked, used))
+    _, dx, dweight = exact(x, weight, dy)
+    x.requires_grad_(asked != "weight")
+    weight.requires_grad_(asked != "x")
+    y, _, same = functional.measured_conv3x3(x, weight, algorithm=algorithm)
+    loss = torch.zeros((), requires_grad=True)
+    if used != "x":
+        loss = loss + (y * dy).sum()
+    if used != "y":
+        loss = loss + (same * other).sum()
+    loss.backward()
+    if asked == "weight":
+        assert x.grad is None
+    else:
+        assert_close(x.grad, (used != "x") * dx + (used != "y") * other, "gradient of x", length=output_length(36))
+    if asked == "x" or used == "x":
+        assert weight.grad is None
+    else:
+        assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x))
+
+
+def test_gradients_of_sums_have_no_strides_and_are_taken():
+    x, weight, dy = data((2, 9, 20, 5, 6))
+    x.requires_grad_()
+    weight.requires_grad_()
+    y, _, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+    (y.sum() + same.sum()).backward()
+    _, dx, dweight = exact(x, weight, torch.ones_like(dy))
+    assert_close(x.grad, dx + 1, "gradient of x", length=output_length(20))
+    assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x))
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def end(x: Tensor, weight: Tensor, n: NormParams, **options: object) -> Tensor:
+    with torch.no_grad():
+        return functional.conv3x3_norm_act(x, weight, n, algorithm="winograd", **options)
+
+
+def check_end(x: Tensor, weight: Tensor, n: NormParams, **options: Tensor | bool | None) -> None:
+    exact = [t.detach().double() if isinstance(t, Tensor) else t for t in options.values()]
+    product = reference.conv3x3(x.double(), weight.double())
+    wanted = reference.batch_norm_act(product, *double_norm(n)[:4], eps=n.eps, **dict(zip(options, exact, strict=True)))
+    scale = torch.rsqrt(n.running_var + n.eps) * (1 if n.weight is None else n.weight.detach().abs())
+    noise = float(bound(product, torch.float32, output_length(x.shape[1])).max() * scale.max())
+    y = end(x, weight, n, **options)
+    assert_close(y, wanted.detach(), "y", noise=noise)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_end_of_a_block_in_evaluation_agrees_with_float64(shape, layout):
+    x, weight, residual = data(shape, "end", layout, layout=layout)
+    n = norm(shape[2], torch.float32, generator(shape, layout))
+    for relu in (True, False):
+        for r in (None, residual):
+            check_end(x, weight, n, residual=r, relu=relu)
+        check_end(x, weight, n._replace(weight=None, bias=None), residual=residual, relu=relu)
+        check_end(x, weight, n._replace(weight=None), relu=relu)
+        check_end(x, weight, n._replace(bias=None), residual=residual, relu=relu)
+
+
+def test_the_end_of_a_block_takes_any_strides_and_parameters_of_other_dtypes():
+    shape = (3, 20, 36, 5, 6)
+    x, weight, residual = data(shape)
+    n = norm(36, torch.float32, generator(shape))
+    check_end(x, weight.transpose(2, 3).contiguous().transpose(2, 3), n, residual=residual)
+    check_end(x, weight.repeat(2, 2, 1, 1)[::2, :20], n, residual=residual.contiguous())
+    check_end(x[:1].expand_as(x), weight, n, residual=residual[:, :, :1].expand_as(residual))
+    check_end(x, weight, NormParams(*(t.detach().bfloat16().double() for t in n[:4]), eps=n.eps), residual=residual)
+    check_end(x, weight, n._replace(eps=3.0))
+
+
+def test_the_end_of_a_block_with_gradients_is_the_same_function():
+    shape = (3, 20, 36, 5, 6)
+    x, weight, residual = (t.requires_grad_() for t in data(shape))
+    case = Case({"x": x, "weight": weight, "residual": residual}, {"norm": norm(36, torch.float32, generator(shape))})
+
+    def call(f, c: Case, **options) -> Tensor:
+        return f(*(c.tensors[k] for k in ("x", "weight")), c.norms["norm"], residual=c.tensors["residual"], **options)
+
+    check_case(
+        case,
+        lambda c: call(functional.conv3x3_norm_act, c, algorithm="winograd"),
+        lambda c: call(reference.conv3x3_norm_act, c),
+        lambda c: call(reference.conv3x3_norm_act, c, relu=False),
+        torch.float32,
+        generator(shape, "dy"),
+        length=output_length(36),
+        product_eps=torch.finfo(torch.float32).eps * math.sqrt(output_length(20)),
+    )
+
+
+def test_nan_passes_the_relu_at_the_end_of_a_block():
+    x, weight, residual = data((1, 8, 20, 12, 12))
+    residual[0, 3, 5, 7] = math.nan
+    y = end(x, weight, norm(20, torch.float32, generator()), residual=residual)
+    assert bool(y[0, 3, 5, 7].isnan()) and int(y.isnan().sum()) == 1
 
 
 # --------------------------------------------------------------------------------------------------------- kept weights
@@ -316,13 +518,30 @@ def test_weights_without_a_version_are_not_kept():
         assert torch.equal(functional.conv3x3(x, unversioned, algorithm="winograd"), 2 * before)
 
 
+def test_kept_weights_know_nothing_of_the_normalisation():
+    x, weight, _ = data((16, 8, 8, 8, 8))
+    n = norm(8, torch.float32, generator("kept"))
+    plain = evaluate(x, weight)
+    first = end(x, weight, n)
+    assert torch.equal(evaluate(x, weight), plain)
+    for t in n[:4]:
+        with torch.no_grad():
+            t.mul_(1.5)
+        check_end(x, weight, n)
+    assert not torch.equal(end(x, weight, n), first)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(evaluate(x, weight), 2 * plain)
+    check_end(x, weight, n)
+
+
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
 def calls(monkeypatch, x: Tensor, weight: Tensor, **options: object) -> bool:
     """Whether the operator served the call."""
     seen = []
-    monkeypatch.setattr(ops, "forward", lambda *args: seen.append(args) or OPS.conv3x3_forward(*args))
+    monkeypatch.setattr(ops, "inference", lambda *args: seen.append(args) or OPS.conv3x3_inference(*args))
     functional.conv3x3(x, weight, **options)
     return bool(seen)
 
@@ -382,7 +601,8 @@ def test_other_dtypes_are_the_direct_convolution():
     for dtype in (torch.float64, torch.bfloat16):
         a, w = x.to(dtype), weight.to(dtype)
         assert torch.equal(functional.conv3x3(a, w, algorithm="winograd"), reference.conv3x3(a, w))
-        assert torch.equal(OPS.conv3x3_forward(a, w, False), reference.conv3x3(a, w))
+        assert torch.equal(OPS.conv3x3_forward(a, w, False)[0], reference.conv3x3(a, w))
+        assert functional.measured_conv3x3(a, w, algorithm="winograd").statistics is None
     with torch.autocast("cpu", torch.bfloat16):
         assert functional.conv3x3(x, weight, algorithm="winograd").dtype == torch.bfloat16
 
@@ -393,28 +613,73 @@ def test_empty_batches_pass_through():
     assert y.shape == (0, 4, 5, 5)
     y.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
-    assert OPS.conv3x3_forward(x, weight, False).shape == (0, 4, 5, 5)
+    y, statistics, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+    assert y.shape == (0, 4, 5, 5) and statistics is None and same.shape == x.shape
+    n = norm(4, torch.float32, generator())
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            assert functional.conv3x3_norm_act(x, weight, n, algorithm="winograd").shape == (0, 4, 5, 5)
+    assert OPS.conv3x3_forward(x, weight, False)[0].shape == (0, 4, 5, 5)
+    assert OPS.conv3x3_inference(x, weight.detach(), *[None] * 5, 0.0, False).shape == (0, 4, 5, 5)
 
 
+BAD_CONVOLUTIONS = [
+    ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
+    ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
+    ({"x": torch.zeros(8, 5, 5)}, ValueError, r"x: expected 4 dimensions.*got shape \(8, 5, 5\)"),
+    ({"x": torch.zeros(1, 8, 5, 5, dtype=torch.int32)}, TypeError, "x: expected float32.*got torch.int32"),
+    ({"weight": torch.zeros(4, 8, 3, 3).double()}, TypeError, "weight: expected dtype torch.float32"),
+    ({"weight": torch.zeros(4, 7, 3, 3)}, ValueError, r"weight: expected shape \(K, 8, 3, 3\).*got \(4, 7, 3, 3\)"),
+    ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape .*got \(4, 8, 1, 1\)"),
+    ({"weight": torch.zeros(4, 8, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
+    ({"algorithm": "fast"}, ValueError, "algorithm: expected one of .*'winograd'.*got 'fast'"),
+    ({"algorithm": 3}, TypeError, "algorithm: expected a string or None, got int"),
+]
+
+
+@pytest.mark.parametrize("function", [functional.conv3x3, functional.measured_conv3x3])
+@pytest.mark.parametrize(("change", "error", "message"), BAD_CONVOLUTIONS)
+def test_bad_arguments_are_named(function, change, error, message):
+    arguments = {"x": torch.zeros(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3)} | change
+    with pytest.raises(error, match=message):
+        function(arguments.pop("x"), arguments.pop("weight"), **arguments)
+
+
+V, PLANE = torch.ones(4), torch.zeros(1, 4, 5, 5)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("algorithm", ["winograd", "direct"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
-        ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
-        ({"x": torch.zeros(8, 5, 5)}, ValueError, r"x: expected 4 dimensions.*got shape \(8, 5, 5\)"),
-        ({"x": torch.zeros(1, 8, 5, 5, dtype=torch.int32)}, TypeError, "x: expected float32.*got torch.int32"),
-        ({"weight": torch.zeros(4, 8, 3, 3).double()}, TypeError, "weight: expected dtype torch.float32"),
-        ({"weight": torch.zeros(4, 7, 3, 3)}, ValueError, r"weight: expected shape \(K, 8, 3, 3\).*got \(4, 7, 3, 3\)"),
-        ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape .*got \(4, 8, 1, 1\)"),
-        ({"weight": torch.zeros(4, 8, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
-        ({"algorithm": "fast"}, ValueError, "algorithm: expected one of .*'winograd'.*got 'fast'"),
-        ({"algorithm": 3}, TypeError, "algorithm: expected a string or None, got int"),
+        *BAD_CONVOLUTIONS,
+        ({"norm": (V, V)}, TypeError, "^norm: expected NormParams, got tuple"),
+        ({"norm": NormParams(None, None)}, ValueError, r"^norm\.running_mean: expected running statistics.*got None"),
+        ({"norm": NormParams(V, None)}, ValueError, r"^norm\.running_mean and norm\.running_var: expected both"),
+        ({"norm": NormParams(V[:3], V)}, ValueError, r"^norm\.running_mean: expected shape \(4,\).*got \(3,\)"),
+        ({"norm": NormParams(V, V, V[:1])}, ValueError, r"^norm\.weight: expected shape \(4,\).*got \(1,\)"),
+        (
+            {"norm": NormParams(V, V, V, V.long())},
+            TypeError,
+            r"^norm\.bias: expected a floating-point.*got torch.int64",
+        ),
+        ({"norm": NormParams(V, V, [1.0])}, TypeError, r"^norm\.weight: expected a Tensor or None, got list"),
+        ({"norm": NormParams(V, V, V, V.to("meta"))}, ValueError, r"^norm\.bias: expected a tensor on cpu.*on meta"),
+        ({"norm": NormParams(V, V, eps=-1)}, ValueError, r"^norm\.eps: expected at least 0, got -1"),
+        ({"norm": NormParams(V, V, eps="1")}, TypeError, r"^norm\.eps: expected a number, got str"),
+        ({"residual": [1.0]}, TypeError, "^residual: expected a Tensor, got list"),
+        ({"residual": PLANE[:, :3]}, ValueError, r"^residual: expected shape \(1, 4, 5, 5\), got \(1, 3, 5, 5\)"),
+        ({"residual": PLANE.double()}, TypeError, "^residual: expected dtype torch.float32, got torch.float64"),
+        ({"residual": PLANE.to("meta")}, ValueError, "^residual: expected a tensor on cpu, got one on meta"),
+        ({"relu": 1}, TypeError, "^relu: expected a bool, got int"),
     ],
 )
-def test_bad_arguments_are_named(change, error, message):
-    arguments = {"x": torch.zeros(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3)} | change
+def test_bad_arguments_of_the_end_of_a_block_are_named(change, error, message, algorithm, gradients):
+    arguments = {"x": torch.zeros(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3, requires_grad=gradients)}
+    arguments |= {"norm": NormParams(V, V), "algorithm": algorithm} | change
     with pytest.raises(error, match=message):
-        functional.conv3x3(arguments.pop("x"), arguments.pop("weight"), **arguments)
+        functional.conv3x3_norm_act(arguments.pop("x"), arguments.pop("weight"), arguments.pop("norm"), **arguments)
 
 
 def test_a_bad_environment_is_named(monkeypatch):
@@ -433,4 +698,14 @@ def test_the_operators_name_bad_arguments():
     with pytest.raises(TypeError, match=r"weight: expected dtype"):
         OPS.conv3x3_forward(x, weight.double(), False)
     with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 5, 5\], got \[1, 4, 5, 4\]"):
-        OPS.conv3x3_backward(torch.zeros(1, 4, 5, 4), x, weight, [True, True])
+        OPS.conv3x3_backward(torch.zeros(1, 4, 5, 4), x, weight, None, [True, True])
+    with pytest.raises(ValueError, match=r"added: expected shape"):
+        OPS.conv3x3_backward(PLANE, x, weight, PLANE, [True, True])
+    with pytest.raises(ValueError, match=r"added: expected shape"):
+        OPS.conv3x3_backward(PLANE, x, weight, x.double(), [True, True])
+    with pytest.raises(TypeError, match=r"x: expected dtype float32"):
+        OPS.conv3x3_inference(x.double(), weight.double(), *[None] * 5, 0.0, False)
+    with pytest.raises(ValueError, match=r"residual: expected shape"):
+        OPS.conv3x3_inference(x, weight, V, V, None, None, x, 0.0, False)
+    with pytest.raises(ValueError, match=r"mean: expected"):
+        OPS.conv3x3_inference(x, weight, V[:3], V, None, None, None, 0.0, False)
