@@ -24,7 +24,9 @@ from fastres.nn import (
     FusedBatchNormAct2d,
     FusedBottleneck,
     ProjectionShortcut,
+    ResidualBlock,
 )
+from tests.oracle import OUTPUT_AMPLIFICATION
 from tests.parity import one_thread, same_training, scramble, twin  # noqa: F401
 
 # Blocks in each, all of torchvision's ResNet constructors.
@@ -481,9 +483,72 @@ def test_a_fused_block_that_was_changed_since_unfuses_to_the_same_results():
     same_training(plain, twin(model), images(), steps=1, times=1e4)
 
 
+# ------------------------------------------------------------------------------------------------------- conv_algorithm
+
+
+def algorithms(model):
+    return [m.conv_algorithm for m in model.modules() if hasattr(m, "conv_algorithm")]
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_conv_algorithm_is_set_on_every_block_and_goes_with_unfuse(block):
+    model = small(block=block)
+    fused = fuse(model, conv_algorithm="winograd")
+    assert algorithms(fused) == ["winograd"] * 4
+    assert not algorithms(model)
+    assert str(fuse_report(fused)) == str(fuse_report(fuse(model)))
+    back = unfuse(fused)
+    assert not algorithms(back)
+    for (name, m), n in zip(back.named_modules(), model.modules(), strict=True):
+        assert m.__dict__.keys() == n.__dict__.keys(), name
+    assert algorithms(fused) == ["winograd"] * 4
+    assert algorithms(fuse(back)) == [None] * 4
+
+
+def test_conv_algorithm_reaches_blocks_that_are_fused_already_where_it_is_given():
+    model = nn.Sequential(fuse(small().layer1, conv_algorithm="winograd"), small().layer2, ResidualBlock(128, 128))
+    assert algorithms(fuse(model)) == ["winograd", None, None]
+    again = fuse(model, conv_algorithm="direct")
+    assert algorithms(again) == ["direct"] * 3
+    assert algorithms(model) == ["winograd", None]
+    fuse(model, inplace=True, conv_algorithm="auto")
+    assert algorithms(model) == ["auto"] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("fft", ValueError, "conv_algorithm: expected one of .*'winograd'.* or None, got 'fft'"),
+        (True, TypeError, "conv_algorithm: expected a string or None, got bool"),
+    ],
+)
+def test_a_bad_conv_algorithm_is_refused_before_anything_changes(value, error, message):
+    model = small()
+    with pytest.raises(error, match=message):
+        fuse(model, inplace=True, conv_algorithm=value)
+    assert not fused_modules(model)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_by_winograds_convolution_a_resnet_stays_as_near_to_float64(memory_format):
+    model = small().to(memory_format=memory_format)
+    exact, fused = twin(model).double(), fuse(twin(model), conv_algorithm="winograd")
+    x = images(torch.float32)().contiguous(memory_format=memory_format)
+    dy, results = torch.randn(4, 4), []
+    for m, dtype in ((fused, torch.float32), (model, torch.float32), (exact, torch.float64)):
+        y = m(x.to(dtype))
+        y.backward(dy.to(dtype))
+        results.append([y.detach(), *(p.grad for p in m.parameters()), *(b for b in m.buffers() if b.dim())])
+    ours, theirs, true = (
+        torch.cat([v.double().flatten() / t.norm() for v, t in zip(r, results[2], strict=True)]) for r in results
+    )
+    # Winograd's transforms magnify rounding errors by so much.
+    assert (ours - true).norm() <= 2 * OUTPUT_AMPLIFICATION * (theirs - true).norm()
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_a_fused_model_can_be_copied_and_saved(way):
-    model = fuse(small()).eval()
+    model = fuse(small(), conv_algorithm="winograd").eval()
     if way == "deepcopy":
         again = copy.deepcopy(model)
     elif way == "pickle":
@@ -494,6 +559,7 @@ def test_a_fused_model_can_be_copied_and_saved(way):
         file.seek(0)
         again = torch.load(file, weights_only=False)
     assert repr(again) == repr(model)
+    assert algorithms(again) == ["winograd"] * 4
     assert again.conv1.weight is not model.conv1.weight
     x = images(torch.float32)()
     assert torch.equal(again(x), model(x))

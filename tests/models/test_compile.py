@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastres import models
-from fastres.nn import FusedBasicBlock
+from fastres.nn import FusedBasicBlock, FusedBottleneck, ResidualBlock
 from tests.parity import scramble, twin
 
 
@@ -22,10 +22,11 @@ def step(model, x, target):
     return loss.detach()
 
 
+@pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
 @pytest.mark.parametrize(("name", "dropout"), [("resnet18", 0.2), ("article", 0.5)])
-def test_a_training_step_compiles_without_a_graph_break(name, dropout):
+def test_a_training_step_compiles_without_a_graph_break(name, dropout, conv_algorithm):
     torch.manual_seed(0)
-    model = models.create(name, num_classes=4, dropout=dropout)
+    model = models.create(name, num_classes=4, dropout=dropout, conv_algorithm=conv_algorithm)
     eager = twin(model)
     x, target = torch.randn(2, 3, 16, 16), torch.tensor([1, 3])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -40,9 +41,19 @@ def test_a_training_step_compiles_without_a_graph_break(name, dropout):
         torch.testing.assert_close(b, c, msg=key)
 
 
-def test_a_block_compiles_with_the_default_compiler():
+@pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: FusedBasicBlock(8, 8, **options),
+        lambda **options: FusedBottleneck(8, 2, **options),
+        lambda **options: ResidualBlock(8, 8, dropout=0.0, **options),
+    ],
+    ids=["basic", "bottleneck", "residual"],
+)
+def test_a_block_compiles_with_the_default_compiler(make, conv_algorithm):
     torch.manual_seed(0)
-    block = FusedBasicBlock(8, 8)
+    block = make(conv_algorithm=conv_algorithm)
     eager = twin(block)
     x = torch.randn(2, 8, 6, 6)
     # Inductor draws other random numbers than eager, so what is compared is all but dropout.
@@ -53,11 +64,23 @@ def test_a_block_compiles_with_the_default_compiler():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
+@pytest.mark.parametrize("name", ["resnet18", "article"])
+def test_evaluation_compiles_without_a_graph_break(name, conv_algorithm):
+    torch.manual_seed(0)
+    model = scramble(models.create(name, num_classes=4, conv_algorithm=conv_algorithm)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
 @pytest.mark.parametrize("no_grad", [True, False])
 @pytest.mark.parametrize("name", ["resnet18", "article"])
-def test_the_evaluation_model_can_be_exported(name, no_grad):
+def test_the_evaluation_model_can_be_exported(name, no_grad, conv_algorithm):
     torch.manual_seed(0)
-    model = scramble(models.create(name, num_classes=4)).eval()
+    model = scramble(models.create(name, num_classes=4, conv_algorithm=conv_algorithm)).eval()
     x = torch.randn(2, 3, 16, 16)
     with torch.set_grad_enabled(not no_grad):
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))

@@ -43,6 +43,17 @@ def test_with_dropout_the_plain_network_has_torchvisions_blocks_and_dropout():
 
 
 @pytest.mark.parametrize("name", models.NAMES)
+def test_conv_algorithm_reaches_every_block(name):
+    with torch.device("meta"):
+        for algorithm in (None, "direct"):
+            model = models.create(name, num_classes=2, conv_algorithm=algorithm)
+            blocks = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, ResidualBlock))]
+            assert blocks
+            assert {m.conv_algorithm for m in blocks} == {algorithm}
+            assert str(fuse_report(model)) == str(fuse_report(models.create(name, num_classes=2)))
+
+
+@pytest.mark.parametrize("name", models.NAMES)
 def test_every_name_makes_a_network_with_its_own_default_dropout(name):
     with torch.device("meta"):
         model = models.create(name, num_classes=6, stem="imagenet")

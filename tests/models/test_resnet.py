@@ -159,6 +159,23 @@ def test_dropout_is_in_every_block_once_and_off_in_evaluation():
         (lambda: FusedResNet18(norm_layer=nn.InstanceNorm2d), TypeError, "norm_layer: expected one that makes"),
         (lambda: models.ArticleResNet18(stem=""), ValueError, "stem: expected one of"),
         (lambda: models.ArticleResNet18(dropout=-1), ValueError, "dropout: expected 0 <= dropout < 1"),
+        (
+            lambda: FusedResNet18(conv_algorithm="fft"),
+            ValueError,
+            "conv_algorithm: expected one of .*'auto', 'direct', 'winograd'.* or None, got 'fft'",
+        ),
+        (lambda: FusedResNet50(conv_algorithm=1), TypeError, "conv_algorithm: expected a string or None, got int"),
+        (lambda: models.ArticleResNet18(conv_algorithm="Auto"), ValueError, "conv_algorithm: expected one of"),
+        (
+            lambda: models.create("article", num_classes=2, conv_algorithm=""),
+            ValueError,
+            "conv_algorithm: expected one",
+        ),
+        (
+            lambda: models.create("resnet18", num_classes=2, fused=False, conv_algorithm="auto"),
+            ValueError,
+            "conv_algorithm: expected None with fused=False, got 'auto'",
+        ),
         (lambda: models.create("resnet20", num_classes=10), ValueError, "name: expected one of .* got 'resnet20'"),
         (lambda: models.create("resnet18", num_classes=-1), ValueError, "num_classes: expected at least 1"),
     ],

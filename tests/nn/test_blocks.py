@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrizations
+import torch.nn.utils.prune
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
@@ -21,11 +26,12 @@ from fastres.nn import (
     ResidualBlock,
     SkipConnection,
 )
+from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero, output_length, weight_length
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 KINDS = [(FusedBasicBlock, BasicBlock), (FusedBottleneck, Bottleneck)]
 PLAIN_WITH_DROPOUT = {FusedBasicBlock: DropoutBasicBlock, FusedBottleneck: DropoutBottleneck}
-IN = 8
+IN = 16
 
 
 def downsample(kind, stride, planes):
@@ -223,6 +229,9 @@ def test_a_residual_block_has_a_normalisation_for_each_convolution():
     lambda: pair(FusedBasicBlock, BasicBlock, shortcut="projection", stride=2, dtype=torch.float32)[0],
     lambda: pair(FusedBottleneck, Bottleneck, dtype=torch.float32)[0],
     lambda: ResidualBlock(IN, 12, 2),
+    lambda: FusedBasicBlock(IN, IN, conv_algorithm="winograd"),
+    lambda: FusedBottleneck(IN, IN // 4, conv_algorithm="winograd"),
+    lambda: ResidualBlock(IN, IN, conv_algorithm="winograd"),
 ])  # fmt: skip
 def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, make):
     block = make()
@@ -239,3 +248,437 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, make):
         results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------- convolutions that take in the normalisations beside them
+
+
+class Operators(TorchDispatchMode):
+    """The fastres operators that were called, and the inputs of every ReLU of PyTorch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.relu_inputs = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastres":
+            self.names.append(func._schema.name.removeprefix("fastres::"))
+        elif func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
+            self.relu_inputs.append(args[0].clone())
+        return func(*args, **(kwargs or {}))
+
+
+def off_kinks(exact, layout, gen, *, size=(5, 7), n=4):
+    """A random input for which no ReLU of the float64 block is in doubt: behind it stand whole convolutions."""
+    state = copy.deepcopy(exact.state_dict())
+    while True:
+        x = activation((n, IN, *size), torch.float32, layout, gen)
+        with torch.no_grad(), Operators() as seen:
+            exact(x.double())
+        exact.load_state_dict(state)
+        if not any(near_zero(z, x.dtype).any() for z in seen.relu_inputs):
+            return x
+
+
+def follow(actual, exact, layout, gen, *, size=(5, 7), evaluate=True):
+    """A pass of a float32 block against the same in float64: output, gradients, buffers. Then both in evaluation."""
+    x = off_kinks(exact, layout, gen, size=size)
+    # The longest sum behind anything: of a convolution's output and then of its weight's gradient.
+    check = partial(assert_close, length=output_length(IN) + weight_length(x))
+    inputs = [x.clone(memory_format=torch.preserve_format).requires_grad_(), x.double().requires_grad_()]
+    y, expected = (module(v) for module, v in zip((actual, exact), inputs, strict=True))
+    check(y, expected, "output")
+    dy = torch.randn(y.shape, generator=gen)
+    y.backward(dy)
+    expected.backward(dy.double())
+    check(inputs[0].grad, inputs[1].grad, "input gradient")
+    wanted = dict(exact.named_parameters())
+    for name, p in actual.named_parameters():
+        assert (p.grad is None) == (wanted[name].grad is None), name
+        if p.grad is not None:
+            check(p.grad, wanted[name].grad, f"gradient of {name}")
+            p.grad = wanted[name].grad = None
+    buffers = dict(exact.named_buffers())
+    for name, b in actual.named_buffers():
+        if b.is_floating_point():
+            check(b, buffers[name], name)
+        else:
+            assert torch.equal(b, buffers[name]), name
+    if evaluate:
+        modes = [(m, m.training) for block in (actual, exact) for m in block.modules()]
+        follow(actual.eval(), exact.eval(), layout, gen, size=size, evaluate=False)
+        with torch.no_grad():
+            check(actual(x), exact(x.double()), "output without gradients")
+        for module, mode in modes:
+            module.training = mode
+
+
+def winograd_pair(fused, plain, **options):
+    """A float32 block by Winograd's convolution, and torchvision's in float64."""
+    actual, exact = pair(fused, plain, dtype=torch.float32, **options)
+    actual.conv_algorithm = "winograd"
+    return actual, exact.double()
+
+
+@pytest.mark.parametrize(("fused", "plain"), KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+@pytest.mark.parametrize(("shortcut", "stride"), [("none", 1), ("projection", 1), ("projection", 2), ("pooled", 2)])
+def test_by_winograds_convolution_a_block_trains_as_that_of_torchvision(fused, plain, layout, size, shortcut, stride):
+    actual, exact = winograd_pair(fused, plain, shortcut=shortcut, stride=stride)
+    gen = generator(fused.__name__, layout, size, shortcut, stride)
+    for _ in range(2):
+        follow(actual, exact, layout, gen, size=size)
+        with torch.no_grad():
+            for p in actual.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=gen)
+        exact.load_state_dict(actual.state_dict())
+    assert actual.bn1.num_batches_tracked == 2
+
+
+class PlainResidualBlock(nn.Module):
+    """`article_block` as a module that holds another's parameters and buffers in float64."""
+
+    def __init__(self, block):
+        super().__init__()
+        block = twin(block).double()
+        self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
+        self.shortcut = block.shortcut
+
+    def _norm(self, norm, x):
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum, norm.eps
+        )
+
+    def forward(self, x):
+        out = F.relu(self._norm(self.bn1, F.conv2d(x, self.conv1.weight, stride=self.conv1.stride, padding=1)))
+        if isinstance(self.shortcut, SkipConnection):
+            conv, norm = self.shortcut
+            x = F.relu(self._norm(norm, F.conv2d(x, conv.weight, stride=conv.stride)))
+        for module in self.modules():
+            if isinstance(module, FusedBatchNormAct2d) and module.training:
+                module.num_batches_tracked += 1
+        return self._norm(self.bn2, F.conv2d(out + x, self.conv2.weight, padding=1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("out", "stride"), [(IN, 1), (12, 1), (12, 2)])
+def test_by_winograds_convolution_a_residual_block_trains_as_in_float64(layout, out, stride):
+    torch.manual_seed(0)
+    actual = scramble(ResidualBlock(IN, out, stride, dropout=0.0, conv_algorithm="winograd"))
+    exact, gen = PlainResidualBlock(actual), generator("residual", layout, out, stride)
+    follow(actual, exact, layout, gen)
+
+
+IN_TRAINING = ["conv3x3_forward", "norm_act_conv3x3_forward", "batch_norm_act_training"]
+FUSION = [
+    (FusedBasicBlock, "none", IN_TRAINING, ["conv3x3_inference"] * 2),
+    (
+        FusedBasicBlock, "projection", [*IN_TRAINING[:2], "projection_shortcut_forward", IN_TRAINING[2]],
+        ["conv3x3_inference", "conv3x3_inference", "projection_shortcut_inference"],
+    ),
+    (
+        FusedBottleneck, "none", ["norm_act_conv3x3_forward", "batch_norm_act_training", "batch_norm_act_training"],
+        ["batch_norm_act_inference", "conv3x3_inference", "batch_norm_act_inference"],
+    ),
+    (
+        ResidualBlock, "none", IN_TRAINING,
+        ["conv3x3_inference", "batch_norm_act_inference", "conv3x3_inference"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "shortcut", "training", "evaluation"), FUSION)
+def test_what_stands_beside_a_convolution_is_part_of_it(cls, shortcut, training, evaluation):
+    planes = IN // cls.expansion
+    options = {} if cls is ResidualBlock else {"downsample": downsample(shortcut, 1, planes * cls.expansion)}
+    block = cls(IN, planes, **options, dropout=0.3, conv_algorithm="winograd")
+    x = torch.randn(2, IN, 6, 6)
+    with Operators() as seen:
+        block(x)
+    assert seen.names == training
+    with torch.no_grad(), Operators() as seen:
+        block.eval()(x)
+    assert seen.names == evaluation
+
+
+@pytest.mark.parametrize(("fused", "plain"), KINDS)
+def test_the_dropout_before_a_convolution_is_that_of_the_contract(fused, plain):
+    block, exact = winograd_pair(fused, plain)
+    getattr(block, block.dropout_norm).dropout = 0.4
+    gen = generator(fused.__name__)
+    x = off_kinks(exact, "channels_last", gen)
+
+    def drop(z):
+        return torch.where(reference.dropout_keep(z.shape, reference.draw_seed(z.device), 0.4), z / 0.6, 0)
+
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    torch.manual_seed(3)
+    y = block(inputs[0])
+    torch.manual_seed(3)
+    z = branch(exact, inputs[1], drop) + inputs[1]
+    assert_close(y, F.relu(z), "output", length=output_length(IN))
+    dy = torch.where(near_zero(z, x.dtype), 0, torch.randn(y.shape, generator=gen))
+    for result, gradient in ((y, dy.float()), (F.relu(z), dy.double())):
+        result.backward(gradient)
+    assert_close(inputs[0].grad, inputs[1].grad, "input gradient", length=output_length(IN) + weight_length(x))
+    assert_close(block.conv2.weight.grad, exact.conv2.weight.grad, "weight gradient", length=weight_length(x))
+
+
+def test_the_dropout_of_a_residual_block_is_that_of_the_contract_by_winograds_convolution():
+    block = scramble(ResidualBlock(IN, IN, dropout=0.4, conv_algorithm="winograd"))
+    exact, gen = PlainResidualBlock(block), generator("residual dropout")
+    x = off_kinks(exact, "channels_last", gen)
+
+    def drop(z):
+        return torch.where(reference.dropout_keep(z.shape, reference.draw_seed(z.device), 0.4), z / 0.6, 0)
+
+    inputs = [x.clone().requires_grad_(), x.double().requires_grad_()]
+    torch.manual_seed(3)
+    y = block(inputs[0])
+    torch.manual_seed(3)
+    expected = article_block(exact, inputs[1], drop)
+    assert_close(y, expected, "output", length=output_length(IN))
+    dy = torch.randn(y.shape, generator=gen)
+    y.backward(dy)
+    expected.backward(dy.double())
+    assert_close(inputs[0].grad, inputs[1].grad, "input gradient", length=output_length(IN) + weight_length(x))
+    assert_close(block.conv2.weight.grad, exact.conv2.weight.grad, "weight gradient", length=weight_length(x))
+
+
+class DoubledConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def replace(name, **options):
+    def change(block):
+        torch.manual_seed(1)
+        old = getattr(block, name)
+        keywords = {"padding": 1, "bias": False} | options
+        setattr(block, name, nn.Conv2d(IN, IN, **({"kernel_size": 3} | keywords)).to(old.weight.dtype))
+
+    return change
+
+
+def on(name, change):
+    return lambda block: change(getattr(block, name))
+
+
+def double_input(module):
+    module.register_forward_pre_hook(lambda m, args: (args[0] * 2, *args[1:]))
+
+
+def triple_output(module):
+    module.register_forward_hook(lambda m, args, y: y * 3)
+
+
+CHANGES = {
+    **{f"input of {name} doubled": on(name, double_input) for name in ("conv1", "bn1", "conv2", "bn2")},
+    **{f"output of {name} tripled": on(name, triple_output) for name in ("conv1", "conv2")},
+    "conv1 pruned": on("conv1", lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5)),
+    "conv2 pruned": on("conv2", lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5)),
+    "conv1 parametrised": on("conv1", torch.nn.utils.parametrizations.weight_norm),
+    "conv2 parametrised": on("conv2", torch.nn.utils.parametrizations.weight_norm),
+    "conv1 a subclass": on("conv1", lambda m: setattr(m, "__class__", DoubledConv)),
+    "conv2 a subclass": on("conv2", lambda m: setattr(m, "__class__", DoubledConv)),
+    "forward set on conv2": on("conv2", lambda m: setattr(m, "forward", lambda x: x * 2)),
+    "conv1 with bias": replace("conv1", bias=True),
+    "conv2 with bias": replace("conv2", bias=True),
+    "conv1 with groups": replace("conv1", groups=2),
+    "conv2 dilated": replace("conv2", dilation=2, padding=2),
+    "conv2 of 5x5": replace("conv2", kernel_size=5, padding=2),
+    "conv1 of 1x1": replace("conv1", kernel_size=1, padding=0),
+    "conv2 reflects": replace("conv2", padding_mode="reflect"),
+    "conv1 pads by name": replace("conv1", padding="same"),
+    "conv1 frozen": on("conv1", lambda m: m.weight.requires_grad_(False)),
+    "conv2 frozen": on("conv2", lambda m: m.weight.requires_grad_(False)),
+    **{f"{name} in evaluation": on(name, nn.Module.eval) for name in ("bn1", "bn2")},
+    "bn1 averages": on("bn1", lambda m: setattr(m, "momentum", None)),
+    "bn2 averages": on("bn2", lambda m: setattr(m, "momentum", None)),
+    "bn1 no longer tracks": on("bn1", lambda m: setattr(m, "track_running_stats", False)),
+    "both without statistics": lambda block: [
+        setattr(m, name, None) for m in (block.bn1, block.bn2) for name in ("running_mean", "running_var")
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shortcut", ["none", "projection"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_block_that_was_changed_does_what_torchvisions_would(change, shortcut):
+    actual, exact = winograd_pair(FusedBasicBlock, BasicBlock, shortcut=shortcut)
+    for block in (actual, exact):
+        CHANGES[change](block)
+    exact.load_state_dict(actual.state_dict())
+    gen = generator(change, shortcut)
+    follow(actual, exact, "channels_last", gen)
+
+
+BOTTLENECK_CHANGES = {
+    **{f"input of {name} doubled": on(name, double_input) for name in ("conv1", "bn1", "conv2", "bn2", "conv3")},
+    "output of conv2 tripled": on("conv2", triple_output),
+    "conv2 pruned": on("conv2", lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5)),
+    **{f"{name} in evaluation": on(name, nn.Module.eval) for name in ("bn1", "bn2", "bn3")},
+    "bn1 averages": on("bn1", lambda m: setattr(m, "momentum", None)),
+}
+
+
+@pytest.mark.parametrize("change", BOTTLENECK_CHANGES)
+def test_a_bottleneck_that_was_changed_does_what_torchvisions_would(change):
+    actual, exact = winograd_pair(FusedBottleneck, Bottleneck)
+    for block in (actual, exact):
+        BOTTLENECK_CHANGES[change](block)
+    gen = generator(change)
+    follow(actual, exact, "channels_last", gen)
+
+
+@pytest.mark.parametrize("name", ["conv1", "bn1", "conv2", "bn2"])
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_inside_a_block_run_once_a_call_and_see_what_they_saw(name, training):
+    block = scramble(FusedBasicBlock(IN, IN, conv_algorithm="winograd")).train(training)
+    x, seen = torch.randn(2, IN, 6, 6, requires_grad=True), {"forward": [], "before": [], "backward": []}
+    plain = twin(block)
+    plain.conv_algorithm = "direct"
+    for each, key in ((block, "actual"), (plain, "expected")):
+        module = getattr(each, name)
+        module.register_forward_hook(lambda m, args, y, key=key: seen["forward"].append((key, y.detach())))
+        module.register_forward_pre_hook(lambda m, args, key=key: seen["before"].append((key, args[0].detach())))
+        module.register_full_backward_hook(lambda m, gi, go, key=key: seen["backward"].append((key, go[0])))
+        each(x).square().sum().backward()
+    for kind, calls in seen.items():
+        assert [key for key, _ in calls] == ["actual", "expected"], kind
+        torch.testing.assert_close(calls[0][1], calls[1][1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hook_on_all_modules_sees_those_of_a_block(cls, training):
+    block = cls(IN, IN // cls.expansion, dropout=0.0, conv_algorithm="winograd").train(training)
+    x, names, seen = torch.randn(2, IN, 6, 6), {m: name for name, m in block.named_modules()}, []
+    expected = block(x)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(names[m]))
+    try:
+        y = block(x)
+    finally:
+        handle.remove()
+    inner = {name for name in names.values() if name not in ("relu", "downsample")}
+    assert sorted(seen) == sorted(inner)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def kept_for_backward(block, x):
+    """Bytes of each storage that a block keeps, largest first, without its parameters and what is [C]."""
+    own = {t.untyped_storage().data_ptr() for t in (*block.parameters(), *block.buffers())}
+    found = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own and t.numel() > 4 * x.shape[1]:
+            found[storage.data_ptr()] = (storage.nbytes(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = block(x)
+    assert y.requires_grad
+    return sorted((nbytes for nbytes, _ in found.values()), reverse=True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("make", "raw", "bits"),
+    [
+        (lambda **options: FusedBasicBlock(16, 16, **options), 3, 1),
+        # A projection adds its own raw output.
+        (
+            lambda **options: FusedBasicBlock(
+                16, 16, 1, nn.Sequential(conv1x1(16, 16), nn.BatchNorm2d(16)), **options
+            ), 4, 1,
+        ),
+        # Nothing follows the last normalisation: no bits.
+        (lambda **options: ResidualBlock(16, 16, **options), 3, 0),
+    ],
+    ids=["basic", "projection", "residual"],
+)  # fmt: skip
+def test_a_block_keeps_its_input_raw_outputs_and_bits(make, raw, bits, dropout):
+    block = make(dropout=dropout, conv_algorithm="winograd")
+    x = torch.randn(2, 16, 8, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
+    whole, mask = x.numel() * x.element_size(), reference.bits_size(x)
+    assert kept_for_backward(block, x) == [whole] * raw + [mask] * (bits + (dropout > 0))
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+def test_without_gradients_training_updates_the_same_statistics(cls):
+    block = scramble(cls(IN, IN // cls.expansion, dropout=0.3, conv_algorithm="winograd"))
+    other, x = twin(block), torch.randn(4, IN, 5, 7)
+    torch.manual_seed(0)
+    expected = block(x)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(other(x), expected)
+    for a, b in zip(block.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_input_and_a_convolution_without_gradients_change_nothing_else():
+    block = scramble(FusedBasicBlock(IN, IN, conv_algorithm="winograd"))
+    other, x = twin(block), torch.randn(4, IN, 5, 7)
+    block.conv1.weight.requires_grad_(False)
+    block(x).square().sum().backward()
+    other(x.clone().requires_grad_()).square().sum().backward()
+    assert block.conv1.weight.grad is None
+    for (name, p), q in zip(block.named_parameters(), other.parameters(), strict=True):
+        assert name == "conv1.weight" or torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+def test_under_autocast_the_convolutions_are_those_of_its_dtype(cls):
+    block = scramble(cls(IN, IN // cls.expansion, dropout=0.0, conv_algorithm="winograd"))
+    x = torch.randn(4, IN, 5, 7)
+    for training in (True, False):
+        plain = unfuse(twin(block)).train(training)
+        exact = twin(plain).double()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            y, theirs = block.train(training)(x), plain(x)
+        assert y.dtype == torch.bfloat16
+        expected = exact(x.double())
+        assert (y - expected).norm() <= 2 * (theirs - expected).norm()
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_conv_algorithm_is_copied_and_printed(cls, way):
+    block = cls(IN, IN // cls.expansion, conv_algorithm="direct")
+    again = copy.deepcopy(block) if way == "deepcopy" else pickle.loads(pickle.dumps(block))
+    assert again.conv_algorithm == "direct"
+    assert "conv_algorithm=direct" in repr(again)
+    assert "conv_algorithm" not in repr(cls(IN, IN))
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("fft", ValueError, "conv_algorithm: expected one of .*'auto', 'direct', 'winograd'.* or None, got 'fft'"),
+        (4, TypeError, "conv_algorithm: expected a string or None, got int"),
+    ],
+)
+def test_a_conv_algorithm_that_does_not_exist_is_refused(cls, value, error, message):
+    with pytest.raises(error, match=message):
+        cls(IN, IN, conv_algorithm=value)
+
+
+@pytest.mark.parametrize(("algorithm", "operators"), [("winograd", True), ("direct", False), ("auto", False)])
+def test_without_an_algorithm_of_its_own_a_block_asks_the_environment(monkeypatch, algorithm, operators):
+    block, x = FusedBasicBlock(IN, IN), torch.randn(2, IN, 6, 6)
+    monkeypatch.setenv("FASTRES_CONV", algorithm)
+    with Operators() as seen:
+        block(x)
+    assert any("conv3x3" in name for name in seen.names) == operators
+
+
+def test_an_unfused_residual_block_is_plain_pytorch():
+    block = unfuse(ResidualBlock(IN, IN, conv_algorithm="winograd"))
+    for training in (True, False):
+        with torch.no_grad(), Operators() as seen:
+            block.train(training)(torch.randn(2, IN, 6, 6))
+        assert not seen.names

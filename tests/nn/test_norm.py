@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from fastres import reference
+from fastres.functional import Statistics
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d
 from tests.oracle import assert_close
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
@@ -160,6 +161,30 @@ def test_a_block_may_ask_for_dropout_over_a_frozen_normalisation(cls, order):
     norm.train()
     x.requires_grad_()
     close(norm(x, r, dropout_training=False), plain.train()(x, r), x.numel())
+
+
+def test_statistics_that_are_known_are_taken_instead_of_those_of_x():
+    norm, plain = pair(FusedBatchNormAct2d, torch.float64)
+    x = inputs(torch.float64, torch.channels_last)()
+    # Others than those of x, to be seen: x is then not read to be measured.
+    count, mean, m2 = reference.stats(2 * x + 1)
+    y = norm(x, statistics=Statistics(mean, m2))
+    z = (x - mean[:, None, None]) / (m2 / count + norm.eps).sqrt()[:, None, None]
+    close(y, F.relu(z * norm.weight[:, None, None] + norm.bias[:, None, None]), x.numel())
+    plain(2 * x + 1)
+    for name, value in plain.named_buffers():
+        torch.testing.assert_close(getattr(norm, name), value, msg=name)
+    twin_norm = pair(BatchNormAct2d, torch.float64)[0]
+    close(twin_norm(x, statistics=Statistics(*reference.stats(x)[1:])), twin(twin_norm)(x), x.numel())
+
+
+def test_statistics_are_refused_where_the_running_ones_count():
+    norm, x = FusedBatchNormAct2d(CHANNELS).eval(), torch.randn(2, CHANNELS, 3, 3)
+    with pytest.raises(ValueError, match="statistics: expected None with training=False"):
+        norm(x, statistics=Statistics(*reference.stats(x)[1:]))
+    with pytest.raises(TypeError, match="statistics: expected Statistics or None, got tuple"):
+        norm.train()(x, statistics=reference.stats(x)[1:])
+    assert norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 
 from fastres import functional, reference
+from fastres.functional import Statistics
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, ProjectionShortcut, SkipConnection
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
@@ -160,12 +161,40 @@ def test_order_act_add_is_honoured():
     close(actual(s), expected + other.shortcut(s), s.numel())
 
 
+class MeasuredEnd(End):
+    def forward(self, s):
+        x = self.conv(s)
+        return self.shortcut(s, x, self.norm, Statistics(*reference.stats(x.detach())[1:]))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_statistics_that_are_known_give_the_same(frozen, calls):
+    actual, expected = pair(2)
+    measured = MeasuredEnd(actual.shortcut, actual.norm, 2).double()
+    measured.load_state_dict(actual.state_dict())
+    for end in (measured, expected):
+        end.shortcut[1].train(not frozen)
+    x, y = inputs()(), []
+    for end in (measured, expected):
+        s = x.clone().requires_grad_()
+        y.append(end(s))
+        y[-1].square().sum().backward()
+        y.append(s.grad)
+    close(y[0], y[2], x.numel())
+    close(y[1], y[3], x.numel(), "input gradient", times=8)
+    for (name, b), c in zip(measured.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(b, c, msg=name)
+    assert [kwargs["x_statistics"] is not None for kwargs in calls] == [True] * (not frozen)
+
+
 def test_x_and_norm_come_together():
     shortcut, s = ProjectionShortcut(IN, OUT), torch.randn(2, IN, 4, 4)
     with pytest.raises(TypeError, match="expected both or neither, got x without the other"):
         shortcut(s, shortcut(s))
     with pytest.raises(TypeError, match="expected both or neither, got norm without the other"):
         shortcut(s, norm=FusedBatchNormAct2d(OUT))
+    with pytest.raises(TypeError, match="statistics: expected None without x and norm, got Statistics"):
+        shortcut(s, statistics=Statistics(*reference.stats(s)[1:]))
 
 
 @pytest.mark.parametrize(
