@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
@@ -438,9 +439,12 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     Differentiable once there. Results are the same in every run; the rounding of the weight's gradient, and nothing
     else, depends on the number of threads. Elsewhere PyTorch's convolution.
 
-    Where no gradient is asked for, the transformed weights are kept for the next call, for as long as the weight's
-    data pointer and version counter stand. Writing through `weight.data` does not count as a new version; writing to
-    the weight under torch.no_grad, as optimizers and load_state_dict do, does.
+    Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
+    as one matrix product of our own, with PyTorch's rounding errors.
+
+    Where no gradient is asked for, weights are kept for the next call as the kernels read them, for as long as the
+    weight's data pointer and version counter stand. Writing through `weight.data` does not count as a new version;
+    writing to the weight under torch.no_grad, as optimizers and load_state_dict do, does.
 
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 in channels_last.
@@ -458,13 +462,18 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     """
     x, weight = _autocast_pair(x, weight)
     _check_convolution(x, weight, algorithm)
-    if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
+    asked = _conv_ops.asked_algorithm(algorithm)
+    needs_grad = _needs_grad(x, weight)
+    product = not needs_grad and _conv_ops.takes_product(x, 1, asked)
+    if not product and not _conv_ops.takes_winograd(x, weight, asked):
         return reference.conv3x3(x, weight)
     x = _dense(x, torch.channels_last)
-    if _needs_grad(x, weight):
+    if needs_grad:
         y: Tensor = _conv_ops.Conv3x3.apply(x, weight, False)[0]
         return y
-    return _conv_ops.inference(x, weight, None, None, None, None, None, 0.0, False)  # type: ignore[no-any-return]
+    return _conv_ops.inference(  # type: ignore[no-any-return]
+        x, weight, None, None, None, None, None, 0.0, False, 1, product
+    )
 
 
 def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
@@ -554,22 +563,24 @@ def conv3x3_norm_act(
     *,
     residual: Tensor | None = None,
     relu: bool = True,
+    stride: int = 1,
     algorithm: str | None = None,
 ) -> Tensor:
     """batch_norm_act(conv3x3(x)) in evaluation: the convolution, and the normalisation by running statistics after it.
 
         y = relu(bn(conv3x3(x)) + residual)
 
-    By Winograd's algorithm, where no gradient is asked for, one pass: all that follows the sum is done to a tile in
-    registers. Transformed weights are kept as `conv3x3` says.
+    Where `conv3x3` takes kernels of its own and no gradient is asked for, one pass: all that follows the sum is done to
+    outputs in registers.
 
     Args:
         x, weight, algorithm: as in `conv3x3`.
         norm: normalisation of the convolution's output, [K]; running statistics are needed.
-        residual: [N, K, H, W], dtype and device of x.
+        residual: [N, K, ceil(H / stride), ceil(W / stride)], dtype and device of x.
         relu: off leaves normalisation and addition.
+        stride: of the convolution, both axes. Winograd's algorithm serves 1 only.
     Returns:
-        [N, K, H, W], dtype of x; memory format as `conv3x3`'s.
+        [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; memory format as `conv3x3`'s.
     Raises:
         TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
     """
@@ -577,11 +588,18 @@ def conv3x3_norm_act(
     _check_convolution(x, weight, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
-    serves = _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm))
+    if not isinstance(stride, int) or isinstance(stride, bool):
+        raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
+    asked = _conv_ops.asked_algorithm(algorithm)
+    product = _conv_ops.takes_product(x, stride, asked)
+    serves = product or (stride == 1 and _conv_ops.takes_winograd(x, weight, asked))
     if not serves or _needs_grad(x, weight, norm.weight, norm.bias, residual):
-        y = conv3x3(x, weight, algorithm=algorithm)
+        y = conv3x3(x, weight, algorithm=algorithm) if stride == 1 else F.conv2d(x, weight, stride=stride, padding=1)
         return batch_norm_act(y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu)
-    shape = torch.Size((x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    height, width = (_conv_ops.output_size(size, stride) for size in x.shape[2:])
+    shape = torch.Size((x.shape[0], weight.shape[0], height, width))
     if residual is not None:
         _check_activation("residual", residual, x, shape)
         residual = _dense(residual, torch.channels_last)
@@ -590,5 +608,5 @@ def conv3x3_norm_act(
     own = _cast(norm, torch.float32)
     return _conv_ops.inference(  # type: ignore[no-any-return]
         _dense(x, torch.channels_last), weight, own.running_mean, own.running_var, own.weight, own.bias, residual,
-        float(norm.eps), relu,
+        float(norm.eps), relu, stride, product,
     )  # fmt: skip

@@ -24,6 +24,7 @@
 // Every output and input gradient is one sum in one order, whatever the number
 // of threads. Sums by shares depend on that number, and on nothing else.
 #include "batch_norm_act.h"
+#include "direct.h"
 #include "epilogues.h"
 #include "norm_act_backward.h"
 
@@ -120,14 +121,29 @@ Tensor transformed(const Kernel& kernel) {
   return to;
 }
 
-// Transformed weights of evaluation. An entry stands while the weight's storage
-// lives and its data pointer, version counter, sizes and strides are what they
-// were.
+// [group][tap, inputs padded][kColumns]
+Tensor packed(const Kernel& kernel) {
+  const int64_t groups = groups_of(kernel.outputs), size = direct_depth(kernel) * kColumns;
+  Tensor to = at::empty({groups, size}, at::kFloat);
+  float* data = to.mutable_data_ptr<float>();
+  at::parallel_for(
+      0, groups, std::max<int64_t>(1, kThreadPairs * kTaps * kTaps / size), [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+          pack_weights(kernel, g, data + g * size);
+        }
+      });
+  return to;
+}
+
+// Weights of evaluation, as `make` orders them. An entry stands while the weight's storage lives and its data pointer,
+// version counter, sizes and strides are what they were.
 class KeptWeights {
 public:
-  Tensor get(const Tensor& weight) {
+  using Make = Tensor (*)(const Kernel&);
+
+  Tensor get(const Tensor& weight, Make make) {
     if (weight.is_inference()) { // no version counter
-      return transformed(kernel_of(weight));
+      return make(kernel_of(weight));
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto entry = entries_.begin(); entry != entries_.end();) {
@@ -136,13 +152,13 @@ public:
         entry = entries_.erase(entry);
         continue;
       }
-      if (entry->data == weight.const_data_ptr()) {
+      if (entry->data == weight.const_data_ptr() && entry->make == make) {
         entries_.splice(entries_.begin(), entries_, entry);
         return entry->value;
       }
       ++entry;
     }
-    Tensor value = transformed(kernel_of(weight));
+    Tensor value = make(kernel_of(weight));
     bytes_ += value.nbytes();
     entries_.push_front(
         {weight.storage().getWeakStorageImpl(),
@@ -150,6 +166,7 @@ public:
          static_cast<int64_t>(weight._version()),
          weight.sizes().vec(),
          weight.strides().vec(),
+         make,
          value});
     while (bytes_ > kKeptBytes && entries_.size() > 1) {
       bytes_ -= entries_.back().value.nbytes();
@@ -164,6 +181,7 @@ private:
     const void* data;
     int64_t version;
     std::vector<int64_t> sizes, strides;
+    Make make;
     Tensor value;
 
     bool fits(const Tensor& weight) const {
@@ -333,8 +351,41 @@ void convolve(
   if (goes_by_channels(chunks.tiles, kernel)) {
     by_channels(chunks, x, kernel, epilogue);
   } else {
-    by_tiles(chunks, x, kept_of ? kept_weights().get(*kept_of) : transformed(kernel), kernel, epilogue);
+    by_tiles(chunks, x, kept_of ? kept_weights().get(*kept_of, transformed) : transformed(kernel), kernel, epilogue);
   }
+}
+
+// --- few positions
+
+template <typename Epilogue>
+void convolve_directly(
+    const Positions& positions,
+    const float* x,
+    const Kernel& kernel,
+    const Tensor& weights,
+    const Epilogue& epilogue) {
+  const int64_t count = positions.count(), depth = direct_depth(kernel), groups = groups_of(kernel.outputs);
+  const int64_t row_groups = (count + kRows - 1) / kRows;
+  const Buffer operand(row_groups * kRows * depth);
+  at::parallel_for(
+      0, row_groups, std::max<int64_t>(1, kThreadPairs / (depth * kRows)), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kRows;
+        gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
+      });
+  const float* w = weights.const_data_ptr<float>();
+  // A group's weights go through the caches once for all positions; with more threads than groups several share one.
+  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / groups, 1, row_groups);
+  const int64_t share = (row_groups + shares - 1) / shares * kRows;
+  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+    const Buffer product(share * kColumns);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / shares, first = task % shares * share, size = std::min(share, count - first);
+      if (size > 0) {
+        multiply_outputs(operand.data() + first * depth, w + g * depth * kColumns, product.data(), size, depth);
+        finish_positions(product.data(), first, size, kernel.outputs, g * kColumns, epilogue);
+      }
+    }
+  });
 }
 
 // --- the weight gradient
@@ -627,26 +678,37 @@ Tensor inference(
     const OptionalTensor& bias,
     const OptionalTensor& residual,
     double eps,
-    bool relu) {
+    bool relu,
+    int64_t stride,
+    bool direct) {
   check(x, conv_weight);
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected dtype float32, got ", x.scalar_type());
-  Tensor y = empty_channels_last({x.size(0), conv_weight.size(0), x.size(2), x.size(3)}, x);
+  TORCH_CHECK_VALUE(stride >= 1 && (direct || stride == 1), "stride: expected 1, or more with direct, got ", stride);
+  const Positions positions{x.size(0), x.size(2), x.size(3), stride};
+  const bool empty = x.size(2) == 0 || x.size(3) == 0;
+  Tensor y = empty_channels_last(
+      {x.size(0), conv_weight.size(0), empty ? 0 : positions.out_height(), empty ? 0 : positions.out_width()}, x);
   if (y.numel() == 0) {
     return y;
   }
   const Tensor in = channels_last(x);
-  const Source source{in.const_data_ptr<float>()};
   float* to = y.mutable_data_ptr<float>();
   const Kernel kernel = kernel_of(conv_weight);
-  const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
+  const auto run = [&](const auto& epilogue) {
+    const float* from = in.const_data_ptr<float>();
+    if (direct) {
+      convolve_directly(positions, from, kernel, kept_weights().get(conv_weight, packed), epilogue);
+    } else {
+      convolve(chunks_of({x.size(0), x.size(2), x.size(3)}, kernel), {from}, kernel, epilogue, &conv_weight);
+    }
+  };
   if (!running_mean.has_value()) {
-    convolve(chunks, source, kernel, Write{to, streams(y)}, &conv_weight);
+    run(Write{to, streams(y)});
     return y;
   }
   const ChannelNorm<float> norm = running_norm<float>(kernel.outputs, running_mean, running_var, weight, bias, eps);
   const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
-  const Normalise epilogue{to, streams(y), &norm, r.defined() ? r.const_data_ptr<float>() : nullptr, relu};
-  convolve(chunks, source, kernel, epilogue, &conv_weight);
+  run(Normalise{to, streams(y), &norm, r.defined() ? r.const_data_ptr<float>() : nullptr, relu});
   return y;
 }
 

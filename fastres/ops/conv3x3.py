@@ -35,6 +35,8 @@ _POINTS = 36
 _TILE_COST = 1600
 _WEIGHT_COST = 400
 _CALL_COST = 1_000_000
+# Output positions for which a product with kept weights beats both other ways (docs/convolution.md).
+_FEW_POSITIONS = 64
 # Winograd has to be this much cheaper, for its rounding errors are larger.
 _ADVANTAGE = 1.1
 
@@ -69,8 +71,13 @@ def pays(images: int, inputs: int, outputs: int, height: int, width: int) -> boo
     return direct > _ADVANTAGE * (products + transforms + _CALL_COST)
 
 
+def output_size(size: int, stride: int) -> int:
+    """Output positions along one axis."""
+    return (size - 1) // stride + 1
+
+
 def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
-    """Whether this convolution goes to the operator, with `algorithm` one of ALGORITHMS."""
+    """Whether this convolution goes to Winograd's kernels, with `algorithm` one of ALGORITHMS."""
     if algorithm == "direct" or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
         return False
     if algorithm == "winograd":
@@ -79,12 +86,25 @@ def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
     return reference.rows_are_channels(x) and pays(n, c, weight.shape[0], h, w)
 
 
+def takes_product(x: Tensor, stride: int, algorithm: str) -> bool:
+    """Whether this convolution, in evaluation, goes to one product with kept weights: output positions are few.
+
+    A tile's 36 transformed weights are then more to read than all else; and PyTorch's convolution orders its weights
+    anew at every call.
+    """
+    if algorithm != "auto" or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0:
+        return False
+    n, _, h, w = x.shape
+    positions = n * output_size(h, stride) * output_size(w, stride)
+    return positions <= _FEW_POSITIONS and reference.rows_are_channels(x)
+
+
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
-def empty_output(x: Tensor, weight: Tensor) -> Tensor:
+def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """The convolution's output, uninitialised: channels_last whatever x is."""
-    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    shape = (x.shape[0], weight.shape[0], output_size(x.shape[2], stride), output_size(x.shape[3], stride))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -116,25 +136,25 @@ forward = define(
 
 def _inference_fallback(
     x: Tensor, conv_weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool,
+    bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool, stride: int = 1, direct: bool = False,
 ) -> Tensor:  # fmt: skip
-    y = F.conv2d(x, conv_weight, padding=1)
+    y = F.conv2d(x, conv_weight, padding=1, stride=stride)
     if running_mean is not None and running_var is not None:
         normed = Affine(y, running_mean, torch.rsqrt(running_var + eps), weight, bias)
         y, _ = reference.apply(normed, residual, None, Activation(relu, 0.0, "add_act"), False)
-    return empty_output(x, conv_weight).copy_(y)
+    return empty_output(x, conv_weight, stride).copy_(y)
 
 
 def _inference_fake(
     x: Tensor, conv_weight: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool,
+    bias: Tensor | None, residual: Tensor | None, eps: float, relu: bool, stride: int = 1, direct: bool = False,
 ) -> Tensor:  # fmt: skip
-    return empty_output(x, conv_weight)
+    return empty_output(x, conv_weight, stride)
 
 
 inference = define(
     "conv3x3_inference(Tensor x, Tensor conv_weight, Tensor? running_mean, Tensor? running_var, Tensor? weight,"
-    " Tensor? bias, Tensor? residual, float eps, bool relu) -> Tensor",
+    " Tensor? bias, Tensor? residual, float eps, bool relu, int stride=1, bool direct=False) -> Tensor",
     fallback=_inference_fallback,
     fake=_inference_fake,
 )
@@ -179,8 +199,7 @@ def _backward_fake(
 
 
 backward = define(
-    "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, Tensor? added, bool[2] needs)"
-    " -> (Tensor dx, Tensor dweight)",
+    "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, Tensor? added, bool[2] needs) -> (Tensor dx, Tensor dweight)",
     fallback=_backward_fallback,
     fake=_backward_fake,
 )
