@@ -1,0 +1,175 @@
+"""The 3x3 convolution as one product with kept weights, which serves few output positions in evaluation."""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres import functional
+from fastres.functional import NormParams
+from fastres.ops import conv3x3 as ops
+from tests.oracle import LAYOUTS, SEED, activation, assert_close, generator
+
+OPS = torch.ops.fastres
+
+# images, inputs, outputs, height, width, stride: odd channels and sizes, one position, more than a group of rows.
+SHAPES = [
+    (1, 64, 96, 4, 4, 1),
+    (1, 20, 33, 7, 9, 2),
+    (2, 5, 3, 6, 5, 1),
+    (1, 1, 1, 1, 1, 1),
+    (3, 17, 70, 3, 2, 2),
+    (1, 130, 31, 8, 8, 2),
+    (64, 16, 32, 1, 1, 1),
+    (1, 16, 40, 1, 40, 3),
+]
+
+
+def data(
+    shape: tuple[int, ...], *key: object, layout: str = "channels_last"
+) -> tuple[Tensor, Tensor, NormParams, Tensor]:
+    """x, weight, a normalisation of the output, and a residual."""
+    n, c, k, h, w, stride = shape
+    gen = generator(shape, *key)
+    x = activation((n, c, h, w), torch.float32, layout, gen)
+    weight = activation((k, c, 3, 3), torch.float32, layout, gen, mean=0.02, std=(9 * c) ** -0.5)
+    vectors = [torch.randn(k, generator=gen) for _ in range(2)] + [torch.rand(k, generator=gen) + 0.5 for _ in range(2)]
+    mean, bias, var, scale = vectors
+    size = (n, k, ops.output_size(h, stride), ops.output_size(w, stride))
+    return x, weight, NormParams(mean, var, scale, bias, eps=1e-3), activation(size, torch.float32, layout, gen)
+
+
+def exact(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return F.conv2d(x.double(), weight.double(), stride=stride, padding=1)
+
+
+def product(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return OPS.conv3x3_inference(x, weight, None, None, None, None, None, 0.0, False, stride, True)
+
+
+def check(shape: tuple[int, ...], layout: str) -> None:
+    _, c, _, _, _, stride = shape
+    x, weight, norm, residual = data(shape, layout, layout=layout)
+    y = exact(x, weight, stride)
+    assert_close(product(x, weight, stride), y, "y", length=9 * c)
+    vectors = [v.double() for v in norm[:4]]
+    for r, relu in ((residual, True), (None, False)):
+        z = F.batch_norm(y, *vectors, eps=norm.eps)
+        z = z if r is None else z + r
+        got = OPS.conv3x3_inference(x, weight, *norm[:4], r, norm.eps, relu, stride, True)
+        assert_close(got, F.relu(z) if relu else z, "normalised", length=9 * c)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_values_are_those_of_float64(shape, layout):
+    check(shape, layout)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=False)
+@hypothesis.seed(SEED)
+@hypothesis.given(
+    st.tuples(
+        st.integers(1, 3),
+        st.integers(1, 40),
+        st.integers(1, 70),
+        st.integers(1, 9),
+        st.integers(1, 9),
+        st.integers(1, 3),
+    ),
+    st.sampled_from(sorted(LAYOUTS)),
+)
+def test_any_shape_agrees_with_float64(shape, layout):
+    check(shape, layout)
+
+
+def test_threads_change_no_bit():
+    x, weight, _, _ = data((3, 48, 100, 5, 5, 1))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(product(x, weight, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_opcheck_passes():
+    x, weight, norm, residual = data((2, 17, 33, 5, 6, 2))
+    torch.library.opcheck(OPS.conv3x3_inference.default, (x, weight, *norm[:4], residual, 0.05, True, 2, True))
+
+
+def test_kept_weights_follow_updates_and_do_not_mix_with_winograd():
+    shape = (1, 32, 32, 4, 4, 1)
+    x, weight, _, _ = data(shape)
+    first = product(x, weight, 1)
+    winograd = functional.conv3x3(x, weight, algorithm="winograd")
+    assert torch.equal(product(x, weight, 1), first)
+    assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), winograd)
+    with torch.no_grad():
+        weight.mul_(2)
+    assert torch.equal(product(x, weight, 1), 2 * first)
+    assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), 2 * winograd)
+
+
+def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
+    monkeypatch.delenv("FASTRES_CONV", raising=False)
+    seen: list[bool] = []
+
+    def inference(*args):
+        seen.append(args[-1])
+        return OPS.conv3x3_inference(*args)
+
+    monkeypatch.setattr(ops, "inference", inference)
+    x, weight, norm, residual = data((1, 64, 64, 8, 8, 1))
+    functional.conv3x3(x, weight)
+    functional.conv3x3_norm_act(x, weight, norm, residual=residual)
+    assert seen == [True, True]
+    functional.conv3x3_norm_act(
+        x.repeat(4, 1, 1, 1).contiguous(memory_format=torch.channels_last), weight, norm, stride=2
+    )
+    assert seen == [True] * 3
+    for algorithm in ("direct", "winograd"):
+        functional.conv3x3(x, weight, algorithm=algorithm)
+    functional.conv3x3(x.contiguous(), weight)
+    functional.conv3x3(x.double(), weight.double())
+    functional.conv3x3(x, weight.clone().requires_grad_())
+    assert seen == [True, True, True, False]
+    wide, _, _, _ = data((1, 64, 64, 9, 8, 1))
+    assert not ops.takes_product(wide, 1, "auto")
+    assert ops.takes_product(wide, 2, "auto")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_strided_end_in_evaluation_is_one_function(stride, gradients):
+    shape = (1, 20, 33, 9, 8, stride)
+    x, weight, norm, residual = data(shape)
+    x.requires_grad_(gradients)
+    got = functional.conv3x3_norm_act(x, weight, norm, residual=residual, stride=stride)
+    wanted = F.relu(F.batch_norm(exact(x, weight, stride), *(v.double() for v in norm[:4]), eps=norm.eps) + residual)
+    assert_close(got.detach(), wanted.detach(), "y", length=9 * 20)
+    assert got.requires_grad == gradients
+
+
+@pytest.mark.parametrize(("stride", "error"), [(0, ValueError), (-1, ValueError), (1.0, TypeError), (True, TypeError)])
+def test_a_bad_stride_is_named(stride, error):
+    x, weight, norm, _ = data((1, 8, 8, 4, 4, 1))
+    with pytest.raises(error, match=r"^stride: expected .* got"):
+        functional.conv3x3_norm_act(x, weight, norm, stride=stride)
+
+
+def test_the_operator_refuses_a_stride_that_winograd_cannot_serve():
+    x, weight, _, _ = data((1, 8, 8, 4, 4, 1))
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastres::conv3x3_inference", "CPU"):
+        pytest.skip("the plain fallback serves any stride")
+    with pytest.raises(ValueError, match="stride: expected 1"):
+        OPS.conv3x3_inference(x, weight, None, None, None, None, None, 0.0, False, 2, False)
