@@ -140,6 +140,8 @@ def _check_statistics(name: str, value: Statistics | None, like: Tensor, trainin
         raise ValueError(f"{name}: expected None with training=False, which takes the running ones, got Statistics")
     dtype = reference.statistics_dtype(like.dtype)
     for part, vector in zip(value._fields, value, strict=True):
+        if vector is None:
+            raise TypeError(f"{name}.{part}: expected a Tensor, got NoneType")
         _check_channels(f"{name}.{part}", vector, like, like.shape[1])
         if vector.dtype != dtype:
             raise TypeError(f"{name}.{part}: expected dtype {dtype}, got {vector.dtype}")
@@ -530,20 +532,21 @@ def norm_act_conv3x3(
     _check_convolution(x, weight, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+    if residual is not None:
+        _check_activation("residual", residual, x, x.shape)
+    _check_norm("norm.", norm, x, x.shape[1], True)
+    _check_statistics("statistics", statistics, x, True)
+    _check_options(True, relu, dropout_p, seed, x, tuple(x.shape))
     if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
         a = batch_norm_act(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu,
             dropout_p=dropout_p, order=order, seed=seed, statistics=statistics,
         )  # fmt: skip
         return reference.conv3x3(a, weight), None
-    if order not in ORDERS:
-        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
     if residual is not None:
-        _check_activation("residual", residual, x, x.shape)
         residual = _dense(residual, torch.channels_last)
-    _check_norm("norm.", norm, x, x.shape[1], True)
-    _check_statistics("statistics", statistics, x, True)
-    _check_options(True, relu, dropout_p, seed, x, tuple(x.shape))
     if dropout_p > 0 and seed is None:
         seed = reference.draw_seed(x.device)
     own = _cast(norm, torch.float32)

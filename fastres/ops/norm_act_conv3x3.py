@@ -31,6 +31,11 @@ from fastres.reference import Activation, Affine
 _ACTIVATION = "bool relu, float dropout_p, str order"
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[N * H * W, C, 1, 1]: the rows of channels that the keep mask packs, also where x has a single channel."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
+
+
 def _activate(x: Affine, residual: Tensor | None, keep: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
     """(a, passed): the convolution's input, and where it passes a gradient on."""
     z = x.z()
@@ -38,7 +43,9 @@ def _activate(x: Affine, residual: Tensor | None, keep: Tensor, act: Activation)
         z = z + residual
     passed = ~(z <= 0) if act.relu else torch.ones_like(z, dtype=torch.bool)  # as relu does, NaN passes
     if act.dropout_p > 0:
-        passed = passed & reference.unpack_bits(keep, x.value)
+        n, c, h, w = x.value.shape
+        kept = reference.unpack_bits(keep, _rows(x.value))
+        passed = passed & kept.reshape(n, h, w, c).permute(0, 3, 1, 2)
     a = torch.where(passed, z / (1 - act.dropout_p), 0)
     if act.order == "act_add" and residual is not None:
         a = a + residual
@@ -60,7 +67,7 @@ def _forward_fallback(
     keep = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0:
         assert seed is not None
-        keep = reference.pack_bits(reference.dropout_keep(x.shape, seed, dropout_p), x)
+        keep = reference.pack_bits(_rows(reference.dropout_keep(x.shape, seed, dropout_p)), _rows(x))
     normed = Affine(x, x_mean, rstd, norm_weight, norm_bias)
     a, _ = _activate(normed, residual, keep, Activation(relu, dropout_p, order))
     y = conv3x3.empty_output(x, weight).copy_(reference.conv3x3(a, weight))
@@ -73,7 +80,8 @@ def _forward_fake(
     weight: Tensor, momentum: float, eps: float, relu: bool, dropout_p: float, order: str, statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (x.new_empty(x.shape[1], dtype=reference.statistics_dtype(x.dtype)) for _ in range(2))
-    keep = x.new_empty(reference.bits_size(x) if dropout_p > 0 else 0, dtype=torch.uint8)
+    n, c, h, w = x.shape
+    keep = x.new_empty(n * h * w * ((c + 7) // 8) if dropout_p > 0 else 0, dtype=torch.uint8)
     return *conv3x3.fake_measured(x, weight, statistics), mean, rstd, keep
 
 
