@@ -281,10 +281,17 @@ def norm_act_conv3x3(
 
 
 def conv3x3_norm_act(
-    x: Tensor, weight: Tensor, norm: NormParams, *, residual: Tensor | None = None, relu: bool = True
+    x: Tensor,
+    weight: Tensor,
+    norm: NormParams,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    stride: int = 1,
 ) -> Tensor:
     """`fastres.functional.conv3x3_norm_act` in plain PyTorch, differentiable; it trusts its arguments."""
-    return batch_norm_act(conv3x3(x, weight), *norm[:4], eps=norm.eps, residual=residual, relu=relu)
+    product = F.conv2d(x, weight, stride=stride, padding=1)
+    return batch_norm_act(product, *norm[:4], eps=norm.eps, residual=residual, relu=relu)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
