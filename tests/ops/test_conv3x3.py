@@ -118,6 +118,14 @@ def test_any_shape_agrees_with_float64(shape, layout):
     check(shape, *data(shape, layout, layout=layout))
 
 
+def test_tensors_larger_than_the_caches_agree_with_float64():
+    # From 6 MiB on results are stored past the caches.
+    shape = (26, 64, 64, 31, 31)
+    x, weight, dy = data(shape)
+    check(shape, x, weight, dy)
+    check_end(x, weight, norm(64, torch.float32, generator(shape)), residual=dy)
+
+
 def test_weights_of_any_strides_are_read_where_they_lie():
     shape = (2, 20, 36, 5, 6)
     x, weight, dy = data(shape)
