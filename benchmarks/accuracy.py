@@ -82,9 +82,9 @@ class Config:
     """A network of the trainer, or resnet20."""
     batch_size: int = 64
     """Images a training step. Few images need small batches, to make steps enough of them."""
-    lr: float = 0.05
+    lr: float = 0.02
     """Peak learning rate of SGD with Nesterov's momentum; it rises for a fifth of the epochs, at most one, and falls on
-    a cosine to zero."""
+    a cosine to zero. Of 0.01, 0.02 and 0.05 the default gave a ResNet-18 in plain PyTorch the best accuracy."""
     threads: int | None = None
     """CPU threads. None leaves PyTorch's own choice."""
 
