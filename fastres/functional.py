@@ -61,7 +61,14 @@ class Convolved(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_activation(name: str, value: Tensor, like: Tensor | None = None, shape: torch.Size | None = None) -> None:
+def _check_activation(
+    name: str,
+    value: Tensor,
+    like: Tensor | None = None,
+    shape: torch.Size | None = None,
+    *,
+    any_dtype: bool = False,
+) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
     if value.dim() != 4:
@@ -75,7 +82,7 @@ def _check_activation(name: str, value: Tensor, like: Tensor | None = None, shap
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
         if value.device != like.device:
             raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
-        if value.dtype != like.dtype:
+        if value.dtype != like.dtype and not any_dtype:
             raise TypeError(f"{name}: expected dtype {like.dtype}, got {value.dtype}")
 
 
@@ -149,7 +156,8 @@ def _check_statistics(name: str, value: Statistics | None, like: Tensor, trainin
 
 def _check_convolution(x: Tensor, weight: Tensor, algorithm: str | None) -> None:
     _check_activation("x", x)
-    _check_activation("weight", weight, x)
+    # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
+    _check_activation("weight", weight, x, any_dtype=_autocast_dtype(x.device) is not None)
     if weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(
             f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
@@ -190,12 +198,15 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def _autocast_pair(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The two inputs of a convolution as autocast would have them."""
+def _autocast(x: Tensor) -> Tensor:
+    """x as autocast on its device would have it."""
     autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    if autocast is not None and isinstance(weight, Tensor) and x.is_floating_point():
-        return x.to(autocast), weight.to(autocast)
-    return x, weight
+    return x if autocast is None or not x.is_floating_point() else x.to(autocast)
+
+
+def _served(weight: Tensor, x: Tensor) -> Tensor:
+    """A convolution's weight in a dtype that the kernels take beside x: float32, or that of x."""
+    return weight if weight.dtype in (torch.float32, x.dtype) else weight.to(x.dtype)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -373,10 +384,8 @@ def projection_shortcut(
             positive.
     Source: He et al. 2015, equation 2 and option B.
     """
-    s, conv_weight = _autocast_pair(s, conv_weight)
-    autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    if x is not None and autocast is not None:
-        x = x.to(autocast)
+    s, conv_weight = _autocast(s), _autocast(conv_weight)
+    x = None if x is None else _autocast(x)
     _check_activation("s", s)
     strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
     if len(strides) != 2 or not all(isinstance(v, int) for v in strides):
@@ -436,10 +445,11 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
 
         y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, i + u - 1, j + v - 1]
 
-    On the CPU in float32 by Winograd's F(4x4, 3x3), which takes a quarter of the multiplications; its rounding errors
-    are about twice those of the direct sum, and an infinity or NaN in x spreads over the 4x4 tiles that it enters.
-    Differentiable once there. Results are the same in every run; the rounding of the weight's gradient, and nothing
-    else, depends on the number of threads. Elsewhere PyTorch's convolution.
+    On the CPU in float32 and bfloat16 by Winograd's F(4x4, 3x3), which takes a quarter of the multiplications. In
+    float32 its rounding errors are about twice those of the direct sum; in bfloat16, which it computes in float32, they
+    are no larger. An infinity or NaN in x spreads over the 4x4 tiles that it enters. Differentiable once there. Results
+    are the same in every run; the rounding of the weight's gradient, and nothing else, depends on the number of
+    threads. Elsewhere PyTorch's convolution.
 
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
     as one matrix product of our own, with PyTorch's rounding errors.
@@ -449,12 +459,13 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     writing to the weight under torch.no_grad, as optimizers and load_state_dict do, does.
 
     Args:
-        x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 in channels_last.
-        weight: [K, C, 3, 3], dtype of x.
-        algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays; "winograd"
-            wherever it serves x at all (float32 on the CPU; other memory formats are copied once); "direct" leaves
-            all to PyTorch. None: the environment variable FASTRES_CONV, or "auto". Under torch.compile the variable
-            is read when the function is traced.
+        x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 and bfloat16 in
+            channels_last, and computes in float32.
+        weight: [K, C, 3, 3], dtype of x. Under autocast Winograd's algorithm takes a float32 weight unrounded.
+        algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays (never for
+            bfloat16 on a CPU with AMX, which PyTorch's convolution uses); "winograd" wherever it serves x at all
+            (other memory formats are copied once); "direct" leaves all to PyTorch. None: the environment variable
+            FASTRES_CONV, or "auto". Under torch.compile the variable is read when the function is traced.
     Returns:
         [N, K, H, W], dtype of x; channels_last by Winograd's algorithm, and else as PyTorch's convolution makes it.
     Raises:
@@ -462,14 +473,14 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
         ValueError: shapes or devices disagree; an unknown algorithm.
     Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.
     """
-    x, weight = _autocast_pair(x, weight)
+    x = _autocast(x)
     _check_convolution(x, weight, algorithm)
     asked = _conv_ops.asked_algorithm(algorithm)
     needs_grad = _needs_grad(x, weight)
     product = not needs_grad and _conv_ops.takes_product(x, 1, asked)
     if not product and not _conv_ops.takes_winograd(x, weight, asked):
-        return reference.conv3x3(x, weight)
-    x = _dense(x, torch.channels_last)
+        return reference.conv3x3(x, weight.to(x.dtype))
+    x, weight = _dense(x, torch.channels_last), _served(weight, x)
     if needs_grad:
         y: Tensor = _conv_ops.Conv3x3.apply(x, weight, False)[0]
         return y
@@ -485,11 +496,11 @@ def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None)
     Returns:
         y as `conv3x3`; by Winograd's algorithm with its statistics, and with x for its other uses. See `Convolved`.
     """
-    x, weight = _autocast_pair(x, weight)
+    x = _autocast(x)
     _check_convolution(x, weight, algorithm)
     if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
-        return Convolved(reference.conv3x3(x, weight), None, x)
-    y, mean, m2, x = _conv_ops.Conv3x3.apply(_dense(x, torch.channels_last), weight, True)
+        return Convolved(reference.conv3x3(x, weight.to(x.dtype)), None, x)
+    y, mean, m2, x = _conv_ops.Conv3x3.apply(_dense(x, torch.channels_last), _served(weight, x), True)
     return Convolved(y, Statistics(mean, m2), x)
 
 
@@ -526,9 +537,7 @@ def norm_act_conv3x3(
         TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1; Lavin and Gray 2016, section 4.
     """
-    x, weight = _autocast_pair(x, weight)
-    if isinstance(residual, Tensor) and isinstance(x, Tensor) and _autocast_dtype(x.device) is not None:
-        residual = residual.to(x.dtype)
+    x, residual = _autocast(x), None if residual is None else _autocast(residual)
     _check_convolution(x, weight, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
@@ -544,7 +553,7 @@ def norm_act_conv3x3(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu,
             dropout_p=dropout_p, order=order, seed=seed, statistics=statistics,
         )  # fmt: skip
-        return reference.conv3x3(a, weight), None
+        return reference.conv3x3(a, weight.to(x.dtype)), None
     if residual is not None:
         residual = _dense(residual, torch.channels_last)
     if dropout_p > 0 and seed is None:
@@ -552,8 +561,9 @@ def norm_act_conv3x3(
     own = _cast(norm, torch.float32)
     x_mean, x_m2 = statistics if statistics is not None else (None, None)
     y, mean, m2 = _norm_act_conv_ops.NormActConv3x3.apply(
-        _dense(x, torch.channels_last), own.weight, own.bias, residual, weight, x_mean, x_m2, own.running_mean,
-        own.running_var, seed, float(norm.momentum), float(norm.eps), relu, float(dropout_p), order, True,
+        _dense(x, torch.channels_last), own.weight, own.bias, residual, _served(weight, x), x_mean, x_m2,
+        own.running_mean, own.running_var, seed, float(norm.momentum), float(norm.eps), relu, float(dropout_p), order,
+        True,
     )  # fmt: skip
     _store_running(norm, own)
     return y, Statistics(mean, m2)
@@ -587,7 +597,7 @@ def conv3x3_norm_act(
     Raises:
         TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
     """
-    x, weight = _autocast_pair(x, weight)
+    x = _autocast(x)
     _check_convolution(x, weight, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
@@ -595,21 +605,26 @@ def conv3x3_norm_act(
         raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
     if stride < 1:
         raise ValueError(f"stride: expected at least 1, got {stride}")
+    height, width = (_conv_ops.output_size(size, stride) for size in x.shape[2:])
+    shape = torch.Size((x.shape[0], weight.shape[0], height, width))
+    if residual is not None:
+        residual = _autocast(residual)
+        _check_activation("residual", residual, x, shape)
+    _check_norm("norm.", norm, x, shape[1], False)
+    _check_options(False, relu, 0.0, None, x, tuple(shape))
     asked = _conv_ops.asked_algorithm(algorithm)
     product = _conv_ops.takes_product(x, stride, asked)
     serves = product or (stride == 1 and _conv_ops.takes_winograd(x, weight, asked))
     if not serves or _needs_grad(x, weight, norm.weight, norm.bias, residual):
-        y = conv3x3(x, weight, algorithm=algorithm) if stride == 1 else F.conv2d(x, weight, stride=stride, padding=1)
+        if stride == 1:
+            y = conv3x3(x, weight, algorithm=algorithm)
+        else:
+            y = F.conv2d(x, weight.to(x.dtype), stride=stride, padding=1)
         return batch_norm_act(y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu)
-    height, width = (_conv_ops.output_size(size, stride) for size in x.shape[2:])
-    shape = torch.Size((x.shape[0], weight.shape[0], height, width))
     if residual is not None:
-        _check_activation("residual", residual, x, shape)
         residual = _dense(residual, torch.channels_last)
-    _check_norm("norm.", norm, x, shape[1], False)
-    _check_options(False, relu, 0.0, None, x, tuple(shape))
     own = _cast(norm, torch.float32)
     return _conv_ops.inference(  # type: ignore[no-any-return]
-        _dense(x, torch.channels_last), weight, own.running_mean, own.running_var, own.weight, own.bias, residual,
-        float(norm.eps), relu, stride, product,
+        _dense(x, torch.channels_last), _served(weight, x), own.running_mean, own.running_var, own.weight, own.bias,
+        residual, float(norm.eps), relu, stride, product,
     )  # fmt: skip

@@ -59,9 +59,10 @@ inline void pack_weights(const Kernel& kernel, int64_t group, float* to) {
 }
 
 // Positions first ... first + count - 1 of x [images, height, width, channels], `first` a multiple of kRows.
+template <typename T>
 inline void gather_positions(
     const Positions& positions,
-    const float* x,
+    const T* x,
     int64_t channels,
     int64_t first,
     int64_t count,

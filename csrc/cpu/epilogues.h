@@ -19,16 +19,16 @@ inline namespace CPU_CAPABILITY {
 namespace winograd {
 
 // `count` is a compile-time constant where the vector is whole.
-template <typename Count>
-inline Lanes load_counted(const float* p, Count count) {
+template <typename T, typename Count>
+inline Lanes load_counted(const T* p, Count count) {
   if constexpr (std::is_same_v<Count, int64_t>) {
     return load(p, count);
   } else {
     return load(p);
   }
 }
-template <typename Count>
-inline void store_counted(float* p, Lanes v, Count count) {
+template <typename T, typename Count>
+inline void store_counted(T* p, Lanes v, Count count) {
   if constexpr (std::is_same_v<Count, int64_t>) {
     store(p, v, count);
   } else {
@@ -37,13 +37,15 @@ inline void store_counted(float* p, Lanes v, Count count) {
 }
 
 // A store of an output. Past the caches where `streaming`, which may be where every vector fills a line of the cache.
-template <typename Count>
-inline void put(float* p, Lanes v, Count count, bool streaming) {
-  if (!std::is_same_v<Count, int64_t> && streaming) {
-    stream_vector(p, v);
-  } else {
-    store_counted(p, v, count);
+template <typename T, typename Count>
+inline void put(T* p, Lanes v, Count count, bool streaming) {
+  if constexpr (std::is_same_v<T, float> && !std::is_same_v<Count, int64_t>) {
+    if (streaming) {
+      stream_vector(p, v);
+      return;
+    }
   }
+  store_counted(p, v, count);
 }
 
 // Tiles slot * size ... of each of `shares` shares, cut into chunks: where an output's tile falls, and how many there
@@ -95,8 +97,9 @@ private:
 };
 
 // y = value
+template <typename T>
 struct Write {
-  float* y;
+  T* y;
   bool streaming;
 
   Write chunk(int64_t) const {
@@ -106,7 +109,7 @@ struct Write {
   void for_each_read(const F&) const {}
   template <typename Count>
   struct Vector {
-    float* y;
+    T* y;
     bool streaming;
     Count count;
 
@@ -124,9 +127,10 @@ struct Write {
 };
 
 // y = value + added
+template <typename T>
 struct WriteAdded {
-  float* y;
-  const float* added;
+  T* y;
+  const T* added;
   bool streaming;
 
   WriteAdded chunk(int64_t) const {
@@ -138,8 +142,8 @@ struct WriteAdded {
   }
   template <typename Count>
   struct Vector {
-    float* y;
-    const float* added;
+    T* y;
+    const T* added;
     bool streaming;
     Count count;
 
@@ -158,8 +162,9 @@ struct WriteAdded {
 
 // y = value, and its moments. Sums are taken of differences from the mean of the chunk's first tile, so that no square
 // is much larger than the variance.
+template <typename T>
 struct WriteMeasured {
-  float* y;
+  T* y;
   bool streaming;
   int64_t channels;
   ChunkSums* sums;
@@ -172,7 +177,7 @@ struct WriteMeasured {
   void for_each_read(const F&) const {}
   template <typename Count>
   struct Vector {
-    float* y;
+    T* y;
     bool streaming;
     float* sums;
     int64_t channels;
@@ -189,7 +194,7 @@ struct WriteMeasured {
     }
     void operator()(int64_t, int64_t at, Lanes v) {
       put(y + at, v, count, streaming);
-      const Lanes d = v - shift;
+      const Lanes d = rounded<T>(v) - shift;
       sum = sum + d;
       squares = multiply_add(d, d, squares);
     }
@@ -228,11 +233,12 @@ struct WriteMeasured {
 };
 
 // y = relu(bn(value) + residual), bn by constants
+template <typename T>
 struct Normalise {
-  float* y;
+  T* y;
   bool streaming;
   const ChannelNorm<float>* norm;
-  const float* residual; // or null
+  const T* residual; // or null
   bool relu;
 
   Normalise chunk(int64_t) const {
@@ -246,9 +252,9 @@ struct Normalise {
   }
   template <typename Count>
   struct Vector {
-    float* y;
+    T* y;
     bool streaming;
-    const float* residual;
+    const T* residual;
     bool relu;
     Count count;
     Lanes mean, scale, bias;
@@ -280,10 +286,11 @@ struct Normalise {
 
 // Where the value is the gradient of what a normalisation and its activation made of x: the gradient g that reaches the
 // normalisation, and its sums of g and of g * (x - mean).
+template <typename T>
 struct MaskedGradient {
-  const ApplyParams<float>* act;
-  float* g;
-  float* value; // the value itself as well, or null
+  const ApplyParams<T, float>* act;
+  T* g;
+  T* value; // the value itself as well, or null
   bool streaming;
   int64_t channels;
   ChunkSums* sums;
@@ -308,7 +315,7 @@ struct MaskedGradient {
       sum = products = Lanes{};
     }
     void operator()(int64_t pixel, int64_t at, Lanes v) {
-      const ApplyParams<float>& act = *of.act;
+      const ApplyParams<T, float>& act = *of.act;
       if (of.value != nullptr) {
         put(of.value + at, v, count, of.streaming);
       }
@@ -326,6 +333,7 @@ struct MaskedGradient {
         v = select_lanes(Vec<float>(v * broadcast(act.keep_scale)), load_bits(kept, count));
       }
       put(of.g + at, v, count, of.streaming);
+      v = rounded<T>(v);
       sum = sum + v;
       products = multiply_add(v, centred, products);
     }

@@ -24,11 +24,12 @@ struct ChannelNorm {
 
 enum class Residual { none, plain, normalised };
 
-template <typename T>
+// The output may have another dtype than the input.
+template <typename T, typename Out = T>
 struct ApplyParams {
   const T* x;
   const T* residual; // null where there is none
-  T* y;
+  Out* y;
   uint8_t* bits; // null where backward can do without
   const ChannelNorm<acc_t<T>>* norm;
   const ChannelNorm<acc_t<T>>* residual_norm; // null where the residual is taken as it is
@@ -103,14 +104,14 @@ inline void put(T* p, const Pair<acc_t<T>>& x, Count count, bool streaming) {
 enum class Keep { all, drawn, given };
 
 // `keep` is the row's keep bits; in channels_last they may be drawn here instead.
-template <typename T, bool kColumns, Residual kResidual, Keep kKeep>
-inline void apply_row(const ApplyParams<T>& p, int64_t row, const uint8_t* keep) {
+template <typename T, bool kColumns, Residual kResidual, Keep kKeep, typename Out>
+inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* keep) {
   using A = acc_t<T>;
   const int64_t inner = p.rows.inner();
   const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
   const T* x = p.x + row * inner;
   const T* residual = p.residual + (kResidual == Residual::none ? 0 : row * inner);
-  T* y = p.y + (row - p.first_y_row) * inner;
+  Out* y = p.y + (row - p.first_y_row) * inner;
   uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
   for_each_unit<A>(inner, [&](int64_t k, auto count) {
     const auto& norm = *p.norm;
@@ -188,8 +189,8 @@ inline void draw_keep_bits(const Dropout& dropout, const Rows& rows, uint8_t* ke
   });
 }
 
-template <typename T, bool kColumns, Residual kResidual, Keep kKeep>
-inline void apply_rows(const ApplyParams<T>& p, int64_t begin, int64_t end) {
+template <typename T, bool kColumns, Residual kResidual, Keep kKeep, typename Out>
+inline void apply_rows(const ApplyParams<T, Out>& p, int64_t begin, int64_t end) {
   if constexpr (kKeep != Keep::all && !kColumns) {
     const bool four = p.rows.channels % 4 == 0 && begin % 4 == 0 && end % 4 == 0;
     const int64_t bytes = bitmask_row_bytes(p.rows.pixels), group = four ? 4 : 1;
@@ -213,8 +214,8 @@ inline void apply_rows(const ApplyParams<T>& p, int64_t begin, int64_t end) {
 }
 
 // Rows begin ... end - 1 of the pass.
-template <typename T>
-inline void apply_range(const ApplyParams<T>& p, int64_t begin, int64_t end) {
+template <typename T, typename Out>
+inline void apply_range(const ApplyParams<T, Out>& p, int64_t begin, int64_t end) {
   const auto with_residual = [&](auto columns, auto keep) {
     constexpr bool kColumns = decltype(columns)::value;
     constexpr Keep kKeep = decltype(keep)::value;

@@ -30,11 +30,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/var_mean.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
@@ -143,7 +139,7 @@ public:
 
   Tensor get(const Tensor& weight, Make make) {
     if (weight.is_inference()) { // no version counter
-      return make(kernel_of(weight));
+      return made(weight, make);
     }
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto entry = entries_.begin(); entry != entries_.end();) {
@@ -158,7 +154,7 @@ public:
       }
       ++entry;
     }
-    Tensor value = make(kernel_of(weight));
+    Tensor value = made(weight, make);
     bytes_ += value.nbytes();
     entries_.push_front(
         {weight.storage().getWeakStorageImpl(),
@@ -176,6 +172,11 @@ public:
   }
 
 private:
+  static Tensor made(const Tensor& weight, Make make) {
+    const Tensor w = weight.to(at::kFloat);
+    return make(kernel_of(w));
+  }
+
   struct Entry {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     const void* data;
@@ -203,9 +204,10 @@ KeptWeights& kept_weights() {
 // --- outputs
 
 // The input of a convolution: [images, height, width, channels] as it lies, or what `act` makes of it.
+template <typename T>
 struct Source {
-  const float* data;
-  const ApplyParams<float>* act = nullptr;
+  const T* data;
+  const ApplyParams<T, float>* act = nullptr;
 
   template <typename F>
   void for_each_read(const F& f) const {
@@ -217,7 +219,8 @@ struct Source {
   }
 };
 
-using InputReader = TileReader<InputTransform, 1>;
+template <typename T>
+using InputReader = TileReader<InputTransform, 1, T>;
 
 // Where channel c of tile p goes in a plane of operand, see winograd.h.
 auto operand_place(int64_t depth) {
@@ -248,10 +251,10 @@ Chunks chunks_of(const Tiles& tiles, const Kernel& kernel) {
   return {tiles, round_up(count, size), size};
 }
 
-template <typename Epilogue>
+template <typename T, typename Epilogue>
 void by_tiles(
     const Chunks& chunks,
-    const Source& x,
+    const Source<T>& x,
     const Tensor& weights,
     const Kernel& kernel,
     const Epilogue& epilogue) {
@@ -260,15 +263,15 @@ void by_tiles(
   const float* u = weights.const_data_ptr<float>();
   at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Buffer operand(kPoints * operand_plane), product(kPoints * product_plane);
-    InputReader reader(chunks.tiles, x.data, kernel.inputs, x.act);
+    InputReader<T> reader(chunks.tiles, x.data, kernel.inputs, x.act);
     Ahead ahead;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
       reader.transform(first, count, operand.data(), operand_plane, operand_place(depth));
       ahead.clear();
-      epilogue.for_each_read([&](const float* p) { ahead.add(chunks.tiles, p, kernel.outputs, first, count); });
+      epilogue.for_each_read([&](const auto* p) { ahead.add(chunks.tiles, p, kernel.outputs, first, count); });
       if (slot + 1 < end) {
-        x.for_each_read([&](const float* p) {
+        x.for_each_read([&](const T* p) {
           ahead.add(chunks.tiles, p, kernel.inputs, chunks.first(slot + 1), chunks.count(slot + 1));
         });
       }
@@ -300,15 +303,15 @@ void by_tiles(
   });
 }
 
-template <typename Epilogue>
-void by_channels(const Chunks& chunks, const Source& x, const Kernel& kernel, const Epilogue& epilogue) {
+template <typename T, typename Epilogue>
+void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
   const Tiles& tiles = chunks.tiles;
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
   const Buffer operand(kPoints * operand_plane);
   at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kRows;
-    InputReader(tiles, x.data, kernel.inputs, x.act)
+    InputReader<T>(tiles, x.data, kernel.inputs, x.act)
         .transform(
             first,
             std::min(count, end * kRows) - first,
@@ -341,10 +344,10 @@ void by_channels(const Chunks& chunks, const Source& x, const Kernel& kernel, co
   });
 }
 
-template <typename Epilogue>
+template <typename T, typename Epilogue>
 void convolve(
     const Chunks& chunks,
-    const Source& x,
+    const Source<T>& x,
     const Kernel& kernel,
     const Epilogue& epilogue,
     const Tensor* kept_of = nullptr) {
@@ -357,10 +360,10 @@ void convolve(
 
 // --- few positions
 
-template <typename Epilogue>
+template <typename T, typename Epilogue>
 void convolve_directly(
     const Positions& positions,
-    const float* x,
+    const T* x,
     const Kernel& kernel,
     const Tensor& weights,
     const Epilogue& epilogue) {
@@ -391,10 +394,11 @@ void convolve_directly(
 // --- the weight gradient
 
 // dW, and where the transformed tiles and their products lie.
+template <typename T>
 struct WeightGradient {
   Tiles tiles;
-  Source x;
-  const float* dy;
+  Source<T> x;
+  const T* dy;
   float* dw; // [outputs][3][3][inputs]
   int64_t inputs, outputs;
 
@@ -418,9 +422,10 @@ struct WeightGradient {
 };
 
 // Up to `most` transformed tiles of x and dy.
+template <typename T>
 class GradientTiles {
 public:
-  GradientTiles(const WeightGradient& w, int64_t most)
+  GradientTiles(const WeightGradient<T>& w, int64_t most)
       : most_(most),
         column_plane_(w.groups() * most * kColumns + kSkew),
         row_plane_(most * w.row() + kSkew),
@@ -434,14 +439,15 @@ public:
 
   // What a thread transforms tiles with.
   struct Readers {
-    InputReader x;
-    TileReader<GradientTransform, 0> dy;
+    InputReader<T> x;
+    TileReader<GradientTransform, 0, T> dy;
 
-    explicit Readers(const WeightGradient& w) : x(w.tiles, w.x.data, w.inputs, w.x.act), dy(w.tiles, w.dy, w.outputs) {}
+    explicit Readers(const WeightGradient<T>& w)
+        : x(w.tiles, w.x.data, w.inputs, w.x.act), dy(w.tiles, w.dy, w.outputs) {}
   };
 
   // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these.
-  void transform(const WeightGradient& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
+  void transform(const WeightGradient<T>& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
     const int64_t most = most_, row = w.row();
     readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, [most](int64_t p, int64_t c) {
       return c / kColumns * most * kColumns + p * kColumns + c % kColumns;
@@ -453,7 +459,7 @@ public:
   // gradient (+)= the product of one point for output channels begin ... begin
   // + size - 1 and a group of input channels.
   void multiply(
-      const WeightGradient& w,
+      const WeightGradient<T>& w,
       int64_t point,
       int64_t group,
       int64_t begin,
@@ -474,8 +480,9 @@ private:
 // The inverse transform of `size` output channels from `begin` on and a group
 // of input channels: the sum of `parts` products, each with planes of
 // [size][kColumns].
+template <typename T>
 void transform_gradient(
-    const WeightGradient& w,
+    const WeightGradient<T>& w,
     int64_t group,
     int64_t begin,
     int64_t size,
@@ -501,11 +508,12 @@ void transform_gradient(
 
 // Few tiles: all are transformed, and each product is transformed back as soon
 // as it is there.
-void gradient_at_once(const WeightGradient& w) {
+template <typename T>
+void gradient_at_once(const WeightGradient<T>& w) {
   const int64_t count = w.tiles.count();
-  GradientTiles transformed(w, count);
+  GradientTiles<T> transformed(w, count);
   at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
-    GradientTiles::Readers readers(w);
+    typename GradientTiles<T>::Readers readers(w);
     transformed.transform(w, readers, begin, end - begin, begin);
   });
   const RowGroups rows{w.outputs};
@@ -526,7 +534,8 @@ void gradient_at_once(const WeightGradient& w) {
 
 // Many tiles: every thread takes a share of them through its caches, a chunk at
 // a time, and the shares are added up.
-void gradient_by_shares(const WeightGradient& w) {
+template <typename T>
+void gradient_by_shares(const WeightGradient<T>& w) {
   const int64_t count = w.tiles.count(), plane = w.gradient_plane();
   const int64_t chunks = (count + kGradientTiles - 1) / kGradientTiles;
   const int64_t shares =
@@ -534,8 +543,8 @@ void gradient_by_shares(const WeightGradient& w) {
   const Buffer gradients(shares * kPoints * plane);
   const RowGroups rows{w.outputs};
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    GradientTiles transformed(w, std::min(count, kGradientTiles));
-    GradientTiles::Readers readers(w);
+    GradientTiles<T> transformed(w, std::min(count, kGradientTiles));
+    typename GradientTiles<T>::Readers readers(w);
     Ahead ahead;
     for (int64_t share = begin; share < end; ++share) {
       float* gradient = gradients.data() + share * kPoints * plane;
@@ -546,7 +555,7 @@ void gradient_by_shares(const WeightGradient& w) {
         ahead.clear();
         if (chunk + 1 < chunks * (share + 1) / shares) {
           const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
-          w.x.for_each_read([&](const float* p) { ahead.add(w.tiles, p, w.inputs, next, next_size); });
+          w.x.for_each_read([&](const T* p) { ahead.add(w.tiles, p, w.inputs, next, next_size); });
           ahead.add(w.tiles, w.dy, w.outputs, next, next_size);
         }
         for (int64_t point = 0; point < kPoints; ++point) {
@@ -573,7 +582,8 @@ void gradient_by_shares(const WeightGradient& w) {
   });
 }
 
-void weight_gradient(const WeightGradient& w) {
+template <typename T>
+void weight_gradient(const WeightGradient<T>& w) {
   // At once where the transformed tiles are no larger than what would be added
   // up otherwise.
   const int64_t bytes = w.tiles.count() * w.tile_bytes();
@@ -586,6 +596,7 @@ void weight_gradient(const WeightGradient& w) {
 
 // --- operators
 
+// Activations are float32 or bfloat16, weights float32 or of the activations' dtype; in registers all are float32.
 void check(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W], got shape ", x.sizes());
   TORCH_CHECK_VALUE(
@@ -595,19 +606,22 @@ void check(const Tensor& x, const Tensor& weight) {
       ", 3, 3), got ",
       weight.sizes());
   TORCH_CHECK_TYPE(
-      weight.scalar_type() == x.scalar_type(),
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+      "x: expected dtype float32 or bfloat16, got ",
+      x.scalar_type());
+  TORCH_CHECK_TYPE(
+      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat,
       "weight: expected dtype ",
       x.scalar_type(),
       ", got ",
       weight.scalar_type());
 }
 
-// What the transforms are written for; the rest is PyTorch's.
-bool serves(const Tensor& x, const Tensor& weight) {
-  return x.scalar_type() == at::kFloat && x.numel() > 0 && weight.numel() > 0;
+// Calls f with a value of x's element type.
+template <typename F>
+auto with_type(const Tensor& x, const F& f) {
+  return x.scalar_type() == at::kFloat ? f(float()) : f(at::BFloat16());
 }
-
-constexpr int64_t kOne[] = {1, 1}, kNone[] = {0, 0};
 
 Tensor channels_last(const Tensor& t) {
   return t.contiguous(at::MemoryFormat::ChannelsLast);
@@ -617,56 +631,59 @@ Tensor empty_channels_last(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
+Tensor empty_output(const Tensor& x, const Tensor& weight) {
+  return empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
+}
+
+Tiles tiles_of(const Tensor& x) {
+  return {x.size(0), x.size(2), x.size(3)};
+}
+
 // Whether outputs are stored past the caches: they are more than those can keep, and every vector is a whole line.
 bool streams(const Tensor& y) {
   constexpr int64_t line = 64;
-  return kWidth * static_cast<int64_t>(sizeof(float)) == line && y.size(1) % kWidth == 0 &&
-      should_stream(y.const_data_ptr<float>(), rows_of(y));
-}
-
-// Where the results of a convolution's epilogue that measures go.
-std::tuple<Tensor, Tensor> as_tensors(const Moments& moments, const Tensor& like) {
-  const int64_t channels = static_cast<int64_t>(moments.mean.size());
-  Tensor mean = channel_vector(like, channels), m2 = channel_vector(like, channels);
-  std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
-  std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
-  return {mean, m2};
+  return y.scalar_type() == at::kFloat && kWidth * static_cast<int64_t>(sizeof(float)) == line &&
+      y.size(1) % kWidth == 0 && should_stream(y.const_data_ptr<float>(), rows_of(y));
 }
 
 // (y, mean, M2), the last two empty where they are not asked for.
+template <typename T>
 std::tuple<Tensor, Tensor, Tensor> convolve_measured(
     const Tensor& x,
-    const Source& source,
+    const Source<T>& source,
     const Tensor& weight,
     bool statistics) {
-  Tensor y = empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
-  float* to = y.mutable_data_ptr<float>();
-  const Kernel kernel = kernel_of(weight);
-  const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
+  Tensor y = empty_output(x, weight);
+  const int64_t channels = statistics ? y.size(1) : 0;
+  Tensor mean = channel_vector(x, channels), m2 = channel_vector(x, channels);
+  const Tensor w = weight.to(at::kFloat);
+  const Kernel kernel = kernel_of(w);
+  const Chunks chunks = chunks_of(tiles_of(x), kernel);
+  T* to = y.mutable_data_ptr<T>();
   if (!statistics) {
-    convolve(chunks, source, kernel, Write{to, streams(y)});
-    return {y, channel_vector(x, 0), channel_vector(x, 0)};
+    convolve(chunks, source, kernel, Write<T>{to, streams(y)});
+    return {y, mean, m2};
   }
-  ChunkSums sums(chunks, kernel.outputs);
-  const WriteMeasured epilogue{to, streams(y), kernel.outputs, &sums};
+  ChunkSums sums(chunks, channels);
+  const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
   convolve(chunks, source, kernel, epilogue);
-  const auto [mean, m2] = as_tensors(epilogue.moments(), x);
+  const Moments moments = epilogue.moments();
+  std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
+  std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
   return {y, mean, m2};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics) {
   check(x, weight);
-  if (!serves(x, weight)) {
-    Tensor y = empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
-    y.copy_(at::convolution(x, weight, std::nullopt, kOne, kOne, kOne, false, kNone, 1));
-    if (!statistics) {
-      return {y, channel_vector(x, 0), channel_vector(x, 0)};
-    }
-    const auto [var, mean] = at::var_mean(y.to(statistics_type(x)), {0, 2, 3}, 0);
-    return {y, mean, at::mul(var, static_cast<double>(y.size(0) * y.size(2) * y.size(3)))};
+  TORCH_CHECK_VALUE(!statistics || x.numel() > 0, "x: expected at least one element to measure, got shape ", x.sizes());
+  if (x.numel() == 0 || weight.numel() == 0) {
+    return {empty_output(x, weight).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
   }
   const Tensor in = channels_last(x);
-  return convolve_measured(in, {in.const_data_ptr<float>()}, weight, statistics);
+  return with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    return convolve_measured<T>(in, {in.const_data_ptr<T>()}, weight, statistics);
+  });
 }
 
 Tensor inference(
@@ -682,7 +699,6 @@ Tensor inference(
     int64_t stride,
     bool direct) {
   check(x, conv_weight);
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected dtype float32, got ", x.scalar_type());
   TORCH_CHECK_VALUE(stride >= 1 && (direct || stride == 1), "stride: expected 1, or more with direct, got ", stride);
   const Positions positions{x.size(0), x.size(2), x.size(3), stride};
   const bool empty = x.size(2) == 0 || x.size(3) == 0;
@@ -691,24 +707,27 @@ Tensor inference(
   if (y.numel() == 0) {
     return y;
   }
-  const Tensor in = channels_last(x);
-  float* to = y.mutable_data_ptr<float>();
-  const Kernel kernel = kernel_of(conv_weight);
-  const auto run = [&](const auto& epilogue) {
-    const float* from = in.const_data_ptr<float>();
-    if (direct) {
-      convolve_directly(positions, from, kernel, kept_weights().get(conv_weight, packed), epilogue);
-    } else {
-      convolve(chunks_of({x.size(0), x.size(2), x.size(3)}, kernel), {from}, kernel, epilogue, &conv_weight);
+  const Tensor in = channels_last(x), w = conv_weight.to(at::kFloat);
+  const Kernel kernel = kernel_of(w);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    T* to = y.mutable_data_ptr<T>();
+    const auto run = [&](const auto& epilogue) {
+      const T* from = in.const_data_ptr<T>();
+      if (direct) {
+        convolve_directly(positions, from, kernel, kept_weights().get(conv_weight, packed), epilogue);
+      } else {
+        convolve(chunks_of(tiles_of(x), kernel), Source<T>{from}, kernel, epilogue, &conv_weight);
+      }
+    };
+    if (!running_mean.has_value()) {
+      run(Write<T>{to, streams(y)});
+      return;
     }
-  };
-  if (!running_mean.has_value()) {
-    run(Write{to, streams(y)});
-    return y;
-  }
-  const ChannelNorm<float> norm = running_norm<float>(kernel.outputs, running_mean, running_var, weight, bias, eps);
-  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
-  run(Normalise{to, streams(y), &norm, r.defined() ? r.const_data_ptr<float>() : nullptr, relu});
+    const ChannelNorm<float> norm = running_norm<float>(kernel.outputs, running_mean, running_var, weight, bias, eps);
+    const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+    run(Normalise<T>{to, streams(y), &norm, r.defined() ? r.const_data_ptr<T>() : nullptr, relu});
+  });
   return y;
 }
 
@@ -720,16 +739,18 @@ void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
       dy.scalar_type() == x.scalar_type(), "dy: expected dtype ", x.scalar_type(), ", got ", dy.scalar_type());
 }
 
-// In the weight's own layout where that is channels_last, and else contiguous.
-Tensor weight_gradient_of(const Tensor& x, const Source& source, const Tensor& dy, const Tensor& weight) {
-  Tensor to = empty_channels_last(weight.sizes(), x);
-  weight_gradient(
-      {{x.size(0), x.size(2), x.size(3)},
-       source,
-       dy.const_data_ptr<float>(),
-       to.mutable_data_ptr<float>(),
-       x.size(1),
-       weight.size(0)});
+// In the weight's dtype; in its layout where that is channels_last, and else contiguous.
+template <typename T>
+Tensor weight_gradient_of(const Tensor& x, const Source<T>& source, const Tensor& dy, const Tensor& weight) {
+  const auto options = weight.options().dtype(at::kFloat);
+  Tensor to = at::empty(weight.sizes(), options.memory_format(at::MemoryFormat::ChannelsLast));
+  if (x.numel() == 0 || weight.numel() == 0) {
+    to.zero_();
+  } else {
+    weight_gradient<T>(
+        {tiles_of(x), source, dy.const_data_ptr<T>(), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)});
+  }
+  to = to.to(weight.scalar_type());
   return weight.is_contiguous() ? to.contiguous() : to;
 }
 
@@ -745,41 +766,32 @@ std::tuple<Tensor, Tensor> backward(
       !added.has_value() || (added->sizes() == x.sizes() && added->scalar_type() == x.scalar_type()),
       "added: expected shape and dtype of x");
   const auto none = x.options().memory_format(std::nullopt);
-  Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : at::empty({0}, none), dweight = at::empty({0}, none);
-  if (!serves(x, weight)) {
-    if (needs[1]) {
-      dweight = weight.is_contiguous() ? at::empty(weight.sizes(), none) : empty_channels_last(weight.sizes(), x);
-    }
-    const auto [own_dx, own_dweight, own_dbias] = at::convolution_backward(
-        dy, x, weight, at::OptionalIntArrayRef(), kOne, kOne, kOne, false, kNone, 1, {needs[0], needs[1], false});
-    if (needs[0]) {
-      dx.copy_(own_dx);
+  Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : at::empty({0}, none);
+  Tensor dweight = at::empty({0}, none.dtype(weight.scalar_type()));
+  const Tensor gradient = channels_last(dy), in = channels_last(x), w = weight.to(at::kFloat);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    if (needs[0] && weight.numel() == 0) {
+      dx.zero_();
       if (added.has_value()) {
         dx.add_(*added);
       }
+    } else if (needs[0] && x.numel() > 0) {
+      const Kernel kernel = turned(kernel_of(w));
+      const Chunks chunks = chunks_of(tiles_of(x), kernel);
+      const Source<T> source{gradient.const_data_ptr<T>()};
+      T* to = dx.mutable_data_ptr<T>();
+      if (added.has_value()) {
+        const Tensor other = channels_last(*added);
+        convolve(chunks, source, kernel, WriteAdded<T>{to, other.const_data_ptr<T>(), streams(dx)});
+      } else {
+        convolve(chunks, source, kernel, Write<T>{to, streams(dx)});
+      }
     }
     if (needs[1]) {
-      dweight.copy_(own_dweight);
+      dweight = weight_gradient_of<T>(in, {in.const_data_ptr<T>()}, gradient, weight);
     }
-    return {dx, dweight};
-  }
-  const Tensor gradient = channels_last(dy);
-  if (needs[0]) {
-    const Kernel kernel = turned(kernel_of(weight));
-    const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
-    const Source source{gradient.const_data_ptr<float>()};
-    float* to = dx.mutable_data_ptr<float>();
-    if (added.has_value()) {
-      const Tensor other = channels_last(*added);
-      convolve(chunks, source, kernel, WriteAdded{to, other.const_data_ptr<float>(), streams(dx)});
-    } else {
-      convolve(chunks, source, kernel, Write{to, streams(dx)});
-    }
-  }
-  if (needs[1]) {
-    const Tensor in = channels_last(x);
-    dweight = weight_gradient_of(in, {in.const_data_ptr<float>()}, gradient, weight);
-  }
+  });
   return {dx, dweight};
 }
 
@@ -787,15 +799,15 @@ std::tuple<Tensor, Tensor> backward(
 
 void check_normed(const Tensor& x, const Tensor& weight) {
   check(x, weight);
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x: expected dtype float32, got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.numel() > 0 && weight.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
 }
 
 // x, a residual and a keep mask, as the input's transform reads them. Their memory is this object's.
+template <typename T>
 struct Activated {
   Rows rows;
   Tensor x, residual, keep;
-  ApplyParams<float> params{};
+  ApplyParams<T, float> params{};
 
   Activated(
       const Tensor& x_in,
@@ -817,8 +829,8 @@ struct Activated {
         keep.scalar_type(),
         " of ",
         keep.numel());
-    params.x = x.const_data_ptr<float>();
-    params.residual = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
+    params.x = x.const_data_ptr<T>();
+    params.residual = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
     params.keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
     params.relu = relu;
     params.act_add = parse_order(order);
@@ -828,7 +840,7 @@ struct Activated {
   Activated(const Activated&) = delete;
   Activated& operator=(const Activated&) = delete;
 
-  Source source() const {
+  Source<T> source() const {
     return {params.x, &params};
   }
 };
@@ -857,13 +869,71 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
   if (dropout_p > 0) {
     draw_keep_bits(dropout_of(seed, dropout_p), rows, keep.mutable_data_ptr<uint8_t>());
   }
-  Activated activated(in, residual, keep, relu, dropout_p, order);
-  Tensor mean, rstd;
-  const ChannelNorm<float> norm = finalise<float>(
-      in, rows, x_mean, x_m2, norm_weight, norm_bias, running_mean, running_var, momentum, eps, mean, rstd);
-  activated.params.norm = &norm;
-  const auto [y, y_mean, y_m2] = convolve_measured(in, activated.source(), weight, statistics);
-  return {y, y_mean, y_m2, mean, rstd, keep};
+  return with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    Activated<T> activated(in, residual, keep, relu, dropout_p, order);
+    Tensor mean, rstd;
+    const ChannelNorm<float> norm = finalise<T>(
+        in, rows, x_mean, x_m2, norm_weight, norm_bias, running_mean, running_var, momentum, eps, mean, rstd);
+    activated.params.norm = &norm;
+    const auto [y, y_mean, y_m2] = convolve_measured<T>(in, activated.source(), weight, statistics);
+    return std::make_tuple(y, y_mean, y_m2, mean, rstd, keep);
+  });
+}
+
+// What reaches x, the residual and the normalisation's parameters: (dx, dr, dnorm_weight, dnorm_bias).
+template <typename T>
+std::array<Tensor, 4> norm_act_input_gradient(
+    const Tensor& dy,
+    const Activated<T>& activated,
+    const Saved<float>& saved,
+    const Tensor& weight,
+    bool needs_residual) {
+  const Tensor& x = activated.x;
+  const int64_t channels = x.size(1);
+  // A residual that joins before the activation has g as its gradient, one that joins after it the whole of da. Where
+  // neither is asked for dx takes g's place.
+  const bool keeps_da = needs_residual && activated.params.act_add, keeps_g = needs_residual && !keeps_da;
+  Tensor g = empty_channels_last(x.sizes(), x), dr = at::empty({0}, x.options().memory_format(std::nullopt));
+  if (keeps_da) {
+    dr = empty_channels_last(x.sizes(), x);
+  }
+  const Tensor w = weight.to(at::kFloat);
+  const Kernel kernel = turned(kernel_of(w));
+  const Chunks chunks = chunks_of(tiles_of(x), kernel);
+  ChunkSums sums(chunks, channels);
+  const MaskedGradient<T> epilogue{
+      &activated.params,
+      g.mutable_data_ptr<T>(),
+      keeps_da ? dr.mutable_data_ptr<T>() : nullptr,
+      streams(g),
+      channels,
+      &sums};
+  convolve(chunks, Source<T>{dy.const_data_ptr<T>()}, kernel, epilogue);
+  const auto [sum_g, sum_products] = epilogue.totals();
+  Tensor dnorm_weight = channel_vector(x, channels), dnorm_bias = channel_vector(x, channels);
+  float* of_weight = dnorm_weight.mutable_data_ptr<float>();
+  float* of_bias = dnorm_bias.mutable_data_ptr<float>();
+  for (int64_t c = 0; c < channels; ++c) {
+    of_weight[c] = static_cast<float>(sum_products[c] * saved.rstd[c]);
+    of_bias[c] = static_cast<float>(sum_g[c]);
+  }
+  const GradientNorm<float> gradient = gradient_norm(
+      *activated.params.norm, saved.rstd, of_weight, of_bias, static_cast<double>(activated.rows.count()));
+  Tensor dx = keeps_g ? empty_channels_last(x.sizes(), x) : g;
+  BackwardParams<T> params{};
+  params.dy = g.const_data_ptr<T>();
+  params.x = activated.params.x;
+  params.dx = dx.mutable_data_ptr<T>();
+  params.norm = activated.params.norm;
+  params.gradient = &gradient;
+  params.gate = fastres::Gate::open;
+  params.keep_scale = 1.0f;
+  params.centred = true;
+  params.stream = keeps_g && should_stream(params.dx, activated.rows);
+  params.rows = activated.rows;
+  gradient_all(params);
+  return {dx, keeps_g ? g : dr, dnorm_weight, dnorm_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_backward(
@@ -883,61 +953,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_backward(
   check_normed(x, weight);
   check_gradient(dy, x, weight);
   TORCH_CHECK_VALUE(!needs[1] || (needs[0] && residual.has_value()), "needs: the residual's gradient needs x's");
-  const int64_t channels = x.size(1);
-  const Saved<float> saved(channels, mean, rstd, norm_weight, norm_bias);
+  const Saved<float> saved(x.size(1), mean, rstd, norm_weight, norm_bias);
   const ChannelNorm<float> norm = saved.norm();
-  Activated activated(x, residual, keep, relu, dropout_p, order);
-  activated.params.norm = &norm;
   const Tensor gradient = channels_last(dy);
   const auto none = x.options().memory_format(std::nullopt);
-  Tensor dx = at::empty({0}, none), dr = dx.clone(), dweight = dx.clone();
-  if (needs[2]) {
-    dweight = weight_gradient_of(activated.x, activated.source(), gradient, weight);
-  }
-  if (!needs[0]) {
-    return {dx, dr, dweight, dx.clone(), dx.clone()};
-  }
-  // A residual that joins before the activation has g as its gradient, one that joins after it the whole of da. Where
-  // neither is asked for dx takes g's place.
-  const bool keeps_g = needs[1] && !activated.params.act_add;
-  Tensor g = empty_channels_last(x.sizes(), x), da;
-  if (needs[1] && activated.params.act_add) {
-    da = empty_channels_last(x.sizes(), x);
-  }
-  const Kernel kernel = turned(kernel_of(weight));
-  const Chunks chunks = chunks_of({x.size(0), x.size(2), x.size(3)}, kernel);
-  ChunkSums sums(chunks, channels);
-  float* g_data = g.mutable_data_ptr<float>();
-  const MaskedGradient epilogue{
-      &activated.params, g_data, da.defined() ? da.mutable_data_ptr<float>() : nullptr, streams(g), channels, &sums};
-  convolve(chunks, {gradient.const_data_ptr<float>()}, kernel, epilogue);
-  const auto [sum_g, sum_products] = epilogue.totals();
-  Tensor dnorm_weight = channel_vector(x, channels), dnorm_bias = channel_vector(x, channels);
-  float* dnorm_weight_data = dnorm_weight.mutable_data_ptr<float>();
-  float* dnorm_bias_data = dnorm_bias.mutable_data_ptr<float>();
-  for (int64_t c = 0; c < channels; ++c) {
-    dnorm_weight_data[c] = static_cast<float>(sum_products[c] * saved.rstd[c]);
-    dnorm_bias_data[c] = static_cast<float>(sum_g[c]);
-  }
-  const GradientNorm<float> gradient_norm_of_x =
-      gradient_norm(norm, saved.rstd, dnorm_weight_data, dnorm_bias_data, static_cast<double>(activated.rows.count()));
-  dx = keeps_g ? empty_channels_last(x.sizes(), x) : g;
-  BackwardParams<float> params{};
-  params.dy = g_data;
-  params.x = activated.params.x;
-  params.dx = dx.mutable_data_ptr<float>();
-  params.norm = &norm;
-  params.gradient = &gradient_norm_of_x;
-  params.gate = Gate::open;
-  params.keep_scale = 1.0f;
-  params.centred = true;
-  params.stream = keeps_g && should_stream(params.dx, activated.rows);
-  params.rows = activated.rows;
-  gradient_all(params);
-  if (needs[1]) {
-    dr = keeps_g ? g : da;
-  }
-  return {dx, dr, dweight, dnorm_weight, dnorm_bias};
+  Tensor dweight = at::empty({0}, none.dtype(weight.scalar_type()));
+  std::array<Tensor, 4> rest = {at::empty({0}, none), at::empty({0}, none), channel_vector(x, 0), channel_vector(x, 0)};
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    Activated<T> activated(x, residual, keep, relu, dropout_p, order);
+    activated.params.norm = &norm;
+    if (needs[2]) {
+      dweight = weight_gradient_of<T>(activated.x, activated.source(), gradient, weight);
+    }
+    if (needs[0]) {
+      rest = norm_act_input_gradient<T>(gradient, activated, saved, weight, needs[1]);
+    }
+  });
+  return {rest[0], rest[1], dweight, rest[2], rest[3]};
 }
 
 } // namespace

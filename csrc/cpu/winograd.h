@@ -79,6 +79,45 @@ inline void store(float* p, Lanes v, int64_t count) {
   Vec<float>(v).store(p, static_cast<int>(count));
 }
 
+// bfloat16 is a storage format here: values are float32 in registers.
+inline Lanes load(const at::BFloat16* p) {
+  Lanes v;
+#if defined(CPU_CAPABILITY_AVX512)
+  at::vec::cvtbf16_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), v);
+#else
+  at::vec::cvtbf16_fp32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), v);
+#endif
+  return v;
+}
+inline void store(at::BFloat16* p, Lanes v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_bf16(v));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_bf16(v));
+#endif
+}
+inline Lanes load(const at::BFloat16* p, int64_t count) {
+  at::BFloat16 lanes[Vec<float>::size()] = {};
+  std::copy(p, p + count, lanes);
+  return load(lanes);
+}
+inline void store(at::BFloat16* p, Lanes v, int64_t count) {
+  at::BFloat16 lanes[Vec<float>::size()];
+  store(lanes, v);
+  std::copy(lanes, lanes + count, p);
+}
+// The value as a load would give it back after a store to T.
+template <typename T>
+inline Lanes rounded(Lanes v) {
+  if constexpr (std::is_same_v<T, float>) {
+    return v;
+  } else {
+    Lanes back;
+    at::vec::cvtbf16_fp32(at::vec::cvtfp32_bf16(v), back);
+    return back;
+  }
+}
+
 constexpr int64_t kWidth = Vec<float>::size();
 constexpr int kOut = 4, kIn = 6, kTaps = 3, kPoints = kIn * kIn;
 
@@ -240,14 +279,17 @@ public:
   }
 
   // The pixels of tiles first ... first + count - 1 of x [images, height, width, channels].
-  void add(const Tiles& tiles, const float* x, int64_t channels, int64_t first, int64_t count) {
+  template <typename T>
+  void add(const Tiles& tiles, const T* x, int64_t channels, int64_t first, int64_t count) {
     const int64_t across = tiles.across(), down = tiles.down();
     for (int64_t tile = first; tile < first + count;) {
       const int64_t line = tile / across, begin = tile % across, end = std::min(across, begin + first + count - tile);
       const int64_t top = line % down * kOut, left = begin * kOut, right = std::min(tiles.width, end * kOut);
       for (int64_t y = top; y < std::min(tiles.height, top + kOut); ++y) {
         const int64_t pixel = (line / down * tiles.height + y) * tiles.width + left;
-        add_run(x + pixel * channels, (right - left) * channels * static_cast<int64_t>(sizeof(float)));
+        add_run(
+            reinterpret_cast<const char*>(x + pixel * channels),
+            (right - left) * channels * static_cast<int64_t>(sizeof(T)));
       }
       tile += end - begin;
     }
@@ -268,8 +310,7 @@ public:
 private:
   static constexpr int64_t kLine = 64;
 
-  void add_run(const float* p, int64_t bytes) {
-    const char* start = reinterpret_cast<const char*>(p);
+  void add_run(const char* start, int64_t bytes) {
     lines_ += (bytes + kLine - 1) / kLine;
     if (!runs_.empty() && runs_.back().first + runs_.back().second == start) {
       runs_.back().second += bytes;
@@ -284,9 +325,9 @@ private:
 
 // The Size x Size positions of a tile, from Before up and left of its outputs on: a pointer to each of its rows, of
 // which those outside the image point to zeros, and whether its first or last column lies outside.
-template <int Size>
+template <typename T, int Size>
 struct Window {
-  std::array<const float*, Size> row;
+  std::array<const T*, Size> row;
   bool left_out, right_out;
   int64_t inside; // columns from the first one inside on
 };
@@ -294,17 +335,18 @@ struct Window {
 // Transforms the tiles of x [images, height, width, channels], or of what `act` makes of x: that is computed a line of
 // tiles at a time, into a buffer of this object's, and two of its six lines of pixels serve the next line of tiles as
 // well. One object a thread.
-template <typename Transform, int Before>
+template <typename Transform, int Before, typename T>
 class TileReader {
 public:
   static constexpr int kSize = Transform::kFrom;
 
-  TileReader(const Tiles& tiles, const float* x, int64_t channels, const ApplyParams<float>* act = nullptr)
+  TileReader(const Tiles& tiles, const T* x, int64_t channels, const ApplyParams<T, float>* act = nullptr)
       : tiles_(tiles), x_(x), channels_(channels), act_(act) {
     // A margin of Before on the left, and up to the last tile's end on the right, is never written to and stays zero.
     const int64_t width = tiles.across() * kOut + kSize - kOut;
     line_ = width * channels;
-    buffer_.assign(kSize * (act != nullptr ? line_ : channels), 0.0f);
+    buffer_.assign(act != nullptr ? kSize * line_ : 0, 0.0f);
+    zeros_.assign(act != nullptr ? 0 : kSize * channels, T(0.0f));
   }
 
   // Tiles first ... first + count - 1. place(p, c) is where channel c of the p-th of them goes within a plane; lanes
@@ -319,7 +361,11 @@ public:
         activate(line, begin, end);
       }
       for (int64_t column = begin; column < end; ++column, ++p) {
-        transform_tile(act_ != nullptr ? activated(line, column) : in_place(line, column), to, plane, p, place);
+        if (act_ != nullptr) {
+          transform_tile(activated(line, column), to, plane, p, place);
+        } else {
+          transform_tile(in_place(line, column), to, plane, p, place);
+        }
       }
     }
   }
@@ -335,23 +381,23 @@ private:
     return (pixel_line + Before) % kSize * line_;
   }
 
-  Window<kSize> activated(int64_t line, int64_t column) const {
-    Window<kSize> window{{}, false, false, kSize};
+  Window<float, kSize> activated(int64_t line, int64_t column) const {
+    Window<float, kSize> window{{}, false, false, kSize};
     for (int64_t i = 0; i < kSize; ++i) {
       window.row[i] = buffer_.data() + slot(pixel_line(line, i)) + column * kOut * channels_;
     }
     return window;
   }
 
-  Window<kSize> in_place(int64_t line, int64_t column) const {
+  Window<T, kSize> in_place(int64_t line, int64_t column) const {
     const int64_t image = line / tiles_.down(), left = column * kOut - Before;
-    Window<kSize> window{{}, left<0, left + kSize> tiles_.width, std::min<int64_t>(kSize, tiles_.width - left)};
+    Window<T, kSize> window{{}, left<0, left + kSize> tiles_.width, std::min<int64_t>(kSize, tiles_.width - left)};
     for (int64_t i = 0; i < kSize; ++i) {
       const int64_t y = pixel_line(line, i);
       const bool inside = y >= 0 && y < tiles_.height;
       // The column outside is not read; its address stays inside the tensor.
       const int64_t from = window.left_out ? 0 : left;
-      const float* row = inside ? x_ + ((image * tiles_.height + y) * tiles_.width + from) * channels_ : buffer_.data();
+      const T* row = inside ? x_ + ((image * tiles_.height + y) * tiles_.width + from) * channels_ : zeros_.data();
       window.row[i] = row;
     }
     return window;
@@ -369,7 +415,7 @@ private:
         std::fill_n(to, (right - left) * channels_, 0.0f);
         continue;
       }
-      ApplyParams<float> params = *act_;
+      ApplyParams<T, float> params = *act_;
       params.y = to;
       params.first_y_row = (line / tiles_.down() * tiles_.height + y) * tiles_.width + left;
       apply_range(params, params.first_y_row, params.first_y_row + right - left);
@@ -379,8 +425,9 @@ private:
     end_ = end;
   }
 
-  template <typename Place>
-  void transform_tile(const Window<kSize>& window, float* to, int64_t plane, int64_t p, const Place& place) const {
+  template <typename From, typename Place>
+  void transform_tile(const Window<From, kSize>& window, float* to, int64_t plane, int64_t p, const Place& place)
+      const {
     if (window.right_out && window.inside != kSize - 1) {
       // The last tile of a line whose width is no multiple of four.
       return transform_columns(
@@ -400,9 +447,9 @@ private:
     }
   }
 
-  template <typename Place, typename Inside>
+  template <typename From, typename Place, typename Inside>
   inline __attribute__((always_inline)) void transform_columns(
-      const Window<kSize>& window,
+      const Window<From, kSize>& window,
       float* to,
       int64_t plane,
       int64_t p,
@@ -418,7 +465,7 @@ private:
             if (!inside(j)) {
               return Lanes{};
             }
-            const float* from = rows[i / kSize] + (j - out) * channels + c;
+            const From* from = rows[i / kSize] + (j - out) * channels + c;
             if constexpr (std::is_same_v<decltype(count), int64_t>) {
               return load(from, count);
             } else {
@@ -437,11 +484,12 @@ private:
   }
 
   Tiles tiles_;
-  const float* x_;
+  const T* x_;
   int64_t channels_;
-  const ApplyParams<float>* act_; // its y is not used
-  int64_t line_;                  // floats of a line of pixels in the buffer
-  std::vector<float> buffer_;     // kSize lines of pixels, or without act zeros for one of a tile's
+  const ApplyParams<T, float>* act_; // its y is not used
+  int64_t line_;                     // floats of a line of pixels in the buffer
+  std::vector<float> buffer_;        // kSize lines of pixels
+  std::vector<T> zeros_;             // without act, for one line of a tile
   int64_t line_filled_ = -2, begin_ = 0, end_ = 0;
 };
 

@@ -70,7 +70,7 @@ def _forward_fallback(
         keep = reference.pack_bits(_rows(reference.dropout_keep(x.shape, seed, dropout_p)), _rows(x))
     normed = Affine(x, x_mean, rstd, norm_weight, norm_bias)
     a, _ = _activate(normed, residual, keep, Activation(relu, dropout_p, order))
-    y = conv3x3.empty_output(x, weight).copy_(reference.conv3x3(a, weight))
+    y = conv3x3.empty_output(x, weight).copy_(reference.conv3x3(a, weight.to(x.dtype)))
     return *conv3x3.measured(y, statistics), x_mean, rstd, keep
 
 
