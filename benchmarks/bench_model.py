@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from benchmarks.conftest import Measure, sides
-from benchmarks.workloads import Workload, inference_workloads, train_workloads
+from benchmarks.workloads import Workload, all_train_workloads, inference_workloads
 
 
-@sides(train_workloads())
+@sides(all_train_workloads())
 def test_resnet18_training_step(measure: Measure, workload: Workload, side: str) -> None:
     measure(workload, side)
 

@@ -22,6 +22,7 @@ import matplotlib
 import torch
 import torchvision
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -43,7 +44,7 @@ class Config:
     """Measure fastres against PyTorch eager and torch.compile."""
 
     output_dir: Path = PUBLISHED
-    """Folder for the JSON file and op.png."""
+    """Folder for the JSON file and results.png."""
     readme: Path = ROOT / "README.md"
     """File that takes the table; left as it is by a quick run, or where it lacks the two marker lines."""
     rounds: float = 2.0
@@ -78,7 +79,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. `saved_bytes_per_image`: dropout -> side -> what a ResNet-18 training step keeps for backward."""
+    """A whole run. `saved_bytes_per_image`: setting -> side -> what a ResNet-18 training step keeps for backward."""
 
     machine: dict[str, Any]
     measurements: list[Measurement]
@@ -94,9 +95,10 @@ def measure(config: Config) -> Results:
     tasks: list[Workload] = list(
         chain(
             workloads.op_workloads(),
+            workloads.conv_workloads(),
             workloads.block_workloads(),
             workloads.inference_workloads(),
-            workloads.train_workloads(),
+            workloads.all_train_workloads(),
         )
     )
     measurements = []
@@ -105,7 +107,10 @@ def measure(config: Config) -> Results:
             bar.set_description(task.name)
             measurements.append(interleave(task, max(1, round(task.rounds * config.rounds))))
     saved = {
-        f"{dropout:g}": {side: saved_bytes(side, dropout) / SAVED_BATCH for side in (EAGER, FUSED)}
+        (f"dropout {dropout:g}" + ", bfloat16 autocast" * lowered): {
+            side: saved_bytes(side, dropout, amp) / SAVED_BATCH for side in (EAGER, FUSED)
+        }
+        for amp, lowered in (((True, False),) if workloads.CUDA else ((False, False), (True, True)))
         for dropout in workloads.DROPOUTS
     }
     return Results(machine, measurements, saved)
@@ -137,25 +142,27 @@ def interleave(workload: Workload, rounds: int) -> Measurement:
     )
 
 
-def saved_bytes(side: str, dropout: float) -> int:
+def saved_bytes(side: str, dropout: float, amp: bool) -> int:
     """Bytes that autograd keeps between forward and backward of a ResNet-18 training step of SAVED_BATCH images.
 
-    Every storage counts once; parameters, which exist anyway, do not count.
+    Every storage counts once; parameters, which exist anyway, do not count, nor does what autocast makes of them, which
+    does not grow with the batch.
     """
     model = workloads.resnet18(side, dropout)
     images, labels = workloads.image_batch(SAVED_BATCH)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() > 1}
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters and tensor.shape not in shapes:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # The loss keeps the graph, and so every address, alive until the sum is taken.
-        loss = workloads.training_loss(model, images, labels)
+        loss = workloads.training_loss(model, images, labels, amp)
         total = sum(storages.values())
     torch.autograd.backward(loss)
     return total
@@ -228,6 +235,16 @@ def table(results: Results) -> str:
             cells = [number(1e3 * entry.median(side)) for side in workloads.SIDES]
             floor = entry.median(FUSED) / entry.floor()
             lines.append(row(entry.name, *cells, *_ratios(entry), number(floor)))
+    convolutions = [entry for entry in results.measurements if entry.group == "conv"]
+    if convolutions:
+        lines += [
+            "",
+            "| one pass of a convolution, ms | eager | fastres | over eager |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+    for entry in convolutions:
+        cells = [number(1e3 * entry.median(side)) for side in (EAGER, FUSED)]
+        lines.append(row(entry.name, *cells, number(entry.median(EAGER) / entry.median(FUSED), "x")))
     lines += [
         "",
         "| whole network, images a second (more is better) | eager | torch.compile | fastres | over eager |"
@@ -243,9 +260,9 @@ def table(results: Results) -> str:
         "| kept for backward by a ResNet-18 training step, MiB an image | eager | fastres | eager / fastres |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for dropout, saved in results.saved_bytes_per_image.items():
+    for setting, saved in results.saved_bytes_per_image.items():
         sizes = [number(saved[side] / 2**20) for side in (EAGER, FUSED)]
-        lines.append(row(f"dropout {dropout}", *sizes, number(saved[EAGER] / saved[FUSED], "x")))
+        lines.append(row(setting, *sizes, number(saved[EAGER] / saved[FUSED], "x")))
     return "\n".join(lines) + "\n"
 
 
@@ -255,46 +272,84 @@ def _ratios(entry: Measurement) -> list[str]:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Draw the operator's times as multiples of its byte floor, one panel a dropout rate."""
+    """Draw what the whole network gains, what a convolution gains, and the operator's times over its byte floor."""
     style: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.grid.axis": "y",
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style), atomic(path) as temporary:
-        figure = Figure(figsize=(10, 4.4), layout="constrained", facecolor="white")
-        panels = figure.subplots(1, len(workloads.DROPOUTS), sharey=True)
+        figure = Figure(figsize=(11, 8), layout="constrained", facecolor="white")
+        (network, convolution), panels = figure.subplots(2, 2)
+        _plot_networks(network, results)
+        _plot_convolutions(convolution, results)
         for axes, dropout in zip(panels, workloads.DROPOUTS, strict=True):
-            entries = [e for e in results.measurements if e.group == "op" and e.dropout == dropout]
-            for offset, side in enumerate(workloads.SIDES):
-                heights = [entry.median(side) / entry.floor() for entry in entries]
-                bars = axes.bar(
-                    [index + 0.28 * (offset - 1) for index in range(len(entries))],
-                    heights, 0.26, color=COLOURS[side], label=NAMES[side],
-                )  # fmt: skip
-                labels = [number(1e3 * entry.median(side)) for entry in entries]
-                axes.bar_label(bars, labels, padding=2, fontsize=8, color="#333333")
-            axes.axhline(1, color="#b03a2e", linewidth=1.2, linestyle="--", label="byte floor", zorder=3)
-            ticks = ["{} channels\n{} x {}".format(*entry.shape[1:]) for entry in entries if entry.shape]
-            axes.set_xticks(range(len(ticks)), ticks, fontsize=9)
-            axes.set_title("without dropout" if not dropout else f"with dropout {dropout:g}", fontsize=11)
-            axes.grid(axis="y", color="#e6e6e6")
-            axes.set_axisbelow(True)
-            axes.tick_params(length=0)
-        panels[0].set_ylabel("time / byte floor  (1 = copy bandwidth)")
+            _plot_operator(axes, results, dropout)
         machine = results.machine
-        figure.suptitle("relu(bn(x) + r), forward + backward. On the bars: milliseconds", fontsize=12)
-        handles, names = panels[0].get_legend_handles_labels()
-        # matplotlib lists lines before bars. The panel without dropout has the lower bars, so it has the room.
-        handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]
-        panels[0].legend(handles, names, loc="upper left", framealpha=1, edgecolor="white")
         figure.supxlabel(
             f"batch {_batch(results)}, {machine['dtype']}, {machine['memory_format']}; {machine['processor']},"
             f" {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}; {machine['date']}",
             fontsize=8, color="#666666",
         )  # fmt: skip
-        figure.savefig(temporary, format="png", dpi=160)
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _bars(axes: Axes, heights: dict[str, list[float]], labels: dict[str, list[str]], ticks: list[str]) -> None:
+    """A group of bars a tick, one of them a side."""
+    for offset, side in enumerate(heights):
+        bars = axes.bar(
+            [index + 0.28 * (offset - (len(heights) - 1) / 2) for index in range(len(ticks))],
+            heights[side], 0.26, color=COLOURS[side], label=NAMES[side],
+        )  # fmt: skip
+        axes.bar_label(bars, labels[side], padding=2, fontsize=8, color="#333333")
+    axes.set_xticks(range(len(ticks)), ticks, fontsize=9)
+    axes.legend(loc="upper left", framealpha=1, edgecolor="white", fontsize=9)
+
+
+def _plot_networks(axes: Axes, results: Results) -> None:
+    entries = [e for e in results.measurements if e.group.startswith("model")]
+    speeds = {side: [e.median(EAGER) / e.median(side) for e in entries] for side in workloads.SIDES}
+    labels = {side: [number(e.images / e.median(side)) for e in entries] for side in workloads.SIDES}
+    ticks = [e.name.removeprefix("ResNet-18 ").replace(", ", "\n") for e in entries]
+    _bars(axes, speeds, labels, ticks)
+    axes.set_ylabel("speed / PyTorch eager")
+    axes.set_ylim(0, 1.3 * max(max(values) for values in speeds.values()))
+    axes.set_title("ResNet-18. On the bars: images a second", fontsize=11)
+
+
+def _plot_convolutions(axes: Axes, results: Results) -> None:
+    entries = [e for e in results.measurements if e.group == "conv" and e.images == _batch(results)]
+    if not entries:  # on a GPU both sides are PyTorch's
+        axes.set_axis_off()
+        return
+    sides = (EAGER, FUSED)
+    speeds = {side: [e.median(EAGER) / e.median(side) for e in entries] for side in sides}
+    labels = {side: [number(1e3 * e.median(side)) for e in entries] for side in sides}
+    names = [e.name.split(", ") for e in entries]
+    ticks = [f"{name[1].removesuffix(' gradient')}\n{name[2].split()[0]}" for name in names]
+    _bars(axes, speeds, labels, ticks)
+    axes.set_ylim(0, 1.3 * max(speeds[FUSED]))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_title("3x3 convolution: pass and channels. On the bars: milliseconds", fontsize=11)
+
+
+def _plot_operator(axes: Axes, results: Results, dropout: float) -> None:
+    entries = [e for e in results.measurements if e.group == "op" and e.dropout == dropout]
+    heights = {side: [e.median(side) / e.floor() for e in entries] for side in workloads.SIDES}
+    labels = {side: [number(1e3 * e.median(side)) for e in entries] for side in workloads.SIDES}
+    axes.axhline(1, color="#b03a2e", linewidth=1.2, linestyle="--", label="byte floor", zorder=3)
+    _bars(axes, heights, labels, ["{} channels\n{} x {}".format(*e.shape[1:]) for e in entries if e.shape])
+    axes.set_ylabel("time / byte floor  (1 = copy bandwidth)")
+    axes.set_ylim(0, 1.35 * max(max(values, default=0) for values in heights.values()))
+    words = f"dropout({dropout:g}, relu(bn(x) + r))" if dropout else "relu(bn(x) + r)"
+    axes.set_title(f"{words}, forward + backward. On the bars: milliseconds", fontsize=11)
 
 
 def _batch(results: Results) -> int:
@@ -313,7 +368,7 @@ def main(config: Config) -> None:
         print(f"raw figures: {file}")
     text = table(results)
     print(text)
-    picture = config.output_dir / ("op-quick.png" if results.machine["quick"] else "op.png")
+    picture = config.output_dir / ("results-quick.png" if results.machine["quick"] else "results.png")
     plot(results, picture)
     print(f"plot: {picture}")
     if not results.machine["quick"]:

@@ -1,9 +1,9 @@
 """What is measured. A workload is one task; its sides (eager, compile, fused) do that task on tensors of their own.
 
-Every side runs channels_last, which is no slower for eager than contiguous NCHW. On a GPU the same workloads run at
-batch 512 under bfloat16 autocast, with more sides: torch.compile with autotuning, and for a training step fastres under
-torch.compile and under a CUDA graph. FASTRES_BENCH_QUICK=1 makes everything tiny: it shows that the benchmarks run, and
-says nothing about speed.
+Every side runs channels_last, which is no slower for eager than contiguous NCHW, at batch 1 either. On a GPU the same
+workloads run at batch 512 under bfloat16 autocast, with more sides: torch.compile with autotuning, and for a training
+step fastres under torch.compile and under a CUDA graph. FASTRES_BENCH_QUICK=1 makes everything tiny: it shows that the
+benchmarks run, and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -161,18 +161,30 @@ def block_workloads() -> Iterator[Workload]:
         )
 
 
-def train_workloads(batch: int = BATCH, dropout: float = 0.0) -> Iterator[Workload]:
+def train_workloads(batch: int = BATCH, dropout: float = 0.0, amp: bool = CUDA) -> Iterator[Workload]:
     """ResNet-18 with the CIFAR stem: forward, backward and a step of SGD with momentum."""
+    lowered = amp and not CUDA  # on a GPU autocast is what every workload runs under
     yield Workload(
         group="model-train-step",
-        key=f"batch{batch}" + (f"-dropout{dropout:g}" if dropout else ""),
-        name=f"ResNet-18 training step, batch {batch}" + (f", dropout {dropout:g}" if dropout else ""),
+        key=f"batch{batch}" + (f"-dropout{dropout:g}" if dropout else "") + ("-bfloat16" if lowered else ""),
+        name=f"ResNet-18 training step, batch {batch}"
+        + (f", dropout {dropout:g}" if dropout else "")
+        + (", bfloat16 autocast" if lowered else ""),
         images=batch,
         rounds=1 if QUICK else 20 if CUDA else 3,
-        set_up=_train_step(batch, dropout),
+        set_up=_train_step(batch, dropout, amp),
         sides=(*_model_sides(), *((FUSED_COMPILE, FUSED_GRAPH) if CUDA else ())),
         dropout=dropout,
     )
+
+
+def all_train_workloads() -> Iterator[Workload]:
+    """The training step plain, with dropout, and on the CPU under autocast."""
+    yield from train_workloads()
+    if not QUICK:
+        yield from train_workloads(dropout=max(DROPOUTS))
+    if not CUDA:
+        yield from train_workloads(amp=True)
 
 
 def inference_workloads() -> Iterator[Workload]:
@@ -237,9 +249,9 @@ def resnet18(side: str, dropout: float = 0.0) -> nn.Module:
     return model
 
 
-def training_loss(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
-    """The forward half of a training step."""
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+def training_loss(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, amp: bool = CUDA) -> Tensor:
+    """The forward half of a training step, under bfloat16 autocast where `amp` is on."""
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=amp):
         return F.cross_entropy(model(images), labels)
 
 
@@ -370,7 +382,7 @@ def _block(projection: bool) -> Callable[[str], Run]:
     return set_up
 
 
-def _train_step(batch: int, dropout: float) -> Callable[[str], Run]:
+def _train_step(batch: int, dropout: float, amp: bool) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
         model = resnet18(side, dropout)
         images, labels = image_batch(batch)
@@ -379,7 +391,7 @@ def _train_step(batch: int, dropout: float) -> Callable[[str], Run]:
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(training_loss(forward, images, labels))
+            torch.autograd.backward(training_loss(forward, images, labels, amp))
             optimizer.step()
 
         return _graphed(run) if side == FUSED_GRAPH else run
