@@ -49,15 +49,14 @@ class ConvAlgorithm:
         return "" if self.conv_algorithm is None else f"conv_algorithm={self.conv_algorithm}"
 
 
-def is_conv3x3(conv: nn.Module, strides: tuple[int, ...] = (1,)) -> TypeGuard[nn.Conv2d]:
+def is_conv3x3(conv: nn.Module, strides: tuple[tuple[int, int], ...] = ((1, 1),)) -> TypeGuard[nn.Conv2d]:
     """Whether calling the module is `fastres.functional.conv3x3` with its weight, or the same with one of `strides`."""
     return (
         is_exactly(conv, nn.Conv2d)
         and conv.bias is None
         and conv.kernel_size == (3, 3)
         and conv.padding == conv.dilation == (1, 1)
-        and conv.stride[0] == conv.stride[1]
-        and conv.stride[0] in strides
+        and conv.stride in strides
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
@@ -116,7 +115,7 @@ def convolve_norm(conv: nn.Module, norm: nn.Module, x: Tensor, algorithm: str | 
         and not uses_batch_statistics(norm)
         and (residual is None or norm.order == "add_act")
         and not (norm.dropout and call.get("dropout_training"))
-        and is_conv3x3(conv, (1, 2))
+        and is_conv3x3(conv, ((1, 1), (2, 2)))
     ):
         params, _ = read_norm(norm)
         return functional.conv3x3_norm_act(

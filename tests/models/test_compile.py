@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastres import models
 from fastres.nn import FusedBasicBlock, FusedBottleneck, ResidualBlock
-from tests.parity import scramble, twin
+from tests.parity import FORMATS, scramble, twin
 
 
 @pytest.fixture(autouse=True)
@@ -76,15 +76,17 @@ def test_evaluation_compiles_without_a_graph_break(name, conv_algorithm):
 
 
 @pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("no_grad", [True, False])
 @pytest.mark.parametrize("name", ["resnet18", "article"])
-def test_the_evaluation_model_can_be_exported(name, no_grad, conv_algorithm):
+def test_the_evaluation_model_can_be_exported(name, no_grad, memory_format, conv_algorithm):
     torch.manual_seed(0)
     model = scramble(models.create(name, num_classes=4, conv_algorithm=conv_algorithm)).eval()
-    x = torch.randn(2, 3, 16, 16)
+    model = model.to(memory_format=memory_format)
+    x, y = (torch.randn(n, 3, 16, 16).contiguous(memory_format=memory_format) for n in (2, 5))
     with torch.set_grad_enabled(not no_grad):
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+        expected = model(y)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("fastres" in name for name in operators)
-    y = torch.randn(5, 3, 16, 16)
-    torch.testing.assert_close(program.module()(y), model(y))
+    torch.testing.assert_close(program.module()(y), expected)

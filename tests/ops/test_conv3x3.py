@@ -565,7 +565,14 @@ def test_auto_takes_winograd_where_it_pays(monkeypatch):
     assert not calls(monkeypatch, x, weight, algorithm="direct")
     assert not calls(monkeypatch, x.contiguous(), weight)
     assert not calls(monkeypatch, x.double(), weight.double())
-    assert not calls(monkeypatch, x.bfloat16(), weight.bfloat16())
+    for tiles in (True, False):
+        monkeypatch.setattr(ops, "has_bfloat16_tiles", lambda tiles=tiles: tiles)
+        low = x.bfloat16(), weight.bfloat16()
+        assert calls(monkeypatch, *low) is not tiles
+        assert calls(monkeypatch, *low, algorithm="winograd")
+        assert not calls(monkeypatch, *low, algorithm="direct")
+        assert not calls(monkeypatch, low[0].contiguous(), low[1])
+        assert calls(monkeypatch, x, weight)
     few, thin, _ = data((8, 3, 64, 32, 32))
     assert not calls(monkeypatch, few, thin)
     assert calls(monkeypatch, few, thin, algorithm="winograd")
@@ -609,13 +616,19 @@ def test_the_argument_comes_before_the_environment(monkeypatch):
 
 def test_other_dtypes_are_the_direct_convolution():
     x, weight, _ = data((2, 8, 8, 5, 5))
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.float16):
         a, w = x.to(dtype), weight.to(dtype)
         assert torch.equal(functional.conv3x3(a, w, algorithm="winograd"), reference.conv3x3(a, w))
-        assert torch.equal(OPS.conv3x3_forward(a, w, False)[0], reference.conv3x3(a, w))
         assert functional.measured_conv3x3(a, w, algorithm="winograd").statistics is None
+        if COMPILED:
+            with pytest.raises(TypeError, match=r"x: expected dtype float32 or bfloat16"):
+                OPS.conv3x3_forward(a, w, False)
+        else:
+            assert torch.equal(OPS.conv3x3_forward(a, w, False)[0], reference.conv3x3(a, w))
     with torch.autocast("cpu", torch.bfloat16):
-        assert functional.conv3x3(x, weight, algorithm="winograd").dtype == torch.bfloat16
+        y = functional.conv3x3(x, weight, algorithm="winograd")
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(functional.conv3x3(x.bfloat16(), weight, algorithm="winograd"), y)
 
 
 def test_empty_batches_pass_through():

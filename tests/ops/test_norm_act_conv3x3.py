@@ -658,15 +658,19 @@ def test_auto_takes_winograd_where_it_pays(monkeypatch):
     assert functional.norm_act_conv3x3(x, n, weight, algorithm="auto")[1] is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes_are_the_two_one_after_the_other(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "algorithm"),
+    [(torch.float64, "winograd"), (torch.float16, "winograd"), (torch.bfloat16, "direct")],
+    ids=str,
+)
+def test_other_dtypes_are_the_two_one_after_the_other(dtype, algorithm):
     case = make_case((3, 9, 5, 4, 6), residual=True)
     x, weight, residual = (case.tensors[name].detach().to(dtype) for name in ("x", "weight", "residual"))
     n = case.norms["norm"]
     seed = torch.tensor([3])
     y, statistics = functional.norm_act_conv3x3(
         x, n._replace(running_mean=None, running_var=None), weight, residual=residual, dropout_p=0.2, seed=seed,
-        algorithm="winograd",
+        algorithm=algorithm,
     )  # fmt: skip
     a = functional.batch_norm_act(
         x, None, None, n.weight, n.bias, training=True, eps=n.eps, residual=residual, dropout_p=0.2, seed=seed
@@ -677,9 +681,16 @@ def test_other_dtypes_are_the_two_one_after_the_other(dtype):
 
 def test_autocast_brings_all_to_its_dtype():
     case = make_case((2, 6, 4, 4, 4), residual=True)
+    start = [t.clone() for t in case.running().values()]
     with torch.autocast("cpu", torch.bfloat16):
         y, statistics = call(case, algorithm="winograd")
-    assert y.dtype == torch.bfloat16 and statistics is None
+        assert y.dtype == torch.bfloat16
+        assert_statistics(*statistics, y.detach(), "y")
+        for value, before in zip(case.running().values(), start, strict=True):
+            value.copy_(before)
+        for name in ("x", "residual"):
+            case.tensors[name] = case.tensors[name].detach().bfloat16()
+        assert torch.equal(call(case, algorithm="winograd")[0], y)
 
 
 def test_empty_batches_pass_through():
