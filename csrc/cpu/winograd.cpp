@@ -56,6 +56,8 @@ constexpr int64_t kSharedBytes = 16 * 1024 * 1024;
 // many, and its threads' sums in all.
 constexpr int64_t kGradientTiles = 128;
 constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
+// Output channels whose products are taken together where there are few tiles.
+constexpr int64_t kGradientRows = 48;
 // Pairs of channels whose weights pay for a thread's start.
 constexpr int64_t kThreadPairs = 64 * 1024;
 // Transformed weights kept for evaluation, in all.
@@ -517,15 +519,21 @@ void gradient_at_once(const WeightGradient<T>& w) {
     transformed.transform(w, readers, begin, end - begin, begin);
   });
   const RowGroups rows{w.outputs};
-  at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
-    constexpr int64_t plane = kRows * kColumns;
+  // Row groups that go through one group of columns while that is in the L1 cache, and fill whole lines of rows.
+  constexpr int64_t together = kGradientRows / kRows, plane = kGradientRows * kColumns + kSkew;
+  const int64_t blocks = (rows.count() + together - 1) / together;
+  at::parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
     const Buffer product(kPoints * plane);
     const std::vector<const float*> parts{product.data()};
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
-      const int64_t size = rows.size(task % rows.count());
+      const int64_t group = task / blocks, first_group = task % blocks * together;
+      const int64_t last_group = std::min(rows.count(), first_group + together);
+      const int64_t first = rows.begin(first_group), size = rows.begin(last_group) - first;
       for (int64_t point = 0; point < kPoints; ++point) {
-        transformed.multiply(w, point, group, first, size, count, product.data() + point * plane, false);
+        for (int64_t r = first_group; r < last_group; ++r) {
+          float* to = product.data() + point * plane + (rows.begin(r) - first) * kColumns;
+          transformed.multiply(w, point, group, rows.begin(r), rows.size(r), count, to, false);
+        }
       }
       transform_gradient(w, group, first, size, parts, plane);
     }
