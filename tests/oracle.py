@@ -7,11 +7,12 @@ whose terms are larger than their result, so rounding errors grow by a factor th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,17 @@ def keep_off_zero(x: Tensor, relu_input: Callable[[], Tensor]) -> None:
     with torch.no_grad():
         while bool((near := near_zero(relu_input(), x.dtype)).any()):
             x += 0.01 * near
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch.set_num_threads(count), and back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def saved_bytes(f: Callable[[], Tensor]) -> int:

@@ -13,7 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from fastres import _extension, functional, reference
 from fastres.functional import NormParams, Statistics
 from tests import backend
-from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, norm, saved_bytes
+from tests.oracle import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    activation,
+    assert_close,
+    check_case,
+    generator,
+    norm,
+    saved_bytes,
+    threads,
+)
 
 
 def call(f, case: Case, **options) -> Tensor:
@@ -335,19 +346,11 @@ def test_results_are_the_same_bits_for_any_number_of_threads(layout):
     case = make_case((16, 64, 16, 16), torch.float32, layout, gen, residual="normalised")
     dy = activation((16, 64, 16, 16), torch.float32, layout, gen)
     seed = torch.tensor([3])
-    threads = torch.get_num_threads()
-
-    def run() -> list[Tensor]:
-        y = call(functional.batch_norm_act, case, training=True, dropout_p=0.1, seed=seed)
-        return [y, *torch.autograd.grad(y, list(case.inputs().values()), dy)]
-
-    try:
-        results = []
-        for n in (1, 2, 3, 2):
-            torch.set_num_threads(n)
-            results.append(run())
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 2):
+        with threads(count):
+            y = call(functional.batch_norm_act, case, training=True, dropout_p=0.1, seed=seed)
+            results.append([y, *torch.autograd.grad(y, list(case.inputs().values()), dy)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

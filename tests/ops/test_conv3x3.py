@@ -32,6 +32,7 @@ from tests.oracle import (
     generator,
     norm,
     output_length,
+    threads,
     weight_length,
 )
 
@@ -240,19 +241,15 @@ def test_the_environment_is_read_while_compiling(monkeypatch):
 @pytest.mark.parametrize("shape", [(8, 64, 96, 12, 11), (4, 256, 256, 4, 4), (40, 32, 40, 32, 32)], ids=str)
 def test_results_are_the_same_in_every_run_and_with_any_threads(shape):
     x, weight, dy = data(shape)
-    before = torch.get_num_threads()
     results = {}
-    try:
-        for threads in (1, 2, 3, 7, 20):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3, 7, 20):
+        with threads(count):
             runs = [
                 (*OPS.conv3x3_forward(x, weight, True), *OPS.conv3x3_backward(dy, x, weight, x, [True, True]))
                 for _ in range(2)
             ]
-            assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-            results[threads] = runs[0]
-    finally:
-        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        results[count] = runs[0]
     wanted = exact(x, weight, dy)[2]
     for y, mean, m2, dx, dweight in results.values():
         assert torch.equal(y, results[1][0])
@@ -311,17 +308,14 @@ def test_y_does_not_depend_on_whether_it_is_measured(shape):
     assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), plain[0])
 
 
+@needs_kernels
 @pytest.mark.parametrize("shape", [(40, 32, 40, 30, 31), (4, 256, 256, 3, 4), (9, 3, 70, 5, 5)], ids=str)
 def test_statistics_of_many_chunks_by_several_workers(shape):
     x, weight, _ = data(shape)
-    before = torch.get_num_threads()
-    try:
-        for workers in (1, 2, 3, 5):
-            torch.set_num_threads(workers)
+    for workers in (1, 2, 3, 5):
+        with threads(workers):
             y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
-            assert_statistics(mean, m2, y, f"y by {workers} workers")
-    finally:
-        torch.set_num_threads(before)
+        assert_statistics(mean, m2, y, f"y by {workers} workers")
 
 
 @pytest.mark.parametrize("shape", [(8, 20, 40, 16, 15), (2, 20, 40, 4, 6)], ids=str)

@@ -31,6 +31,7 @@ from tests.oracle import (
     norm,
     output_length,
     saved_bytes,
+    threads,
     weight_length,
 )
 
@@ -88,7 +89,9 @@ def gradient_of(y: Tensor, gen: torch.Generator) -> Tensor:
     return activation(y.shape, torch.float32, "channels_last", gen, mean=0.1, std=1.0)
 
 
-def check(case: Case, *, algorithm: str = "winograd", given: bool = False, **options: object) -> None:
+def check(
+    case: Case, *, algorithm: str = "winograd", given: bool = False, workers: int | None = None, **options: object
+) -> None:
     """Everything that a call writes, and every gradient, against float64.
 
     The convolution's input gradient carries Winograd's rounding errors. They are independent from pixel to pixel: sums
@@ -103,7 +106,11 @@ def check(case: Case, *, algorithm: str = "winograd", given: bool = False, **opt
     exact = case.double()
     wanted = call(exact, reference.norm_act_conv3x3, seed=seed, **options)
     statistics = Statistics(*OPS.batch_norm_act_stats(x.detach())[1:]) if given else None
-    y, found = call(case, statistics=statistics, seed=seed, algorithm=algorithm, **options)
+    inputs, exact_inputs = case.inputs(), exact.inputs()
+    with threads(workers or torch.get_num_threads()):
+        y, found = call(case, statistics=statistics, seed=seed, algorithm=algorithm, **options)
+        dy = gradient_of(y, gen)
+        gradients = torch.autograd.grad(y, list(inputs.values()), dy)
     count, outputs = x.numel() // x.shape[1], y.shape[1]
     assert_close(y, wanted, "y", length=output_length(x.shape[1]))
     if algorithm == "winograd":
@@ -115,9 +122,6 @@ def check(case: Case, *, algorithm: str = "winograd", given: bool = False, **opt
     for name, value in case.running().items():
         assert_close(value, exact.running()[name], name, length=count)
 
-    dy = gradient_of(y, gen)
-    inputs, exact_inputs = case.inputs(), exact.inputs()
-    gradients = torch.autograd.grad(y, list(inputs.values()), dy)
     expected = torch.autograd.grad(wanted, list(exact_inputs.values()), dy.double())
     da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=1)
     noise = float(bound(da, torch.float32, output_length(outputs)).max())
@@ -146,6 +150,14 @@ def check(case: Case, *, algorithm: str = "winograd", given: bool = False, **opt
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_values_and_gradients_are_those_of_float64(shape, layout):
     check(make_case(shape, layout=layout))
+
+
+@needs_kernels
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("shape", [(6, 24, 40, 21, 50), (64, 64, 64, 16, 16)], ids=str)
+def test_several_workers_agree_with_float64(shape, workers):
+    # A share may start anywhere in a line of tiles.
+    check(make_case(shape, workers, residual=True), workers=workers, dropout_p=0.2)
 
 
 @pytest.mark.parametrize("order", functional.ORDERS)
@@ -609,18 +621,15 @@ def test_a_block_compiles_to_one_graph_with_the_same_results():
 @pytest.mark.parametrize("shape", [(40, 32, 40, 15, 14), (4, 200, 256, 4, 4), (64, 64, 64, 16, 16)], ids=str)
 def test_results_are_the_same_in_every_run_by_as_many_workers(shape):
     forward, backward = saved(shape, "add_act", 0.1)
-    before, results = torch.get_num_threads(), {}
-    try:
-        for workers in (1, 2, 3):
-            torch.set_num_threads(workers)
+    results = {}
+    for workers in (1, 2, 3):
+        with threads(workers):
             runs = [
                 (*OPS.norm_act_conv3x3_forward(*forward), *OPS.norm_act_conv3x3_backward(*backward, [True] * 3))
                 for _ in range(2)
             ]
-            assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-            results[workers] = runs[0]
-    finally:
-        torch.set_num_threads(before)
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        results[workers] = runs[0]
     first, count = results[1], shape[0] * shape[3] * shape[4]
     noise = float(bound(first[7].double(), torch.float32, count).max())
     for found in results.values():
