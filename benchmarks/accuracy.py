@@ -47,13 +47,12 @@ from benchmarks.records import row
 from benchmarks.results import describe_machine
 from benchmarks.sides import EAGER, FUSED
 from fastres import fuse, models
-from fastres._extension import status
+from fastres._extension import cpu_capability, load_cpu, status
 from fastres.info import processors
 from fastres.models.stem import init_convolution
 from fastres.train import ImageData, Split, TrainConfig, load_checkpoint, load_data, train
 from fastres.train.checkpoint import write_text
 from fastres.train.config import check_config
-from fastres.train.precision import has_winograd_kernels
 
 PROGRAM = "python -m benchmarks.accuracy"
 NARROW = "resnet20"
@@ -140,6 +139,11 @@ def check(config: Config) -> None:
     check_config(trainer_config(config, 0, FUSED, config.output_dir))
     if not has_winograd_kernels():
         raise RuntimeError(f"Winograd's convolution needs compiled kernels for AVX2 or AVX-512, got: {status().cpu}")
+
+
+def has_winograd_kernels() -> bool:
+    """Whether the compiled CPU kernels are there, and for a processor that Winograd's algorithm is written for."""
+    return load_cpu() is not None and cpu_capability() != "default"
 
 
 def load_images(config: Config) -> ImageData:

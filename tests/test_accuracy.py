@@ -32,9 +32,8 @@ from benchmarks.accuracy import (
 )
 from fastres.train import Split, TrainConfig
 from fastres.train.loop import _Loop
-from fastres.train.precision import has_winograd_kernels
 
-needs_kernels = pytest.mark.skipif(not has_winograd_kernels(), reason="needs the compiled Winograd kernels")
+needs_kernels = pytest.mark.skipif(not accuracy.has_winograd_kernels(), reason="needs the compiled Winograd kernels")
 CLASSES = ("dark", "light")
 
 

@@ -81,7 +81,7 @@ def output_size(size: int, stride: int) -> int:
 @functools.cache
 def has_bfloat16_tiles() -> bool:
     """Whether the CPU multiplies bfloat16 matrices (AMX), at 16 times the speed of its float32."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def _serves(x: Tensor) -> bool:

@@ -34,7 +34,7 @@ class TrainConfig:
     Args:
         fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
             checkpoints.
-        conv_algorithm: What the fused blocks compute their 3x3 convolutions of stride 1 with, in float32 on a CPU:
+        conv_algorithm: What the fused blocks compute their 3x3 convolutions of stride 1 with, on a CPU:
             winograd, direct (PyTorch's), or auto, Winograd's where a cost model says that it pays. Everything else is
             PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with --no-fused.
         model: Network: resnet18, resnet34, resnet50, resnet101, resnet152 or article.
@@ -69,7 +69,7 @@ class TrainConfig:
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
         workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
         amp: Automatic mixed precision: bf16 runs convolutions in bfloat16, none runs everything in float32, auto takes
-            the faster of the two for this network on this device. The choice is saved: a resumed run keeps it.
+            the faster of the two on this device. The choice is saved: a resumed run keeps it.
         channels_last: Keep images and weights in the channels_last memory format, the faster one.
         reuse_memory: On the CPU, let the C library keep large buffers instead of returning them to the system at each
             free: faster, and the process keeps its peak memory until it ends.
@@ -174,10 +174,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         raise InputError(str(error)) from error
     amp = config.amp
     if amp == "auto":
-        amp = choose_amp(
-            torch.device(device), model=config.model, fused=config.fused, conv_algorithm=conv_algorithm,
-            channels_last=config.channels_last,
-        )  # fmt: skip
+        amp = choose_amp(torch.device(device))
     return dataclasses.replace(
         config,
         dataset=dataset,
