@@ -286,12 +286,13 @@ def plot(results: Results, path: Path) -> None:
         "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style), atomic(path) as temporary:
-        figure = Figure(figsize=(11, 8), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(12, 8.4), layout="constrained", facecolor="white")
         (network, convolution), panels = figure.subplots(2, 2)
         _plot_networks(network, results)
         _plot_convolutions(convolution, results)
         for axes, dropout in zip(panels, workloads.DROPOUTS, strict=True):
             _plot_operator(axes, results, dropout)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
         machine = results.machine
         figure.supxlabel(
             f"batch {_batch(results)}, {machine['dtype']}, {machine['memory_format']}; {machine['processor']},"
@@ -310,17 +311,16 @@ def _bars(axes: Axes, heights: dict[str, list[float]], labels: dict[str, list[st
         )  # fmt: skip
         axes.bar_label(bars, labels[side], padding=2, fontsize=8, color="#333333")
     axes.set_xticks(range(len(ticks)), ticks, fontsize=9)
-    axes.legend(loc="upper left", framealpha=1, edgecolor="white", fontsize=9)
 
 
 def _plot_networks(axes: Axes, results: Results) -> None:
     entries = [e for e in results.measurements if e.group.startswith("model")]
     speeds = {side: [e.median(EAGER) / e.median(side) for e in entries] for side in workloads.SIDES}
     labels = {side: [number(e.images / e.median(side)) for e in entries] for side in workloads.SIDES}
-    ticks = [e.name.removeprefix("ResNet-18 ").replace(", ", "\n") for e in entries]
+    ticks = [e.name.removeprefix("ResNet-18 ").replace(" autocast", "").replace(", ", "\n") for e in entries]
     _bars(axes, speeds, labels, ticks)
     axes.set_ylabel("speed / PyTorch eager")
-    axes.set_ylim(0, 1.3 * max(max(values) for values in speeds.values()))
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_title("ResNet-18. On the bars: images a second", fontsize=11)
 
 
@@ -335,9 +335,9 @@ def _plot_convolutions(axes: Axes, results: Results) -> None:
     names = [e.name.split(", ") for e in entries]
     ticks = [f"{name[1].removesuffix(' gradient')}\n{name[2].split()[0]}" for name in names]
     _bars(axes, speeds, labels, ticks)
-    axes.set_ylim(0, 1.3 * max(speeds[FUSED]))
+    axes.set_ylabel("speed / PyTorch eager")
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_title("3x3 convolution: pass and channels. On the bars: milliseconds", fontsize=11)
+    axes.set_title("3x3 convolution by pass and channels. On the bars: milliseconds", fontsize=11)
 
 
 def _plot_operator(axes: Axes, results: Results, dropout: float) -> None:
@@ -347,9 +347,8 @@ def _plot_operator(axes: Axes, results: Results, dropout: float) -> None:
     axes.axhline(1, color="#b03a2e", linewidth=1.2, linestyle="--", label="byte floor", zorder=3)
     _bars(axes, heights, labels, ["{} channels\n{} x {}".format(*e.shape[1:]) for e in entries if e.shape])
     axes.set_ylabel("time / byte floor  (1 = copy bandwidth)")
-    axes.set_ylim(0, 1.35 * max(max(values, default=0) for values in heights.values()))
     words = f"dropout({dropout:g}, relu(bn(x) + r))" if dropout else "relu(bn(x) + r)"
-    axes.set_title(f"{words}, forward + backward. On the bars: milliseconds", fontsize=11)
+    axes.set_title(f"{words}, both ways. On the bars: milliseconds", fontsize=11)
 
 
 def _batch(results: Results) -> int:

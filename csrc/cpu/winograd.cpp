@@ -1,28 +1,23 @@
-// The 3x3 convolution with stride 1 and padding 1 on the CPU, by Winograd's
-// F(4x4, 3x3) (winograd.h has the formulas).
+// The 3x3 convolution with stride 1 and padding 1 on the CPU, by Winograd's F(4x4, 3x3) (winograd.h has the formulas).
 //
-// Outputs (and the input gradient, which is the same convolution of dy with the
-// kernel turned by half a circle and its channels exchanged) in one of two
-// orders:
-//   by tiles      each thread takes a chunk of tiles that fits its L2 cache
-//   through all three steps: transform, 36
-//                 products, inverse transform. The transformed weights are made
-//                 once, and read once a chunk.
-//   by channels   all tiles are transformed first; then each thread takes a
-//   group of output channels, transforms its
-//                 weights, and goes through the tiles: the transformed weights,
-//                 four times as large as the weights and larger than the tiles,
-//                 never leave the caches.
+// Outputs, and the input gradient, which is the same convolution of dy with the kernel turned by half a circle and its
+// channels exchanged, in one of two orders:
+//   by tiles      Each thread takes a chunk of tiles that fits its L2 cache through all three steps: transform, 36
+//                 products, inverse transform. The transformed weights are made once, and read once a chunk.
+//   by channels   All tiles are transformed first; then each thread takes a group of output channels, transforms its
+//                 weights, and goes through the tiles: the transformed weights, four times as large as the weights and
+//                 larger than the tiles, never leave the caches.
 // The weight gradient, likewise:
-//   by shares     each thread takes its share of the tiles, a chunk at a time,
-//   through transforms and products, and
-//                 keeps sums of its own; they are added up and transformed back
-//                 at the end.
-//   at once       where the tiles are few: all are transformed, and each thread
-//   takes its share of the channels.
+//   by shares     Each thread takes its share of the tiles, a chunk at a time, through transforms and products, and
+//                 keeps sums of its own; they are added up and transformed back at the end.
+//   at once       Where the tiles are few: all are transformed, and each thread takes its share of the channels.
+// In evaluation with few output positions there is one product instead (direct.h).
 //
-// Every output and input gradient is one sum in one order, whatever the number
-// of threads. Sums by shares depend on that number, and on nothing else.
+// What stands before a convolution is done where tiles are read (TileReader), what follows it where they are written
+// (epilogues.h). Memory that is read there is fetched during the products (Ahead).
+//
+// Every output and input gradient is one sum in one order, whatever the number of threads. Sums by shares, and those
+// that epilogues take by chunks, depend on that number, and on nothing else.
 #include "batch_norm_act.h"
 #include "direct.h"
 #include "epilogues.h"
@@ -458,7 +453,7 @@ public:
         first, count, rows_.data() + at * row, row_plane_, [row](int64_t p, int64_t k) { return p * row + k; });
   }
 
-  // gradient (+)= the product of one point for output channels begin ... begin
+  // gradient (+)= the product of one point and tiles first ... first + count - 1 for output channels begin ... begin
   // + size - 1 and a group of input channels.
   void multiply(
       const WeightGradient<T>& w,
@@ -466,11 +461,12 @@ public:
       int64_t group,
       int64_t begin,
       int64_t size,
+      int64_t first,
       int64_t count,
       float* gradient,
       bool accumulate) const {
-    const float* rows = rows_.data() + point * row_plane_ + begin;
-    const float* columns = columns_.data() + point * column_plane_ + group * most_ * kColumns;
+    const float* rows = rows_.data() + point * row_plane_ + first * w.row() + begin;
+    const float* columns = columns_.data() + point * column_plane_ + (group * most_ + first) * kColumns;
     with_rows(size, [&](auto r) { gradient_product<r>(rows, w.row(), columns, gradient, count, accumulate); });
   }
 
@@ -530,9 +526,12 @@ void gradient_at_once(const WeightGradient<T>& w) {
       const int64_t last_group = std::min(rows.count(), first_group + together);
       const int64_t first = rows.begin(first_group), size = rows.begin(last_group) - first;
       for (int64_t point = 0; point < kPoints; ++point) {
-        for (int64_t r = first_group; r < last_group; ++r) {
-          float* to = product.data() + point * plane + (rows.begin(r) - first) * kColumns;
-          transformed.multiply(w, point, group, rows.begin(r), rows.size(r), count, to, false);
+        for (int64_t from = 0; from < count; from += kGradientTiles) {
+          const int64_t depth = std::min(kGradientTiles, count - from);
+          for (int64_t r = first_group; r < last_group; ++r) {
+            float* to = product.data() + point * plane + (rows.begin(r) - first) * kColumns;
+            transformed.multiply(w, point, group, rows.begin(r), rows.size(r), from, depth, to, from > 0);
+          }
         }
       }
       transform_gradient(w, group, first, size, parts, plane);
@@ -571,7 +570,7 @@ void gradient_by_shares(const WeightGradient<T>& w) {
           for (int64_t group = 0; group < w.groups(); ++group) {
             for (int64_t r = 0; r < rows.count(); ++r) {
               float* to = gradient + point * plane + (group * w.outputs + rows.begin(r)) * kColumns;
-              transformed.multiply(w, point, group, rows.begin(r), rows.size(r), size, to, chunk > start);
+              transformed.multiply(w, point, group, rows.begin(r), rows.size(r), 0, size, to, chunk > start);
             }
           }
         }
@@ -595,7 +594,7 @@ void weight_gradient(const WeightGradient<T>& w) {
   // At once where the transformed tiles are no larger than what would be added
   // up otherwise.
   const int64_t bytes = w.tiles.count() * w.tile_bytes();
-  if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 4 * w.gradient_bytes())) {
+  if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 2 * w.gradient_bytes())) {
     gradient_at_once(w);
   } else {
     gradient_by_shares(w);

@@ -1,30 +1,21 @@
-// Winograd's minimal filtering F(4x4, 3x3): the transforms of tiles and
-// weights, and the two matrix products between.
+// Winograd's minimal filtering F(4x4, 3x3): the transforms of tiles and weights, and the two matrix products between.
 //
-//   Y = A^T [ (G g G^T) * (B^T d B) ] A      d: 6x6 input, g: 3x3 weights, Y:
-//   4x4 outputs, *: element by element
+//   Y = A^T [ (G g G^T) * (B^T d B) ] A      d: 6x6 input, g: 3x3 weights, Y: 4x4 outputs, *: element by element
 //
-// 36 multiplications give 16 outputs, where the direct sum takes 144. Source:
-// Lavin and Gray 2016, "Fast algorithms for convolutional neural networks",
-// sections 4.1 and 4.3; Toom and Cook's construction from points 0, +-a, +-b
-// and infinity. Here a = sqrt(1/2) and b = sqrt(2): a * b = 1 keeps every
-// matrix entry between 1/6 and 2.83, and the error is a third to a quarter of
-// that with the points 1 and 2 (docs/convolution.md has the figures);
-// operations are as many.
+// 36 multiplications give 16 outputs, where the direct sum takes 144. Source: Lavin and Gray 2016, "Fast algorithms for
+// convolutional neural networks", sections 4.1 and 4.3; Toom and Cook's construction from points 0, +-a, +-b and
+// infinity. Here a = sqrt(1/2) and b = sqrt(2): a * b = 1 keeps every matrix entry between 1/6 and 2.83, and the error
+// is a third to a quarter of that with the points 1 and 2 (docs/convolution.md has the figures) for as many operations.
 //
-//   B^T rows   [1 0 -5/2 0 1 0]   [0 -+2a -2 +-a 1 0]   [0 -+b/2 -1/2 +-b 1 0]
-//   [0 1 0 -5/2 0 1] G rows     [1 0 0]            [1 +-a 1/2] / -3/2     [1
-//   +-b 2] / 6            [0 0 1] A^T rows   [1 1 1 1 1 0]      [0 a -a b -b 0]
-//   [0 1/2 1/2 2 2 0]        [0 a/2 -a/2 2b -2b 1]
+//   B^T rows   [1 0 -5/2 0 1 0]   [0 -+2a -2 +-a 1 0]   [0 -+b/2 -1/2 +-b 1 0]   [0 1 0 -5/2 0 1]
+//   G rows     [1 0 0]            [1 +-a 1/2] / -3/2     [1 +-b 2] / 6            [0 0 1]
+//   A^T rows   [1 1 1 1 1 0]      [0 a -a b -b 0]        [0 1/2 1/2 2 2 0]        [0 a/2 -a/2 2b -2b 1]
 //
-// Layouts of what is transformed, for each of the 36 points a plane (p: tile,
-// c: channel, W: lanes of a vector):
-//   operand   [p / kRows][c / W][p % kRows][W]     left side of the product
-//   that gives outputs columns   [c / kColumns][p][kColumns]          right
-//   side of the product that gives the weight gradient; products rows [p][c],
-//   padded                       left side of that product weights   [k /
-//   kColumns][c][kColumns]          right side of the product that gives
-//   outputs
+// Layouts of what is transformed, for each of the 36 points a plane (p: tile, c: channel, W: lanes of a vector):
+//   operand   [p / kRows][c / W][p % kRows][W]     left side of the product that gives outputs
+//   columns   [c / kColumns][p][kColumns]          right side of the product that gives the weight gradient; products
+//   rows      [p][c], padded                       left side of that product
+//   weights   [k / kColumns][c][kColumns]          right side of the product that gives outputs
 // so that the inner loops read memory in order, at fixed offsets.
 #pragma once
 
