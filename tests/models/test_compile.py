@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from fastres import models
+from fastres.fuse import unfuse
 from fastres.nn import FusedBasicBlock, FusedBottleneck, ResidualBlock
+from tests.oracle import OUTPUT_AMPLIFICATION
 from tests.parity import FORMATS, scramble, twin
 
 
@@ -86,7 +88,10 @@ def test_the_evaluation_model_can_be_exported(name, no_grad, memory_format, conv
     x, y = (torch.randn(n, 3, 16, 16).contiguous(memory_format=memory_format) for n in (2, 5))
     with torch.set_grad_enabled(not no_grad):
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
-        expected = model(y)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any("fastres" in name for name in operators)
-    torch.testing.assert_close(program.module()(y), expected)
+    # The graph's algorithms hold for every batch and may be others than eager's for this one.
+    plain = unfuse(model)
+    with torch.no_grad():
+        theirs, exact = plain(y), twin(plain).double()(y.double())
+        assert (program.module()(y) - exact).norm() <= 2 * OUTPUT_AMPLIFICATION * (theirs - exact).norm()
