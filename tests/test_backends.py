@@ -57,7 +57,8 @@ def test_the_parity_tests_pass_on(backend):
         selected.append(TESTS / "ops" / "test_projection_shortcut.py")
     if backend not in ("triton", "cuda"):
         # The CPU's alone.
-        selected += [TESTS / "ops" / "test_conv3x3.py", TESTS / "ops" / "test_norm_act_conv3x3.py"]
+        names = ("conv3x3", "conv3x3_bfloat16", "norm_act_conv3x3")
+        selected += [TESTS / "ops" / f"test_{name}.py" for name in names]
     # Compilation and hypothesis take long and do not depend on the backend.
     skip = "not compiles and not any_shape and not opcheck and not threads"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", skip, *map(str, selected)]

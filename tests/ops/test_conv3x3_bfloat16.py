@@ -39,12 +39,12 @@ from tests.oracle import (
     assert_close,
     assert_statistics,
     bound,
-    double_norm,
     generator,
     near_zero,
     norm,
     output_length,
     saved_bytes,
+    threads,
     weight_length,
 )
 
@@ -375,29 +375,29 @@ def check_end(
     noise = torch.zeros_like(y)
     if not COMPILED and weight_dtype == torch.float32:
         noise = together(HALF**2 * F.conv2d(x.double().square(), weight.double().square(), padding=1, stride=stride))
-    vectors = [t.detach() for t in n[:4]]
-    last = (stride, product)
-    alone = OPS.conv3x3_inference(x, weight, *[None] * 5, 0.0, False, *last)
-    assert_close(alone, y, "y", length=length, noise=noise)
-    z = reference.batch_norm_act(
-        y,
-        *(t.double() for t in vectors),
-        eps=n.eps,
-        relu=relu,
-        residual=None if residual is None else residual.double(),
-    )
+
+    def found(n: NormParams | None) -> list[Tensor]:
+        """What the operator gives, and what the function that calls it does."""
+        with torch.no_grad(), unrounded(weight_dtype):
+            if n is None:
+                own = OPS.conv3x3_inference(x, weight, *[None] * 5, 0.0, False, stride, product)
+                return [own] if product else [own, functional.conv3x3(x, weight, algorithm="winograd")]
+            own = OPS.conv3x3_inference(x, weight, *n[:4], residual, n.eps, relu, stride, product)
+            options = {"residual": residual, "relu": relu, "algorithm": "winograd"}
+            return [own] if product else [own, functional.conv3x3_norm_act(x, weight, n, **options)]
+
+    for result in found(None):
+        assert_close(result, y, "y", length=length, noise=noise)
+    exact_residual = None if residual is None else residual.double()
+    vectors = [t.detach().double() for t in n[:4]]
+    z = reference.batch_norm_act(y, *vectors, eps=n.eps, relu=relu, residual=exact_residual)
     noise = noise + bound(y, torch.float32, length)
     if not COMPILED:
         noise = noise + stored(y) + HALF * noise
     scale = per_channel(torch.rsqrt(n.running_var.double() + n.eps) * n.weight.detach().double())
-    end = OPS.conv3x3_inference(x, weight, *vectors, residual, n.eps, relu, *last)
-    assert end.dtype == LOW and end.is_contiguous(memory_format=torch.channels_last)
-    assert_close(end, z, "normalised", noise=noise * scale)
-    if not product:
-        with torch.no_grad(), unrounded(weight_dtype):
-            assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), alone)
-            called = functional.conv3x3_norm_act(x, weight, n, residual=residual, relu=relu, algorithm="winograd")
-            assert torch.equal(called, end)
+    for result in found(n):
+        assert result.dtype == LOW and result.is_contiguous(memory_format=torch.channels_last)
+        assert_close(result, z, "normalised", noise=noise * scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -490,7 +490,7 @@ def test_outputs_are_made_of_the_weight_unrounded(product):
     results = [OPS.conv3x3_inference(x2, w, *[None] * 5, 0.0, False, 1, product) for w in (both, both.bfloat16())]
     if not product:
         results += [OPS.conv3x3_forward(x2, w, False)[0] for w in (both, both.bfloat16())]
-    for of_float32, of_bfloat16 in itertools.batched(results, 2):
+    for of_float32, of_bfloat16 in zip(results[::2], results[1::2], strict=True):
         assert_close(of_float32, wanted, "y", length=length)
         assert_close(of_bfloat16, torch.zeros_like(wanted), "y of the rounded weight", length=length)
     assert wanted.abs().max() > 4 * bound(wanted, LOW, length).max()
@@ -549,6 +549,8 @@ def operator_calls(weight_dtype: torch.dtype, layout: str) -> list[tuple[object,
         *((OPS.conv3x3_inference, (x, weight, *[None] * 5, 0.0, False, 1, way)) for way in (False, True)),
         *((OPS.conv3x3_inference, (x, weight, *of_y, dy, 0.05, True, 1, way)) for way in (False, True)),
     ]
+    # norm_act_conv3x3 brings its arguments to channels_last.
+    x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
     for order, r in ((None, None), *((order, residual) for order in functional.ORDERS)):
         act = (True, 0.25, order or "add_act")
         forward = (x, None, None, n[2], n[3], *n[:2], r, torch.tensor([17]), weight, 0.1, 1e-3, *act, True)
@@ -578,6 +580,18 @@ def test_fake_kernels_foretell_shapes_strides_and_dtypes(weight_dtype, layout):
 
 
 @needs_kernels
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_threads_agree_with_float64(count):
+    # A share may start anywhere in a line of tiles.
+    with threads(count):
+        for shape in ((6, 24, 40, 21, 50), (4, 200, 256, 4, 4)):
+            check_measured(shape, torch.float32)
+            check_norm_act(shape, torch.float32, order="add_act", dropout_p=0.2)
+            check_end(shape, torch.float32)
+        check_end((1, 64, 200, 8, 8), torch.float32, product=True)
+
+
+@needs_kernels
 @pytest.mark.parametrize("shape", [(40, 32, 40, 15, 14), (4, 200, 256, 4, 4)], ids=name)
 def test_results_are_the_same_in_every_run_by_as_many_threads(shape):
     x, weight, dy = tensors(shape, torch.float32, "threads")
@@ -597,14 +611,12 @@ def test_results_are_the_same_in_every_run_by_as_many_threads(shape):
             OPS.conv3x3_inference(x[:1], weight, *[None] * 5, 0.0, False, 1, True),
         ]
 
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
             results.append(run())
-            assert all(torch.equal(a, b) for a, b in zip(results[-1], run(), strict=True))
-    finally:
-        torch.set_num_threads(before)
+            again = run()
+        assert all(torch.equal(a, b) for a, b in zip(results[-1], again, strict=True))
     first = results[0]
     of_weight = conv2d_weight(x.double(), weight.shape, dy.double(), padding=1)
     for found in results:
