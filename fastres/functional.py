@@ -500,8 +500,10 @@ def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None)
     _check_convolution(x, weight, algorithm)
     if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
         return Convolved(reference.conv3x3(x, weight.to(x.dtype)), None, x)
-    y, mean, m2, x = _conv_ops.Conv3x3.apply(_dense(x, torch.channels_last), _served(weight, x), True)
-    return Convolved(y, Statistics(mean, m2), x)
+    x = _dense(x, torch.channels_last)
+    y, mean, m2, same = _conv_ops.Conv3x3.apply(x, _served(weight, x), True)
+    # Otherwise x would ask for a gradient that nobody takes, where only the weight does.
+    return Convolved(y, Statistics(mean, m2), same if x.requires_grad else x)
 
 
 def norm_act_conv3x3(
@@ -614,10 +616,10 @@ def conv3x3_norm_act(
     _check_options(False, relu, 0.0, None, x, tuple(shape))
     asked = _conv_ops.asked_algorithm(algorithm)
     product = _conv_ops.takes_product(x, stride, asked)
-    serves = product or (stride == 1 and _conv_ops.takes_winograd(x, weight, asked))
-    if not serves or _needs_grad(x, weight, norm.weight, norm.bias, residual):
-        if stride == 1:
-            y = conv3x3(x, weight, algorithm=algorithm)
+    winograd = not product and stride == 1 and _conv_ops.takes_winograd(x, weight, asked)
+    if not (product or winograd) or _needs_grad(x, weight, norm.weight, norm.bias, residual):
+        if winograd:
+            y = _conv_ops.Conv3x3.apply(_dense(x, torch.channels_last), _served(weight, x), False)[0]
         else:
             y = F.conv2d(x, weight.to(x.dtype), stride=stride, padding=1)
         return batch_norm_act(y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu)

@@ -69,7 +69,17 @@ def pays(images: int, inputs: int, outputs: int, height: int, width: int) -> boo
     direct = 2 * 9 * images * height * width * inputs * outputs
     products = 2 * _POINTS * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
     transforms = _TILE_COST * tiles * (inputs + outputs) + _WEIGHT_COST * inputs * outputs
-    return direct > _ADVANTAGE * (products + transforms + _CALL_COST)
+    # In whole numbers, which torch.export can reason about.
+    return _holds(100 * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
+
+
+def _holds(condition: bool) -> bool:
+    """The condition; for an exported graph, which serves a range of sizes, whether it is known to hold for all."""
+    if not torch.compiler.is_exporting():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def output_size(size: int, stride: int) -> int:
@@ -110,7 +120,7 @@ def takes_product(x: Tensor, stride: int, algorithm: str) -> bool:
         return False
     n, _, h, w = x.shape
     positions = n * output_size(h, stride) * output_size(w, stride)
-    return positions <= _FEW_POSITIONS and reference.rows_are_channels(x)
+    return _holds(positions <= _FEW_POSITIONS) and reference.rows_are_channels(x)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
