@@ -676,9 +676,9 @@ def exact_block(block: FusedBasicBlock, x: Tensor, shake) -> Tensor:
 
     weights = [w if COMPILED else shake(w) for w in (block.conv1.weight, block.conv2.weight)]
     y = shake(F.conv2d(x, weights[0], padding=1))
-    a = F.relu(shake.backward(normed(block.bn1, y)))
-    if not COMPILED:
-        a = shake(a)
+    z = normed(block.bn1, y)
+    # In training the kernels store the masked gradient alone; else the activation is stored, and what comes back to it.
+    a = F.relu(shake.backward(z)) if COMPILED and block.training else shake(F.relu(z))
     y = shake(F.conv2d(a, weights[1], padding=1))
     return shake.forward(F.relu(normed(block.bn2, y) + x))
 
@@ -715,8 +715,9 @@ def test_a_block_under_autocast_is_that_of_float64(layout, training):
     """Root mean squares of the errors, a tensor each, for the block's ReLUs may flip.
 
     What they may be is found by Monte Carlo arithmetic (Parker 1997): in float64 every tensor that is stored is moved
-    by half a spacing, up or down. That is 1.7 times as much as roundings have in root mean square, and more than
-    float32 arithmetic adds. Wrong statistics, weights or residuals are errors of the size of the values.
+    by half a spacing, up or down. That is 1.7 times as much as roundings have in root mean square. The few ReLUs that
+    flip make the errors of the small tensors vary from draw to draw: ROOMS deviations of them are allowed. Wrong
+    statistics, weights or residuals are errors of the size of the values.
     """
     block, exact = (b.train(training) for b in make_block(layout, training))
     gen = generator("autocast", layout, training)
@@ -752,7 +753,8 @@ def test_a_block_under_autocast_is_that_of_float64(layout, training):
     assert found.keys() == wanted.keys()
     for key, value in found.items():
         error = (value.double() - wanted[key]).square().mean().sqrt()
-        shaken = max((draw[key] - wanted[key]).square().mean().sqrt() for draw in draws)
+        shaken = torch.stack([(draw[key] - wanted[key]).square().mean().sqrt() for draw in draws])
+        shaken = shaken.mean() + ROOMS * shaken.std()
         single = bound(wanted[key], torch.float32, output_length(20)).max()
         assert error <= shaken + single, f"{key}: error {error:.3e}, allowed {shaken:.3e}; FASTRES_TEST_SEED={SEED}"
 
