@@ -111,6 +111,8 @@ def _backward_fallback(
         dx, dr = reference.backward_apply(
             da, normed, r, bits, act, (*sums, none, none), x.numel() // x.shape[1], (True, needs[1])
         )
+        dx = dx.contiguous(memory_format=torch.channels_last)
+        dr = dr.contiguous(memory_format=torch.channels_last) if needs[1] else dr
     return dx, dr, dweight, *sums
 
 
@@ -120,7 +122,7 @@ def _backward_fake(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dweight = conv3x3.empty_gradients(x, weight, [needs[0], needs[2]])
-    dr = torch.empty_like(x) if needs[1] else x.new_empty(0)
+    dr = torch.empty_like(x, memory_format=torch.channels_last) if needs[1] else x.new_empty(0)
     dnorm_weight, dnorm_bias = (mean.new_empty(x.shape[1] if needs[0] else 0) for _ in range(2))
     return dx, dr, dweight, dnorm_weight, dnorm_bias
 
