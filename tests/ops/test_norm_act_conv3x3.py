@@ -568,9 +568,12 @@ def test_fake_kernels_foretell_shapes_strides_and_dtypes(shape, dropout_p, order
         (OPS.norm_act_conv3x3_backward, (*backward, needs))
         for needs in ([True, order is not None, True], [True, False, False], [False, False, True], [False] * 3)
     ]
-    for op, arguments in calls:
-        on_meta = [t.to("meta") if isinstance(t, Tensor) else t for t in arguments]
-        for real, fake in zip(op(*arguments), op(*on_meta), strict=True):
+    for (op, arguments), layout in itertools.product(calls, LAYOUTS.values()):
+        tensors = [
+            t.contiguous(memory_format=layout) if isinstance(t, Tensor) and t.dim() == 4 else t for t in arguments
+        ]
+        on_meta = [t.to("meta") if isinstance(t, Tensor) else t for t in tensors]
+        for real, fake in zip(op(*tensors), op(*on_meta), strict=True):
             assert layout_of(real) == layout_of(fake)
 
 
