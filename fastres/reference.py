@@ -339,6 +339,28 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.full((1,), count, dtype=torch.int64, device=x.device), mean, var * count
 
 
+def finalise(
+    x: Tensor,
+    mean: Tensor | None,
+    m2: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the batch, both new, out of its statistics or, where they are not known, of x itself.
+
+    The running statistics are updated in place.
+    """
+    count = x.numel() // x.shape[1]
+    if mean is None or m2 is None:
+        _, mean, m2 = stats(x)
+    else:
+        mean = mean.clone()
+    update_running(running_mean, running_var, mean, m2, count, momentum)
+    return mean, torch.rsqrt(m2 / count + eps)
+
+
 def apply(
     x: Affine, residual: Tensor | Affine | None, seed: Tensor | None, act: Activation, save_bits: bool
 ) -> tuple[Tensor, Tensor]:

@@ -104,28 +104,18 @@ def _training_fallback(
     seed: Tensor | None, residual_norm: bool, momentum: float, eps: float, residual_momentum: float,
     residual_eps: float, relu: bool, dropout_p: float, order: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    count = x.numel() // x.shape[1]
-    if x_mean is None or x_m2 is None:
-        _, x_mean, x_m2 = reference.stats(x)
-    else:
-        x_mean = x_mean.clone()
-    reference.update_running(running_mean, running_var, x_mean, x_m2, count, momentum)
-    rstd = torch.rsqrt(x_m2 / count + eps)
+    mean, rstd = reference.finalise(x, x_mean, x_m2, running_mean, running_var, momentum, eps)
     r: Tensor | Affine | None = residual
-    r_mean, r_rstd = x_mean.new_empty(0), x_mean.new_empty(0)
+    r_mean, r_rstd = mean.new_empty(0), mean.new_empty(0)
     if residual is not None and residual_norm:
-        if residual_mean is None or residual_m2 is None:
-            _, r_mean, residual_m2 = reference.stats(residual)
-        else:
-            r_mean = residual_mean.clone()
-        reference.update_running(
-            residual_running_mean, residual_running_var, r_mean, residual_m2, count, residual_momentum
-        )
-        r_rstd = torch.rsqrt(residual_m2 / count + residual_eps)
+        r_mean, r_rstd = reference.finalise(
+            residual, residual_mean, residual_m2, residual_running_mean, residual_running_var, residual_momentum,
+            residual_eps,
+        )  # fmt: skip
         r = Affine(residual, r_mean, r_rstd, residual_weight, residual_bias)
     act = Activation(relu, dropout_p, order)
-    y, bits = reference.apply(Affine(x, x_mean, rstd, weight, bias), r, seed, act, True)
-    return y, x_mean, rstd, r_mean, r_rstd, bits
+    y, bits = reference.apply(Affine(x, mean, rstd, weight, bias), r, seed, act, True)
+    return y, mean, rstd, r_mean, r_rstd, bits
 
 
 def _training_fake(

@@ -57,21 +57,15 @@ def _forward_fallback(
     running_mean: Tensor | None, running_var: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     weight: Tensor, momentum: float, eps: float, relu: bool, dropout_p: float, order: str, statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    count = x.numel() // x.shape[1]
-    if x_mean is None or x_m2 is None:
-        _, x_mean, x_m2 = reference.stats(x)
-    else:
-        x_mean = x_mean.clone()
-    reference.update_running(running_mean, running_var, x_mean, x_m2, count, momentum)
-    rstd = torch.rsqrt(x_m2 / count + eps)
+    mean, rstd = reference.finalise(x, x_mean, x_m2, running_mean, running_var, momentum, eps)
     keep = torch.empty(0, dtype=torch.uint8, device=x.device)
     if dropout_p > 0:
         assert seed is not None
         keep = reference.pack_bits(_rows(reference.dropout_keep(x.shape, seed, dropout_p)), _rows(x))
-    normed = Affine(x, x_mean, rstd, norm_weight, norm_bias)
+    normed = Affine(x, mean, rstd, norm_weight, norm_bias)
     a, _ = _activate(normed, residual, keep, Activation(relu, dropout_p, order))
     y = conv3x3.empty_output(x, weight).copy_(reference.conv3x3(a, weight.to(x.dtype)))
-    return *conv3x3.measured(y, statistics), x_mean, rstd, keep
+    return *conv3x3.measured(y, statistics), mean, rstd, keep
 
 
 def _forward_fake(
