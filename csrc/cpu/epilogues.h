@@ -48,8 +48,7 @@ inline void put(T* p, Lanes v, Count count, bool streaming) {
   store_counted(p, v, count);
 }
 
-// Tiles slot * size ... of each of `shares` shares, cut into chunks: where an output's tile falls, and how many there
-// are.
+// The tiles cut into shares, and each share into chunks. A slot is the place of a chunk; a last one may be empty.
 struct Chunks {
   Tiles tiles;
   int64_t share; // tiles, the last share may have fewer
