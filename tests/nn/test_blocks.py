@@ -10,7 +10,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
@@ -26,6 +25,7 @@ from fastres.nn import (
     ResidualBlock,
     SkipConnection,
 )
+from tests.operators import Operators
 from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero, output_length, weight_length
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
@@ -251,23 +251,6 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, make):
 
 
 # ---------------------------------------------------------- convolutions that take in the normalisations beside them
-
-
-class Operators(TorchDispatchMode):
-    """The fastres operators that were called, with their arguments, and the inputs of every ReLU of PyTorch's."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.arguments, self.relu_inputs = [], [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastres":
-            self.names.append(func._schema.name.removeprefix("fastres::"))
-            names = [argument.name for argument in func._schema.arguments]
-            self.arguments.append(dict(zip(names, args, strict=False)))
-        elif func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
-            self.relu_inputs.append(args[0].clone())
-        return func(*args, **(kwargs or {}))
 
 
 def off_kinks(exact, layout, gen, *, size=(5, 7), n=4):
