@@ -64,6 +64,8 @@ def record(results: Results, when: str, **values: Any) -> None:
 
 def state(results: Results, when: str, model: nn.Module, *, gradients: bool = True) -> None:
     """Note the gradients of all parameters, and parameters and buffers."""
+    # In order: an optimizer's state is saved by number.
+    results[f"{when}: parameters"] = [common(name) for name, _ in model.named_parameters()]
     if gradients:
         for name, p in model.named_parameters():
             record(results, when, **{f"gradient of {name}": p.grad})
@@ -126,10 +128,10 @@ def problems(
     ours, theirs = ({common(k): v for k, v in r.items()} for r in (ours, theirs))
     exact = None if exact is None else {common(k): v for k, v in exact.items()}
     found = []
-    if list(ours) != list(theirs):
+    if ours.keys() != theirs.keys():
         mine, plain = (sorted(set(a) - set(b)) for a, b in ((ours, theirs), (theirs, ours)))
-        found.append(f"names: only ours {mine}, only plain {plain}" if mine or plain else "names: another order")
-    for name in theirs.keys() & ours.keys():
+        found.append(f"names: only ours {mine}, only plain {plain}")
+    for name in (name for name in theirs if name in ours):
         true = None if exact is None else exact[name]
         problem = differs(ours[name], theirs[name], true, subject, low_precision)
         if problem:
