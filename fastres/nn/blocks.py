@@ -112,7 +112,7 @@ class FusedBlock(Fused):
     @torch.jit.unused
     def _in_memory_format(self, x: Tensor) -> Tensor:
         """The fused steps, in channels_last where that pays; the result lies as PyTorch's block would leave it."""
-        if not gains_by_channels_last(x, self.conv2, self.conv1.stride[0], self.conv_algorithm):
+        if not gains_by_channels_last(x, self.conv1, self.conv2, self.conv_algorithm):
             return self._fused(x)
         convs = (m for m in self._modules.values() if isinstance(m, nn.Conv2d))
         expected = torch.channels_last if gives_channels_last(x, convs) else torch.contiguous_format

@@ -11,17 +11,18 @@ from fastres import functional
 from fastres.nn.steps import check_dropout, norm_act, uses_batch_statistics
 from fastres.nn.trust import Fused, renamed, why_not_ordinary
 
-# What reads and writes through to the normalisation inside, and what of it is saved under its name.
-_SAVED = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_OF_NORM = frozenset((*_SAVED, "num_features", "eps", "momentum", "affine", "track_running_stats"))
+# What is read and written through to the normalisation inside.
+_OF_NORM = frozenset(
+    "weight bias running_mean running_var num_batches_tracked num_features eps momentum affine track_running_stats".split()
+)
 
 
 class BatchNormAct2d(nn.Module):
     """Batch normalisation, the addition of a residual, ReLU and dropout in plain PyTorch, one operator after another.
 
     The normalisation is the child `norm`, torch's own BatchNorm2d: what synchronises, freezes, folds or counts
-    normalisations finds it there, and what follows it stays. The state_dict is that of the BatchNorm2d, and its
-    attributes (weight, running_mean, eps, momentum, ...) are read and written through this module as well.
+    normalisations finds it there, and what follows it stays. Its parameters and buffers are this module's as well, by the
+    very names of a BatchNorm2d, in `named_parameters` and in the state_dict; so are its attributes (eps, momentum, ...).
 
     Args, Raises: as `FusedBatchNormAct2d`, whose plain twin it is.
     """
@@ -78,6 +79,25 @@ class BatchNormAct2d(nn.Module):
         steps.insert(1 if self.order == "add_act" else len(steps), "[add]")
         return f"steps={' > '.join(steps)}"
 
+    __jit_unused_properties__ = ["_parameters", "_buffers"]  # noqa: RUF012
+
+    # One pair of dictionaries for both modules, whichever module stands in `norm`: nothing can tell them apart later.
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
+        return self._modules["norm"]._parameters if "norm" in self.__dict__.get("_modules", ()) else {}  # type: ignore[union-attr]
+
+    @_parameters.setter
+    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
+        pass
+
+    @property
+    def _buffers(self) -> dict[str, Tensor | None]:  # type: ignore[override]
+        return self._modules["norm"]._buffers if "norm" in self.__dict__.get("_modules", ()) else {}  # type: ignore[union-attr]
+
+    @_buffers.setter
+    def _buffers(self, value: dict[str, Tensor | None]) -> None:
+        pass
+
     def __getattr__(self, name: str) -> Any:
         if name in _OF_NORM and "norm" in self.__dict__.get("_modules", ()):
             return getattr(self._modules["norm"], name)
@@ -90,27 +110,25 @@ class BatchNormAct2d(nn.Module):
             super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch.nn.Module.state_dict, with the names of a BatchNorm2d."""
+        """As torch.nn.Module.state_dict, with every entry once, under the name that a BatchNorm2d gives it."""
         state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for name in _SAVED:
-            if f"{prefix}norm.{name}" in state:
-                state[prefix + name] = state.pop(f"{prefix}norm.{name}")
+        inside = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "norm."
+        for name in [key for key in state if key.startswith(inside)]:
+            del state[name]
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in _SAVED:
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        # The child loads them, with what a BatchNorm2d knows of older versions.
+        for name in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict.setdefault(f"{prefix}norm.{name.removeprefix(prefix).removeprefix('norm.')}", state_dict.pop(name))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "norm" not in state["_modules"]:  # pickled whole when it was a BatchNorm2d itself
             norm = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
             own = {key: state.pop(key) for key in ("relu", "dropout", "order")}
             norm.__setstate__(state)
-            state = {**nn.Module().__dict__, **own, "training": norm.training}
-            state["_modules"] = {"norm": norm}
+            state = {**nn.Module().__dict__, **own, "training": norm.training, "_modules": {"norm": norm}}
+            del state["_parameters"], state["_buffers"]
         super().__setstate__(state)
 
 
