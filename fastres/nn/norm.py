@@ -12,17 +12,18 @@ from fastres.nn.steps import check_dropout, norm_act, uses_batch_statistics
 from fastres.nn.trust import Fused, renamed, why_not_ordinary
 
 # What is read and written through to the normalisation inside.
-_OF_NORM = frozenset(
-    "weight bias running_mean running_var num_batches_tracked num_features eps momentum affine track_running_stats".split()
-)
+_OF_NORM = frozenset((
+    "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+    "num_features", "eps", "momentum", "affine", "track_running_stats",
+))  # fmt: skip
 
 
 class BatchNormAct2d(nn.Module):
     """Batch normalisation, the addition of a residual, ReLU and dropout in plain PyTorch, one operator after another.
 
     The normalisation is the child `norm`, torch's own BatchNorm2d: what synchronises, freezes, folds or counts
-    normalisations finds it there, and what follows it stays. Its parameters and buffers are this module's as well, by the
-    very names of a BatchNorm2d, in `named_parameters` and in the state_dict; so are its attributes (eps, momentum, ...).
+    normalisations finds it there, and what follows it stays. The state_dict has a BatchNorm2d's names (`weight`, where
+    `named_parameters` says `norm.weight`), and a BatchNorm2d's attributes are read and written through this module.
 
     Args, Raises: as `FusedBatchNormAct2d`, whose plain twin it is.
     """
@@ -79,25 +80,6 @@ class BatchNormAct2d(nn.Module):
         steps.insert(1 if self.order == "add_act" else len(steps), "[add]")
         return f"steps={' > '.join(steps)}"
 
-    __jit_unused_properties__ = ["_parameters", "_buffers"]  # noqa: RUF012
-
-    # One pair of dictionaries for both modules, whichever module stands in `norm`: nothing can tell them apart later.
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter | None]:  # type: ignore[override]
-        return self._modules["norm"]._parameters if "norm" in self.__dict__.get("_modules", ()) else {}  # type: ignore[union-attr]
-
-    @_parameters.setter
-    def _parameters(self, value: dict[str, nn.Parameter | None]) -> None:
-        pass
-
-    @property
-    def _buffers(self) -> dict[str, Tensor | None]:  # type: ignore[override]
-        return self._modules["norm"]._buffers if "norm" in self.__dict__.get("_modules", ()) else {}  # type: ignore[union-attr]
-
-    @_buffers.setter
-    def _buffers(self, value: dict[str, Tensor | None]) -> None:
-        pass
-
     def __getattr__(self, name: str) -> Any:
         if name in _OF_NORM and "norm" in self.__dict__.get("_modules", ()):
             return getattr(self._modules["norm"], name)
@@ -110,26 +92,27 @@ class BatchNormAct2d(nn.Module):
             super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch.nn.Module.state_dict, with every entry once, under the name that a BatchNorm2d gives it."""
+        """As torch.nn.Module.state_dict, under the names of a BatchNorm2d."""
         state = super().state_dict(*args, **kwargs)
-        inside = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "norm."
-        for name in [key for key in state if key.startswith(inside)]:
-            del state[name]
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        inside = prefix + "norm."
+        for key in [key for key in state if key.startswith(inside)]:
+            state[prefix + key.removeprefix(inside)] = state.pop(key)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The child loads them, with what a BatchNorm2d knows of older versions.
-        for name in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict.setdefault(f"{prefix}norm.{name.removeprefix(prefix).removeprefix('norm.')}", state_dict.pop(name))
+        inside = prefix + "norm."
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(inside)]:
+            state_dict[inside + key.removeprefix(prefix)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "norm" not in state["_modules"]:  # pickled whole when it was a BatchNorm2d itself
             norm = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
             own = {key: state.pop(key) for key in ("relu", "dropout", "order")}
-            norm.__setstate__(state)
+            norm.__setstate__(state)  # type: ignore[no-untyped-call]
             state = {**nn.Module().__dict__, **own, "training": norm.training, "_modules": {"norm": norm}}
-            del state["_parameters"], state["_buffers"]
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 class FusedBatchNormAct2d(Fused, BatchNormAct2d):
@@ -138,8 +121,9 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
         "add_act":  y = dropout(relu(bn(x) + residual))
         "act_add":  y = dropout(relu(bn(x))) + residual
 
-    The normalisation is the child `norm`, torch's own BatchNorm2d. Where that is replaced (synchronised, frozen, folded),
-    hooked or frozen beside dropout, and where the call is traced, exported or transformed, its twin in plain PyTorch runs.
+    The normalisation is the child `norm`, torch's own BatchNorm2d. Where that is replaced (synchronised, folded),
+    hooked or frozen beside dropout, and where the call is traced, exported or transformed, its plain twin's forward
+    runs.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch.nn.BatchNorm2d.
@@ -165,7 +149,7 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
         Raises:
             TypeError, ValueError: as `fastres.functional.batch_norm_act`.
         """
-        if torch.jit.is_scripting() or self._leaves(x) or self._leaves_for(residual):
+        if torch.jit.is_scripting() or self._leaves(x) or self._leaves_for(residual):  # type: ignore[attr-defined]
             return self._plain(x, residual)  # type: ignore[no-any-return]
         return self._fused(x, residual)
 
