@@ -8,8 +8,8 @@ buffers, hooks and mode. What gets another class:
 - torchvision's ResNet, and the trunk that IntermediateLayerGetter cuts out of one, for the stem;
 - the plain twins of our own layers, which unfuse leaves behind.
 
-A fused module asks at each call whether its faster way is exact for it as it stands (`fastres.nn.trust`), so what is done
-to the model before or after fusing it means what it means in torchvision's. `fuse_report` asks the same.
+A fused module asks at each call whether its faster way is exact for it as it stands (`fastres.nn.trust`), so what is
+done to the model before or after fusing it means what it means in torchvision's. `fuse_report` asks the same.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _share(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
 def fuse_report(model: nn.Module) -> FuseReport:
     """What of the model takes its faster way, and what could but does not and why.
 
-    It asks the model as it is now, whether `fuse` made it or a constructor did, what every call asks. It prints a line a
-    module.
+    It asks the model as it is now, whether `fuse` made it or a constructor did, what every call asks. It prints a line
+    a module.
 
     Args:
         model: any module.
@@ -184,10 +184,10 @@ def fuse_report(model: nn.Module) -> FuseReport:
 def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None = None) -> nn.Module:
     """Give what can be fused in a model its faster way, and leave the rest as it is.
 
-    Outputs, gradients, running statistics, state_dict, children, hooks and the mode of every module stay, and so does what
-    later changes to the model mean: a fused block whose child is replaced, converted or hooked computes child by child as
-    torchvision's does. Tracing and exporting give the plain network. The report goes to the log "fastres.fuse" at level
-    INFO, and `fuse_report(model)` gives it at any time.
+    Outputs, gradients, running statistics, state_dict, children, hooks and the mode of every module stay, and so does
+    what later changes to the model mean: a fused block whose child is replaced, converted or hooked computes child by
+    child as torchvision's does. Tracing and exporting give the plain network. The report goes to the log
+    "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time.
 
     Args:
         model: a torchvision ResNet, or any module that has one, or its blocks, inside. A fused one is left as it is.

@@ -82,7 +82,7 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] to [N, num_classes]."""
-        if torch.jit.is_scripting() or self._leaves(x):
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
             return self._plain(x)  # type: ignore[no-any-return]
         return self._fused(x)
 

@@ -2,7 +2,7 @@
 before its last convolution.
 
 A fused block owns nothing that it changes. Its children are torchvision's, with torch's own meaning; where each is what
-its class says and no more (`fastres.nn.trust`) forward takes the fused steps, and otherwise torchvision's own forward runs.
+its class says and no more (`fastres.nn.trust`) forward takes the fused steps, and otherwise torchvision's own runs.
 
 Where torchvision's blocks take a dropout rate, it stands between the convolutions: after the ReLU that comes before
 the block's last convolution (Zagoruyko and Komodakis 2016, "Wide residual networks", section 2.4). That is after bn1's
@@ -100,7 +100,7 @@ class FusedBlock(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] to [N, expansion * planes, ceil(H / stride), ceil(W / stride)]."""
-        if torch.jit.is_scripting() or self._leaves(x):
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
             return self._child_by_child(x)
         return self._in_memory_format(x)
 
@@ -112,7 +112,7 @@ class FusedBlock(Fused):
     @torch.jit.unused
     def _in_memory_format(self, x: Tensor) -> Tensor:
         """The fused steps, in channels_last where that pays; the result lies as PyTorch's block would leave it."""
-        if not gains_by_channels_last(x, self.conv2, self.conv1.stride[0], self.conv_algorithm):
+        if not gains_by_channels_last(x, self.conv1, self.conv2, self.conv_algorithm):
             return self._fused(x)
         convs = (m for m in self._modules.values() if isinstance(m, nn.Conv2d))
         expected = torch.channels_last if gives_channels_last(x, convs) else torch.contiguous_format
@@ -147,12 +147,12 @@ class FusedBlock(Fused):
         self.dropout, self.conv_algorithm = check_dropout(dropout), check_conv_algorithm(conv_algorithm)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A block pickled whole before its children were torch's own has the one attribute without the other.
         if "conv_algorithm" in self.__dict__ and "dropout" not in self.__dict__:
             self.dropout = max(take_over_norm(self, n) for n, c in self.exactly.items() if c is nn.BatchNorm2d)
             if type(self._modules.get("downsample")) is ProjectionShortcut:
-                self.downsample.__class__ = nn.Sequential  # type: ignore[assignment]
+                self.downsample.__class__ = nn.Sequential
 
 
 class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
@@ -160,8 +160,8 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
 
         y = relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut(x))
 
-    Children, parameters and state_dict are torchvision's. Where a child is replaced, hooked or converted, where some of the
-    normalisations are frozen, and where the call is traced, exported or transformed, it computes child by child as
+    Children, parameters and state_dict are torchvision's. Where a child is replaced, hooked or converted, where some of
+    the normalisations are frozen, and where the call is traced, exported or transformed, it computes child by child as
     torchvision's block does (`fastres.fuse_report` says so, and the log once).
 
     Args:

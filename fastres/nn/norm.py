@@ -11,17 +11,19 @@ from fastres import functional
 from fastres.nn.steps import check_dropout, norm_act, uses_batch_statistics
 from fastres.nn.trust import Fused, renamed, why_not_ordinary
 
-# What reads and writes through to the normalisation inside, and what of it is saved under its name.
-_SAVED = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_OF_NORM = frozenset((*_SAVED, "num_features", "eps", "momentum", "affine", "track_running_stats"))
+# What is read and written through to the normalisation inside.
+_OF_NORM = frozenset((
+    "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+    "num_features", "eps", "momentum", "affine", "track_running_stats",
+))  # fmt: skip
 
 
 class BatchNormAct2d(nn.Module):
     """Batch normalisation, the addition of a residual, ReLU and dropout in plain PyTorch, one operator after another.
 
     The normalisation is the child `norm`, torch's own BatchNorm2d: what synchronises, freezes, folds or counts
-    normalisations finds it there, and what follows it stays. The state_dict is that of the BatchNorm2d, and its
-    attributes (weight, running_mean, eps, momentum, ...) are read and written through this module as well.
+    normalisations finds it there, and what follows it stays. The state_dict has a BatchNorm2d's names (`weight`, where
+    `named_parameters` says `norm.weight`), and a BatchNorm2d's attributes are read and written through this module.
 
     Args, Raises: as `FusedBatchNormAct2d`, whose plain twin it is.
     """
@@ -90,28 +92,27 @@ class BatchNormAct2d(nn.Module):
             super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch.nn.Module.state_dict, with the names of a BatchNorm2d."""
+        """As torch.nn.Module.state_dict, under the names of a BatchNorm2d."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for name in _SAVED:
-            if f"{prefix}norm.{name}" in state:
-                state[prefix + name] = state.pop(f"{prefix}norm.{name}")
+        inside = prefix + "norm."
+        for key in [key for key in state if key.startswith(inside)]:
+            state[prefix + key.removeprefix(inside)] = state.pop(key)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in _SAVED:
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
+        inside = prefix + "norm."
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(inside)]:
+            state_dict[inside + key.removeprefix(prefix)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "norm" not in state["_modules"]:  # pickled whole when it was a BatchNorm2d itself
             norm = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
             own = {key: state.pop(key) for key in ("relu", "dropout", "order")}
-            norm.__setstate__(state)
-            state = {**nn.Module().__dict__, **own, "training": norm.training}
-            state["_modules"] = {"norm": norm}
-        super().__setstate__(state)
+            norm.__setstate__(state)  # type: ignore[no-untyped-call]
+            state = {**nn.Module().__dict__, **own, "training": norm.training, "_modules": {"norm": norm}}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
 class FusedBatchNormAct2d(Fused, BatchNormAct2d):
@@ -120,8 +121,9 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
         "add_act":  y = dropout(relu(bn(x) + residual))
         "act_add":  y = dropout(relu(bn(x))) + residual
 
-    The normalisation is the child `norm`, torch's own BatchNorm2d. Where that is replaced (synchronised, frozen, folded),
-    hooked or frozen beside dropout, and where the call is traced, exported or transformed, its twin in plain PyTorch runs.
+    The normalisation is the child `norm`, torch's own BatchNorm2d. Where that is replaced (synchronised, folded),
+    hooked or frozen beside dropout, and where the call is traced, exported or transformed, its plain twin's forward
+    runs.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch.nn.BatchNorm2d.
@@ -147,7 +149,7 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
         Raises:
             TypeError, ValueError: as `fastres.functional.batch_norm_act`.
         """
-        if torch.jit.is_scripting() or self._leaves(x) or self._leaves_for(residual):
+        if torch.jit.is_scripting() or self._leaves(x) or self._leaves_for(residual):  # type: ignore[attr-defined]
             return self._plain(x, residual)  # type: ignore[no-any-return]
         return self._fused(x, residual)
 

@@ -107,7 +107,7 @@ class SkipConnection(Fused, PlainSkipConnection):
         Raises:
             TypeError, ValueError: as `fastres.functional.projection_shortcut`.
         """
-        if torch.jit.is_scripting() or self._leaves(s):
+        if torch.jit.is_scripting() or self._leaves(s):  # type: ignore[attr-defined]
             return self._plain(s)  # type: ignore[no-any-return]
         return self._fused(s)
 
@@ -120,7 +120,7 @@ class SkipConnection(Fused, PlainSkipConnection):
         return super().why_not_fusable() or _why_not_children_alone(self, 3) or why_not_projection(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         norm = self._modules.get("1")
         if len(self) == 2 and type(norm) is FusedBatchNormAct2d:  # pickled whole when its normalisation held the ReLU
             self._modules["1"] = norm.norm

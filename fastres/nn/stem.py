@@ -1,8 +1,8 @@
 """Networks whose stem is fused: torchvision's ResNet, and the trunk that IntermediateLayerGetter cuts out of one.
 
-The children are torchvision's. The normalisation and the ReLU of the stem are one step where both are what their classes
-say and no more, and the network takes its input to channels_last where the convolutions of its blocks gain by it and nobody
-sees how an activation inside lies in memory.
+The children are torchvision's. The normalisation and the ReLU of the stem are one step where both are what their
+classes say and no more, and the network takes its input to channels_last where the convolutions of its blocks gain by
+it and nobody sees how an activation inside lies in memory.
 """
 
 import functools
@@ -34,7 +34,7 @@ class FusedTrunk(Fused):
         """Whether the network computes in channels_last though x lies otherwise."""
         if is_channels_last(x) or not serves(x):
             return False
-        blocks = []
+        blocks: list[Any] = []
         for name, child in self._modules.items():
             if name == "fc":  # behind flatten, which gives the order of the dimensions
                 continue
@@ -47,10 +47,10 @@ class FusedTrunk(Fused):
         asked = {None if not isinstance(b, FusedBlock) else asked_algorithm(b.conv_algorithm) for b in blocks}
         if not blocks or not asked.isdisjoint((None, "direct")):
             return False
-        return all(not has_hooks(b) and b.why_not_fusable() is None for b in blocks)  # type: ignore[union-attr, operator]
+        return all(not has_hooks(b) and b.why_not_fusable() is None for b in blocks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if type(self._modules.get("relu")) is AbsorbedReLU:  # pickled whole when the normalisation held the ReLU
             self._modules["relu"] = nn.ReLU(inplace=True)
             take_over_norm(self, "bn1")
@@ -62,10 +62,11 @@ class FusedStemResNet(FusedTrunk, ResNet):  # type: ignore[misc]
     What `fastres.fuse` makes of a ResNet. Children, parameters and state_dict are torchvision's.
     """
 
+    plain_class = ResNet
     _plain = renamed(ResNet._forward_impl, "_plain")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._plain(x)  # type: ignore[no-any-return]
         return self._forward(x)
 
@@ -86,6 +87,7 @@ class FusedLayerGetter(FusedTrunk, IntermediateLayerGetter):  # type: ignore[mis
     The features that it returns lie in memory as torchvision's would.
     """
 
+    plain_class = IntermediateLayerGetter
     _plain = IntermediateLayerGetter.forward
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
@@ -128,18 +130,20 @@ def fused_trunk_class(plain: type[nn.Module]) -> type[FusedTrunk] | None:
         return FusedLayerGetter
     if plain is ResNet:
         return FusedStemResNet
-    if issubclass(plain, ResNet) and plain._forward_impl is ResNet._forward_impl and plain.forward is ResNet.forward:
-        return _fused_subclass(plain)
+    own: Any = plain
+    if issubclass(plain, ResNet) and own._forward_impl is ResNet._forward_impl and own.forward is ResNet.forward:
+        return _fused_subclass(own)  # type: ignore[no-any-return]
     return None
 
 
 def plain_trunk_class(fused: type[nn.Module]) -> type[nn.Module] | None:
-    """The way back from `fused_trunk_class`, and from a constructor's class; None where there is nothing to go back to."""
-    return {FusedStemResNet: ResNet, FusedLayerGetter: IntermediateLayerGetter}.get(fused) or vars(fused).get("plain_class")
+    """The way back from `fused_trunk_class`, and from a constructor's class; None where there is none."""
+    plain: type[nn.Module] | None = vars(fused).get("plain_class")
+    return plain
 
 
 @functools.cache
-def _fused_subclass(plain: type[ResNet]) -> type[FusedTrunk]:
+def _fused_subclass(plain: Any) -> Any:
     names = {"plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": _reduce}
     return type(f"Fused{plain.__name__}", (FusedStemResNet, plain), names)
 
@@ -149,6 +153,6 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return _new_fused_subclass, (type(self).plain_class,), self.__dict__  # type: ignore[attr-defined]
 
 
-def _new_fused_subclass(plain: type[ResNet]) -> nn.Module:
+def _new_fused_subclass(plain: Any) -> Any:
     fused = _fused_subclass(plain)
     return fused.__new__(fused)

@@ -238,7 +238,7 @@ def add_shortcut(
     return norm_act(norm, x, downsample(s), statistics=statistics)
 
 
-# --------------------------------------------------------------------------------------------------------- memory format
+# -------------------------------------------------------------------------------------------------------- memory format
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -251,15 +251,15 @@ def gives_channels_last(x: Tensor, convs: Iterable[nn.Conv2d]) -> bool:
     return is_channels_last(x) or any(is_channels_last(conv.weight) for conv in convs)
 
 
-def gains_by_channels_last(x: Tensor, conv: nn.Conv2d, stride: int, algorithm: str | None) -> bool:
-    """Whether it pays to copy a block's input x to channels_last, and its output back, for the sake of this convolution.
-
-    Args:
-        conv: takes an input of the size that x has once it has gone through `stride`.
-    """
+def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algorithm: str | None) -> bool:
+    """Whether it pays to copy a block's input x to channels_last, and its output back, for conv in conv(before(x))."""
     asked = asked_algorithm(algorithm)
     if asked == "direct" or not is_conv3x3(conv) or not serves(x) or is_channels_last(x):
         return False
+    if asked == "winograd":
+        return True
     outputs, inputs = conv.weight.shape[:2]
-    height, width = (output_size(size, stride) for size in x.shape[2:])
-    return asked == "winograd" or pays(x.shape[0], inputs, outputs, height, width)
+    # Users set a single number as well.
+    strides = cast("tuple[int, int]", torch.nn.modules.utils._pair(before.stride))
+    height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], strides, strict=True))
+    return pays(x.shape[0], inputs, outputs, height, width)

@@ -1,14 +1,14 @@
 """The one question that a fused module asks before it takes its faster way: would anybody see the difference?
 
-A fused block keeps torchvision's children with torch's own meaning. Its faster way leaves their calls out, which is exact
-as long as every child is what its class says and no more, and nobody watches or transforms the single operators. The
-question is asked of the block as it stands, at each call; otherwise the block runs module by module, as torchvision's does.
+A fused block keeps torchvision's children with torch's own meaning. Its faster way leaves their calls out, which is
+exact as long as every child is what its class says and no more, and nobody watches or transforms the single operators.
+The question is asked of the block as it stands, at each call; otherwise it runs child by child, as torchvision's does.
 """
 
 import logging
 from collections.abc import Mapping
 from types import FunctionType
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn as nn
@@ -80,8 +80,8 @@ def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]])
 def why_not_ordinary(x: Tensor) -> str | None:
     """Why this call has to be made of PyTorch's own operators; None for an ordinary one.
 
-    Somebody looks at each operator (tracing, exporting, hooks on all modules), transforms it (torch.func), gives it another
-    meaning (a subclass of Tensor), or PyTorch's module would refuse x.
+    Somebody looks at each operator (tracing, exporting, hooks on all modules), transforms it (torch.func) or gives it
+    another meaning (a subclass of Tensor); or PyTorch's module would refuse x.
     """
     if type(x) not in _TENSORS:
         return f"its input is a {type(x).__name__}"
@@ -104,7 +104,11 @@ class Fused(nn.Module):
     """
 
     # Typed in comments: TorchScript reads a module class's annotations, and knows few types.
-    exactly = {}  # type: Mapping[str, type[nn.Module]]
+    exactly = {}  # type: Mapping[str, type[nn.Module]]  # noqa: RUF012
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def why_not_fusable(self) -> str | None:
         """Why the module, as it stands, is computed child by child; None where it takes the faster way."""
@@ -119,7 +123,7 @@ class Fused(nn.Module):
             return True
         problem = self.why_not_fusable()
         if not torch.compiler.is_compiling():
-            # Kept in the module itself: True once it has taken the faster way, False once the log has said that it left.
+            # Kept in the module: True once it has taken the faster way, False once the log has said that it left.
             if problem is None:
                 self.__dict__.setdefault("_was_fused", True)
             elif self.__dict__.get("_was_fused"):
