@@ -42,6 +42,19 @@ class Draw:
     def dy(self, y: Tensor, index: object = 0) -> Tensor:
         return self.tensor(f"dy{index}", tuple(y.shape)).to(y.dtype)
 
+    def lower(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Turn the model, and inputs from here on, to `dtype`; in the float64 run to the same values in float64."""
+        self.stored = dtype
+        model.to(dtype)
+        if self.dtype is torch.float64:
+            return model.double()
+        self.dtype = dtype
+        return model
+
+    def autocast(self, dtype: torch.dtype, **options: Any) -> torch.autocast:
+        """Autocast on the CPU, off in the float64 run."""
+        return torch.autocast("cpu", dtype, enabled=self.dtype is not torch.float64, **options)
+
     def see(self, what: str, value: Any) -> None:
         """Note what a hook saw, in the order of the calls."""
         if isinstance(value, Tensor):
