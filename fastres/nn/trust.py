@@ -80,7 +80,7 @@ def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]])
 
 
 def _is_exactly(module: Any, expected: type[nn.Module]) -> bool:
-    """Whether `why_not_exactly` has nothing to say. Every block asks this of every child at every call, so it is short."""
+    """Whether `why_not_exactly` has nothing to say. Asked of every child of a block at every call, so it is short."""
     if (
         type(module) is not expected
         or module._forward_hooks
@@ -116,7 +116,7 @@ def why_not_ordinary(x: Tensor) -> str | None:
         return "autocast leaves float64 alone"
     if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0:
         # A default device is one of these modes, and changes nothing here.
-        for mode in torch.overrides._get_current_function_mode_stack():
+        for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
             if type(mode) is not DeviceContext:
                 return f"{type(mode).__name__} takes PyTorch's functions over"
     return ordinary.why_not_ordinary()
