@@ -11,7 +11,7 @@ normalisation (`block.bn1.eval()`) does not stop it.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -128,12 +128,13 @@ class FusedBlock(Fused):
         problem = super().why_not_fusable()
         if problem is not None:
             return problem
-        norms = [self._modules[name] for name, expected in self.exactly.items() if expected is nn.BatchNorm2d]
-        batch = [uses_batch_statistics(norm) for norm in norms]  # type: ignore[arg-type]
-        if any(batch):
-            return None if all(batch) else "one of its normalisations is frozen, another is not"
+        modules = self._modules
+        batch = uses_batch_statistics(cast(nn.BatchNorm2d, modules["bn1"]))
+        for name in ("bn2", "bn3") if "bn3" in self.exactly else ("bn2",):
+            if uses_batch_statistics(cast(nn.BatchNorm2d, modules[name])) != batch:
+                return "one of its normalisations is frozen, another is not"
         # The operators know dropout only together with the batch's statistics.
-        return "its dropout acts while its normalisations are frozen" if self._dropout_now() > 0 else None
+        return "its dropout acts while its normalisations are frozen" if not batch and self._dropout_now() > 0 else None
 
     def _dropout_now(self) -> float:
         return self.dropout if self.training else 0.0

@@ -88,12 +88,16 @@ class FusedLayerGetter(FusedTrunk, IntermediateLayerGetter):  # type: ignore[mis
     """
 
     plain_class = IntermediateLayerGetter
-    _plain = IntermediateLayerGetter.forward
+    _plain = renamed(IntermediateLayerGetter.forward, "_plain")
 
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[N, 3, H, W] to the outputs of the layers that `return_layers` names."""
-        if self._leaves(x):
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
             return self._plain(x)  # type: ignore[no-any-return]
+        return self._fused(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> dict[str, Tensor]:
         expected = torch.channels_last
         if self._gains_by_channels_last(x):
             convs = (m for m in self.modules() if isinstance(m, nn.Conv2d))

@@ -57,7 +57,9 @@ def check_dropout(dropout: float) -> float:
 
 def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
     """Whether torch.nn.BatchNorm2d.forward would normalise by the batch's own statistics."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    if norm.training or norm._buffers.get("running_mean") is not None:
+        return norm.training
+    return norm.running_mean is None and norm.running_var is None
 
 
 def begin_norm(norm: nn.BatchNorm2d) -> NormParams:
@@ -253,8 +255,10 @@ def gives_channels_last(x: Tensor, convs: Iterable[nn.Conv2d]) -> bool:
 
 def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algorithm: str | None) -> bool:
     """Whether it pays to copy a block's input x to channels_last, and its output back, for conv in conv(before(x))."""
+    if x.is_contiguous(memory_format=torch.channels_last) or not serves(x) or not is_conv3x3(conv):
+        return False
     asked = asked_algorithm(algorithm)
-    if asked == "direct" or not is_conv3x3(conv) or not serves(x) or is_channels_last(x):
+    if asked == "direct":
         return False
     if asked == "winograd":
         return True

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from fastres import ordinary
 
@@ -70,11 +71,31 @@ def is_exactly(module: nn.Module | None, expected: type[_Module]) -> TypeGuard[_
 
 def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]]) -> str | None:
     """Why one of these children is not exactly what its class says; None where all are."""
+    modules = parent._modules
     for name, expected in children.items():
-        problem = why_not_exactly(parent._modules.get(name), expected)
-        if problem is not None:
-            return f"its {name} {problem}"
+        child = modules.get(name)
+        if not _is_exactly(child, expected):
+            return f"its {name} {why_not_exactly(child, expected)}"
     return None
+
+
+def _is_exactly(module: Any, expected: type[nn.Module]) -> bool:
+    """Whether `why_not_exactly` has nothing to say. Asked of every child of a block at every call, so it is short."""
+    if (
+        type(module) is not expected
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    own = module.__dict__
+    if "forward" in own or "_conv_forward" in own or "_check_input_dim" in own:
+        return False
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in _TENSORS:
+            return False
+    return True
 
 
 def why_not_ordinary(x: Tensor) -> str | None:
@@ -93,6 +114,11 @@ def why_not_ordinary(x: Tensor) -> str | None:
         return "it is exported"
     if x.dtype == torch.float64 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return "autocast leaves float64 alone"
+    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0:
+        # A default device is one of these modes, and changes nothing here.
+        for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            if type(mode) is not DeviceContext:
+                return f"{type(mode).__name__} takes PyTorch's functions over"
     return ordinary.why_not_ordinary()
 
 
