@@ -160,7 +160,7 @@ def differs(ours: Any, theirs: Any, exact: Any, subject: Subject, low_precision:
             return f"{what} {getattr(ours, what)}, expected {getattr(theirs, what)}"
     if not theirs.is_floating_point():
         return None if torch.equal(ours, theirs) else f"{ours.tolist()}, expected {theirs.tolist()}"
-    if theirs.numel() == 0:
+    if torch.equal(ours, theirs):
         return None
     true = (theirs if exact is None else exact).double()
     finite = theirs.isfinite()

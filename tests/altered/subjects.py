@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ class Subject:
     channels: int = CHANNELS
 
     def make_plain(self) -> nn.Module:
-        return copy.deepcopy(_original(self))
+        return copy_of(_original(self))
 
     def make_fused(self) -> nn.Module:
         return self.fused(self.make_plain())
@@ -112,6 +111,22 @@ class Subject:
 
     def __str__(self) -> str:
         return self.name
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """copy.deepcopy of a module that nobody has altered, in a third of its time."""
+    clone = module.__class__.__new__(module.__class__)
+    for key, value in module.__dict__.items():
+        clone.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
+    for tensors in (clone._parameters, clone._buffers):
+        for key, value in tensors.items():
+            if value is not None:
+                new = value.detach().clone()
+                tensors[key] = nn.Parameter(new) if isinstance(value, nn.Parameter) else new
+    for key, child in clone._modules.items():
+        if child is not None:
+            clone._modules[key] = copy_of(child)
+    return clone
 
 
 @functools.cache

@@ -38,7 +38,7 @@ class Row:
 
     def run(self, model: nn.Module, draw: Draw) -> Results:
         warm(model, draw)
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)  # without a word to the GPUs, which costs as much as the module
         if self.changes:
             model = self.alter(model, draw)
             results = observe(model, draw)
@@ -92,7 +92,7 @@ def once(
     if isinstance(ours, Exception):
         raise AssertionError(f"{row.name}: {describe(ours)}") from ours
     exact = None
-    if row.exact:
+    if row.exact and not identical(ours, theirs):
         found = outcome(row, exact_model(row, subject), Draw(subject, key, torch.float64))
         if isinstance(found, Exception):
             raise AssertionError(f"{row.name}: not in float64: {describe(found)}") from found
@@ -104,6 +104,12 @@ def once(
             outcome(row, exact_model(row, subject), Draw(subject, key, torch.float64))
         doubt = in_doubt(seen.relu_inputs)
     return different, doubt
+
+
+def identical(ours: Results, theirs: Results) -> bool:
+    """Whether all is the same bit for bit, as it is where PyTorch's own operators ran: float64 need not be asked."""
+    pairs = [(ours.get(name), value) for name, value in theirs.items() if isinstance(value, torch.Tensor)]
+    return all(isinstance(a, torch.Tensor) and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
 def describe(outcome: Results | Exception) -> str:
