@@ -53,7 +53,7 @@ constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
 // Output channels whose products are taken together where there are few tiles.
 constexpr int64_t kGradientRows = 48;
 // Pairs of channels whose weights pay for a thread's start.
-constexpr int64_t kThreadPairs = 8 * 1024;
+constexpr int64_t kThreadPairs = 2 * 1024;
 // Elements that are gathered, likewise.
 constexpr int64_t kThreadElements = 64 * 1024;
 // Memory that a thread keeps between calls.
