@@ -27,7 +27,7 @@ def blocks() -> None:
             torch.manual_seed(0)
             projection = nn.Sequential(nn.Conv2d(24, 40, 1, 2, bias=False), nn.BatchNorm2d(40))
             block = FusedBasicBlock(24, 40, 2, projection, dropout=0.1)
-            block.to(DEVICE, dtype, memory_format=memory_format)
+            block.to(DEVICE, dtype).to(memory_format=memory_format)
             x = torch.randn(3, 24, 9, 11, device=DEVICE).to(dtype, memory_format=memory_format).requires_grad_()
             y = block(x)
             torch.autograd.backward(y, torch.randn_like(y))

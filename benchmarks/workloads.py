@@ -367,7 +367,7 @@ def _block(projection: bool) -> Callable[[str], Run]:
                 nn.Conv2d(64, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels)
             )
         block = (FusedBasicBlock if side == FUSED else BasicBlock)(64, channels, stride, shortcut)
-        block.to(DEVICE, DTYPE, memory_format=torch.channels_last)
+        block.to(DEVICE, DTYPE).to(memory_format=torch.channels_last)
         x = _leaf((BATCH, 64, IMAGE, IMAGE))
         dy = _activation((BATCH, channels, IMAGE // stride, IMAGE // stride))
         forward = _compiled(block, side)

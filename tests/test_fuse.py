@@ -18,7 +18,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.nn import (
-    AbsorbedReLU,
     DropoutBasicBlock,
     FusedBasicBlock,
     FusedBatchNormAct2d,
@@ -42,7 +41,7 @@ BLOCKS = {
     "wide_resnet50_2": 16,
     "wide_resnet101_2": 33,
 }
-FUSED_CLASSES = (FusedBasicBlock, FusedBottleneck, FusedBatchNormAct2d, ProjectionShortcut, AbsorbedReLU)
+FUSED_CLASSES = (FusedBasicBlock, FusedBottleneck, FusedBatchNormAct2d)
 
 
 def small(norm_layer=None, *, block=BasicBlock, layers=(1, 1, 1, 1), seed=0):

@@ -1,18 +1,55 @@
 """A ResNet-18 whose blocks add before their last convolution, with one long skip from the stem to the logits."""
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastres.models.stem import STEM_CHANNELS, check_head, init_convolution, make_stem
-from fastres.nn.blocks import ResidualBlock
-from fastres.nn.conv import check_conv_algorithm
-from fastres.nn.norm import FusedBatchNormAct2d, check_dropout
+from fastres.nn.blocks import FusedBlock, PlainResidualBlock, ResidualBlock
+from fastres.nn.norm import take_over_norm
+from fastres.nn.stem import FusedTrunk
+from fastres.nn.steps import check_conv_algorithm, check_dropout, norm_act
+from fastres.nn.trust import renamed
 
 
-class ArticleResNet18(nn.Module):
+class PlainArticleResNet18(nn.Module):
+    """`ArticleResNet18` in plain PyTorch: the same arguments (but conv_algorithm), children, parameters and results."""
+
+    _block_class = PlainResidualBlock
+
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5) -> None:
+        check_head(num_classes, stem)
+        dropout = check_dropout(dropout)
+        super().__init__()
+        self.conv1, self.maxpool = make_stem(stem)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(STEM_CHANNELS, 64, 1, dropout)
+        self.layer2 = self._stage(64, 128, 2, dropout)
+        self.layer3 = self._stage(128, 256, 2, dropout)
+        self.layer4 = self._stage(256, 512, 2, dropout)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512, num_classes)
+        self.skip = nn.Linear(STEM_CHANNELS, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init_convolution(module)
+
+    def _stage(self, in_channels: int, out_channels: int, stride: int, dropout: float) -> nn.Sequential:
+        first = self._block_class(in_channels, out_channels, stride, dropout)
+        return nn.Sequential(first, self._block_class(out_channels, out_channels, 1, dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] to [N, num_classes]."""
+        stem = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        features = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
+        logits = self.fc(torch.flatten(self.avgpool(features), 1))
+        return logits + self.skip(torch.flatten(self.avgpool(stem), 1))  # type: ignore[no-any-return]
+
+
+class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
     """Four stages of two `fastres.nn.ResidualBlock`, and the long skip.
 
         f = maxpool(relu(bn1(conv1 x)))
@@ -30,36 +67,36 @@ class ArticleResNet18(nn.Module):
         TypeError, ValueError: an argument has the wrong type or value; the message names it.
     """
 
+    plain_class = PlainArticleResNet18
+    _block_class = ResidualBlock
+    _plain = renamed(PlainArticleResNet18.forward, "_plain")
+
     def __init__(
         self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, conv_algorithm: str | None = None
     ) -> None:
-        check_head(num_classes, stem)
-        dropout = check_dropout(dropout)
         check_conv_algorithm(conv_algorithm)
-        super().__init__()
-        self.conv1, self.maxpool = make_stem(stem)
-        self.bn1 = FusedBatchNormAct2d(STEM_CHANNELS)
-        self.layer1 = _stage(STEM_CHANNELS, 64, 1, dropout, conv_algorithm)
-        self.layer2 = _stage(64, 128, 2, dropout, conv_algorithm)
-        self.layer3 = _stage(128, 256, 2, dropout, conv_algorithm)
-        self.layer4 = _stage(256, 512, 2, dropout, conv_algorithm)
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(512 * ResidualBlock.expansion, num_classes)
-        self.skip = nn.Linear(STEM_CHANNELS, num_classes)
+        super().__init__(num_classes, stem=stem, dropout=dropout)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                init_convolution(module)
+            if isinstance(module, FusedBlock):
+                module.conv_algorithm = conv_algorithm
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] to [N, num_classes]."""
-        stem = self.maxpool(self.bn1(self.conv1(x)))
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
+            return self._plain(x)  # type: ignore[no-any-return]
+        return self._fused(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        if self._gains_by_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+        stem = self.maxpool(norm_act(self.bn1, self.conv1(x)))
         features = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
         logits = self.fc(torch.flatten(self.avgpool(features), 1))
         return logits + self.skip(torch.flatten(self.avgpool(stem), 1))  # type: ignore[no-any-return]
 
-
-def _stage(
-    in_channels: int, out_channels: int, stride: int, dropout: float, conv_algorithm: str | None
-) -> nn.Sequential:
-    first = ResidualBlock(in_channels, out_channels, stride, dropout, conv_algorithm=conv_algorithm)
-    return nn.Sequential(first, ResidualBlock(out_channels, out_channels, 1, dropout, conv_algorithm=conv_algorithm))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "relu" not in self._modules:  # pickled whole when the normalisation held the ReLU
+            take_over_norm(self, "bn1")
+            self.relu = nn.ReLU(inplace=True)

@@ -1,21 +1,18 @@
 """ResNet-18 to 152 on torchvision's ResNet class: names, initialisation and state_dict are torchvision's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn as nn
 from torchvision.models.resnet import ResNet
 
-from fastres.fuse import fuse
 from fastres.models.stem import check_head, init_convolution, make_stem
 from fastres.nn.blocks import FusedBasicBlock, FusedBottleneck
-from fastres.nn.conv import check_conv_algorithm
-from fastres.nn.norm import check_dropout
+from fastres.nn.stem import FusedStemResNet
+from fastres.nn.steps import check_conv_algorithm, check_dropout
 
 
-class FusedResNet(ResNet):  # type: ignore[misc]
+class FusedResNet(FusedStemResNet):
     """torchvision's ResNet with fused blocks and a fused stem.
 
     With stem "imagenet" and the same seed the initial state_dict is torchvision's, bit for bit; with any stem it has
@@ -29,14 +26,14 @@ class FusedResNet(ResNet):  # type: ignore[misc]
         dropout: 0 <= dropout < 1, inside each block before its last convolution.
         conv_algorithm: of the blocks' 3x3 convolutions with stride 1, as `fastres.fuse`.
         zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's ResNet;
-            norm_layer has to make torch.nn.BatchNorm2d (`functools.partial(torch.nn.BatchNorm2d, eps=1e-3)`, say).
+            with another norm_layer than one of torch.nn.BatchNorm2d the network computes as torchvision's does.
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.
     Source: He et al. 2015, "Deep residual learning for image recognition", table 1; the 3x3 stem as in section 4.2.
     """
 
-    plain_class: ClassVar[type[nn.Module]] = ResNet
+    plain_class = ResNet
 
     def __init__(
         self,
@@ -65,50 +62,49 @@ class FusedResNet(ResNet):  # type: ignore[misc]
             init_convolution(self.conv1)
         for module in self.modules():
             if isinstance(module, (FusedBasicBlock, FusedBottleneck)):
-                getattr(module, module.dropout_norm).dropout = dropout
-        fuse(self, inplace=True, conv_algorithm=conv_algorithm)
+                module.dropout, module.conv_algorithm = dropout, conv_algorithm
 
 
 class FusedResNet18(FusedResNet):
-    """ResNet-18. Arguments as `FusedResNet`, which see."""
+    """ResNet-18. Arguments as `FusedResNet`."""
 
-    plain_class: ClassVar[type[nn.Module]] = ResNet
+    plain_class = ResNet
 
     def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
         super().__init__(FusedBasicBlock, (2, 2, 2, 2), num_classes, stem=stem, dropout=dropout, **options)
 
 
 class FusedResNet34(FusedResNet):
-    """ResNet-34. Arguments as `FusedResNet`, which see."""
+    """ResNet-34. Arguments as `FusedResNet`."""
 
-    plain_class: ClassVar[type[nn.Module]] = ResNet
+    plain_class = ResNet
 
     def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
         super().__init__(FusedBasicBlock, (3, 4, 6, 3), num_classes, stem=stem, dropout=dropout, **options)
 
 
 class FusedResNet50(FusedResNet):
-    """ResNet-50. Arguments as `FusedResNet`, which see."""
+    """ResNet-50. Arguments as `FusedResNet`."""
 
-    plain_class: ClassVar[type[nn.Module]] = ResNet
+    plain_class = ResNet
 
     def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
         super().__init__(FusedBottleneck, (3, 4, 6, 3), num_classes, stem=stem, dropout=dropout, **options)
 
 
 class FusedResNet101(FusedResNet):
-    """ResNet-101. Arguments as `FusedResNet`, which see."""
+    """ResNet-101. Arguments as `FusedResNet`."""
 
-    plain_class: ClassVar[type[nn.Module]] = ResNet
+    plain_class = ResNet
 
     def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
         super().__init__(FusedBottleneck, (3, 4, 23, 3), num_classes, stem=stem, dropout=dropout, **options)
 
 
 class FusedResNet152(FusedResNet):
-    """ResNet-152. Arguments as `FusedResNet`, which see."""
+    """ResNet-152. Arguments as `FusedResNet`."""
 
-    plain_class: ClassVar[type[nn.Module]] = ResNet
+    plain_class = ResNet
 
     def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.0, **options: Any) -> None:
         super().__init__(FusedBottleneck, (3, 8, 36, 3), num_classes, stem=stem, dropout=dropout, **options)

@@ -1,7 +1,7 @@
 """Modules with parameters: they read them, and call `fastres.functional`.
 
-A fused module holds the parameters of the torch or torchvision module that it stands for, under the same names, so
-checkpoints go both ways.
+A fused module holds the children and parameters of the torch or torchvision module that it stands for, under the same
+names, so checkpoints go both ways.
 """
 
 from fastres.nn.blocks import (
@@ -9,19 +9,24 @@ from fastres.nn.blocks import (
     DropoutBottleneck,
     FusedBasicBlock,
     FusedBottleneck,
+    PlainResidualBlock,
     ResidualBlock,
 )
-from fastres.nn.norm import AbsorbedReLU, BatchNormAct2d, FusedBatchNormAct2d
-from fastres.nn.shortcut import ProjectionShortcut, SkipConnection
+from fastres.nn.norm import BatchNormAct2d, FusedBatchNormAct2d
+from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
+from fastres.nn.stem import FusedLayerGetter, FusedStemResNet
 
 __all__ = [
-    "AbsorbedReLU",
     "BatchNormAct2d",
     "DropoutBasicBlock",
     "DropoutBottleneck",
     "FusedBasicBlock",
     "FusedBatchNormAct2d",
     "FusedBottleneck",
+    "FusedLayerGetter",
+    "FusedStemResNet",
+    "PlainResidualBlock",
+    "PlainSkipConnection",
     "ProjectionShortcut",
     "ResidualBlock",
     "SkipConnection",

@@ -1,5 +1,8 @@
-"""Residual blocks: torchvision's two with everything after a convolution fused, their plain twins with dropout, and the
-block that adds before its last convolution.
+"""Residual blocks: torchvision's two with a faster way through them, their twins with dropout, and the block that adds
+before its last convolution.
+
+A fused block owns nothing that it changes. Its children are torchvision's, with torch's own meaning; where each is what
+its class says and no more (`fastres.nn.trust`) forward takes the fused steps, and otherwise torchvision's own runs.
 
 Where torchvision's blocks take a dropout rate, it stands between the convolutions: after the ReLU that comes before
 the block's last convolution (Zagoruyko and Komodakis 2016, "Wide residual networks", section 2.4). That is after bn1's
@@ -7,135 +10,31 @@ ReLU in a basic block and after bn2's in a bottleneck. It acts where the block i
 normalisation (`block.bn1.eval()`) does not stop it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, cast
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastres.nn.conv import (
-    ConvAlgorithm,
+from fastres.nn.norm import take_over_norm
+from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
+from fastres.nn.steps import (
+    add_shortcut,
     check_conv_algorithm,
-    convolve,
-    convolve_norm,
-    norm_convolve,
-    takes_batch_statistics,
+    check_dropout,
+    conv_alone,
+    conv_measured,
+    conv_norm,
+    gains_by_channels_last,
+    gives_channels_last,
+    norm_act,
+    norm_act_conv,
+    uses_batch_statistics,
 )
-from fastres.nn.norm import FusedBatchNormAct2d, check_dropout, known
-from fastres.nn.shortcut import ProjectionShortcut, SkipConnection, add_shortcut, projection_obstacle
-
-
-class FusedBasicBlock(ConvAlgorithm, BasicBlock):  # type: ignore[misc]
-    """torchvision's BasicBlock with everything between its convolutions fused.
-
-        y = relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut(x))
-
-    Args:
-        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's block;
-            norm_layer has to make torch.nn.BatchNorm2d. A `downsample` of a 1x1 convolution and BatchNorm2d becomes a
-            `ProjectionShortcut`; any other is called as it is.
-        dropout: 0 <= dropout < 1, between the convolutions.
-        conv_algorithm: of the 3x3 convolutions with stride 1, as `algorithm` of `fastres.functional.conv3x3`. By
-            Winograd's, in training, the block keeps for backward its input, the raw outputs of its convolutions, and
-            bits.
-    Raises:
-        TypeError: norm_layer makes something else than torch.nn.BatchNorm2d, conv_algorithm is not a string or None.
-        ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
-    """
-
-    norms: ClassVar[tuple[str, ...]] = ("bn1", "bn2")
-    dropout_norm: ClassVar[str] = "bn1"
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        *,
-        dropout: float = 0.0,
-        conv_algorithm: str | None = None,
-    ) -> None:
-        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
-        self.conv_algorithm = check_conv_algorithm(conv_algorithm)
-        _adopt_children(self, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, inplanes, H, W] to [N, planes, ceil(H / stride), ceil(W / stride)]."""
-        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
-        if takes_batch_statistics(bn1):
-            out, statistics, x = convolve(self.conv1, x, bn1, algorithm)
-            out, statistics = norm_convolve(
-                bn1, self.conv2, out, statistics, bn2, algorithm, dropout_training=self.training
-            )
-            return add_shortcut(bn2, out, x, self.downsample, statistics)
-        out = convolve_norm(self.conv1, bn1, x, algorithm, dropout_training=self.training)
-        if self.downsample is None:
-            return convolve_norm(self.conv2, bn2, out, algorithm, residual=x)
-        out, statistics, _ = convolve(self.conv2, out, bn2, algorithm)
-        return add_shortcut(bn2, out, x, self.downsample, statistics)
-
-
-class FusedBottleneck(ConvAlgorithm, Bottleneck):  # type: ignore[misc]
-    """torchvision's Bottleneck, fused around the convolutions; dropout stands after the ReLU of bn2.
-
-    Args, Raises: as `FusedBasicBlock`.
-    """
-
-    norms: ClassVar[tuple[str, ...]] = ("bn1", "bn2", "bn3")
-    dropout_norm: ClassVar[str] = "bn2"
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        groups: int = 1,
-        base_width: int = 64,
-        dilation: int = 1,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        *,
-        dropout: float = 0.0,
-        conv_algorithm: str | None = None,
-    ) -> None:
-        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
-        self.conv_algorithm = check_conv_algorithm(conv_algorithm)
-        _adopt_children(self, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, inplanes, H, W] to [N, 4 * planes, ceil(H / stride), ceil(W / stride)]."""
-        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
-        out = self.conv1(x)
-        if takes_batch_statistics(bn1):
-            out, statistics = norm_convolve(bn1, self.conv2, out, None, bn2, algorithm)
-            out = bn2(out, dropout_training=self.training, **known(statistics))
-        else:
-            out = convolve_norm(self.conv2, bn2, bn1(out), algorithm, dropout_training=self.training)
-        return add_shortcut(self.bn3, self.conv3(out), x, self.downsample)
-
-
-def _adopt_children(block: FusedBasicBlock | FusedBottleneck, dropout: float) -> None:
-    """Fuse the normalisations of a block, and its downsample where that can be."""
-    dropout = check_dropout(dropout)
-    for name in block.norms:
-        norm = getattr(block, name)
-        if type(norm) is not nn.BatchNorm2d:
-            raise TypeError(
-                f"norm_layer: expected one that makes torch.nn.BatchNorm2d, got {type(norm).__name__} for {name}"
-            )
-    for name in block.norms:
-        FusedBatchNormAct2d.adopt(getattr(block, name), dropout=dropout if name == block.dropout_norm else 0.0)
-    if isinstance(block.downsample, nn.Sequential) and projection_obstacle(block.downsample) is None:
-        ProjectionShortcut.adopt(block.downsample)
+from fastres.nn.trust import Fused, renamed
 
 
 class DropoutBasicBlock(BasicBlock):  # type: ignore[misc]
@@ -185,13 +84,209 @@ class DropoutBottleneck(Bottleneck):  # type: ignore[misc]
         return f"dropout={self.dropout:g}"
 
 
-class ResidualBlock(ConvAlgorithm, nn.Module):
+class FusedBlock(Fused):
+    """What the fused blocks share: the choice of the way, and of the memory format to compute in.
+
+    Attributes:
+        dropout: the rate between the convolutions.
+        conv_algorithm: "auto", "direct" or "winograd" as in `fastres.functional.conv3x3`; None leaves it to the
+            environment variable FASTRES_CONV.
+    """
+
+    # A block that `fastres.fuse` made has none of its own. Typed in comments for TorchScript, as in `Fused`.
+    dropout = 0.0
+    conv_algorithm = None  # type: str | None
+    __constants__ = ["dropout"]  # noqa: RUF012
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inplanes, H, W] to [N, expansion * planes, ceil(H / stride), ceil(W / stride)]."""
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
+            return self._child_by_child(x)
+        return self._in_memory_format(x)
+
+    def _child_by_child(self, x: Tensor) -> Tensor:
+        if self.dropout == 0.0:
+            return self._plain(x)  # type: ignore[no-any-return]
+        return self._plain_with_dropout(x)  # type: ignore[no-any-return]
+
+    @torch.jit.unused
+    def _in_memory_format(self, x: Tensor) -> Tensor:
+        """The fused steps, in channels_last where that pays; the result lies as PyTorch's block would leave it."""
+        if not gains_by_channels_last(x, self.conv1, self.conv2, self.conv_algorithm):
+            return self._fused(x)
+        convs = (m for m in self._modules.values() if isinstance(m, nn.Conv2d))
+        expected = torch.channels_last if gives_channels_last(x, convs) else torch.contiguous_format
+        return self._fused(x.contiguous(memory_format=torch.channels_last)).contiguous(memory_format=expected)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        """The block in fused steps."""
+        raise TypeError(f"{type(self).__name__}: expected a subclass that says how it is fused")
+
+    def why_not_fusable(self) -> str | None:
+        """As `Fused.why_not_fusable`; the normalisations have to use one kind of statistics, too."""
+        problem = super().why_not_fusable()
+        if problem is not None:
+            return problem
+        modules = self._modules
+        batch = uses_batch_statistics(cast(nn.BatchNorm2d, modules["bn1"]))
+        for name in ("bn2", "bn3") if "bn3" in self.exactly else ("bn2",):
+            if uses_batch_statistics(cast(nn.BatchNorm2d, modules[name])) != batch:
+                return "one of its normalisations is frozen, another is not"
+        # The operators know dropout only together with the batch's statistics.
+        return "its dropout acts while its normalisations are frozen" if not batch and self._dropout_now() > 0 else None
+
+    def _dropout_now(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def extra_repr(self) -> str:
+        shown = [f"dropout={self.dropout:g}"] * (self.dropout > 0)
+        shown += [f"conv_algorithm={self.conv_algorithm}"] * (self.conv_algorithm is not None)
+        return ", ".join(shown)
+
+    def _set(self, dropout: float, conv_algorithm: str | None) -> None:
+        self.dropout, self.conv_algorithm = check_dropout(dropout), check_conv_algorithm(conv_algorithm)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # A block pickled whole before its children were torch's own has the one attribute without the other.
+        if "conv_algorithm" in self.__dict__ and "dropout" not in self.__dict__:
+            self.dropout = max(take_over_norm(self, n) for n, c in self.exactly.items() if c is nn.BatchNorm2d)
+            if type(self._modules.get("downsample")) is ProjectionShortcut:
+                self.downsample.__class__ = nn.Sequential
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
+    """torchvision's BasicBlock with everything between its convolutions fused.
+
+        y = relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut(x))
+
+    Children, parameters and state_dict are torchvision's. Where a child is replaced, hooked or converted, where some of
+    the normalisations are frozen, and where the call is traced, exported or transformed, it computes child by child as
+    torchvision's block does (`fastres.fuse_report` says so, and the log once).
+
+    Args:
+        inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's block.
+        dropout: 0 <= dropout < 1, between the convolutions.
+        conv_algorithm: of the 3x3 convolutions with stride 1, as `algorithm` of `fastres.functional.conv3x3`. By
+            Winograd's, in training, the block keeps for backward its input, the raw outputs of its convolutions, and
+            bits.
+    Raises:
+        TypeError: dropout is not a number, conv_algorithm not a string or None.
+        ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
+    """
+
+    exactly = {"conv1": nn.Conv2d, "bn1": nn.BatchNorm2d, "relu": nn.ReLU, "conv2": nn.Conv2d, "bn2": nn.BatchNorm2d}  # noqa: RUF012
+    _plain = renamed(BasicBlock.forward, "_plain")
+    _plain_with_dropout = renamed(DropoutBasicBlock.forward, "_plain_with_dropout")
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        dropout: float = 0.0,
+        conv_algorithm: str | None = None,
+    ) -> None:
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        self._set(dropout, conv_algorithm)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+        if uses_batch_statistics(bn1):
+            out, statistics, x = conv_measured(self.conv1, x, algorithm)
+            out, statistics = norm_act_conv(
+                bn1, self.conv2, out, dropout=self._dropout_now(), statistics=statistics, algorithm=algorithm
+            )
+            return add_shortcut(bn2, out, x, self.downsample, statistics)
+        out = conv_norm(self.conv1, bn1, x, algorithm=algorithm)
+        if self.downsample is None:
+            return conv_norm(self.conv2, bn2, out, x, algorithm=algorithm)
+        return add_shortcut(bn2, conv_alone(self.conv2, out, algorithm), x, self.downsample)
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
+    """torchvision's Bottleneck, fused around the convolutions; dropout stands after the ReLU of bn2.
+
+    Args, Raises: as `FusedBasicBlock`, of which the rest holds as well.
+    """
+
+    exactly = {  # noqa: RUF012
+        **FusedBasicBlock.exactly,
+        "conv3": nn.Conv2d,
+        "bn3": nn.BatchNorm2d,
+    }
+    _plain = renamed(Bottleneck.forward, "_plain")
+    _plain_with_dropout = renamed(DropoutBottleneck.forward, "_plain_with_dropout")
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        *,
+        dropout: float = 0.0,
+        conv_algorithm: str | None = None,
+    ) -> None:
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        self._set(dropout, conv_algorithm)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+        out = self.conv1(x)
+        if uses_batch_statistics(bn1):
+            out, statistics = norm_act_conv(bn1, self.conv2, out, dropout=0.0, statistics=None, algorithm=algorithm)
+            out = norm_act(bn2, out, dropout=self._dropout_now(), statistics=statistics)
+        else:
+            out = conv_norm(self.conv2, bn2, norm_act(bn1, out), algorithm=algorithm)
+        return add_shortcut(self.bn3, self.conv3(out), x, self.downsample)
+
+
+class PlainResidualBlock(nn.Module):
+    """`ResidualBlock` in plain PyTorch: the same arguments, children, parameters and results."""
+
+    expansion = 1
+    _skip_class = PlainSkipConnection
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.dropout = check_dropout(dropout)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = self._skip_class(in_channels, out_channels, stride) if changes else nn.Identity()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = F.dropout(out, self.dropout, self.training) + self.shortcut(x)
+        return self.bn2(self.conv2(out))  # type: ignore[no-any-return]
+
+
+class ResidualBlock(FusedBlock, PlainResidualBlock):
     """The residual block that adds its input before the second convolution.
 
         y = bn2(conv2(dropout(relu(bn1(conv1 x))) + shortcut(x)))
 
     Both convolutions are 3x3 without bias, the first with the stride. The shortcut is the identity where shapes agree
-    and a `SkipConnection` where channels or stride change. Nothing follows bn2.
+    and a `SkipConnection` where channels or stride change. Nothing follows bn2. The children are torch's own, and the
+    fused steps are taken where each is what its class says and no more, as in `FusedBasicBlock`.
 
     Args:
         in_channels, out_channels: of the block.
@@ -199,11 +294,14 @@ class ResidualBlock(ConvAlgorithm, nn.Module):
         dropout: 0 <= dropout < 1; it acts where the block is in training mode.
         conv_algorithm: as `FusedBasicBlock`.
     Raises:
-        TypeError: conv_algorithm is not a string or None.
+        TypeError: dropout is not a number, conv_algorithm not a string or None.
         ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
     """
 
-    expansion: ClassVar[int] = 1
+    exactly = FusedBasicBlock.exactly
+    _skip_class = SkipConnection
+    _plain = renamed(PlainResidualBlock.forward, "_plain")
+    _plain_with_dropout = renamed(PlainResidualBlock.forward, "_plain_with_dropout")
 
     def __init__(
         self,
@@ -214,24 +312,23 @@ class ResidualBlock(ConvAlgorithm, nn.Module):
         *,
         conv_algorithm: str | None = None,
     ) -> None:
-        super().__init__()
-        self.conv_algorithm = check_conv_algorithm(conv_algorithm)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = FusedBatchNormAct2d(out_channels, dropout=dropout, order="act_add")
-        changes = stride != 1 or in_channels != out_channels
-        self.shortcut = SkipConnection(in_channels, out_channels, stride) if changes else nn.Identity()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.bn2 = FusedBatchNormAct2d(out_channels, relu=False)
+        super().__init__(in_channels, out_channels, stride, dropout)
+        self._set(dropout, conv_algorithm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
         algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
-        out, statistics, x = convolve(self.conv1, x, bn1, algorithm)
-        shortcut = self.shortcut(x)
-        if takes_batch_statistics(bn1):
-            out, statistics = norm_convolve(
-                bn1, self.conv2, out, statistics, bn2, algorithm, residual=shortcut, dropout_training=self.training
-            )
-            return bn2(out, **known(statistics))  # type: ignore[no-any-return]
-        out = bn1(out, shortcut, dropout_training=self.training)
-        return convolve_norm(self.conv2, bn2, out, algorithm)
+        if uses_batch_statistics(bn1):
+            out, statistics, x = conv_measured(self.conv1, x, algorithm)
+            out, statistics = norm_act_conv(
+                bn1, self.conv2, out, self.shortcut(x), dropout=self._dropout_now(), order="act_add",
+                statistics=statistics, algorithm=algorithm,
+            )  # fmt: skip
+            return norm_act(bn2, out, relu=False, statistics=statistics)
+        out = norm_act(bn1, conv_alone(self.conv1, x, algorithm), self.shortcut(x), order="act_add")
+        return conv_norm(self.conv2, bn2, out, relu=False, algorithm=algorithm)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "relu" not in self._modules:  # pickled whole before its children were torch's own
+            self.relu = nn.ReLU(inplace=True)

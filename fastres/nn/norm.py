@@ -1,72 +1,32 @@
 """Batch normalisation with what follows it: addition, ReLU, dropout. Fused, and its twin in plain PyTorch."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional
-from fastres.functional import NormParams, Statistics
+from fastres.nn.steps import check_dropout, norm_act, uses_batch_statistics
+from fastres.nn.trust import Fused, renamed, why_not_ordinary
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+# What is read and written through to the normalisation inside.
+_OF_NORM = frozenset((
+    "weight", "bias", "running_mean", "running_var", "num_batches_tracked",
+    "num_features", "eps", "momentum", "affine", "track_running_stats",
+))  # fmt: skip
 
 
-def check_dropout(dropout: float) -> float:
-    """`dropout` as a float.
+class BatchNormAct2d(nn.Module):
+    """Batch normalisation, the addition of a residual, ReLU and dropout in plain PyTorch, one operator after another.
 
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is not in 0 <= dropout < 1.
+    The normalisation is the child `norm`, torch's own BatchNorm2d: what synchronises, freezes, folds or counts
+    normalisations finds it there, and what follows it stays. The state_dict has a BatchNorm2d's names (`weight`, where
+    `named_parameters` says `norm.weight`), and a BatchNorm2d's attributes are read and written through this module.
+
+    Args, Raises: as `FusedBatchNormAct2d`, whose plain twin it is.
     """
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
-    return float(dropout)
-
-
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    """Whether torch.nn.BatchNorm2d.forward would normalise by the batch's own statistics."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
-
-
-def read_norm(norm: nn.BatchNorm2d) -> tuple[NormParams, bool]:
-    """What torch.nn.BatchNorm2d.forward would use: parameters, and whether the batch's own statistics count.
-
-    With momentum None the share of the batch is 1 / (batches seen, this one included), which makes the running
-    statistics a cumulative average.
-    """
-    tracks = norm.track_running_stats or not norm.training
-    mean, var = (norm.running_mean, norm.running_var) if tracks else (None, None)
-    momentum = norm.momentum
-    if momentum is None:
-        counts = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0) if counts else 0.0  # type: ignore[arg-type]
-    params = NormParams(mean, var, norm.weight, norm.bias, momentum, norm.eps)
-    return params, uses_batch_statistics(norm)
-
-
-def count_batch(norm: nn.BatchNorm2d) -> None:
-    """Count a batch as torch.nn.BatchNorm2d does, to be called once the batch has gone through."""
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-
-
-def known(statistics: Statistics | None) -> dict[str, Any]:
-    """The keyword of `FusedBatchNormAct2d.forward`, left out where nothing is known: another class may lack it."""
-    return {} if statistics is None else {"statistics": statistics}
-
-
-class _NormAct(nn.BatchNorm2d):
-    """BatchNorm2d that knows what follows it. Subclasses say how it is computed."""
-
-    relu: bool
-    dropout: float
-    order: str
 
     def __init__(
         self,
@@ -83,135 +43,141 @@ class _NormAct(nn.BatchNorm2d):
         dropout: float = 0.0,
         order: str = "add_act",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
-        self._set(relu, dropout, order)
-
-    def _set(self, relu: bool, dropout: float, order: str) -> None:
+        super().__init__()
         if not isinstance(relu, bool):
             raise TypeError(f"relu: expected a bool, got {type(relu).__name__}")
         if order not in functional.ORDERS:
             raise ValueError(f"order: expected one of {functional.ORDERS}, got {order!r}")
         self.relu, self.dropout, self.order = relu, check_dropout(dropout), order
+        self.norm = nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.norm.register_parameter("bias", None)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As `FusedBatchNormAct2d.forward`."""
+        y = self.norm(x)
+        if residual is not None and self.order == "add_act":
+            y = y + residual
+        if self.relu:
+            y = F.relu(y)
+        if self.dropout > 0.0:
+            y = F.dropout(y, self.dropout, self.training)
+        if residual is not None and self.order == "act_add":
+            y = y + residual
+        return y  # type: ignore[no-any-return]
 
     def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    @classmethod
-    def adopt(cls, norm: nn.BatchNorm2d, *, relu: bool = True, dropout: float = 0.0, order: str = "add_act") -> Self:
-        """Turn `norm` itself into one of these. Parameters, buffers, hooks, mode: the object stays the same."""
-        if type(norm) is not nn.BatchNorm2d and not isinstance(norm, _NormAct):
-            raise TypeError(f"norm: expected exactly torch.nn.BatchNorm2d, got {type(norm).__name__}")
-        norm.__class__ = cls
-        assert isinstance(norm, cls)
-        norm._set(relu, dropout, order)
-        return norm
-
-    def release(self) -> nn.BatchNorm2d:
-        """The way back from `adopt`: this object as a plain torch.nn.BatchNorm2d, without what followed."""
-        del self.relu, self.dropout, self.order
-        self.__class__ = nn.BatchNorm2d  # type: ignore[assignment]
-        return self
+        """As torch.nn.BatchNorm2d.reset_parameters."""
+        self.norm.reset_running_stats()
+        if self.norm.weight is not None:
+            nn.init.ones_(self.norm.weight)
+        if self.norm.bias is not None:
+            nn.init.zeros_(self.norm.bias)
 
     def extra_repr(self) -> str:
         steps = ["batch_norm", *["relu"] * self.relu, *[f"dropout({self.dropout:g})"] * (self.dropout > 0)]
         # Where the residual joins when one is passed to forward.
         steps.insert(1 if self.order == "add_act" else len(steps), "[add]")
-        own = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{own}, steps={' > '.join(steps)}"
+        return f"steps={' > '.join(steps)}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_NORM and "norm" in self.__dict__.get("_modules", ()):
+            return getattr(self._modules["norm"], name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_NORM and "norm" in self.__dict__.get("_modules", ()):
+            setattr(self._modules["norm"], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch.nn.Module.state_dict, under the names of a BatchNorm2d."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        inside = prefix + "norm."
+        for key in [key for key in state if key.startswith(inside)]:
+            state[prefix + key.removeprefix(inside)] = state.pop(key)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        inside = prefix + "norm."
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(inside)]:
+            state_dict[inside + key.removeprefix(prefix)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "norm" not in state["_modules"]:  # pickled whole when it was a BatchNorm2d itself
+            norm = nn.BatchNorm2d.__new__(nn.BatchNorm2d)
+            own = {key: state.pop(key) for key in ("relu", "dropout", "order")}
+            norm.__setstate__(state)  # type: ignore[no-untyped-call]
+            state = {**nn.Module().__dict__, **own, "training": norm.training, "_modules": {"norm": norm}}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
-class FusedBatchNormAct2d(_NormAct):
+class FusedBatchNormAct2d(Fused, BatchNormAct2d):
     """torch.nn.BatchNorm2d with the addition, ReLU and dropout that follow it, in one pass over memory.
 
         "add_act":  y = dropout(relu(bn(x) + residual))
         "act_add":  y = dropout(relu(bn(x))) + residual
+
+    The normalisation is the child `norm`, torch's own BatchNorm2d. Where that is replaced (synchronised, folded),
+    hooked or frozen beside dropout, and where the call is traced, exported or transformed, its plain twin's forward
+    runs.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch.nn.BatchNorm2d.
         relu: off leaves normalisation and addition.
         dropout: 0 <= dropout < 1, the probability of dropping an element, in training mode only.
         order: "add_act" (ResNet v1) or "act_add".
-    The state_dict is BatchNorm2d's.
+    The state_dict is BatchNorm2d's; its attributes are read and written through this module as well.
     Raises:
         TypeError, ValueError: an argument has the wrong type, dropout is outside [0, 1), order is unknown.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        *,
-        dropout_training: bool | None = None,
-        statistics: Statistics | None = None,
-    ) -> Tensor:
+    exactly = {"norm": nn.BatchNorm2d}  # noqa: RUF012
+    _plain = renamed(BatchNormAct2d.forward, "_plain")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise `x`, add `residual`, apply ReLU and dropout.
 
         Args:
             x: [N, C, H, W], float32 | bfloat16 | float16 (float64 on the CPU); NCHW or channels_last.
             residual: [N, C, H, W], dtype and device of x.
-            dropout_training: whether dropout acts; None means in training mode. A block passes its own mode, so that
-                freezing the normalisation (`norm.eval()`) leaves the block's dropout alone.
-            statistics: those of x where they are known already, as a convolution measures them; only where the batch's
-                statistics are used.
         Returns:
             [N, C, H, W], dtype and memory format of x.
         Raises:
             TypeError, ValueError: as `fastres.functional.batch_norm_act`.
         """
-        dropout = self.dropout if (self.training if dropout_training is None else dropout_training) else 0.0
-        norm, batch_statistics = read_norm(self)
-        # The operator knows dropout only together with batch statistics; a frozen normalisation needs a second step.
-        separate = dropout > 0 and not batch_statistics
-        late = separate and self.order == "act_add"
-        y = functional.batch_norm_act(
-            x, *norm[:4], training=batch_statistics, momentum=norm.momentum, eps=norm.eps,
-            residual=None if late else residual, relu=self.relu, dropout_p=0.0 if separate else dropout,
-            order=self.order, statistics=statistics,
-        )  # fmt: skip
-        if separate:
-            y = F.dropout(y, dropout)
-        if late and residual is not None:
-            y = y + residual
-        count_batch(self)
-        return y
+        if torch.jit.is_scripting() or self._leaves(x) or self._leaves_for(residual):  # type: ignore[attr-defined]
+            return self._plain(x, residual)  # type: ignore[no-any-return]
+        return self._fused(x, residual)
 
+    @torch.jit.unused
+    def _leaves_for(self, residual: Tensor | None) -> bool:
+        return residual is not None and why_not_ordinary(residual) is not None
 
-class BatchNormAct2d(_NormAct):
-    """`FusedBatchNormAct2d` in plain PyTorch: the same arguments, parameters and results, one operator after another.
+    @torch.jit.unused
+    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return norm_act(self.norm, x, residual, relu=self.relu, dropout=dropout, order=self.order)
 
-    `fastres.unfuse` leaves it behind where torchvision has no class to go back to.
-    """
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        *,
-        dropout_training: bool | None = None,
-        statistics: Statistics | None = None,
-    ) -> Tensor:
-        """As `FusedBatchNormAct2d.forward`; x is measured whether or not `statistics` are given."""
-        y = super().forward(x)
-        if residual is not None and self.order == "add_act":
-            y = y + residual
-        if self.relu:
-            y = F.relu(y)
-        if self.dropout > 0:
-            y = F.dropout(y, self.dropout, self.training if dropout_training is None else dropout_training)
-        if residual is not None and self.order == "act_add":
-            y = y + residual
-        return y
+    def why_not_fusable(self) -> str | None:
+        """As `Fused.why_not_fusable`; dropout needs the batch's statistics, too."""
+        problem = super().why_not_fusable()
+        if problem is None and self.dropout > 0 and self.training and not uses_batch_statistics(self.norm):
+            return "its dropout acts while its normalisation is frozen"
+        return problem
 
 
 class AbsorbedReLU(nn.ReLU):
-    """A ReLU that the normalisation before it has already applied: it hands its input on, and still runs its hooks."""
+    """The ReLU behind a fused normalisation in networks that were pickled whole when blocks changed their children."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x as it is."""
-        return x
+
+def take_over_norm(parent: nn.Module, name: str) -> float:
+    """Put the plain normalisation of a FusedBatchNormAct2d in its place, and return the dropout rate that it had."""
+    norm = parent._modules.get(name)
+    if type(norm) is not FusedBatchNormAct2d:
+        return 0.0
+    parent._modules[name] = norm.norm
+    return norm.dropout

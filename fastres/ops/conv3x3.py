@@ -94,13 +94,14 @@ def has_bfloat16_tiles() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
-def _serves(x: Tensor) -> bool:
+def serves(x: Tensor) -> bool:
+    """Whether kernels of our own take x at all, in channels_last."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
 
 
 def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
     """Whether this convolution goes to Winograd's kernels, with `algorithm` one of ALGORITHMS."""
-    if algorithm == "direct" or not _serves(x):
+    if algorithm == "direct" or not serves(x):
         return False
     if algorithm == "winograd":
         return True
@@ -116,7 +117,7 @@ def takes_product(x: Tensor, outputs: int, stride: int, algorithm: str) -> bool:
     To read the weights is then the greater part of the work. The product reads them once, and multiplies them from the
     cache; Winograd's algorithm makes four times as many of them, and PyTorch's convolution orders them anew first.
     """
-    if algorithm != "auto" or not _serves(x) or (x.dtype == torch.bfloat16 and has_bfloat16_tiles()):
+    if algorithm != "auto" or not serves(x) or (x.dtype == torch.bfloat16 and has_bfloat16_tiles()):
         return False
     n, c, h, w = x.shape
     positions = n * output_size(h, stride) * output_size(w, stride)

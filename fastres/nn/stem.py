@@ -1,0 +1,162 @@
+"""Networks whose stem is fused: torchvision's ResNet, and the trunk that IntermediateLayerGetter cuts out of one.
+
+The children are torchvision's. The normalisation and the ReLU of the stem are one step where both are what their
+classes say and no more, and the network takes its input to channels_last where the convolutions of its blocks gain by
+it and nobody sees how an activation inside lies in memory.
+"""
+
+import functools
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import ResNet
+
+from fastres.nn.blocks import FusedBlock
+from fastres.nn.norm import AbsorbedReLU, take_over_norm
+from fastres.nn.steps import gives_channels_last, is_channels_last, norm_act
+from fastres.nn.trust import Fused, has_hooks, renamed
+from fastres.ops.conv3x3 import asked_algorithm, serves
+
+# Layers, beside blocks, whose results do not depend on the memory format of their input.
+_FORMAT_FREE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.AdaptiveAvgPool2d, nn.Linear)
+
+
+class FusedTrunk(Fused):
+    """A network that begins with conv1, bn1 and relu and goes on with stages of blocks."""
+
+    exactly = {"bn1": nn.BatchNorm2d, "relu": nn.ReLU}  # noqa: RUF012
+
+    def _gains_by_channels_last(self, x: Tensor) -> bool:
+        """Whether the network computes in channels_last though x lies otherwise."""
+        if is_channels_last(x) or not serves(x):
+            return False
+        blocks: list[Any] = []
+        for name, child in self._modules.items():
+            if name == "fc":  # behind flatten, which gives the order of the dimensions
+                continue
+            if child is None or has_hooks(child):
+                return False
+            if type(child) is nn.Sequential:
+                blocks += child._modules.values()
+            elif type(child) not in _FORMAT_FREE:
+                return False
+        asked = {None if not isinstance(b, FusedBlock) else asked_algorithm(b.conv_algorithm) for b in blocks}
+        if not blocks or not asked.isdisjoint((None, "direct")):
+            return False
+        return all(not has_hooks(b) and b.why_not_fusable() is None for b in blocks)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if type(self._modules.get("relu")) is AbsorbedReLU:  # pickled whole when the normalisation held the ReLU
+            self._modules["relu"] = nn.ReLU(inplace=True)
+            take_over_norm(self, "bn1")
+
+
+class FusedStemResNet(FusedTrunk, ResNet):  # type: ignore[misc]
+    """torchvision's ResNet with a faster way through its stem, and its input taken to channels_last where that pays.
+
+    What `fastres.fuse` makes of a ResNet. Children, parameters and state_dict are torchvision's.
+    """
+
+    plain_class = ResNet
+    _plain = renamed(ResNet._forward_impl, "_plain")
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._plain(x)  # type: ignore[no-any-return]
+        return self._forward(x)
+
+    @torch.jit.unused
+    def _forward(self, x: Tensor) -> Tensor:
+        if self._leaves(x):
+            return self._plain(x)  # type: ignore[no-any-return]
+        if self._gains_by_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+
+
+class FusedLayerGetter(FusedTrunk, IntermediateLayerGetter):  # type: ignore[misc]
+    """torchvision's IntermediateLayerGetter over a ResNet's layers, with a faster way through the stem.
+
+    The features that it returns lie in memory as torchvision's would.
+    """
+
+    plain_class = IntermediateLayerGetter
+    _plain = renamed(IntermediateLayerGetter.forward, "_plain")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """[N, 3, H, W] to the outputs of the layers that `return_layers` names."""
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
+            return self._plain(x)  # type: ignore[no-any-return]
+        return self._fused(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> dict[str, Tensor]:
+        expected = torch.channels_last
+        if self._gains_by_channels_last(x):
+            convs = (m for m in self.modules() if isinstance(m, nn.Conv2d))
+            expected = torch.channels_last if gives_channels_last(x, convs) else torch.contiguous_format
+            x = x.contiguous(memory_format=torch.channels_last)
+        found: OrderedDict[str, Tensor] = OrderedDict()
+        for name, module in self.items():
+            if name == "bn1":
+                x = norm_act(module, x)
+            elif name != "relu":
+                x = module(x)
+            if name in self.return_layers:
+                y = x if expected == torch.channels_last else x.contiguous()
+                found[self.return_layers[name]] = y
+        return found
+
+    def why_not_fusable(self) -> str | None:
+        """Why the stem goes child by child; None where it is one step."""
+        names = list(self._modules)
+        together = "bn1" in names and names.index("bn1") + 1 < len(names) and names[names.index("bn1") + 1] == "relu"
+        if not together or "bn1" in self.return_layers:
+            return "the output of its bn1 is used by more than the relu"
+        return super().why_not_fusable()
+
+
+def fused_trunk_class(plain: type[nn.Module]) -> type[FusedTrunk] | None:
+    """The class with a fused stem that stands for this one; None where its forward is not torchvision's.
+
+    A subclass of ResNet that only adds to it gets a class of its own, made here.
+    """
+    if issubclass(plain, FusedTrunk):
+        return None
+    if plain is IntermediateLayerGetter:
+        return FusedLayerGetter
+    if plain is ResNet:
+        return FusedStemResNet
+    own: Any = plain
+    if issubclass(plain, ResNet) and own._forward_impl is ResNet._forward_impl and own.forward is ResNet.forward:
+        return _fused_subclass(own)  # type: ignore[no-any-return]
+    return None
+
+
+def plain_trunk_class(fused: type[nn.Module]) -> type[nn.Module] | None:
+    """The way back from `fused_trunk_class`, and from a constructor's class; None where there is none."""
+    plain: type[nn.Module] | None = vars(fused).get("plain_class")
+    return plain
+
+
+@functools.cache
+def _fused_subclass(plain: Any) -> Any:
+    names = {"plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": _reduce}
+    return type(f"Fused{plain.__name__}", (FusedStemResNet, plain), names)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # Pickle finds a class by its name, and this one has none in any module.
+    return _new_fused_subclass, (type(self).plain_class,), self.__dict__  # type: ignore[attr-defined]
+
+
+def _new_fused_subclass(plain: Any) -> Any:
+    fused = _fused_subclass(plain)
+    return fused.__new__(fused)

@@ -1,0 +1,269 @@
+"""The fused steps of a residual block, over torch's own modules.
+
+In training a convolution measures its output for the normalisation that follows, applies the one before it to its own
+input, and adds to its input's gradient that of the shortcut. In evaluation it applies the normalisation that follows.
+
+Every function trusts that its modules are exactly what their classes say: the block has asked (`fastres.nn.trust`). A
+convolution that is not one of ours is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastres import functional
+from fastres.functional import Convolved, NormParams, Statistics
+from fastres.nn.trust import why_not_children, why_not_exactly
+from fastres.ops.conv3x3 import ALGORITHMS, asked_algorithm, output_size, pays, serves
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+def check_conv_algorithm(conv_algorithm: str | None) -> str | None:
+    """`conv_algorithm` as it is.
+
+    Raises:
+        TypeError: it is neither a string nor None.
+        ValueError: it is none of `fastres.ops.conv3x3.ALGORITHMS`.
+    """
+    if conv_algorithm is not None and not isinstance(conv_algorithm, str):
+        raise TypeError(f"conv_algorithm: expected a string or None, got {type(conv_algorithm).__name__}")
+    if conv_algorithm is not None and conv_algorithm not in ALGORITHMS:
+        raise ValueError(f"conv_algorithm: expected one of {ALGORITHMS} or None, got {conv_algorithm!r}")
+    return conv_algorithm
+
+
+def check_dropout(dropout: float) -> float:
+    """`dropout` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not in 0 <= dropout < 1.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+    return float(dropout)
+
+
+# -------------------------------------------------------------------------------------------------------- normalisation
+
+
+def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
+    """Whether torch.nn.BatchNorm2d.forward would normalise by the batch's own statistics."""
+    if norm.training or norm._buffers.get("running_mean") is not None:
+        return norm.training
+    return norm.running_mean is None and norm.running_var is None
+
+
+def begin_norm(norm: nn.BatchNorm2d) -> NormParams:
+    """Count a batch, as torch.nn.BatchNorm2d does before anything else, and read what its forward would use.
+
+    With momentum None the share of the batch is 1 / (batches seen, this one included), which makes the running
+    statistics a cumulative average.
+    """
+    counts = norm.training and norm.track_running_stats and norm.num_batches_tracked is not None
+    if counts:
+        norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1.0 / float(norm.num_batches_tracked) if counts else 0.0  # type: ignore[arg-type]
+    tracks = norm.track_running_stats or not norm.training
+    mean, var = (norm.running_mean, norm.running_var) if tracks else (None, None)
+    return NormParams(mean, var, norm.weight, norm.bias, momentum, norm.eps)
+
+
+def norm_act(
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    dropout: float = 0.0,
+    order: str = "add_act",
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """dropout(relu(norm(x) + residual)), in the order that `fastres.functional.batch_norm_act` says.
+
+    Args:
+        dropout: the rate; it has to be 0 where norm uses its running statistics.
+        statistics: those of x, where they are known already and norm uses the batch's.
+    """
+    params, training = begin_norm(norm), uses_batch_statistics(norm)
+    return functional.batch_norm_act(
+        x, *params[:4], training=training, momentum=params.momentum, eps=params.eps, residual=residual, relu=relu,
+        dropout_p=dropout, order=order, statistics=statistics,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- convolutions
+
+
+def is_conv3x3(conv: nn.Conv2d, strides: tuple[tuple[int, int], ...] = ((1, 1),)) -> bool:
+    """Whether calling the module is `fastres.functional.conv3x3` with its weight, or the same with one of `strides`."""
+    return (
+        conv.bias is None
+        and conv.kernel_size == (3, 3)
+        and conv.padding == conv.dilation == (1, 1)
+        and conv.stride in strides
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def conv_measured(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
+    """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
+    if is_conv3x3(conv):
+        return functional.measured_conv3x3(x, conv.weight, algorithm=algorithm)
+    return Convolved(conv(x), None, x)
+
+
+def norm_act_conv(
+    norm: nn.BatchNorm2d,
+    conv: nn.Conv2d,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    dropout: float,
+    order: str = "add_act",
+    statistics: Statistics | None,
+    algorithm: str | None,
+) -> tuple[Tensor, Statistics | None]:
+    """conv(norm_act(norm, x, residual)) by the batch's statistics, and its own statistics where they were taken."""
+    if not is_conv3x3(conv):
+        return conv(norm_act(norm, x, residual, dropout=dropout, order=order, statistics=statistics)), None
+    return functional.norm_act_conv3x3(
+        x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, dropout_p=dropout, order=order,
+        algorithm=algorithm,
+    )  # fmt: skip
+
+
+def conv_norm(
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    algorithm: str | None,
+) -> Tensor:
+    """relu(norm(conv(x)) + residual), by norm's running statistics."""
+    if is_conv3x3(conv, ((1, 1), (2, 2))):
+        return functional.conv3x3_norm_act(
+            x, conv.weight, begin_norm(norm), residual=residual, relu=relu, stride=conv.stride[0], algorithm=algorithm
+        )
+    return norm_act(norm, conv(x), residual, relu=relu)
+
+
+def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
+    """conv(x), by no normalisation's side."""
+    return functional.conv3x3(x, conv.weight, algorithm=algorithm) if is_conv3x3(conv) else conv(x)
+
+
+# ------------------------------------------------------------------------------------------------------------ shortcuts
+
+
+def why_not_projection(shortcut: nn.Module) -> str | None:
+    """Why the first two children are not exactly a 1x1 convolution and BatchNorm2d; None where they are."""
+    problem = why_not_children(shortcut, {"0": nn.Conv2d, "1": nn.BatchNorm2d})
+    if problem is not None:
+        return problem
+    conv = cast(nn.Conv2d, shortcut._modules["0"])
+    if conv.bias is not None:
+        return "its convolution has a bias"
+    plain = conv.padding in ((0, 0), "valid") and conv.groups == 1 and conv.padding_mode == "zeros"
+    if conv.kernel_size != (1, 1) or not plain:
+        return f"its convolution is not a 1x1 convolution without padding and groups, but {conv}"
+    return None
+
+
+def why_not_downsample(downsample: nn.Module) -> str | None:
+    """Why a block's `downsample` is not exactly a Sequential of a 1x1 convolution and BatchNorm2d; None where it is."""
+    problem = why_not_exactly(downsample, nn.Sequential)
+    if problem is None and list(downsample._modules) != ["0", "1"]:
+        problem = f"has the children {list(downsample._modules)}, expected a convolution and a normalisation"
+    return problem or why_not_projection(downsample)
+
+
+def projection(
+    shortcut: nn.Module,
+    s: Tensor,
+    norm: nn.BatchNorm2d | None = None,
+    x: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    relu: bool = True,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """relu(norm(x) + bn(conv1x1(s))), or without x relu(bn(conv1x1(s))).
+
+    Args:
+        shortcut: the convolution is its child "0", the normalisation its child "1"; see `why_not_projection`.
+        norm: of x; it uses the batch's statistics where the shortcut's own normalisation does.
+        statistics: those of x, where they are known already.
+    """
+    conv, own = cast(nn.Conv2d, shortcut._modules["0"]), cast(nn.BatchNorm2d, shortcut._modules["1"])
+    x_params = None if norm is None else begin_norm(norm)
+    return functional.projection_shortcut(
+        s, conv.weight, begin_norm(own), x, x_params, stride=cast("tuple[int, int]", conv.stride),
+        training=uses_batch_statistics(own), relu=relu, dropout_p=dropout, x_statistics=statistics,
+    )  # fmt: skip
+
+
+def projects_beside(norm: nn.BatchNorm2d, shortcut: nn.Module) -> bool:
+    """Whether norm and the normalisation of a projection are two that take the same kind of statistics."""
+    own = cast(nn.BatchNorm2d, shortcut._modules["1"])
+    return own is not norm and uses_batch_statistics(own) == uses_batch_statistics(norm)
+
+
+def add_shortcut(
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    s: Tensor,
+    downsample: nn.Module | None,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """The end of a residual block: relu(norm(x) + downsample(s)), with downsample None the identity.
+
+    `statistics` are those of x where they are known already and norm uses the batch's.
+    """
+    if downsample is None:
+        return norm_act(norm, x, s, statistics=statistics)
+    if why_not_downsample(downsample) is None and projects_beside(norm, downsample):
+        return projection(downsample, s, norm, x, statistics=statistics)
+    return norm_act(norm, x, downsample(s), statistics=statistics)
+
+
+# -------------------------------------------------------------------------------------------------------- memory format
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether PyTorch's convolutions would take t for channels_last."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def gives_channels_last(x: Tensor, convs: Iterable[nn.Conv2d]) -> bool:
+    """Whether PyTorch's convolutions, one after the other, would give an output in channels_last."""
+    return is_channels_last(x) or any(is_channels_last(conv.weight) for conv in convs)
+
+
+def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algorithm: str | None) -> bool:
+    """Whether it pays to copy a block's input x to channels_last, and its output back, for conv in conv(before(x))."""
+    if x.is_contiguous(memory_format=torch.channels_last) or not serves(x) or not is_conv3x3(conv):
+        return False
+    asked = asked_algorithm(algorithm)
+    if asked == "direct":
+        return False
+    if asked == "winograd":
+        return True
+    outputs, inputs = conv.weight.shape[:2]
+    # Users set a single number as well.
+    strides = cast("tuple[int, int]", torch.nn.modules.utils._pair(before.stride))
+    height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], strides, strict=True))
+    return pays(x.shape[0], inputs, outputs, height, width)

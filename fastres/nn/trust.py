@@ -1,0 +1,163 @@
+"""The one question that a fused module asks before it takes its faster way: would anybody see the difference?
+
+A fused block keeps torchvision's children with torch's own meaning. Its faster way leaves their calls out, which is
+exact as long as every child is what its class says and no more, and nobody watches or transforms the single operators.
+The question is asked of the block as it stands, at each call; otherwise it runs child by child, as torchvision's does.
+"""
+
+import logging
+from collections.abc import Mapping
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
+
+from fastres import ordinary
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_log = logging.getLogger(__name__)
+
+# Tensors whose operators are PyTorch's own; another subclass may give each operator a meaning of its own.
+_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Attributes that, set on a module itself, take the place of a method behind its call.
+_METHODS = ("forward", "_conv_forward", "_check_input_dim")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs hooks, forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def class_name(module_class: type) -> str:
+    """torch's own classes under the name that users write, others with their module."""
+    package = "torch.nn" if module_class.__module__.startswith("torch.nn.modules.") else module_class.__module__
+    return f"{package}.{module_class.__qualname__}"
+
+
+def why_not_exactly(module: nn.Module | None, expected: type[nn.Module]) -> str | None:
+    """Why calling the module does more, or other, than the class `expected` says; None where it does exactly that.
+
+    A subclass counts as other: normalisation that is synchronised, frozen, quantised or parametrised is one. So does a
+    parameter of a class of its own (a sharded or quantised one).
+    """
+    if type(module) is not expected:
+        found = "missing" if module is None else class_name(type(module))
+        return f"is {found}, expected exactly {class_name(expected)}"
+    assert module is not None
+    if has_hooks(module):
+        return "has hooks, which would see other values or never run"
+    for method in _METHODS:
+        if method in module.__dict__:
+            return f"has a {method} of its own, set on the instance"
+    for key, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) not in _TENSORS:
+            return f"has {key} of the class {class_name(type(parameter))}"
+    return None
+
+
+def is_exactly(module: nn.Module | None, expected: type[_Module]) -> TypeGuard[_Module]:
+    """Whether calling the module does what the class `expected` says and no more."""
+    return why_not_exactly(module, expected) is None
+
+
+def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]]) -> str | None:
+    """Why one of these children is not exactly what its class says; None where all are."""
+    modules = parent._modules
+    for name, expected in children.items():
+        child = modules.get(name)
+        if not _is_exactly(child, expected):
+            return f"its {name} {why_not_exactly(child, expected)}"
+    return None
+
+
+def _is_exactly(module: Any, expected: type[nn.Module]) -> bool:
+    """Whether `why_not_exactly` has nothing to say. Asked of every child of a block at every call, so it is short."""
+    if (
+        type(module) is not expected
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return False
+    own = module.__dict__
+    if "forward" in own or "_conv_forward" in own or "_check_input_dim" in own:
+        return False
+    for parameter in module._parameters.values():
+        if parameter is not None and type(parameter) not in _TENSORS:
+            return False
+    return True
+
+
+def why_not_ordinary(x: Tensor) -> str | None:
+    """Why this call has to be made of PyTorch's own operators; None for an ordinary one.
+
+    Somebody looks at each operator (tracing, exporting, hooks on all modules), transforms it (torch.func) or gives it
+    another meaning (a subclass of Tensor); or PyTorch's module would refuse x.
+    """
+    if type(x) not in _TENSORS:
+        return f"its input is a {type(x).__name__}"
+    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
+        return "its input is not a batch of images in floating point"
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "hooks on all modules are registered"
+    if torch.compiler.is_exporting():
+        return "it is exported"
+    if x.dtype == torch.float64 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return "autocast leaves float64 alone"
+    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0:
+        # A default device is one of these modes, and changes nothing here.
+        for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            if type(mode) is not DeviceContext:
+                return f"{type(mode).__name__} takes PyTorch's functions over"
+    return ordinary.why_not_ordinary()
+
+
+class Fused(nn.Module):
+    """A module with a faster way through its children. Subclasses name the children and give both ways.
+
+    Attributes:
+        exactly: child -> the class that it has to be of for the faster way.
+    """
+
+    # Typed in comments: TorchScript reads a module class's annotations, and knows few types.
+    exactly = {}  # type: Mapping[str, type[nn.Module]]  # noqa: RUF012
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def why_not_fusable(self) -> str | None:
+        """Why the module, as it stands, is computed child by child; None where it takes the faster way."""
+        if "forward" in self.__dict__:
+            return "it has a forward of its own, set on the instance"
+        return why_not_children(self, self.exactly)
+
+    @torch.jit.unused
+    def _leaves(self, x: Tensor) -> bool:
+        """Whether the call with the input x goes child by child."""
+        if why_not_ordinary(x) is not None:
+            return True
+        problem = self.why_not_fusable()
+        if not torch.compiler.is_compiling():
+            # Kept in the module: True once it has taken the faster way, False once the log has said that it left.
+            if problem is None:
+                self.__dict__.setdefault("_was_fused", True)
+            elif self.__dict__.get("_was_fused"):
+                self.__dict__["_was_fused"] = False
+                _log.warning("a %s goes on child by child, as in plain PyTorch: %s", type(self).__name__, problem)
+        return problem is not None
+
+
+def renamed(function: Any, name: str) -> Any:
+    """The same function under another name, which is the one that TorchScript compiles it under."""
+    return FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
