@@ -454,9 +454,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
     as one matrix product of our own, with PyTorch's rounding errors.
 
-    Where no gradient is asked for, weights are kept for the next call as the kernels read them, for as long as the
-    weight's data pointer and version counter stand. Writing through `weight.data` does not count as a new version;
-    writing to the weight under torch.no_grad, as optimizers and load_state_dict do, does.
+    The weight is read at every call; nothing of it is kept for the next one.
 
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 and bfloat16 in
@@ -477,7 +475,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     _check_convolution(x, weight, algorithm)
     asked = _conv_ops.asked_algorithm(algorithm)
     needs_grad = _needs_grad(x, weight)
-    product = not needs_grad and _conv_ops.takes_product(x, 1, asked)
+    product = not needs_grad and _conv_ops.takes_product(x, weight.shape[0], 1, asked)
     if not product and not _conv_ops.takes_winograd(x, weight, asked):
         return reference.conv3x3(x, weight.to(x.dtype))
     x, weight = _dense(x, torch.channels_last), _served(weight, x)
@@ -615,7 +613,7 @@ def conv3x3_norm_act(
     _check_norm("norm.", norm, x, shape[1], False)
     _check_options(False, relu, 0.0, None, x, tuple(shape))
     asked = _conv_ops.asked_algorithm(algorithm)
-    product = _conv_ops.takes_product(x, stride, asked)
+    product = _conv_ops.takes_product(x, shape[1], stride, asked)
     winograd = not product and stride == 1 and _conv_ops.takes_winograd(x, weight, asked)
     if not (product or winograd) or _needs_grad(x, weight, norm.weight, norm.bias, residual):
         if winograd:

@@ -15,7 +15,7 @@
 //   operand   [p / kRows][c / W][p % kRows][W]     left side of the product that gives outputs
 //   columns   [c / kColumns][p][kColumns]          right side of the product that gives the weight gradient; products
 //   rows      [p][c], padded                       left side of that product
-//   weights   [k / kColumns][c][kColumns]          right side of the product that gives outputs
+//   weights   [k / kPanel][c][kPanel]              right side of the product that gives outputs
 // so that the inner loops read memory in order, at fixed offsets.
 #pragma once
 
@@ -120,6 +120,9 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 constexpr int64_t kColumns = 2 * kWidth;
+// Outputs of a row of weights, as products read them. It does not depend on the vectors' width: packed weights are
+// saved on one machine and loaded on another. Column groups are one or two of these.
+constexpr int64_t kPanel = 16;
 
 inline int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
@@ -547,28 +550,82 @@ inline void transform_products(
 
 // --- weights
 
-// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever
-// its layout. For the input gradient the channels change places and the taps
-// are turned by half a circle.
+// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever its layout. For the input gradient the
+// channels change places and the taps are turned by half a circle. Packed weights have their outputs in groups.
 struct Kernel {
   const float* data;
   int64_t outputs, inputs;
+  int64_t group_stride; // of kPanel outputs
   int64_t output_stride, input_stride;
   std::array<int64_t, kTaps * kTaps> tap; // offsets
+
+  const float* at(int64_t k, int64_t c) const {
+    return data + k / kPanel * group_stride + k % kPanel * output_stride + c * input_stride;
+  }
+  bool is_packed() const {
+    return group_stride != kPanel * output_stride;
+  }
+  // [k][...][c]: a vector of inputs under one tap lies together.
+  bool inputs_are_adjacent() const {
+    return input_stride == 1;
+  }
+  // [k][c][tap]: the nine taps of an input lie together, and those of the next one follow.
+  bool taps_are_adjacent() const {
+    bool adjacent = input_stride == kTaps * kTaps;
+    for (int t = 0; t < kTaps * kTaps; ++t) {
+      adjacent = adjacent && tap[t] == t;
+    }
+    return adjacent;
+  }
 };
 
-// to: 36 planes of [inputs padded to kWidth][kColumns], for output channels
-// from ... from + kColumns - 1; what lies outside the kernel is zero.
-inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int64_t plane) {
+// to[i][k] = from[k][i] for a vector of outputs k, their rows `stride` apart, and `count` vectors of i.
+inline void transpose_rows(const float* from, int64_t stride, int64_t count, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i) {
+    at::vec::transpose_mxn<float, kWidth, kWidth>(from + i * kWidth, stride, to + i * kWidth * to_row, to_row);
+  }
+}
+
+// Where in transformed weights of one group of columns the second vector of a row lies.
+inline int64_t high_vector(int64_t depth) {
+  return kWidth == kPanel ? depth * kPanel : kWidth;
+}
+
+// to: 36 planes of [kColumns / kPanel][inputs padded to kWidth][kPanel], for output channels from ... from + kColumns
+// - 1, of which inputs begin ... end - 1, multiples of kWidth, are written; what lies outside the kernel is zero.
+inline void transform_weights(
+    const Kernel& kernel,
+    int64_t from,
+    int64_t begin,
+    int64_t end,
+    float* to,
+    int64_t plane) {
   constexpr int taps = kTaps * kTaps;
   alignas(64) float gathered[kWidth][taps][kColumns];
   const int64_t columns = std::min(kColumns, kernel.outputs - from);
-  for (int64_t c0 = 0; c0 < kernel.inputs; c0 += kWidth) {
+  const int64_t high = high_vector(round_up(kernel.inputs, kWidth));
+  const bool taps_are_adjacent = kernel.taps_are_adjacent();
+  // weight(half, i): tap i of outputs from + half ... and input c
+  const auto transform = [&](int64_t c, const auto& weight) __attribute__((always_inline)) {
+    for (int64_t half = 0; half < kColumns; half += kWidth) {
+      float* out = to + c * kPanel + (half == 0 ? 0 : high);
+      transform_square<WeightTransform>(
+          [&](int i) __attribute__((always_inline)) { return load(weight(half, i)); },
+          [&](int i, Lanes v) __attribute__((always_inline)) { store(out + i * plane, v); });
+    }
+  };
+  for (int64_t c0 = begin; c0 < end; c0 += kWidth) {
+    if (kernel.is_packed()) {
+      for (int64_t c = c0; c < c0 + kWidth; ++c) {
+        transform(c, [&](int64_t half, int i) { return kernel.at(from + half, c) + kernel.tap[i]; });
+      }
+      continue;
+    }
     const int64_t inputs = std::min(kWidth, kernel.inputs - c0);
+    const float* block = kernel.at(from, c0);
     if (inputs < kWidth || columns < kColumns) {
       std::fill_n(&gathered[0][0][0], kWidth * taps * kColumns, 0.0f);
     }
-    const float* block = kernel.data + from * kernel.output_stride + c0 * kernel.input_stride;
     if (kernel.output_stride == 1) {
       for (int64_t c = 0; c < inputs; ++c) {
         for (int t = 0; t < taps; ++t) {
@@ -576,7 +633,12 @@ inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int
           std::copy(row, row + columns, gathered[c][t]);
         }
       }
-    } else if (kernel.input_stride == 1 && inputs == kWidth && columns == kColumns) {
+    } else if (taps_are_adjacent && inputs == kWidth && columns == kColumns) {
+      for (int64_t half = 0; half < kColumns; half += kWidth) {
+        transpose_rows(
+            block + half * kernel.output_stride, kernel.output_stride, taps, &gathered[0][0][half], kColumns);
+      }
+    } else if (kernel.inputs_are_adjacent() && inputs == kWidth && columns == kColumns) {
       for (int t = 0; t < taps; ++t) {
         for (int64_t half = 0; half < kColumns; half += kWidth) {
           at::vec::transpose_mxn<float, kWidth, kWidth>(
@@ -597,45 +659,50 @@ inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int
       }
     }
     for (int64_t c = 0; c < kWidth; ++c) {
-      for (int64_t half = 0; half < kColumns; half += kWidth) {
-        float* out = to + (c0 + c) * kColumns + half;
-        transform_square<WeightTransform>(
-            [&](int i) { return load(&gathered[c][i][half]); }, [&](int i, Lanes v) { store(out + i * plane, v); });
-      }
+      transform(c0 + c, [&](int64_t half, int i) { return &gathered[c][i][half]; });
     }
   }
 }
 
 // --- products
 
-// product[r][:] = sum_c operand[r][c] * weights[c][:] for R rows of one group
-// of kRows; depth is a multiple of kWidth.
-template <int R>
-inline void output_product(const float* operand, const float* weights, float* product, int64_t depth) {
-  Lanes low[R], high[R];
+// product[r][:] (+)= sum_c operand[r][c] * weights[c][:] for R rows of one group of kRows, over `steps` vectors of c,
+// which lie operand_step and weight_step apart. The two vectors of weights[c] are at low and high, c's rows Row apart.
+template <int R, int64_t Row>
+inline void output_product(
+    const float* operand,
+    int64_t operand_step,
+    const float* low,
+    const float* high,
+    int64_t weight_step,
+    int64_t steps,
+    float* product,
+    bool accumulate) {
+  Lanes sum_low[R], sum_high[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    low[r] = high[r] = Lanes{};
+    sum_low[r] = accumulate ? load(product + r * kColumns) : Lanes{};
+    sum_high[r] = accumulate ? load(product + r * kColumns + kWidth) : Lanes{};
   }
-  for (int64_t c = 0; c < depth; c += kWidth) {
+  for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 16
     for (int lane = 0; lane < kWidth; ++lane) {
-      const Lanes weights_low = load(weights + lane * kColumns);
-      const Lanes weights_high = load(weights + lane * kColumns + kWidth);
+      const Lanes weights_low = load(low + lane * Row), weights_high = load(high + lane * Row);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Lanes factor = broadcast(operand[r * kWidth + lane]);
-        low[r] = multiply_add(factor, weights_low, low[r]);
-        high[r] = multiply_add(factor, weights_high, high[r]);
+        sum_low[r] = multiply_add(factor, weights_low, sum_low[r]);
+        sum_high[r] = multiply_add(factor, weights_high, sum_high[r]);
       }
     }
-    weights += kWidth * kColumns;
-    operand += kRows * kWidth;
+    low += weight_step;
+    high += weight_step;
+    operand += operand_step;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    store(product + r * kColumns, low[r]);
-    store(product + r * kColumns + kWidth, high[r]);
+    store(product + r * kColumns, sum_low[r]);
+    store(product + r * kColumns + kWidth, sum_high[r]);
   }
 }
 
@@ -683,11 +750,19 @@ inline void with_rows(int64_t rows, const F& f) {
 }
 
 // `tiles` tiles of a plane of operand, a column group of weights: product
-// [p][kColumns].
+// [p][kColumns]. depth is a multiple of kWidth.
 inline void multiply_outputs(const float* operand, const float* weights, float* product, int64_t tiles, int64_t depth) {
   for (int64_t p = 0; p < tiles; p += kRows) {
     with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
-      output_product<rows>(operand + p * depth, weights, product + p * kColumns, depth);
+      output_product<rows, kPanel>(
+          operand + p * depth,
+          kRows * kWidth,
+          weights,
+          weights + high_vector(depth),
+          kWidth * kPanel,
+          depth / kWidth,
+          product + p * kColumns,
+          false);
     });
   }
 }
