@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import types
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from torchvision.ops import SqueezeExcitation, StochasticDepth
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from fastres import unfuse
+from fastres.nn import DropoutBasicBlock, DropoutBottleneck
 from tests.altered.compare import Draw
 from tests.altered.subjects import (
     BASIC,
@@ -33,6 +35,8 @@ from tests.altered.subjects import (
     SKIP,
     STEM,
     SUBJECTS,
+    WINOGRAD,
+    Subject,
     each,
     has,
     replace,
@@ -725,6 +729,38 @@ def _(m: nn.Module, draw: Draw) -> nn.Module:
 def _(m: nn.Module, draw: Draw) -> None:
     replace(m, nn.ReLU, lambda old: nn.SiLU())
     replace(m, nn.BatchNorm2d, NORMS["GroupNorm of one group"])
+
+
+# --------------------------------------------------------------------------------------------------- dropout in blocks
+
+DROPPING = tuple(
+    Subject(name, functools.partial(cls, channels, planes, dropout=0.4), WINOGRAD, channels)
+    for name, cls, channels, planes in (
+        ("basic-dropping", DropoutBasicBlock, 8, 8), ("bottleneck-dropping", DropoutBottleneck, 16, 4),
+    )
+)  # fmt: skip
+
+# Off the faster way dropout is PyTorch's own, and the same seed gives the same mask.
+for name, act in {
+    "relu -> SiLU": lambda m: replace(m, nn.ReLU, lambda old: nn.SiLU()),
+    "norms -> GroupNorm": lambda m: replace(m, nn.BatchNorm2d, NORMS["GroupNorm"]),
+    "a hook on conv1": lambda m: m.conv1.register_forward_hook(lambda m, args, y: y * 2),
+    "convolutions biased": lambda m: replace(m, nn.Conv2d, other_conv(bias=True)) or m.bn2.eval(),
+    "norms frozen": lambda m: [n.eval() for n in norms(m)],
+    "one norm frozen": lambda m: m.bn1.eval(),
+    "forward of the relu set": lambda m: setattr(m.relu, "forward", torch.tanh),
+}.items():
+    change(f"with dropout, {name}", DROPPING, exact=False)(lambda m, draw, act=act: act(m))
+
+
+@change("with dropout, its rate set to 0", DROPPING)
+def _(m: nn.Module, draw: Draw) -> None:
+    m.dropout = 0.0
+
+
+@change("with dropout, in evaluation", DROPPING)
+def _(m: nn.Module, draw: Draw) -> None:
+    m.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ tests

@@ -8,6 +8,7 @@ import io
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -498,6 +499,50 @@ def _(m: nn.Module, draw: Draw) -> Results:
     for i, saved in enumerate((first, second, first)):
         m.load_state_dict(saved)
         infer(m, draw, results, f"loaded {i}")
+    return results
+
+
+@use("evaluated by several threads at once", (STEM, PROJECTED, BOTTLENECK, NETWORK))
+def _(m: nn.Module, draw: Draw) -> Results:
+    m.eval()
+    xs = [draw.x(i, shape=(1 + i % 3, *draw.subject.shape()[1:])).detach() for i in range(8)]
+
+    def evaluate(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [m(x) for _ in range(5)]
+
+    results: Results = {}
+    with ThreadPoolExecutor(4) as pool:
+        for i, outputs in enumerate(pool.map(evaluate, xs)):
+            record(results, f"input {i}", y=outputs)
+    return results
+
+
+@use("trained by two threads at once, a copy each", (PROJECTED, BOTTLENECK))
+def _(m: nn.Module, draw: Draw) -> Results:
+    def train(index: int) -> Results:
+        results: Results = {}
+        copied = copies[index]
+        for i in range(3):
+            step(copied, draw, results, f"copy {index}, step {i}", 10 * index + i)
+            descend(copied)
+        return results
+
+    copies = [m, copy.deepcopy(m)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(train, range(2))
+    return first | second
+
+
+@use("two modules in turn, of one shape", (BASIC, BOTTLENECK))
+def _(m: nn.Module, draw: Draw) -> Results:
+    other = copy.deepcopy(m)
+    for p in other.parameters():
+        p.data.mul_(1.5)
+    results: Results = {}
+    for i in range(3):
+        for j, module in enumerate((m, other)):
+            infer(module, draw, results, f"turn {i}, module {j}", i)
     return results
 
 
