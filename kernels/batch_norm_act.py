@@ -882,11 +882,11 @@ def backward(
         dy, x, mean, rstd, weight, bias, residual, residual_mean, residual_rstd, residual_weight, residual_bias, bits
     ]  # fmt: skip
     act = (relu, dropout_p, order)
-    sums = [_nothing(x) for _ in range(4)]
-    if needs[2]:
+    sums = none = [_nothing(x) for _ in range(4)]
+    if needs[2] or (training and (needs[0] or needs[1])):
         sums = list(_call(backward_reduce, saved, act))
     through: list[Tensor | None] = [None] * 4
     if training:
         through = [*sums] if residual_mean is not None else [*sums[:2], None, None]
     dx, dr = _call(backward_apply, saved, through, (None,), act, (needs[:2],))
-    return dx, dr, *sums
+    return dx, dr, *(sums if needs[2] else none)
