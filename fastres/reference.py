@@ -167,7 +167,7 @@ def _normalise(x: Tensor, norm: NormParams, training: bool) -> Tensor:
         mean, var, training = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), False
     z = F.batch_norm(x, mean, var, weight, bias, training, norm.momentum, norm.eps)
     for kept, new in ((norm.running_mean, mean), (norm.running_var, var)):
-        if training and kept is not None and new is not None and kept is not new:
+        if training and kept is not None and new is not None and kept.dtype != dtype:
             with torch.no_grad():
                 kept.copy_(new)
     return z
