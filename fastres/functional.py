@@ -632,9 +632,7 @@ def conv3x3_norm_act(
     _check_options(False, relu, 0.0, None, x, tuple(shape))
     asked = _conv_ops.asked_algorithm(algorithm)
     if why_not_ordinary() is not None:
-        return reference.conv3x3_norm_act(
-            x, weight.to(x.dtype), norm, residual=residual, relu=relu, stride=stride
-        )
+        return reference.conv3x3_norm_act(x, weight.to(x.dtype), norm, residual=residual, relu=relu, stride=stride)
     product = _conv_ops.takes_product(x, stride, asked)
     winograd = not product and stride == 1 and _conv_ops.takes_winograd(x, weight, asked)
     if not (product or winograd) or _needs_grad(x, weight, norm.weight, norm.bias, residual):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd import forward_ad
 
@@ -9,7 +11,7 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _get_mode = torch._C._get_dispatch_mode
 _get_mode_before_dispatch = torch._ops._get_dispatch_mode_pre_dispatch
 _get_tracing_state = torch._C._get_tracing_state
-_get_functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
+_get_functorch_depth: Callable[[], int] = torch._C._functorch.get_dynamic_layer_stack_depth
 
 
 def why_not_ordinary() -> str | None:

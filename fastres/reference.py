@@ -210,7 +210,9 @@ def batch_norm_act(
         z = z + r
     y = z.to(x.dtype)
     # A batched tensor knows of no memory format but the default one.
-    return y if torch._C._functorch.get_dynamic_layer_stack_depth() > 0 else y.contiguous(memory_format=memory_format(x))
+    return (
+        y if torch._C._functorch.get_dynamic_layer_stack_depth() > 0 else y.contiguous(memory_format=memory_format(x))
+    )
 
 
 def draw_seed(device: torch.device) -> Tensor:

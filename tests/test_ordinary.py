@@ -130,7 +130,9 @@ def draw(names: tuple[str, ...], layout: str, dtype=torch.float32) -> tuple[dict
         else:
             tensors[name] = (torch.randn(c, generator=gen) + 1).to(dtype)
     buffers = {
-        prefix + name: (torch.rand(c, generator=gen) + 0.5).to(dtype) for prefix in ("", "r_") for name in ("mean", "var")
+        prefix + name: (torch.rand(c, generator=gen) + 0.5).to(dtype)
+        for prefix in ("", "r_")
+        for name in ("mean", "var")
     }
     return tensors, buffers
 
@@ -150,7 +152,9 @@ def assert_near(actual: Tensor, expected: Tensor, name: str = "") -> None:
     """As near as two ways of computing the same in float32 are, Winograd's among them."""
     scale = float(expected.abs().max().clamp(min=1))
     assert actual.shape == expected.shape, name
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}")
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=0, atol=1e-4 * scale, msg=lambda m: f"{name}: {m}"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- saved tensors
@@ -342,7 +346,7 @@ def test_the_compiler_sees_through_the_question(transformed):
     assert torch.equal(y, x.cos() if transformed else x.sin())
 
 
-# ------------------------------------------------------------------------------------------------- autograd at operators
+# ------------------------------------------------------------------------------------------------ autograd at operators
 
 OPS = torch.ops.fastres
 
@@ -516,7 +520,7 @@ def test_float32_convolutions_take_the_dtype_of_autocast(dtype):
         assert functional.conv3x3(tensors["x"], tensors["k3"]).dtype == F.conv2d(tensors["x"], tensors["k3"]).dtype
 
 
-# ------------------------------------------------------------------------------------------------------ better than both
+# ----------------------------------------------------------------------------------------------------- better than both
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["trained-between", "moved-between"])
@@ -533,11 +537,16 @@ def test_an_evaluation_differentiates_with_the_statistics_of_its_forward(trainin
     else:
         buffers["mean"].add_(1)
         buffers["var"].mul_(3)
-    z = exact["weight"][:, None, None] * (exact["x"] - then["mean"][:, None, None]) * torch.rsqrt(
-        then["var"][:, None, None] + 0.03
-    ) + exact["bias"][:, None, None]
+    z = (
+        exact["weight"][:, None, None]
+        * (exact["x"] - then["mean"][:, None, None])
+        * torch.rsqrt(then["var"][:, None, None] + 0.03)
+        + exact["bias"][:, None, None]
+    )
     expected = torch.relu(z + exact["r"])
     dy = torch.randn(y.shape, generator=generator("dy"))
     actual = torch.autograd.grad(y, list(leaves.values()), dy)
-    for name, a, e in zip(leaves, actual, torch.autograd.grad(expected, list(exact.values()), dy.double()), strict=True):
+    for name, a, e in zip(
+        leaves, actual, torch.autograd.grad(expected, list(exact.values()), dy.double()), strict=True
+    ):
         assert_near(a, e, name)

@@ -270,7 +270,7 @@ def _backward_fallback(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     r = _residual(residual, residual_mean, residual_rstd, residual_weight, residual_bias)
     normed, act = Affine(x, mean, rstd, weight, bias), Activation(relu, dropout_p, order)
-    none = tuple(mean.new_empty(0) for _ in range(4))
+    none = (mean.new_empty(0), mean.new_empty(0), mean.new_empty(0), mean.new_empty(0))
     sums = none
     if needs[2] or (training and (needs[0] or needs[1])):
         sums = reference.backward_reduce(dy, normed, r if isinstance(r, Affine) else None, bits, act)

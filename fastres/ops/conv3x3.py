@@ -7,8 +7,8 @@ follows; in evaluation that normalisation, a residual and the ReLU are applied t
 backward a gradient that reaches x on another way is added where the convolution's own is written.
 
 Each 4x4 tile of outputs takes 36 multiplications a pair of channels instead of 144; transforming tiles and weights
-takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 and bfloat16 tensors on processors with
-AVX2 or AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
+takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 and bfloat16 tensors on processors
+with AVX2 or AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
 
 Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks".
 """

@@ -74,7 +74,7 @@ def define(
         LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback), "CUDA")
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
     if flops is not None:
-        register_flop_formula(getattr(torch.ops.fastres, name))(flops)  # type: ignore[no-untyped-call]
+        register_flop_formula(getattr(torch.ops.fastres, name))(flops)
     return call
 
 
