@@ -251,6 +251,8 @@ packed_inference = define(
     " bool product) -> Tensor",
     fallback=_packed_fallback,
     fake=_packed_fake,
+    function="conv3x3_norm_act",
+    flops=lambda x, packed, outputs, *rest, out_shape: convolution_flops(out_shape, (outputs, x[1], 3, 3)),
 )
 
 # ------------------------------------------------------------------------------------------------------------ backward
