@@ -13,6 +13,8 @@
 //   at once       Where the tiles are few: all are transformed, and each thread takes its share of the channels.
 // In evaluation with few output positions there is one product instead (direct.h).
 //
+// Tiles that the transforms cannot carry, and what is convolved with weights that they cannot, are summed directly.
+//
 // What stands before a convolution is done where tiles are read (TileReader), what follows it where they are written
 // (epilogues.h). Memory that is read there is fetched during the products (Ahead).
 //
@@ -30,6 +32,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -172,17 +175,24 @@ int64_t groups_of(int64_t channels) {
   return (channels + kColumns - 1) / kColumns;
 }
 
-// to: [36][group of columns] and as transform_weights writes them
-void transform_all_weights(const Kernel& kernel, float* to) {
+// to: [36][group of columns] and as transform_weights writes them. Returns whether the transforms carry the weights.
+bool transform_all_weights(const Kernel& kernel, float* to) {
   const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth), vectors = depth / kWidth;
+  std::vector<float> energies(groups * vectors); // of each stretch of inputs, at its first vector
   at::parallel_for(0, groups * vectors, kThreadPairs / (kWidth * kColumns), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end;) {
       const int64_t g = task / vectors, first = task % vectors, last = std::min(vectors, first + end - task);
-      transform_weights(
+      energies[task] = transform_weights(
           kernel, g * kColumns, first * kWidth, last * kWidth, to + g * depth * kColumns, groups * depth * kColumns);
       task += last - first;
     }
   });
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!(std::accumulate(&energies[g * vectors], &energies[g * vectors] + vectors, 0.0f) <= kMaxEnergy)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 // --- outputs
@@ -209,6 +219,38 @@ using InputReader = TileReader<InputTransform, 1, T>;
 // Where channel c of tile p goes in a plane of operand, see winograd.h.
 auto operand_place(int64_t depth) {
   return [depth](int64_t p, int64_t c) { return p / kRows * depth * kRows + c * kRows + p % kRows * kWidth; };
+}
+
+template <typename Reader>
+std::vector<DirectTile> read_tiles(Reader& reader, int64_t first, int64_t count) {
+  std::vector<DirectTile> tiles;
+  for (int64_t p = 0; p < count; ++p) {
+    tiles.push_back(reader.read(first + p));
+  }
+  return tiles;
+}
+
+// Transforms tiles first ... first + count - 1, and reads into `direct` those out of range; all, unless `carried`.
+template <typename Reader, typename Place>
+void transform_tiles(
+    Reader& reader,
+    int64_t first,
+    int64_t count,
+    bool carried,
+    float* to,
+    int64_t plane,
+    const Place& place,
+    DirectTile* direct) {
+  std::fill_n(direct, count, DirectTile());
+  std::vector<int64_t> beyond;
+  reader.transform(first, count, to, plane, place, [&](int64_t p) { beyond.push_back(p); });
+  if (!carried) {
+    beyond.resize(count);
+    std::iota(beyond.begin(), beyond.end(), 0);
+  }
+  for (const int64_t p : beyond) {
+    direct[p] = reader.read(first + p);
+  }
 }
 
 // Whether the tiles, transformed, are smaller than the weights are.
@@ -240,14 +282,17 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), size = chunks.size;
   const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
   const Buffer weights(kPoints * groups * depth * kColumns);
-  transform_all_weights(kernel, weights.data());
+  const bool carried = transform_all_weights(kernel, weights.data());
   at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Buffer operand(kPoints * operand_plane), product(kPoints * product_plane);
     InputReader<T> reader(chunks.tiles, x.data, kernel.inputs, x.act);
+    std::vector<DirectTile> direct(size);
+    DirectSums sums;
     Ahead ahead;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
-      reader.transform(first, count, operand.data(), operand_plane, operand_place(depth));
+      transform_tiles(
+          reader, first, count, carried, operand.data(), operand_plane, operand_place(depth), direct.data());
       ahead.clear();
       epilogue.for_each_read([&](const auto* p) { ahead.add(chunks.tiles, p, kernel.outputs, first, count); });
       if (slot + 1 < end) {
@@ -268,6 +313,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
       }
       const auto of_chunk = epilogue.chunk(slot);
       for (int64_t g = 0; g < groups; ++g) {
+        sums.compute(kernel, g * kColumns, direct.data(), count);
         transform_products(
             chunks.tiles,
             product.data() + g * size * kColumns,
@@ -276,6 +322,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
             count,
             kernel.outputs,
             g * kColumns,
+            sums,
             of_chunk);
       }
     }
@@ -289,23 +336,29 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
   const Buffer operand(kPoints * operand_plane);
+  std::vector<DirectTile> direct(count);
   at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kRows;
-    InputReader<T>(tiles, x.data, kernel.inputs, x.act)
-        .transform(
-            first,
-            std::min(count, end * kRows) - first,
-            operand.data() + first * depth,
-            operand_plane,
-            operand_place(depth));
+    InputReader<T> reader(tiles, x.data, kernel.inputs, x.act);
+    transform_tiles(
+        reader,
+        first,
+        std::min(count, end * kRows) - first,
+        true,
+        operand.data() + first * depth,
+        operand_plane,
+        operand_place(depth),
+        direct.data() + first);
   });
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
   at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = depth * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
     const Buffer weights(kPoints * weight_plane), product(kPoints * product_plane);
+    DirectSums sums;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, share = task % shares;
-      transform_weights(kernel, g * kColumns, 0, depth, weights.data(), weight_plane);
+      const bool carried =
+          transform_weights(kernel, g * kColumns, 0, depth, weights.data(), weight_plane) <= kMaxEnergy;
       for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
         const int64_t first = chunks.first(slot), size = chunks.count(slot);
         for (int64_t point = 0; point < kPoints; ++point) {
@@ -316,8 +369,22 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
               size,
               depth);
         }
+        if (carried) {
+          sums.compute(kernel, g * kColumns, direct.data() + first, size);
+        } else {
+          InputReader<T> reader(tiles, x.data, kernel.inputs, x.act);
+          sums.compute(kernel, g * kColumns, read_tiles(reader, first, size).data(), size);
+        }
         transform_products(
-            tiles, product.data(), product_plane, first, size, kernel.outputs, g * kColumns, epilogue.chunk(slot));
+            tiles,
+            product.data(),
+            product_plane,
+            first,
+            size,
+            kernel.outputs,
+            g * kColumns,
+            sums,
+            epilogue.chunk(slot));
       }
     }
     stream_fence();
@@ -390,7 +457,12 @@ struct WeightGradient {
   }
 };
 
-// Up to `most` transformed tiles of x and dy.
+// A tile of x and of dy whose share in dW is summed directly.
+struct DirectPair {
+  DirectTile x, dy;
+};
+
+// Up to `most` transformed tiles of x and dy. Those that are summed directly are zero.
 template <typename T>
 class GradientTiles {
 public:
@@ -415,14 +487,36 @@ public:
         : x(w.tiles, w.x.data, w.inputs, w.x.act), dy(w.tiles, w.dy, w.outputs) {}
   };
 
-  // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these.
-  void transform(const WeightGradient<T>& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
+  // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these. Returns those of
+  // them that are summed directly.
+  std::vector<DirectPair> transform(
+      const WeightGradient<T>& w,
+      Readers& readers,
+      int64_t first,
+      int64_t count,
+      int64_t at) {
     const int64_t most = most_, row = w.row();
-    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, [most](int64_t p, int64_t c) {
+    std::vector<int64_t> beyond;
+    const auto note = [&](int64_t p) { beyond.push_back(p); };
+    const auto column_place = [most](int64_t p, int64_t c) {
       return c / kColumns * most * kColumns + p * kColumns + c % kColumns;
-    });
-    readers.dy.transform(
-        first, count, rows_.data() + at * row, row_plane_, [row](int64_t p, int64_t k) { return p * row + k; });
+    };
+    const auto row_place = [row](int64_t p, int64_t k) { return p * row + k; };
+    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, column_place, note);
+    readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
+    std::sort(beyond.begin(), beyond.end());
+    beyond.erase(std::unique(beyond.begin(), beyond.end()), beyond.end());
+    std::vector<DirectPair> direct;
+    for (const int64_t p : beyond) {
+      direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
+          std::fill_n(columns_.data() + point * column_plane_ + column_place(at + p, c), kColumns, 0.0f);
+        }
+        std::fill_n(rows_.data() + point * row_plane_ + row_place(at + p, 0), w.outputs, 0.0f);
+      }
+    }
+    return direct;
   }
 
   // gradient (+)= the product of one point and tiles first ... first + count - 1 for output channels begin ... begin
@@ -476,16 +570,75 @@ void transform_gradient(
   }
 }
 
+// dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
+// Every input meets the outputs that it is under, of those inside the image.
+template <typename T>
+void add_directly(
+    const WeightGradient<T>& w,
+    const std::vector<DirectPair>& tiles,
+    int64_t group,
+    int64_t begin,
+    int64_t size,
+    float* dw) {
+  if (tiles.empty()) {
+    return;
+  }
+  constexpr int taps = kTaps * kTaps;
+  for (int64_t c = group * kColumns; c < std::min(w.inputs, (group + 1) * kColumns); c += kWidth) {
+    const int64_t lanes = std::min(kWidth, w.inputs - c);
+    for (int64_t k = begin; k < begin + size; ++k) {
+      float* to = dw + k * taps * w.inputs + c;
+      Lanes sums[taps];
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; ++t) {
+        sums[t] = load(to + t * w.inputs, lanes);
+      }
+      for (const DirectPair& tile : tiles) {
+#pragma GCC unroll 6
+        for (int y = 0; y < kIn; ++y) {
+#pragma GCC unroll 6
+          for (int x = 0; x < kIn; ++x) {
+            if (!tile.x.has(y * kIn + x)) {
+              continue;
+            }
+            const Lanes value = load(tile.x.values.data() + (y * kIn + x) * w.inputs + c, lanes);
+#pragma GCC unroll 3
+            for (int u = 0; u < kTaps; ++u) {
+#pragma GCC unroll 3
+              for (int v = 0; v < kTaps; ++v) {
+                const int i = y - u, j = x - v;
+                if (i >= 0 && i < kOut && j >= 0 && j < kOut && tile.dy.has(i * kOut + j)) {
+                  const Lanes factor = broadcast(tile.dy.values[(i * kOut + j) * w.outputs + k]);
+                  sums[u * kTaps + v] = multiply_add(factor, value, sums[u * kTaps + v]);
+                }
+              }
+            }
+          }
+        }
+      }
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; ++t) {
+        store(to + t * w.inputs, sums[t], lanes);
+      }
+    }
+  }
+}
+
 // Few tiles: all are transformed, and each product is transformed back as soon
 // as it is there.
 template <typename T>
 void gradient_at_once(const WeightGradient<T>& w) {
   const int64_t count = w.tiles.count();
   GradientTiles<T> transformed(w, count);
+  std::vector<std::vector<DirectPair>> direct_from(count); // by the first tile of a thread's share
   at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
     typename GradientTiles<T>::Readers readers(w);
-    transformed.transform(w, readers, begin, end - begin, begin);
+    direct_from[begin] = transformed.transform(w, readers, begin, end - begin, begin);
   });
+  std::vector<DirectPair> direct;
+  for (auto& part : direct_from) {
+    std::move(part.begin(), part.end(), std::back_inserter(direct));
+  }
   const RowGroups rows{w.outputs};
   // Row groups that go through one group of columns while that is in the L1 cache, and fill whole lines of rows.
   constexpr int64_t together = kGradientRows / kRows, plane = kGradientRows * kColumns + kSkew;
@@ -507,6 +660,7 @@ void gradient_at_once(const WeightGradient<T>& w) {
         }
       }
       transform_gradient(w, group, first, size, parts, plane);
+      add_directly(w, direct, group, first, size, w.dw);
     }
   });
 }
@@ -520,6 +674,7 @@ void gradient_by_shares(const WeightGradient<T>& w) {
   const int64_t shares =
       std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, at::get_num_threads()));
   const Buffer gradients(shares * kPoints * plane);
+  std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
   const RowGroups rows{w.outputs};
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     GradientTiles<T> transformed(w, std::min(count, kGradientTiles));
@@ -530,7 +685,13 @@ void gradient_by_shares(const WeightGradient<T>& w) {
       const int64_t start = chunks * share / shares;
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
-        transformed.transform(w, readers, first, size, 0);
+        const std::vector<DirectPair> direct = transformed.transform(w, readers, first, size, 0);
+        if (!direct.empty()) {
+          summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
+          for (int64_t group = 0; group < w.groups(); ++group) {
+            add_directly(w, direct, group, 0, w.outputs, summed[share].data());
+          }
+        }
         ahead.clear();
         if (chunk + 1 < chunks * (share + 1) / shares) {
           const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
@@ -553,10 +714,20 @@ void gradient_by_shares(const WeightGradient<T>& w) {
     std::vector<const float*> parts(shares);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
+      const int64_t size = rows.size(task % rows.count());
       for (int64_t share = 0; share < shares; ++share) {
         parts[share] = gradients.data() + share * kPoints * plane + (group * w.outputs + first) * kColumns;
       }
-      transform_gradient(w, group, first, rows.size(task % rows.count()), parts, plane);
+      transform_gradient(w, group, first, size, parts, plane);
+      const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
+      for (const auto& part : summed) {
+        for (int64_t row = first * kTaps * kTaps; !part.empty() && row < (first + size) * kTaps * kTaps; ++row) {
+          const int64_t start = row * w.inputs + group * kColumns;
+          for (int64_t at = start; at < start + inputs; ++at) {
+            w.dw[at] += part[at];
+          }
+        }
+      }
     }
   });
 }

@@ -7,8 +7,8 @@ follows; in evaluation that normalisation, a residual and the ReLU are applied t
 backward a gradient that reaches x on another way is added where the convolution's own is written.
 
 Each 4x4 tile of outputs takes 36 multiplications a pair of channels instead of 144; transforming tiles and weights
-takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 tensors on processors with AVX2 or
-AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
+takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 and bfloat16 tensors on processors
+with AVX2 or AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
 
 Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks".
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
-from fastres.ops.library import define, differentiable_once
+from fastres.ops.library import convolution_flops, define, differentiable_once, in_strides_of, restored
 from fastres.reference import Activation, Affine
 
 ALGORITHMS = ("auto", "direct", "winograd")
@@ -161,6 +161,8 @@ forward = define(
     "conv3x3_forward(Tensor x, Tensor weight, bool statistics) -> (Tensor y, Tensor mean, Tensor m2)",
     fallback=_forward_fallback,
     fake=fake_measured,
+    function="conv3x3",
+    flops=lambda x, weight, *_, out_shape: convolution_flops(out_shape[0], weight),
 )
 
 
@@ -187,6 +189,8 @@ inference = define(
     " Tensor? bias, Tensor? residual, float eps, bool relu, int stride=1, bool direct=False) -> Tensor",
     fallback=_inference_fallback,
     fake=_inference_fake,
+    function="conv3x3",
+    flops=lambda x, weight, *_, out_shape: convolution_flops(out_shape, weight),
 )
 
 # ------------------------------------------------------------------------------------------------------ packed weights
@@ -247,6 +251,8 @@ packed_inference = define(
     " bool product) -> Tensor",
     fallback=_packed_fallback,
     fake=_packed_fake,
+    function="conv3x3_norm_act",
+    flops=lambda x, packed, outputs, *rest, out_shape: convolution_flops(out_shape, (outputs, x[1], 3, 3)),
 )
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -292,6 +298,8 @@ backward = define(
     "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, Tensor? added, bool[2] needs) -> (Tensor dx, Tensor dweight)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    function="conv3x3",
+    flops=lambda dy, x, weight, added, needs, out_shape: convolution_flops(dy, weight, sum(needs)),
 )
 
 _backward_once = differentiable_once(backward, "conv3x3")
@@ -305,6 +313,7 @@ class Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
+        ctx.weight_strides = weight.stride()
         y, mean, m2 = forward(x, weight, statistics)
         ctx.mark_non_differentiable(mean, m2)
         # Otherwise autograd makes zeros where x has no other use.
@@ -317,5 +326,6 @@ class Conv3x3(torch.autograd.Function):
         if dy is None:
             return added, None, None
         x, weight = ctx.saved_tensors
+        x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
         dx, dweight = _backward_once(dy, x, weight, added, needs)
-        return dx if needs[0] else None, dweight if needs[1] else None, None
+        return dx if needs[0] else None, in_strides_of(weight, dweight) if needs[1] else None, None

@@ -231,11 +231,19 @@ def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
         torch.testing.assert_close(a, b)
 
 
-def test_the_environment_is_read_while_compiling(monkeypatch):
-    monkeypatch.setenv("FASTRES_CONV", "winograd")
+@pytest.mark.parametrize(("algorithm", "ours"), [("winograd", True), ("direct", False)])
+def test_the_environment_is_read_while_compiling(algorithm, ours, monkeypatch):
+    monkeypatch.setenv("FASTRES_CONV", algorithm)
+    called = []
+
+    def compiler(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
     x, weight, _ = data((1, 8, 8, 5, 5))
-    compiled = torch.compile(functional.conv3x3, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, weight), functional.conv3x3(x, weight))
+    torch._dynamo.reset()
+    torch.compile(functional.conv3x3, fullgraph=True, backend=compiler)(x, weight)
+    assert called and any("fastres.conv3x3" in name for name in called) == ours
 
 
 @needs_kernels
@@ -642,7 +650,7 @@ def test_empty_batches_pass_through():
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             assert functional.conv3x3_norm_act(x, weight, n, algorithm="winograd").shape == (0, 4, 5, 5)
-    assert OPS.conv3x3_forward(x, weight, False)[0].shape == (0, 4, 5, 5)
+    assert OPS.conv3x3_forward(x, weight.detach(), False)[0].shape == (0, 4, 5, 5)
     assert OPS.conv3x3_inference(x, weight.detach(), *[None] * 5, 0.0, False).shape == (0, 4, 5, 5)
 
 
