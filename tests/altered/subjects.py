@@ -1,4 +1,4 @@
-"""The modules that users alter: each fused one, and the plain PyTorch module that it stands for, with the same state."""
+"""The modules that users alter: each fused one, and the plain PyTorch module that it stands for, of the same state."""
 
 from __future__ import annotations
 

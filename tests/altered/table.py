@@ -163,9 +163,7 @@ class Table:
         low_precision: bool = False,
     ) -> Any:
         """A row that alters the module; it is then trained and evaluated."""
-        return self._add(
-            True, name, columns, needs, refused=refused, exact=exact, low_precision=low_precision
-        )
+        return self._add(True, name, columns, needs, refused=refused, exact=exact, low_precision=low_precision)
 
     def use(
         self,
@@ -178,11 +176,11 @@ class Table:
         low_precision: bool = False,
     ) -> Any:
         """A row that uses the module in its own way and returns what came out."""
-        return self._add(
-            False, name, columns, needs, refused=refused, exact=exact, low_precision=low_precision
-        )
+        return self._add(False, name, columns, needs, refused=refused, exact=exact, low_precision=low_precision)
 
     def every(self, *columns: Subject) -> Any:
         """Parametrises a test of (row, subject), with those columns alone where some are named."""
         cases = [(row, s) for row, s in self.cases if not columns or s in columns]
-        return pytest.mark.parametrize(("row", "subject"), [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases])
+        return pytest.mark.parametrize(
+            ("row", "subject"), [pytest.param(*case, id=f"{case[0].name}-{case[1]}") for case in cases]
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import types
 from collections.abc import Callable
 
@@ -99,9 +100,7 @@ class Lora(nn.Module):
     def __init__(self, base: nn.Conv2d) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.down = nn.Conv2d(
-            base.in_channels, 2, base.kernel_size, base.stride, base.padding, bias=False
-        )
+        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, bias=False)
         self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ def norm_of(old: nn.Module) -> int:
     return old.num_features
 
 
-# ------------------------------------------------------------------------------------------------------ activations
+# ---------------------------------------------------------------------------------------------------------- activations
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "Identity": nn.Identity,
@@ -138,9 +137,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "a gate": Scale,
 }
 for name, make in ACTIVATIONS.items():
-    change(f"relu -> {name}", needs=RELU)(
-        lambda m, draw, make=make: replace(m, nn.ReLU, lambda old: make())
-    )
+    change(f"relu -> {name}", needs=RELU)(lambda m, draw, make=make: replace(m, nn.ReLU, lambda old: make()))
 
 
 @change("relu.inplace switched", needs=RELU)
@@ -172,7 +169,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     del m.relu
 
 
-# --------------------------------------------------------------------------------------------------- normalisations
+# ------------------------------------------------------------------------------------------------------- normalisations
 
 NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GroupNorm": lambda old: nn.GroupNorm(2, norm_of(old)),
@@ -187,9 +184,7 @@ NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "another BatchNorm2d": lambda old: nn.BatchNorm2d(norm_of(old), eps=0.1, momentum=0.5),
     "BatchNorm2d without parameters": lambda old: nn.BatchNorm2d(norm_of(old), affine=False),
     "BatchNorm2d without statistics": lambda old: nn.BatchNorm2d(norm_of(old), track_running_stats=False),
-    "BatchNorm2d without both": lambda old: nn.BatchNorm2d(
-        norm_of(old), affine=False, track_running_stats=False
-    ),
+    "BatchNorm2d without both": lambda old: nn.BatchNorm2d(norm_of(old), affine=False, track_running_stats=False),
     "BatchNorm2d averaging": lambda old: nn.BatchNorm2d(norm_of(old), momentum=None),
     "a subclass of BatchNorm2d": lambda old: ShiftedNorm(norm_of(old)),
     "LocalResponseNorm": lambda old: nn.LocalResponseNorm(3),
@@ -202,9 +197,7 @@ NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "a gate and norm": lambda old: nn.Sequential(Scale(), old),
 }
 for name, make in NORMS.items():
-    change(f"norms -> {name}")(
-        lambda m, draw, make=make: replace(m, nn.BatchNorm2d, make)
-    )
+    change(f"norms -> {name}")(lambda m, draw, make=make: replace(m, nn.BatchNorm2d, make))
 for number, what in ((0, "first"), (-1, "last")):
     for name in ("GroupNorm", "Identity", "FrozenBatchNorm2d", "norm and squeeze-excitation", "BatchNorm2d averaging"):
         change(f"{what} norm -> {name}", (STEM, *BLOCKS, RESIDUAL))(
@@ -217,9 +210,7 @@ for name, make in {
     "stochastic depth of rows": lambda old: nn.Sequential(old, StochasticDepth(0.5, "row")),
 }.items():
     # The same seed gives plain PyTorch's own masks.
-    change(f"norms -> norm and {name}", exact=False)(
-        lambda m, draw, make=make: replace(m, nn.BatchNorm2d, make)
-    )
+    change(f"norms -> norm and {name}", exact=False)(lambda m, draw, make=make: replace(m, nn.BatchNorm2d, make))
 
 
 def norms(m: nn.Module) -> list[nn.BatchNorm2d]:
@@ -283,7 +274,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     del m.bn1
 
 
-# ----------------------------------------------------------------------------------------------------- convolutions
+# --------------------------------------------------------------------------------------------------------- convolutions
 
 
 def other_conv(**options: object) -> Callable[[nn.Module], nn.Module]:
@@ -334,9 +325,7 @@ CONVS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "in a Sequential": lambda old: nn.Sequential(old),
 }  # fmt: skip
 for name, make in CONVS.items():
-    change(f"convolutions -> {name}", CONVOLVED)(
-        lambda m, draw, make=make: replace(m, nn.Conv2d, make)
-    )
+    change(f"convolutions -> {name}", CONVOLVED)(lambda m, draw, make=make: replace(m, nn.Conv2d, make))
 change("convolutions -> grouped", (*BLOCKS, DIRECT_BASIC, SKIP, RESIDUAL, SHORTCUT))(
     lambda m, draw: replace(m, nn.Conv2d, other_conv(groups=2))
 )
@@ -381,7 +370,9 @@ CONV_CHANGES: dict[str, Callable[[nn.Conv2d], object]] = {
     "a frozen weight": lambda c: c.weight.requires_grad_(False),
     "padding set": lambda c: setattr(c, "padding", tuple(p + 1 for p in c.padding)),
     "padding mode set": lambda c: setattr(c, "padding_mode", "circular"),
-    "forward set on the instance": lambda c: setattr(c, "forward", lambda x: F.conv2d(x, c.weight, None, c.stride, c.padding) * 2),
+    "forward set on the instance": lambda c: setattr(
+        c, "forward", lambda x: F.conv2d(x, c.weight, None, c.stride, c.padding) * 2
+    ),
     "_conv_forward set on the instance": lambda c: setattr(
         c, "_conv_forward", lambda x, w, b: F.conv2d(x, w * 2, b, c.stride, c.padding)
     ),
@@ -419,7 +410,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     m.conv1, m.bn1, m.conv2 = first, norm, second
 
 
-# ------------------------------------------------------------------------------------------- folded and converted
+# ------------------------------------------------------------------------------------------------- folded and converted
 
 
 @change("folded by fuse_conv_bn_eval")
@@ -427,7 +418,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     m.eval()
     for parent in list(m.modules()):
         children = list(parent.named_children())
-        for (name, conv), (following, norm) in zip(children, children[1:], strict=False):
+        for (name, conv), (following, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 parent._modules[name] = fusion.fuse_conv_bn_eval(conv, norm)
                 parent._modules[following] = nn.Identity()
@@ -438,7 +429,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     m.eval()
     for parent in list(m.modules()):
         children = list(parent.named_children())
-        for (_, conv), (following, norm) in zip(children, children[1:], strict=False):
+        for (_, conv), (following, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 conv.weight, conv.bias = fusion.fuse_conv_bn_weights(
                     conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -568,7 +559,7 @@ change("timm: DropPath behind norms")(
 )
 
 
-# --------------------------------------------------------------------------------------------- blocks and networks
+# -------------------------------------------------------------------------------------------------- blocks and networks
 
 
 @change("downsample put in", (BASIC, DIRECT_BASIC))
@@ -593,9 +584,7 @@ DOWNSAMPLES: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 for name, make in DOWNSAMPLES.items():
-    change(f"downsample -> {name}", (PROJECTED,))(
-        lambda m, draw, make=make: setattr(m, "downsample", make())
-    )
+    change(f"downsample -> {name}", (PROJECTED,))(lambda m, draw, make=make: setattr(m, "downsample", make()))
 
 
 @change("downsample -> Identity", (BASIC, BOTTLENECK))
@@ -731,7 +720,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     replace(m, nn.BatchNorm2d, NORMS["GroupNorm of one group"])
 
 
-# --------------------------------------------------------------------------------------------------- dropout in blocks
+# ---------------------------------------------------------------------------------------------------- dropout in blocks
 
 DROPPING = tuple(
     Subject(name, functools.partial(cls, channels, planes, dropout=0.4), WINOGRAD, channels)
@@ -745,9 +734,9 @@ for name, act in {
     "relu -> SiLU": lambda m: replace(m, nn.ReLU, lambda old: nn.SiLU()),
     "norms -> GroupNorm": lambda m: replace(m, nn.BatchNorm2d, NORMS["GroupNorm"]),
     "a hook on conv1": lambda m: m.conv1.register_forward_hook(lambda m, args, y: y * 2),
-    "convolutions biased": lambda m: replace(m, nn.Conv2d, other_conv(bias=True)) or m.bn2.eval(),
+    "convolutions biased, a norm frozen": lambda m: [replace(m, nn.Conv2d, other_conv(bias=True)), m.bn2.eval()],
     "norms frozen": lambda m: [n.eval() for n in norms(m)],
-    "one norm frozen": lambda m: m.bn1.eval(),
+    "one norm frozen": lambda m: [m.bn1.eval()],
     "forward of the relu set": lambda m: setattr(m.relu, "forward", torch.tanh),
 }.items():
     change(f"with dropout, {name}", DROPPING, exact=False)(lambda m, draw, act=act: act(m))
@@ -763,7 +752,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     m.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------ tests
+# ---------------------------------------------------------------------------------------------------------------- tests
 
 
 @TABLE.every()

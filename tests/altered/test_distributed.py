@@ -66,7 +66,9 @@ def train(m: nn.Module, draw: Draw, optimizer: Any = None, *, rank: int = 0, ste
             optimizer.zero_grad()
         infer(m, draw, results, "end")
     torch.set_warn_always(False)
-    if not any(p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and p.shape[1] > 1 for p in m.parameters()):
+    if not any(
+        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and p.shape[1] > 1 for p in m.parameters()
+    ):
         # Of a 1x1 convolution in channels_last PyTorch's own gradient has other strides.
         results["warned of strides"] = any("strides" in str(w.message) for w in caught)
     for i, b in enumerate(m.buffers()):
@@ -169,7 +171,8 @@ def work(rank: int, folder: str, seed: int) -> None:
         subject, key = PAIRED[name], (seed, wrap, name)
         found.append([])
         for make, dtype in (
-            (subject.make_fused, torch.float32), (subject.make_plain, torch.float32), (subject.make_plain, torch.float64)
+            (subject.make_fused, torch.float32), (subject.make_plain, torch.float32),
+            (subject.make_plain, torch.float64),
         ):  # fmt: skip
             found[-1].append(train(WRAPS[wrap](make().to(dtype)), Draw(subject, key, dtype), rank=rank))
     torch.save(found, Path(folder) / f"found{rank}")

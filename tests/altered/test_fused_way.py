@@ -15,7 +15,17 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from tests.altered.subjects import BASIC, BLOCKS, BOTTLENECK, NETWORK, NORM_ACT, PROJECTED, RESIDUAL, SKIP, STEM, SUBJECTS, Subject, replace
+from tests.altered.subjects import (
+    BASIC,
+    BLOCKS,
+    NETWORK,
+    RESIDUAL,
+    SKIP,
+    STEM,
+    SUBJECTS,
+    Subject,
+    replace,
+)
 from tests.operators import Operators
 
 # Called alone, the projection's two modules are PyTorch's own.
@@ -137,5 +147,3 @@ def test_fuse_and_unfuse_change_classes_and_nothing_else(subject):
         _, was, attributes = before[name]
         assert type(module) is was
         assert module.__dict__.keys() == attributes.keys()
-
-

@@ -1,4 +1,4 @@
-"""Hooks of every kind on every child, on the module itself, on all modules, on tensors; and what watches through them."""
+"""Hooks of every kind on every child, on the module itself, on all modules, on tensors; and what watches by them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.altered.compare import Draw, Results, backward, observe, record, state, step
-from tests.altered.subjects import BLOCKS, DIRECT_BASIC, NETWORK, NORM_ACT, RESIDUAL, SHORTCUT, SKIP, STEM, SUBJECTS, each, has
+from tests.altered.subjects import (
+    BLOCKS,
+    DIRECT_BASIC,
+    NETWORK,
+    NORM_ACT,
+    RESIDUAL,
+    SHORTCUT,
+    SKIP,
+    STEM,
+    SUBJECTS,
+    each,
+    has,
+)
 from tests.altered.table import Table, check
 
 TABLE = Table()
@@ -100,9 +112,7 @@ for kind, module_class in KINDS.items():
     for name, hook in (BACKWARD | LEGACY).items():
         # torchvision's blocks add to the last norm's output in place, which PyTorch then refuses.
         refused = (RuntimeError,) if module_class is nn.BatchNorm2d else ()
-        change(f"{name}, on {kind}", needs=has(module_class), refused=refused)(
-            on(module_class, hook, in_place=False)
-        )
+        change(f"{name}, on {kind}", needs=has(module_class), refused=refused)(on(module_class, hook, in_place=False))
 change("deconvnet, on relus", needs=has(nn.ReLU))(on(nn.ReLU, DECONVNET, in_place=False))
 for name, hook in BACKWARD.items():
 
@@ -121,7 +131,19 @@ for name, hook in (HOOKS | BACKWARD).items():
     change(f"{name}, on the module itself")(hook)
 
 for name in ("forward hook that doubles", "pre-hook that doubles", "forward hook that looks"):
-    for child in ("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample", "shortcut", "downsample.0", "downsample.1", "relu"):
+    for child in (
+        "conv1",
+        "bn1",
+        "conv2",
+        "bn2",
+        "conv3",
+        "bn3",
+        "downsample",
+        "shortcut",
+        "downsample.0",
+        "downsample.1",
+        "relu",
+    ):
 
         def present(plain: nn.Module, child: str = child) -> bool:
             with contextlib.suppress(AttributeError):
@@ -137,7 +159,7 @@ change("backward pre-hook that doubles, on downsample", needs=lambda m: getattr(
 )
 
 
-# ------------------------------------------------------------------------------------------------ hooks on parameters
+# -------------------------------------------------------------------------------------------------- hooks on parameters
 
 
 @change("hooks on parameters' gradients")
@@ -254,7 +276,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return observe(m, draw)
 
 
-# ----------------------------------------------------------------------------------------------- methods of classes
+# --------------------------------------------------------------------------------------------------- methods of classes
 
 
 @contextlib.contextmanager
@@ -321,7 +343,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
         return observe(m, draw)
 
 
-# ------------------------------------------------------------------------------------------------------- what watches
+# --------------------------------------------------------------------------------------------------------- what watches
 
 
 @use("FlopCounterMode", (*SUBJECTS, DIRECT_BASIC, NETWORK))
@@ -371,7 +393,9 @@ def _(m: nn.Module, draw: Draw) -> Results:
     names = {module: name for name, module in m.named_modules()}
     for module in m.modules():
         module.register_forward_hook(
-            lambda module, args, y: draw.see(f"{names[module]} {tuple(y.shape)}", sum(p.numel() for p in module.parameters()))
+            lambda module, args, y: draw.see(
+                f"{names[module]} {tuple(y.shape)}", sum(p.numel() for p in module.parameters())
+            )
         )
     m(draw.x())
     return {}

@@ -13,28 +13,55 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    grad_and_value,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 from torch.utils import checkpoint as ckpt
 
 from tests.altered.compare import Draw, Results, backward, descend, infer, observe, problems, record, state, step
-from tests.altered.subjects import BASIC, BLOCKS, BOTTLENECK, DIRECT_BASIC, NETWORK, NORM_ACT, PROJECTED, RESIDUAL, SHORTCUT, SKIP, STEM, SUBJECTS, each, has
+from tests.altered.subjects import (
+    BASIC,
+    BLOCKS,
+    BOTTLENECK,
+    DIRECT_BASIC,
+    NETWORK,
+    NORM_ACT,
+    PROJECTED,
+    RESIDUAL,
+    SHORTCUT,
+    SKIP,
+    STEM,
+    SUBJECTS,
+    each,
+    has,
+)
 from tests.altered.table import Table, check
 
 TABLE = Table()
 change, use = TABLE.change, TABLE.use
-ALL = (*SUBJECTS, DIRECT_BASIC, NETWORK)
+ALL = (*SUBJECTS, DIRECT_BASIC)
 
 
 def norms(m: nn.Module) -> list[nn.BatchNorm2d]:
     return [n for n in m.modules() if isinstance(n, nn.BatchNorm2d)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- frozen
+# --------------------------------------------------------------------------------------------------------------- frozen
 
 CHOICES: dict[str, Callable[[nn.Module], Iterable[nn.Module]]] = {
     "isinstance": norms,
     "exact type": lambda m: [n for n in m.modules() if type(n) is nn.BatchNorm2d],
-    "class name": lambda m: [n for n in m.modules() if "BatchNorm2d" == type(n).__name__],
+    "class name": lambda m: [n for n in m.modules() if type(n).__name__ == "BatchNorm2d"],
     "part of the class name": lambda m: [n for n in m.modules() if "BatchNorm" in type(n).__name__],
     "base class": lambda m: [n for n in m.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm)],
     "a running_mean": lambda m: [n for n in m.modules() if hasattr(n, "running_mean")],
@@ -60,7 +87,11 @@ for (choice, choose), (name, freeze) in itertools.product(CHOICES.items(), FREEZ
 for index in range(4):
     for name in ("eval()", "requires_grad_(False)", "momentum = 0"):
 
-        @change(f"norm {index} alone frozen by {name}", (*BLOCKS, RESIDUAL, NETWORK, DIRECT_BASIC), needs=lambda m, index=index: len(norms(m)) > index)
+        @change(
+            f"norm {index} alone frozen by {name}",
+            (*BLOCKS, RESIDUAL, NETWORK, DIRECT_BASIC),
+            needs=lambda m, index=index: len(norms(m)) > index,
+        )
         def _(m: nn.Module, draw: Draw, index: int = index, freeze: Any = FREEZES[name]) -> None:
             freeze(norms(m)[index])
 
@@ -123,7 +154,11 @@ def _(m: nn.Module, draw: Draw) -> None:
 
 for index in range(6):
 
-    @change(f"only parameter {index} trained", (*BLOCKS, SKIP, RESIDUAL), needs=lambda m, index=index: len(list(m.parameters())) > index)
+    @change(
+        f"only parameter {index} trained",
+        (*BLOCKS, SKIP, RESIDUAL),
+        needs=lambda m, index=index: len(list(m.parameters())) > index,
+    )
     def _(m: nn.Module, draw: Draw, index: int = index) -> None:
         m.requires_grad_(False)
         list(m.parameters())[index].requires_grad_()
@@ -190,7 +225,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return observe(m, draw)
 
 
-# ------------------------------------------------------------------------------------------------------ dtypes, autocast
+# ----------------------------------------------------------------------------------------------------- dtypes, autocast
 
 
 def away_from_kinks(m: nn.Module) -> nn.Module:
@@ -288,7 +323,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return results
 
 
-# ------------------------------------------------------------------------------------------------------- saved tensors
+# -------------------------------------------------------------------------------------------------------- saved tensors
 
 
 def through_numpy(t: Tensor) -> Any:
@@ -426,7 +461,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return gradient_strides(m.to(memory_format=torch.channels_last), draw)
 
 
-# --------------------------------------------------------------------------------------------------- activation checkpoints
+# ----------------------------------------------------------------------------------------------- activation checkpoints
 
 
 class Checkpointed(nn.Module):
@@ -486,7 +521,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return results
 
 
-# ------------------------------------------------------------------------------------------------------------- torch.func
+# ----------------------------------------------------------------------------------------------------------- torch.func
 
 
 def parts(m: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -597,7 +632,7 @@ for name, jacobian in {"jacrev": jacrev, "jacfwd": jacfwd}.items():
             return loss({**params, **some}, x)
 
         results: Results = {}
-        record(results, name, jacobian=list(jacobian(f)(first).values()))
+        record(results, "loss", jacobian=list(jacobian(f)(first).values()))
         return results
 
 
@@ -656,7 +691,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return {"y": vmap(call, in_dims=(0, 0, None))(params, buffers, draw.x().detach()).detach()}
 
 
-# ------------------------------------------------------------------------------------- where PyTorch is not right
+# ------------------------------------------------------------------------------------------- where PyTorch is not right
 
 
 @TABLE.every()
@@ -670,7 +705,11 @@ def test_a_training_step_between_an_evaluations_forward_and_backward_changes_not
     """PyTorch reads the running statistics when it goes back, which the training step has moved by then."""
     ours, plain, exact = subject.make_fused(), subject.make_plain(), subject.make_plain().double()
     draw, found = Draw(subject, ("between",)), []
-    for model, x, between in ((ours, draw.x(), True), (plain, draw.x(), False), (exact, draw.x().detach().double().requires_grad_(), False)):
+    for model, x, between in (
+        (ours, draw.x(), True),
+        (plain, draw.x(), False),
+        (exact, draw.x().detach().double().requires_grad_(), False),
+    ):
         y = model.eval()(x)
         if between:
             model.train()(draw.x(1))

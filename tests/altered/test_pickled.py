@@ -30,8 +30,7 @@ def load() -> dict[str, nn.Module]:
 
 def plain_twin(subject: Subject, module: nn.Module) -> nn.Module:
     plain = subject.make_plain()
-    saved = {k: v for k, v in module.state_dict().items()}
-    plain.load_state_dict({f"norm.{k}" if subject is NORM_ACT else k: v for k, v in saved.items()})
+    plain.load_state_dict({f"norm.{k}" if subject is NORM_ACT else k: v for k, v in module.state_dict().items()})
     return plain
 
 
@@ -40,9 +39,7 @@ def test_a_module_pickled_whole_before_computes_as_it_did(subject):
     module = load()[subject.name]
     plain = plain_twin(subject, module)
     exact = plain_twin(subject, module).double()
-    results = [
-        observe(m, Draw(subject, ("pickled",), next(m.parameters()).dtype)) for m in (module, plain, exact)
-    ]
+    results = [observe(m, Draw(subject, ("pickled",), next(m.parameters()).dtype)) for m in (module, plain, exact)]
     assert not problems(subject, *results)
 
 

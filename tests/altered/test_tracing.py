@@ -1,8 +1,7 @@
-"""Modules traced, scripted, exported, compiled: the program is the plain network, and computes and trains as it does."""
+"""Modules traced, scripted, exported, compiled: the program is the plain network, computes and trains as it does."""
 
 from __future__ import annotations
 
-import copy
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -18,9 +17,21 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from tests.altered.compare import Draw, Results, backward, descend, infer, observe, record, state, step
-from tests.altered.subjects import BASIC, BLOCKS, BOTTLENECK, DIRECT_BASIC, NETWORK, NORM_ACT, PROJECTED, RESIDUAL, SHORTCUT, SKIP, STEM, SUBJECTS, each, replace
+from tests.altered.compare import Draw, Results, descend, infer, observe, record, step
+from tests.altered.subjects import (
+    BLOCKS,
+    BOTTLENECK,
+    NETWORK,
+    NORM_ACT,
+    PROJECTED,
+    SHORTCUT,
+    SKIP,
+    STEM,
+    SUBJECTS,
+    replace,
+)
 from tests.altered.table import Table, check
+from tests.operators import Operators
 
 TABLE = Table()
 change, use = TABLE.change, TABLE.use
@@ -33,7 +44,7 @@ def operators(graph: fx.Graph) -> Counter[str]:
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_function")
 
 
-# ------------------------------------------------------------------------------------------------------------- torch.jit
+# ------------------------------------------------------------------------------------------------------------ torch.jit
 
 
 @use("torch.jit.trace in evaluation", ALL)
@@ -84,7 +95,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return observe(torch.jit.script(nn.Sequential(m, nn.Identity())), draw)
 
 
-# -------------------------------------------------------------------------------------------------------------- torch.fx
+# ------------------------------------------------------------------------------------------------------------- torch.fx
 
 
 @use("torch.fx.symbolic_trace", ALL)
@@ -149,7 +160,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return observe(backbone, draw)
 
 
-# --------------------------------------------------------------------------------------------------- torch.export, make_fx
+# ------------------------------------------------------------------------------------------------ torch.export, make_fx
 
 
 def exported(m: nn.Module, draw: Draw, **options: Any) -> torch.export.ExportedProgram:
@@ -253,7 +264,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
         return {"y": torch.func.functionalize(m)(draw.x().detach())}
 
 
-# ------------------------------------------------------------------------------------------------------------------ ONNX
+# ----------------------------------------------------------------------------------------------------------------- ONNX
 
 
 def run_onnx(model: Any, x: Tensor) -> Tensor:
@@ -280,7 +291,7 @@ for dynamo, columns in ((False, ALL), (True, (NETWORK,))):
         return results
 
 
-# --------------------------------------------------------------------------------------------------------- torch.compile
+# -------------------------------------------------------------------------------------------------------- torch.compile
 
 
 def trained_and_evaluated(m: Any, draw: Draw, when: str = "") -> Results:
@@ -327,7 +338,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return trained_and_evaluated(m, draw)
 
 
-# ------------------------------------------------------------------------------------------------- torch.ao in a graph
+# -------------------------------------------------------------------------------------------------- torch.ao in a graph
 
 
 @use("torch.ao: prepare_fx", (STEM, *BLOCKS, NETWORK))
@@ -353,7 +364,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return {"modules": Counter(type(c).__name__ for c in m.modules() if "uantized" in type(c).__module__)}
 
 
-# ------------------------------------------------------------------------------------------------------------ tests
+# ---------------------------------------------------------------------------------------------------------------- tests
 
 
 @TABLE.every()
@@ -361,18 +372,19 @@ def test_a_traced_module_does_what_the_plain_one_does(row, subject):
     check(row, subject)
 
 
-def test_a_tracers_copy_leaves_the_module_on_its_way(tmp_path):
+def test_a_tracers_copy_leaves_the_module_on_its_way():
     model = NETWORK.make_fused().eval()
     x = torch.randn(NETWORK.shape())
-    from tests.operators import Operators
-
     ran = []
-    for act in (lambda: None, lambda: torch.export.export(model, (x,)), lambda: torch.jit.trace(model, x), lambda: fx.symbolic_trace(model)):
+    for act in (
+        lambda: None,
+        lambda: torch.export.export(model, (x,)),
+        lambda: torch.jit.trace(model, x),
+        lambda: fx.symbolic_trace(model),
+    ):
         act()
         with torch.no_grad(), Operators() as seen:
             model(x)
         ran.append(seen.names)
     assert ran[0]
     assert all(names == ran[0] for names in ran)
-
-

@@ -25,11 +25,11 @@ from tests.altered.table import Table, check
 
 TABLE = Table()
 change, use = TABLE.change, TABLE.use
-ALL = (*SUBJECTS, DIRECT_BASIC, NETWORK)
+ALL = (*SUBJECTS, DIRECT_BASIC)
 FEW = (STEM, PROJECTED, BOTTLENECK)
 
 
-# --------------------------------------------------------------------------------------- weights written, then evaluated
+# -------------------------------------------------------------------------------------- weights written, then evaluated
 
 WRITES: dict[str, Callable[[Tensor], object]] = {
     ".data.copy_": lambda t: t.data.copy_(t.data * 1.5),
@@ -168,7 +168,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return {}
 
 
-# ------------------------------------------------------------------------------------------------------------ optimizers
+# ----------------------------------------------------------------------------------------------------------- optimizers
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
@@ -245,7 +245,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return results
 
 
-# --------------------------------------------------------------------------------------------------- averages of weights
+# -------------------------------------------------------------------------------------------------- averages of weights
 
 
 @use("EMA by .data.mul_().add_()", ALL)
@@ -322,7 +322,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return results
 
 
-# ------------------------------------------------------------------------------------------------------ state_dict and copies
+# ------------------------------------------------------------------------------------------------ state_dict and copies
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
