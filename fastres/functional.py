@@ -1,4 +1,8 @@
-"""Stateless functions: check the arguments, honour autocast, draw the dropout seed, call one operator."""
+"""Stateless functions: check the arguments, honour autocast, draw the dropout seed, call one operator.
+
+A call that is not an ordinary one (`fastres.ordinary`), as under torch.func, is PyTorch's own operators instead, from
+fastres.reference: derivatives of any order and kind, the batched form and a portable graph are those operators'.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from fastres.ops import batch_norm_act as _bn_ops
 from fastres.ops import conv3x3 as _conv_ops
 from fastres.ops import norm_act_conv3x3 as _norm_act_conv_ops
 from fastres.ops import projection_shortcut as _projection_ops
+from fastres.ordinary import why_not_ordinary
 from fastres.reference import NormParams
 
 __all__ = [
@@ -157,7 +162,8 @@ def _check_statistics(name: str, value: Statistics | None, like: Tensor, trainin
 def _check_convolution(x: Tensor, weight: Tensor, algorithm: str | None) -> None:
     _check_activation("x", x)
     # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
-    _check_activation("weight", weight, x, any_dtype=_autocast_dtype(x.device) is not None)
+    casts = isinstance(weight, Tensor) and _autocast_dtype(x.device) is not None and _is_cast(x) and _is_cast(weight)
+    _check_activation("weight", weight, x, any_dtype=casts)
     if weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(
             f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
@@ -198,10 +204,15 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
+def _is_cast(x: Tensor) -> bool:
+    """Whether autocast touches a tensor like this: float64 stays what it is."""
+    return x.is_floating_point() and x.dtype != torch.float64
+
+
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast on its device would have it."""
     autocast = _autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    return x if autocast is None or not x.is_floating_point() else x.to(autocast)
+    return x if autocast is None or not _is_cast(x) else x.to(autocast)
 
 
 def _served(weight: Tensor, x: Tensor) -> Tensor:
@@ -325,7 +336,7 @@ def batch_norm_act(
         raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
     if residual is not None:
         autocast = _autocast_dtype(x.device)
-        if autocast is not None and isinstance(residual, Tensor) and residual.is_floating_point():
+        if autocast is not None and isinstance(residual, Tensor) and _is_cast(residual):
             residual = residual.to(x.dtype)
         _check_activation("residual", residual, x, x.shape)
     elif residual_norm is not None:
@@ -337,11 +348,11 @@ def batch_norm_act(
     _check_norm("", norm, x, channels, training)
     _check_statistics("statistics", statistics, x, training)
     _check_options(training, relu, dropout_p, seed, x, tuple(x.shape))
-    if x.numel() == 0:
-        # As torch.nn.BatchNorm2d does: an empty result that autograd can pass through, running statistics untouched.
+    # As torch.nn.BatchNorm2d an empty x gives a result that autograd can pass through, running statistics untouched.
+    if x.numel() == 0 or why_not_ordinary() is not None:
         return reference.batch_norm_act(
             x, *norm[:4], training=training, momentum=momentum, eps=eps, residual=residual, residual_norm=residual_norm,
-            relu=relu, dropout_p=0.0, order=order,
+            relu=relu, dropout_p=dropout_p if x.numel() > 0 else 0.0, order=order, seed=seed,
         )  # fmt: skip
     return _run(x, norm, residual, residual_norm, statistics, None, training, relu, dropout_p, order, seed)
 
@@ -418,10 +429,11 @@ def projection_shortcut(
             raise ValueError("x_statistics: expected None without x and x_norm, got Statistics")
         _check_statistics("x_statistics", x_statistics, x, training)
     _check_options(training, relu, dropout_p, seed, s, tuple(shape))
-    if s.numel() == 0:
+    if s.numel() == 0 or why_not_ordinary() is not None:
         return reference.projection_shortcut(
-            s, conv_weight, norm, x, x_norm, stride=strides, training=training, relu=relu
-        )
+            s, conv_weight, norm, x, x_norm, stride=strides, training=training, relu=relu,
+            dropout_p=dropout_p if s.numel() > 0 else 0.0, seed=seed,
+        )  # fmt: skip
     s = _dense(s) if x is None else _dense(s, reference.memory_format(_dense(x)))
     parameters = [t for p in (norm, x_norm) if p is not None for t in (p.weight, p.bias)]
     if not training and not _needs_grad(s, conv_weight, x, *parameters):
@@ -454,9 +466,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
     as one matrix product of our own, with PyTorch's rounding errors.
 
-    Where no gradient is asked for, weights are kept for the next call as the kernels read them, for as long as the
-    weight's data pointer and version counter stand. Writing through `weight.data` does not count as a new version;
-    writing to the weight under torch.no_grad, as optimizers and load_state_dict do, does.
+    The weight is read at every call; nothing of it is kept for the next one.
 
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 and bfloat16 in
@@ -476,8 +486,10 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     x = _autocast(x)
     _check_convolution(x, weight, algorithm)
     asked = _conv_ops.asked_algorithm(algorithm)
+    if why_not_ordinary() is not None:
+        return reference.conv3x3(x, weight.to(x.dtype))
     needs_grad = _needs_grad(x, weight)
-    product = not needs_grad and _conv_ops.takes_product(x, 1, asked)
+    product = not needs_grad and _conv_ops.takes_product(x, weight.shape[0], 1, asked)
     if not product and not _conv_ops.takes_winograd(x, weight, asked):
         return reference.conv3x3(x, weight.to(x.dtype))
     x, weight = _dense(x, torch.channels_last), _served(weight, x)
@@ -498,7 +510,8 @@ def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None)
     """
     x = _autocast(x)
     _check_convolution(x, weight, algorithm)
-    if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
+    asked = _conv_ops.asked_algorithm(algorithm)
+    if why_not_ordinary() is not None or not _conv_ops.takes_winograd(x, weight, asked):
         return Convolved(reference.conv3x3(x, weight.to(x.dtype)), None, x)
     x = _dense(x, torch.channels_last)
     y, mean, m2, same = _conv_ops.Conv3x3.apply(x, _served(weight, x), True)
@@ -550,7 +563,8 @@ def norm_act_conv3x3(
     _check_norm("norm.", norm, x, x.shape[1], True)
     _check_statistics("statistics", statistics, x, True)
     _check_options(True, relu, dropout_p, seed, x, tuple(x.shape))
-    if not _conv_ops.takes_winograd(x, weight, _conv_ops.asked_algorithm(algorithm)):
+    asked = _conv_ops.asked_algorithm(algorithm)
+    if why_not_ordinary() is not None or not _conv_ops.takes_winograd(x, weight, asked):
         a = batch_norm_act(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual, relu=relu,
             dropout_p=dropout_p, order=order, seed=seed, statistics=statistics,
@@ -615,7 +629,9 @@ def conv3x3_norm_act(
     _check_norm("norm.", norm, x, shape[1], False)
     _check_options(False, relu, 0.0, None, x, tuple(shape))
     asked = _conv_ops.asked_algorithm(algorithm)
-    product = _conv_ops.takes_product(x, stride, asked)
+    if why_not_ordinary() is not None:
+        return reference.conv3x3_norm_act(x, weight.to(x.dtype), norm, residual=residual, relu=relu, stride=stride)
+    product = _conv_ops.takes_product(x, shape[1], stride, asked)
     winograd = not product and stride == 1 and _conv_ops.takes_winograd(x, weight, asked)
     if not (product or winograd) or _needs_grad(x, weight, norm.weight, norm.bias, residual):
         if winograd:

@@ -161,19 +161,15 @@ def _channels(v: Tensor) -> Tensor:
 def _normalise(x: Tensor, norm: NormParams, training: bool) -> Tensor:
     dtype = statistics_dtype(x.dtype)
     x = x.to(dtype)
-    if training and x.numel() > 0:
-        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-        count = x.numel() // x.shape[1]
-        update_running(norm.running_mean, norm.running_var, mean.detach(), var.detach() * count, count, norm.momentum)
-    elif norm.running_mean is None or norm.running_var is None:
-        mean, var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-    else:
-        mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    z = (x - _channels(mean)) * _channels(torch.rsqrt(var + norm.eps))
-    if norm.weight is not None:
-        z = z * _channels(norm.weight.to(dtype))
-    if norm.bias is not None:
-        z = z + _channels(norm.bias.to(dtype))
+    mean, var, weight, bias = (None if t is None else t.to(dtype) for t in norm[:4])
+    if x.numel() == 0:
+        # F.batch_norm asks for values in training; no element is there that a statistic would touch.
+        mean, var, training = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), False
+    z = F.batch_norm(x, mean, var, weight, bias, training, norm.momentum, norm.eps)
+    for kept, new in ((norm.running_mean, mean), (norm.running_var, var)):
+        if training and kept is not None and new is not None and kept.dtype != dtype:
+            with torch.no_grad():
+                kept.copy_(new)
     return z
 
 
@@ -212,7 +208,11 @@ def batch_norm_act(
         z = torch.where(dropout_keep(x.shape, seed, dropout_p), z / (1 - dropout_p), 0)
     if order == "act_add" and r is not None:
         z = z + r
-    return z.to(x.dtype).contiguous(memory_format=memory_format(x))
+    y = z.to(x.dtype)
+    # A batched tensor knows of no memory format but the default one.
+    return (
+        y if torch._C._functorch.get_dynamic_layer_stack_depth() > 0 else y.contiguous(memory_format=memory_format(x))
+    )
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -877,16 +877,17 @@ def backward(
     residual_weight: Tensor | None, residual_bias: Tensor | None, bits: Tensor | None, training: bool, relu: bool,
     dropout_p: float, order: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Operator batch_norm_act_backward: two launches, one where only sums or only input gradients are needed."""
+    """Operator batch_norm_act_backward: two launches, or one: sums alone, or input gradients in evaluation."""
     saved = [
         dy, x, mean, rstd, weight, bias, residual, residual_mean, residual_rstd, residual_weight, residual_bias, bits
     ]  # fmt: skip
     act = (relu, dropout_p, order)
-    sums = [_nothing(x) for _ in range(4)]
-    if needs[2]:
+    sums = none = [_nothing(x) for _ in range(4)]
+    depend = training and (needs[0] or needs[1])  # on the sums
+    if needs[2] or depend:
         sums = list(_call(backward_reduce, saved, act))
     through: list[Tensor | None] = [None] * 4
-    if training:
+    if depend:
         through = [*sums] if residual_mean is not None else [*sums[:2], None, None]
     dx, dr = _call(backward_apply, saved, through, (None,), act, (needs[:2],))
-    return dx, dr, *sums
+    return dx, dr, *(sums if needs[2] else none)

@@ -12,6 +12,7 @@
 #include "batch_norm_act.h"
 
 #include <ATen/ops/bmm.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
@@ -301,6 +302,9 @@ std::tuple<Tensor, Tensor> backward(
         dweight = dweight.to(s.scalar_type());
       }
       dweight = dweight.view({out, in, 1, 1});
+      // In the weight's strides, those of its axes of size 1 included: DDP compares them all.
+      dweight = weight.is_contiguous() ? dweight.as_strided(weight.sizes(), weight.strides())
+                                       : at::empty_like(weight.detach()).copy_(dweight);
     }
   });
   return {ds, dweight};

@@ -3,7 +3,7 @@
 // Outputs, and the input gradient, which is the same convolution of dy with the kernel turned by half a circle and its
 // channels exchanged, in one of two orders:
 //   by tiles      Each thread takes a chunk of tiles that fits its L2 cache through all three steps: transform, 36
-//                 products, inverse transform. The transformed weights are made once, and read once a chunk.
+//                 products, inverse transform. The transformed weights are made once a call, and read once a chunk.
 //   by channels   All tiles are transformed first; then each thread takes a group of output channels, transforms its
 //                 weights, and goes through the tiles: the transformed weights, four times as large as the weights and
 //                 larger than the tiles, never leave the caches.
@@ -12,6 +12,8 @@
 //                 keeps sums of its own; they are added up and transformed back at the end.
 //   at once       Where the tiles are few: all are transformed, and each thread takes its share of the channels.
 // In evaluation with few output positions there is one product instead (direct.h).
+//
+// Tiles that the transforms cannot carry, and what is convolved with weights that they cannot, are summed directly.
 //
 // What stands before a convolution is done where tiles are read (TileReader), what follows it where they are written
 // (epilogues.h). Memory that is read there is fetched during the products (Ahead).
@@ -30,9 +32,9 @@
 #include <torch/library.h>
 
 #include <array>
-#include <list>
-#include <mutex>
+#include <numeric>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -54,34 +56,106 @@ constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
 // Output channels whose products are taken together where there are few tiles.
 constexpr int64_t kGradientRows = 48;
 // Pairs of channels whose weights pay for a thread's start.
-constexpr int64_t kThreadPairs = 64 * 1024;
-// Transformed weights kept for evaluation, in all.
-constexpr int64_t kKeptBytes = 256 * 1024 * 1024;
+constexpr int64_t kThreadPairs = 2 * 1024;
+// Elements that are gathered, likewise.
+constexpr int64_t kThreadElements = 64 * 1024;
+// Memory that a thread keeps between calls.
+constexpr int64_t kScratchBytes = 16 * 1024 * 1024;
 // Planes a multiple of a page apart would all fall into the same few lines of
 // the L1 cache.
 constexpr int64_t kSkew = 64 / sizeof(float);
 
-// Uninitialised floats, aligned to a cache line.
+// Memory of buffers that are gone, kept by a thread for its next ones: where a convolution is small, page faults would
+// cost more than its arithmetic. At most kScratchBytes a thread; those used longest ago go first, and a larger one is
+// freed at once.
+class Scratch {
+public:
+  struct Block {
+    float* data = nullptr;
+    int64_t bytes = 0;
+  };
+
+  static Scratch& of_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+  ~Scratch() {
+    while (count_ > 0) {
+      free_oldest();
+    }
+  }
+
+  // The smallest one that is large enough, or a new one.
+  Block take(int64_t bytes) {
+    int best = -1;
+    for (int i = 0; i < count_; ++i) {
+      if (blocks_[i].bytes >= bytes && (best < 0 || blocks_[i].bytes < blocks_[best].bytes)) {
+        best = i;
+      }
+    }
+    return best < 0 ? Block{static_cast<float*>(c10::alloc_cpu(bytes)), bytes} : remove(best);
+  }
+  void give(Block block) noexcept {
+    if (block.bytes > kScratchBytes) {
+      c10::free_cpu(block.data);
+      return;
+    }
+    while (count_ == kBlocks || bytes_ + block.bytes > kScratchBytes) {
+      free_oldest();
+    }
+    blocks_[count_++] = block;
+    bytes_ += block.bytes;
+  }
+
+private:
+  // More than a thread ever holds at a time, so that a sequence of layers finds its own again.
+  static constexpr int kBlocks = 16;
+
+  Block remove(int i) noexcept {
+    const Block block = blocks_[i];
+    std::copy(blocks_.begin() + i + 1, blocks_.begin() + count_, blocks_.begin() + i);
+    --count_;
+    bytes_ -= block.bytes;
+    return block;
+  }
+  void free_oldest() noexcept {
+    c10::free_cpu(remove(0).data);
+  }
+
+  std::array<Block, kBlocks> blocks_; // the one given back last is the last
+  int count_ = 0;
+  int64_t bytes_ = 0;
+};
+
+// Uninitialised floats, aligned to a cache line. Made and destroyed by one thread.
 class Buffer {
 public:
-  explicit Buffer(int64_t size) : data_(static_cast<float*>(c10::alloc_cpu(size * sizeof(float)))) {}
+  explicit Buffer(int64_t size)
+      : block_(Scratch::of_thread().take(std::max<int64_t>(1, size) * static_cast<int64_t>(sizeof(float)))) {}
   ~Buffer() {
-    c10::free_cpu(data_);
+    Scratch::of_thread().give(block_);
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   float* data() const {
-    return data_;
+    return block_.data;
   }
 
 private:
-  float* data_;
+  Scratch::Block block_;
 };
 
-// --- transformed weights
+// --- weights
 
 Kernel kernel_of(const Tensor& weight) {
-  Kernel kernel{weight.const_data_ptr<float>(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1), {}};
+  Kernel kernel{
+      weight.const_data_ptr<float>(),
+      weight.size(0),
+      weight.size(1),
+      kPanel * weight.stride(0),
+      weight.stride(0),
+      weight.stride(1),
+      {}};
   for (int64_t t = 0; t < kTaps * kTaps; ++t) {
     kernel.tap[t] = t / kTaps * weight.stride(2) + t % kTaps * weight.stride(3);
   }
@@ -92,6 +166,7 @@ Kernel kernel_of(const Tensor& weight) {
 Kernel turned(Kernel kernel) {
   std::swap(kernel.outputs, kernel.inputs);
   std::swap(kernel.output_stride, kernel.input_stride);
+  kernel.group_stride = kPanel * kernel.output_stride;
   std::reverse(kernel.tap.begin(), kernel.tap.end());
   return kernel;
 }
@@ -100,102 +175,24 @@ int64_t groups_of(int64_t channels) {
   return (channels + kColumns - 1) / kColumns;
 }
 
-// [36][group][inputs, padded][kColumns]
-Tensor transformed(const Kernel& kernel) {
-  const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth);
-  Tensor to = at::empty({kPoints, groups, depth, kColumns}, at::kFloat);
-  float* data = to.mutable_data_ptr<float>();
-  const int64_t grain = std::max<int64_t>(1, kThreadPairs / (depth * kColumns));
-  at::parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      transform_weights(kernel, g * kColumns, data + g * depth * kColumns, groups * depth * kColumns);
+// to: [36][group of columns] and as transform_weights writes them. Returns whether the transforms carry the weights.
+bool transform_all_weights(const Kernel& kernel, float* to) {
+  const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth), vectors = depth / kWidth;
+  std::vector<float> energies(groups * vectors); // of each stretch of inputs, at its first vector
+  at::parallel_for(0, groups * vectors, kThreadPairs / (kWidth * kColumns), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end;) {
+      const int64_t g = task / vectors, first = task % vectors, last = std::min(vectors, first + end - task);
+      energies[task] = transform_weights(
+          kernel, g * kColumns, first * kWidth, last * kWidth, to + g * depth * kColumns, groups * depth * kColumns);
+      task += last - first;
     }
   });
-  return to;
-}
-
-// [group][tap, inputs padded][kColumns]
-Tensor packed(const Kernel& kernel) {
-  const int64_t groups = groups_of(kernel.outputs), size = direct_depth(kernel) * kColumns;
-  Tensor to = at::empty({groups, size}, at::kFloat);
-  float* data = to.mutable_data_ptr<float>();
-  at::parallel_for(
-      0, groups, std::max<int64_t>(1, kThreadPairs * kTaps * kTaps / size), [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          pack_weights(kernel, g, data + g * size);
-        }
-      });
-  return to;
-}
-
-// Weights of evaluation, as `make` orders them. An entry stands while the weight's storage lives and its data pointer,
-// version counter, sizes and strides are what they were.
-class KeptWeights {
-public:
-  using Make = Tensor (*)(const Kernel&);
-
-  Tensor get(const Tensor& weight, Make make) {
-    if (weight.is_inference()) { // no version counter
-      return made(weight, make);
+  for (int64_t g = 0; g < groups; ++g) {
+    if (!(std::accumulate(&energies[g * vectors], &energies[g * vectors] + vectors, 0.0f) <= kMaxEnergy)) {
+      return false;
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto entry = entries_.begin(); entry != entries_.end();) {
-      if (entry->storage.expired() || (entry->data == weight.const_data_ptr() && !entry->fits(weight))) {
-        bytes_ -= entry->value.nbytes();
-        entry = entries_.erase(entry);
-        continue;
-      }
-      if (entry->data == weight.const_data_ptr() && entry->make == make) {
-        entries_.splice(entries_.begin(), entries_, entry);
-        return entry->value;
-      }
-      ++entry;
-    }
-    Tensor value = made(weight, make);
-    bytes_ += value.nbytes();
-    entries_.push_front(
-        {weight.storage().getWeakStorageImpl(),
-         weight.const_data_ptr(),
-         static_cast<int64_t>(weight._version()),
-         weight.sizes().vec(),
-         weight.strides().vec(),
-         make,
-         value});
-    while (bytes_ > kKeptBytes && entries_.size() > 1) {
-      bytes_ -= entries_.back().value.nbytes();
-      entries_.pop_back();
-    }
-    return value;
   }
-
-private:
-  static Tensor made(const Tensor& weight, Make make) {
-    const Tensor w = weight.to(at::kFloat);
-    return make(kernel_of(w));
-  }
-
-  struct Entry {
-    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-    const void* data;
-    int64_t version;
-    std::vector<int64_t> sizes, strides;
-    Make make;
-    Tensor value;
-
-    bool fits(const Tensor& weight) const {
-      return version == static_cast<int64_t>(weight._version()) && weight.sizes() == at::IntArrayRef(sizes) &&
-          weight.strides() == at::IntArrayRef(strides);
-    }
-  };
-  std::mutex mutex_;
-  std::list<Entry> entries_; // the one used last comes first
-  int64_t bytes_ = 0;
-};
-
-KeptWeights& kept_weights() {
-  static auto* kept = new KeptWeights; // never destroyed: tensors may not
-                                       // outlive torch's own statics
-  return *kept;
+  return true;
 }
 
 // --- outputs
@@ -224,6 +221,38 @@ auto operand_place(int64_t depth) {
   return [depth](int64_t p, int64_t c) { return p / kRows * depth * kRows + c * kRows + p % kRows * kWidth; };
 }
 
+template <typename Reader>
+std::vector<DirectTile> read_tiles(Reader& reader, int64_t first, int64_t count) {
+  std::vector<DirectTile> tiles;
+  for (int64_t p = 0; p < count; ++p) {
+    tiles.push_back(reader.read(first + p));
+  }
+  return tiles;
+}
+
+// Transforms tiles first ... first + count - 1, and reads into `direct` those out of range; all, unless `carried`.
+template <typename Reader, typename Place>
+void transform_tiles(
+    Reader& reader,
+    int64_t first,
+    int64_t count,
+    bool carried,
+    float* to,
+    int64_t plane,
+    const Place& place,
+    DirectTile* direct) {
+  std::fill_n(direct, count, DirectTile());
+  std::vector<int64_t> beyond;
+  reader.transform(first, count, to, plane, place, [&](int64_t p) { beyond.push_back(p); });
+  if (!carried) {
+    beyond.resize(count);
+    std::iota(beyond.begin(), beyond.end(), 0);
+  }
+  for (const int64_t p : beyond) {
+    direct[p] = reader.read(first + p);
+  }
+}
+
 // Whether the tiles, transformed, are smaller than the weights are.
 bool goes_by_channels(const Tiles& tiles, const Kernel& kernel) {
   return tiles.count() <= kernel.outputs &&
@@ -249,22 +278,21 @@ Chunks chunks_of(const Tiles& tiles, const Kernel& kernel) {
 }
 
 template <typename T, typename Epilogue>
-void by_tiles(
-    const Chunks& chunks,
-    const Source<T>& x,
-    const Tensor& weights,
-    const Kernel& kernel,
-    const Epilogue& epilogue) {
+void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), size = chunks.size;
   const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
-  const float* u = weights.const_data_ptr<float>();
+  const Buffer weights(kPoints * groups * depth * kColumns);
+  const bool carried = transform_all_weights(kernel, weights.data());
   at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Buffer operand(kPoints * operand_plane), product(kPoints * product_plane);
     InputReader<T> reader(chunks.tiles, x.data, kernel.inputs, x.act);
+    std::vector<DirectTile> direct(size);
+    DirectSums sums;
     Ahead ahead;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
-      reader.transform(first, count, operand.data(), operand_plane, operand_place(depth));
+      transform_tiles(
+          reader, first, count, carried, operand.data(), operand_plane, operand_place(depth), direct.data());
       ahead.clear();
       epilogue.for_each_read([&](const auto* p) { ahead.add(chunks.tiles, p, kernel.outputs, first, count); });
       if (slot + 1 < end) {
@@ -277,7 +305,7 @@ void by_tiles(
         for (int64_t g = 0; g < groups; ++g) {
           multiply_outputs(
               operand.data() + point * operand_plane,
-              u + (point * groups + g) * depth * kColumns,
+              weights.data() + (point * groups + g) * depth * kColumns,
               product.data() + point * product_plane + g * size * kColumns,
               count,
               depth);
@@ -285,6 +313,7 @@ void by_tiles(
       }
       const auto of_chunk = epilogue.chunk(slot);
       for (int64_t g = 0; g < groups; ++g) {
+        sums.compute(kernel, g * kColumns, direct.data(), count);
         transform_products(
             chunks.tiles,
             product.data() + g * size * kColumns,
@@ -293,6 +322,7 @@ void by_tiles(
             count,
             kernel.outputs,
             g * kColumns,
+            sums,
             of_chunk);
       }
     }
@@ -306,23 +336,29 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
   const Buffer operand(kPoints * operand_plane);
+  std::vector<DirectTile> direct(count);
   at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kRows;
-    InputReader<T>(tiles, x.data, kernel.inputs, x.act)
-        .transform(
-            first,
-            std::min(count, end * kRows) - first,
-            operand.data() + first * depth,
-            operand_plane,
-            operand_place(depth));
+    InputReader<T> reader(tiles, x.data, kernel.inputs, x.act);
+    transform_tiles(
+        reader,
+        first,
+        std::min(count, end * kRows) - first,
+        true,
+        operand.data() + first * depth,
+        operand_plane,
+        operand_place(depth),
+        direct.data() + first);
   });
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
   at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = depth * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
     const Buffer weights(kPoints * weight_plane), product(kPoints * product_plane);
+    DirectSums sums;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, share = task % shares;
-      transform_weights(kernel, g * kColumns, weights.data(), weight_plane);
+      const bool carried =
+          transform_weights(kernel, g * kColumns, 0, depth, weights.data(), weight_plane) <= kMaxEnergy;
       for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
         const int64_t first = chunks.first(slot), size = chunks.count(slot);
         for (int64_t point = 0; point < kPoints; ++point) {
@@ -333,8 +369,22 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
               size,
               depth);
         }
+        if (carried) {
+          sums.compute(kernel, g * kColumns, direct.data() + first, size);
+        } else {
+          InputReader<T> reader(tiles, x.data, kernel.inputs, x.act);
+          sums.compute(kernel, g * kColumns, read_tiles(reader, first, size).data(), size);
+        }
         transform_products(
-            tiles, product.data(), product_plane, first, size, kernel.outputs, g * kColumns, epilogue.chunk(slot));
+            tiles,
+            product.data(),
+            product_plane,
+            first,
+            size,
+            kernel.outputs,
+            g * kColumns,
+            sums,
+            epilogue.chunk(slot));
       }
     }
     stream_fence();
@@ -342,37 +392,26 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
 }
 
 template <typename T, typename Epilogue>
-void convolve(
-    const Chunks& chunks,
-    const Source<T>& x,
-    const Kernel& kernel,
-    const Epilogue& epilogue,
-    const Tensor* kept_of = nullptr) {
+void convolve(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
   if (goes_by_channels(chunks.tiles, kernel)) {
     by_channels(chunks, x, kernel, epilogue);
   } else {
-    by_tiles(chunks, x, kept_of ? kept_weights().get(*kept_of, transformed) : transformed(kernel), kernel, epilogue);
+    by_tiles(chunks, x, kernel, epilogue);
   }
 }
 
 // --- few positions
 
 template <typename T, typename Epilogue>
-void convolve_directly(
-    const Positions& positions,
-    const T* x,
-    const Kernel& kernel,
-    const Tensor& weights,
-    const Epilogue& epilogue) {
+void convolve_directly(const Positions& positions, const T* x, const Kernel& kernel, const Epilogue& epilogue) {
   const int64_t count = positions.count(), depth = direct_depth(kernel), groups = groups_of(kernel.outputs);
   const int64_t row_groups = (count + kRows - 1) / kRows;
   const Buffer operand(row_groups * kRows * depth);
   at::parallel_for(
-      0, row_groups, std::max<int64_t>(1, kThreadPairs / (depth * kRows)), [&](int64_t begin, int64_t end) {
+      0, row_groups, std::max<int64_t>(1, kThreadElements / (depth * kRows)), [&](int64_t begin, int64_t end) {
         const int64_t first = begin * kRows;
         gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
       });
-  const float* w = weights.const_data_ptr<float>();
   // A group's weights go through the caches once for all positions; with more threads than groups several share one.
   const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / groups, 1, row_groups);
   const int64_t share = (row_groups + shares - 1) / shares * kRows;
@@ -381,7 +420,7 @@ void convolve_directly(
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, first = task % shares * share, size = std::min(share, count - first);
       if (size > 0) {
-        multiply_outputs(operand.data() + first * depth, w + g * depth * kColumns, product.data(), size, depth);
+        multiply_positions(kernel, g * kColumns, operand.data() + first * depth, size, product.data());
         finish_positions(product.data(), first, size, kernel.outputs, g * kColumns, epilogue);
       }
     }
@@ -418,7 +457,12 @@ struct WeightGradient {
   }
 };
 
-// Up to `most` transformed tiles of x and dy.
+// A tile of x and of dy whose share in dW is summed directly.
+struct DirectPair {
+  DirectTile x, dy;
+};
+
+// Up to `most` transformed tiles of x and dy. Those that are summed directly are zero.
 template <typename T>
 class GradientTiles {
 public:
@@ -443,14 +487,36 @@ public:
         : x(w.tiles, w.x.data, w.inputs, w.x.act), dy(w.tiles, w.dy, w.outputs) {}
   };
 
-  // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these.
-  void transform(const WeightGradient<T>& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
+  // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these. Returns those of
+  // them that are summed directly.
+  std::vector<DirectPair> transform(
+      const WeightGradient<T>& w,
+      Readers& readers,
+      int64_t first,
+      int64_t count,
+      int64_t at) {
     const int64_t most = most_, row = w.row();
-    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, [most](int64_t p, int64_t c) {
+    std::vector<int64_t> beyond;
+    const auto note = [&](int64_t p) { beyond.push_back(p); };
+    const auto column_place = [most](int64_t p, int64_t c) {
       return c / kColumns * most * kColumns + p * kColumns + c % kColumns;
-    });
-    readers.dy.transform(
-        first, count, rows_.data() + at * row, row_plane_, [row](int64_t p, int64_t k) { return p * row + k; });
+    };
+    const auto row_place = [row](int64_t p, int64_t k) { return p * row + k; };
+    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, column_place, note);
+    readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
+    std::sort(beyond.begin(), beyond.end());
+    beyond.erase(std::unique(beyond.begin(), beyond.end()), beyond.end());
+    std::vector<DirectPair> direct;
+    for (const int64_t p : beyond) {
+      direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
+          std::fill_n(columns_.data() + point * column_plane_ + column_place(at + p, c), kColumns, 0.0f);
+        }
+        std::fill_n(rows_.data() + point * row_plane_ + row_place(at + p, 0), w.outputs, 0.0f);
+      }
+    }
+    return direct;
   }
 
   // gradient (+)= the product of one point and tiles first ... first + count - 1 for output channels begin ... begin
@@ -504,16 +570,75 @@ void transform_gradient(
   }
 }
 
+// dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
+// Every input meets the outputs that it is under, of those inside the image.
+template <typename T>
+void add_directly(
+    const WeightGradient<T>& w,
+    const std::vector<DirectPair>& tiles,
+    int64_t group,
+    int64_t begin,
+    int64_t size,
+    float* dw) {
+  if (tiles.empty()) {
+    return;
+  }
+  constexpr int taps = kTaps * kTaps;
+  for (int64_t c = group * kColumns; c < std::min(w.inputs, (group + 1) * kColumns); c += kWidth) {
+    const int64_t lanes = std::min(kWidth, w.inputs - c);
+    for (int64_t k = begin; k < begin + size; ++k) {
+      float* to = dw + k * taps * w.inputs + c;
+      Lanes sums[taps];
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; ++t) {
+        sums[t] = load(to + t * w.inputs, lanes);
+      }
+      for (const DirectPair& tile : tiles) {
+#pragma GCC unroll 6
+        for (int y = 0; y < kIn; ++y) {
+#pragma GCC unroll 6
+          for (int x = 0; x < kIn; ++x) {
+            if (!tile.x.has(y * kIn + x)) {
+              continue;
+            }
+            const Lanes value = load(tile.x.values.data() + (y * kIn + x) * w.inputs + c, lanes);
+#pragma GCC unroll 3
+            for (int u = 0; u < kTaps; ++u) {
+#pragma GCC unroll 3
+              for (int v = 0; v < kTaps; ++v) {
+                const int i = y - u, j = x - v;
+                if (i >= 0 && i < kOut && j >= 0 && j < kOut && tile.dy.has(i * kOut + j)) {
+                  const Lanes factor = broadcast(tile.dy.values[(i * kOut + j) * w.outputs + k]);
+                  sums[u * kTaps + v] = multiply_add(factor, value, sums[u * kTaps + v]);
+                }
+              }
+            }
+          }
+        }
+      }
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; ++t) {
+        store(to + t * w.inputs, sums[t], lanes);
+      }
+    }
+  }
+}
+
 // Few tiles: all are transformed, and each product is transformed back as soon
 // as it is there.
 template <typename T>
 void gradient_at_once(const WeightGradient<T>& w) {
   const int64_t count = w.tiles.count();
   GradientTiles<T> transformed(w, count);
+  std::vector<std::vector<DirectPair>> direct_from(count); // by the first tile of a thread's share
   at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
     typename GradientTiles<T>::Readers readers(w);
-    transformed.transform(w, readers, begin, end - begin, begin);
+    direct_from[begin] = transformed.transform(w, readers, begin, end - begin, begin);
   });
+  std::vector<DirectPair> direct;
+  for (auto& part : direct_from) {
+    std::move(part.begin(), part.end(), std::back_inserter(direct));
+  }
   const RowGroups rows{w.outputs};
   // Row groups that go through one group of columns while that is in the L1 cache, and fill whole lines of rows.
   constexpr int64_t together = kGradientRows / kRows, plane = kGradientRows * kColumns + kSkew;
@@ -535,6 +660,7 @@ void gradient_at_once(const WeightGradient<T>& w) {
         }
       }
       transform_gradient(w, group, first, size, parts, plane);
+      add_directly(w, direct, group, first, size, w.dw);
     }
   });
 }
@@ -548,6 +674,7 @@ void gradient_by_shares(const WeightGradient<T>& w) {
   const int64_t shares =
       std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, at::get_num_threads()));
   const Buffer gradients(shares * kPoints * plane);
+  std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
   const RowGroups rows{w.outputs};
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     GradientTiles<T> transformed(w, std::min(count, kGradientTiles));
@@ -558,7 +685,13 @@ void gradient_by_shares(const WeightGradient<T>& w) {
       const int64_t start = chunks * share / shares;
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
-        transformed.transform(w, readers, first, size, 0);
+        const std::vector<DirectPair> direct = transformed.transform(w, readers, first, size, 0);
+        if (!direct.empty()) {
+          summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
+          for (int64_t group = 0; group < w.groups(); ++group) {
+            add_directly(w, direct, group, 0, w.outputs, summed[share].data());
+          }
+        }
         ahead.clear();
         if (chunk + 1 < chunks * (share + 1) / shares) {
           const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
@@ -581,10 +714,20 @@ void gradient_by_shares(const WeightGradient<T>& w) {
     std::vector<const float*> parts(shares);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
+      const int64_t size = rows.size(task % rows.count());
       for (int64_t share = 0; share < shares; ++share) {
         parts[share] = gradients.data() + share * kPoints * plane + (group * w.outputs + first) * kColumns;
       }
-      transform_gradient(w, group, first, rows.size(task % rows.count()), parts, plane);
+      transform_gradient(w, group, first, size, parts, plane);
+      const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
+      for (const auto& part : summed) {
+        for (int64_t row = first * kTaps * kTaps; !part.empty() && row < (first + size) * kTaps * kTaps; ++row) {
+          const int64_t start = row * w.inputs + group * kColumns;
+          for (int64_t at = start; at < start + inputs; ++at) {
+            w.dw[at] += part[at];
+          }
+        }
+      }
     }
   });
 }
@@ -604,18 +747,22 @@ void weight_gradient(const WeightGradient<T>& w) {
 // --- operators
 
 // Activations are float32 or bfloat16, weights float32 or of the activations' dtype; in registers all are float32.
-void check(const Tensor& x, const Tensor& weight) {
+void check_input(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W], got shape ", x.sizes());
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+      "x: expected dtype float32 or bfloat16, got ",
+      x.scalar_type());
+}
+
+void check(const Tensor& x, const Tensor& weight) {
+  check_input(x);
   TORCH_CHECK_VALUE(
       weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == kTaps && weight.size(3) == kTaps,
       "weight: expected shape (K, ",
       x.size(1),
       ", 3, 3), got ",
       weight.sizes());
-  TORCH_CHECK_TYPE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-      "x: expected dtype float32 or bfloat16, got ",
-      x.scalar_type());
   TORCH_CHECK_TYPE(
       weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat,
       "weight: expected dtype ",
@@ -693,6 +840,42 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   });
 }
 
+// The output; run(y, an element of it, convolve_to) has to call convolve_to with what becomes of the sums.
+template <typename F>
+Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, bool direct, const F& run) {
+  TORCH_CHECK_VALUE(stride >= 1 && (direct || stride == 1), "stride: expected 1, or more with direct, got ", stride);
+  const Positions positions{x.size(0), x.size(2), x.size(3), stride};
+  const bool empty = x.size(2) == 0 || x.size(3) == 0;
+  Tensor y = empty_channels_last(
+      {x.size(0), kernel.outputs, empty ? 0 : positions.out_height(), empty ? 0 : positions.out_width()}, x);
+  if (y.numel() == 0) {
+    return y;
+  }
+  const Tensor in = channels_last(x);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    run(y, zero, [&](const auto& epilogue) {
+      const T* from = in.const_data_ptr<T>();
+      if (direct) {
+        convolve_directly(positions, from, kernel, epilogue);
+      } else {
+        convolve(chunks_of(tiles_of(x), kernel), Source<T>{from}, kernel, epilogue);
+      }
+    });
+  });
+  return y;
+}
+
+template <typename T>
+Normalise<T> normalise(Tensor& y, const ChannelNorm<float>& norm, const Tensor& residual, bool relu) {
+  const T* r = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
+  return {y.mutable_data_ptr<T>(), streams(y), &norm, r, relu};
+}
+
+Tensor residual_of(const Tensor& y, const OptionalTensor& residual) {
+  return residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+}
+
 Tensor inference(
     const Tensor& x,
     const Tensor& conv_weight,
@@ -706,36 +889,58 @@ Tensor inference(
     int64_t stride,
     bool direct) {
   check(x, conv_weight);
-  TORCH_CHECK_VALUE(stride >= 1 && (direct || stride == 1), "stride: expected 1, or more with direct, got ", stride);
-  const Positions positions{x.size(0), x.size(2), x.size(3), stride};
-  const bool empty = x.size(2) == 0 || x.size(3) == 0;
-  Tensor y = empty_channels_last(
-      {x.size(0), conv_weight.size(0), empty ? 0 : positions.out_height(), empty ? 0 : positions.out_width()}, x);
-  if (y.numel() == 0) {
-    return y;
+  Tensor w = conv_weight.to(at::kFloat);
+  if (direct && !product_reads(kernel_of(w))) {
+    w = w.contiguous();
   }
-  const Tensor in = channels_last(x), w = conv_weight.to(at::kFloat);
-  const Kernel kernel = kernel_of(w);
-  with_type(x, [&](auto zero) {
+  return infer(x, kernel_of(w), stride, direct, [&](Tensor& y, auto zero, const auto& convolve_to) {
     using T = decltype(zero);
-    T* to = y.mutable_data_ptr<T>();
-    const auto run = [&](const auto& epilogue) {
-      const T* from = in.const_data_ptr<T>();
-      if (direct) {
-        convolve_directly(positions, from, kernel, kept_weights().get(conv_weight, packed), epilogue);
-      } else {
-        convolve(chunks_of(tiles_of(x), kernel), Source<T>{from}, kernel, epilogue, &conv_weight);
-      }
-    };
     if (!running_mean.has_value()) {
-      run(Write<T>{to, streams(y)});
+      convolve_to(Write<T>{y.mutable_data_ptr<T>(), streams(y)});
       return;
     }
-    const ChannelNorm<float> norm = running_norm<float>(kernel.outputs, running_mean, running_var, weight, bias, eps);
-    const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
-    run(Normalise<T>{to, streams(y), &norm, r.defined() ? r.const_data_ptr<T>() : nullptr, relu});
+    const ChannelNorm<float> norm = running_norm<float>(y.size(1), running_mean, running_var, weight, bias, eps);
+    const Tensor r = residual_of(y, residual);
+    convolve_to(normalise<T>(y, norm, r, relu));
   });
-  return y;
+}
+
+// packed: [groups of 16 outputs, an even number][tap, inputs rounded up to 16][16], see fastres.ops.conv3x3.pack.
+Tensor packed_inference(
+    const Tensor& x,
+    const Tensor& packed,
+    int64_t outputs,
+    const OptionalTensor& bias,
+    const OptionalTensor& residual,
+    bool relu,
+    int64_t stride,
+    bool product) {
+  constexpr int64_t taps = kTaps * kTaps;
+  check_input(x);
+  const int64_t depth = round_up(x.size(1), kPanel), groups = round_up((outputs + kPanel - 1) / kPanel, 2);
+  const std::array<int64_t, 3> sizes = {groups, taps * depth, kPanel};
+  const at::IntArrayRef shape(sizes);
+  TORCH_CHECK_VALUE(outputs >= 1, "outputs: expected at least 1, got ", outputs);
+  TORCH_CHECK_VALUE(packed.sizes() == shape, "packed: expected shape ", shape, ", got ", packed.sizes());
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kFloat, "packed: expected dtype float32, got ", packed.scalar_type());
+  const Tensor w = packed.contiguous();
+  Kernel kernel{w.const_data_ptr<float>(), outputs, x.size(1), taps * depth * kPanel, 1, kPanel, {}};
+  for (int64_t t = 0; t < taps; ++t) {
+    kernel.tap[t] = t * depth * kPanel;
+  }
+  ChannelNorm<float> norm; // adds the bias
+  norm.mean.assign(outputs, 0.0f);
+  norm.scale.assign(outputs, 1.0f);
+  norm.bias.assign(outputs, 0.0f);
+  if (bias.has_value()) {
+    const float* values = channel_data<float>("bias", bias, outputs);
+    norm.bias.assign(values, values + outputs);
+  }
+  return infer(x, kernel, stride, product, [&](Tensor& y, auto zero, const auto& convolve_to) {
+    using T = decltype(zero);
+    const Tensor r = residual_of(y, residual);
+    convolve_to(normalise<T>(y, norm, r, relu));
+  });
 }
 
 void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
@@ -990,6 +1195,7 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("conv3x3_forward", fastres::winograd::forward);
   m.impl("conv3x3_backward", fastres::winograd::backward);
   m.impl("conv3x3_inference", fastres::winograd::inference);
+  m.impl("conv3x3_packed", fastres::winograd::packed_inference);
   m.impl("norm_act_conv3x3_forward", fastres::winograd::norm_act_forward);
   m.impl("norm_act_conv3x3_backward", fastres::winograd::norm_act_backward);
 }

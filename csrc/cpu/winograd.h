@@ -15,8 +15,11 @@
 //   operand   [p / kRows][c / W][p % kRows][W]     left side of the product that gives outputs
 //   columns   [c / kColumns][p][kColumns]          right side of the product that gives the weight gradient; products
 //   rows      [p][c], padded                       left side of that product
-//   weights   [k / kColumns][c][kColumns]          right side of the product that gives outputs
+//   weights   [k / kPanel][c][kPanel]              right side of the product that gives outputs
 // so that the inner loops read memory in order, at fixed offsets.
+//
+// The transforms mix the values of a tile, so that rounding errors of its largest spread to all of its outputs, and
+// infinities and NaN with them. A tile beyond the transforms' range (within_range) is summed directly.
 #pragma once
 
 #include "norm_act.h"
@@ -24,6 +27,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <limits>
+#include <vector>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -120,6 +125,9 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 constexpr int64_t kColumns = 2 * kWidth;
+// Outputs of a row of weights, as products read them. It does not depend on the vectors' width: packed weights are
+// saved on one machine and loaded on another. Column groups are one or two of these.
+constexpr int64_t kPanel = 16;
 
 inline int64_t round_up(int64_t value, int64_t to) {
   return (value + to - 1) / to * to;
@@ -314,6 +322,70 @@ private:
   int64_t lines_ = 0, run_ = 0, at_ = 0;
 };
 
+// --- the transforms' range
+
+// A tile's largest admissible ratio of all its inputs' sum of squares to that of one of its own 2x2 blocks, and the
+// largest sum of squares, of a tile or of the weights. docs/convolution.md, "Range", derives what they promise.
+constexpr float kEnergyRatio = 1024.0f;
+constexpr float kMaxEnergy = 0x1p88f;
+
+// The sums of squares of a tile, over channels: of the four 2x2 blocks of pixels that its outputs lie on, and of the
+// pixels around them. The 3x3 inputs of every output hold one of the blocks, and so do the inputs of every tap of the
+// weight gradient.
+struct Energy {
+  Lanes block[4] = {}, around = {};
+
+  void operator+=(const Energy& other) {
+    for (int i = 0; i < 4; ++i) {
+      block[i] = block[i] + other.block[i];
+    }
+    around = around + other.around;
+  }
+};
+
+inline __m128 fold(__m256 v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
+#if defined(CPU_CAPABILITY_AVX512)
+inline __m256 half_folded(__m512 v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+#else
+inline __m256 half_folded(__m256 v) {
+  return v;
+}
+#endif
+
+// Whether the transforms carry a tile: no value is infinite or NaN, and none so large that its rounding errors would
+// show in outputs that do not read it. Blocks of zeros do not count, and with them those outside the image.
+inline bool within_range(const Energy& energy) {
+  const auto& b = energy.block;
+  const __m128 blocks = fold(_mm256_hadd_ps(
+      _mm256_hadd_ps(half_folded(b[0]), half_folded(b[1])), _mm256_hadd_ps(half_folded(b[2]), half_folded(b[3]))));
+  __m128 sum = _mm_add_ps(blocks, fold(half_folded(energy.around)));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  const float all = _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  const __m128 none = _mm_cmpeq_ps(blocks, _mm_setzero_ps());
+  __m128 least = _mm_blendv_ps(blocks, _mm_set1_ps(std::numeric_limits<float>::infinity()), none);
+  least = _mm_min_ps(least, _mm_movehl_ps(least, least));
+  least = _mm_min_ss(least, _mm_movehdup_ps(least));
+  return all <= kMaxEnergy && all <= kEnergyRatio * _mm_cvtss_f32(least); // false for NaN
+}
+
+// A tile that is summed directly: its inputs [position][channel], and a bit for each position inside the image. Empty
+// for the tiles that are transformed.
+struct DirectTile {
+  std::vector<float> values;
+  uint64_t inside = 0;
+
+  bool empty() const {
+    return values.empty();
+  }
+  bool has(int position) const {
+    return inside >> position & 1;
+  }
+};
+
 // The Size x Size positions of a tile, from Before up and left of its outputs on: a pointer to each of its rows, of
 // which those outside the image point to zeros, and whether its first or last column lies outside.
 template <typename T, int Size>
@@ -341,9 +413,9 @@ public:
   }
 
   // Tiles first ... first + count - 1. place(p, c) is where channel c of the p-th of them goes within a plane; lanes
-  // past the last channel become zero.
-  template <typename Place>
-  void transform(int64_t first, int64_t count, float* to, int64_t plane, const Place& place) {
+  // past the last channel become zero. Calls beyond(p) for those outside the transform's range.
+  template <typename Place, typename Beyond>
+  void transform(int64_t first, int64_t count, float* to, int64_t plane, const Place& place, const Beyond& beyond) {
     const int64_t across = tiles_.across();
     for (int64_t p = 0; p < count;) {
       const int64_t line = (first + p) / across, begin = (first + p) % across;
@@ -352,13 +424,23 @@ public:
         activate(line, begin, end);
       }
       for (int64_t column = begin; column < end; ++column, ++p) {
-        if (act_ != nullptr) {
-          transform_tile(activated(line, column), to, plane, p, place);
-        } else {
-          transform_tile(in_place(line, column), to, plane, p, place);
+        const bool carried = act_ != nullptr ? transform_tile(activated(line, column), to, plane, p, place)
+                                             : transform_tile(in_place(line, column), to, plane, p, place);
+        if (!carried) {
+          beyond(p);
         }
       }
     }
+  }
+
+  // A tile as it stands before the transform.
+  DirectTile read(int64_t tile) {
+    const int64_t line = tile / tiles_.across(), column = tile % tiles_.across();
+    if (act_ != nullptr) {
+      activate(line, column, column + 1);
+      return copied(activated(line, column), line, column);
+    }
+    return copied(in_place(line, column), line, column);
   }
 
 private:
@@ -394,6 +476,22 @@ private:
     return window;
   }
 
+  template <typename From>
+  DirectTile copied(const Window<From, kSize>& window, int64_t line, int64_t column) const {
+    DirectTile tile{std::vector<float>(kSize * kSize * channels_)};
+    for (int64_t i = 0; i < kSize; ++i) {
+      for (int64_t j = 0; j < kSize; ++j) {
+        const int64_t y = pixel_line(line, i), x = column * kOut - Before + j;
+        if (y >= 0 && y < tiles_.height && x >= 0 && x < tiles_.width) {
+          tile.inside |= uint64_t(1) << (i * kSize + j);
+          const From* from = window.row[i] + (j - window.left_out) * channels_;
+          std::copy(from, from + channels_, tile.values.data() + (i * kSize + j) * channels_);
+        }
+      }
+    }
+    return tile;
+  }
+
   // Fills the buffer for tiles begin ... end - 1 of a line.
   void activate(int64_t line, int64_t begin, int64_t end) {
     const bool follows = line == line_filled_ + 1 && line % tiles_.down() != 0 && begin >= begin_ && end <= end_;
@@ -416,8 +514,9 @@ private:
     end_ = end;
   }
 
+  // Whether the tile is within the transform's range.
   template <typename From, typename Place>
-  void transform_tile(const Window<From, kSize>& window, float* to, int64_t plane, int64_t p, const Place& place)
+  bool transform_tile(const Window<From, kSize>& window, float* to, int64_t plane, int64_t p, const Place& place)
       const {
     if (window.right_out && window.inside != kSize - 1) {
       // The last tile of a line whose width is no multiple of four.
@@ -425,21 +524,20 @@ private:
           window, to, plane, p, place, [&](int64_t j) { return j >= (window.left_out ? 1 : 0) && j < window.inside; });
     }
     const auto with_edges = [&](auto left, auto right) {
-      transform_columns(window, to, plane, p, place, [&](int j) {
+      return transform_columns(window, to, plane, p, place, [&](int j) {
         return !(decltype(left)::value && j == 0) && !(decltype(right)::value && j == kSize - 1);
       });
     };
     if (window.left_out) {
-      window.right_out ? with_edges(std::true_type(), std::true_type())
-                       : with_edges(std::true_type(), std::false_type());
-    } else {
-      window.right_out ? with_edges(std::false_type(), std::true_type())
-                       : with_edges(std::false_type(), std::false_type());
+      return window.right_out ? with_edges(std::true_type(), std::true_type())
+                              : with_edges(std::true_type(), std::false_type());
     }
+    return window.right_out ? with_edges(std::false_type(), std::true_type())
+                            : with_edges(std::false_type(), std::false_type());
   }
 
   template <typename From, typename Place, typename Inside>
-  inline __attribute__((always_inline)) void transform_columns(
+  inline __attribute__((always_inline)) bool transform_columns(
       const Window<From, kSize>& window,
       float* to,
       int64_t plane,
@@ -448,22 +546,30 @@ private:
       const Inside& inside) const {
     const auto rows = window.row;
     const int64_t channels = channels_, out = window.left_out ? 1 : 0;
+    Energy energy;
     const auto run = [&](int64_t c, auto count) {
       float* target = to + place(p, c);
+      Energy part;
       transform_square<Transform>(
           [&](int i) __attribute__((always_inline)) {
-            const int j = i % kSize;
-            if (!inside(j)) {
+            const int y = i / kSize, x = i % kSize;
+            if (!inside(x)) {
               return Lanes{};
             }
-            const From* from = rows[i / kSize] + (j - out) * channels + c;
+            const From* from = rows[y] + (x - out) * channels + c;
+            Lanes v;
             if constexpr (std::is_same_v<decltype(count), int64_t>) {
-              return load(from, count);
+              v = load(from, count);
             } else {
-              return load(from);
+              v = load(from);
             }
+            const bool own = y >= Before && y < Before + kOut && x >= Before && x < Before + kOut;
+            Lanes& sum = own ? part.block[(y - Before) / 2 * 2 + (x - Before) / 2] : part.around;
+            sum = multiply_add(v, v, sum);
+            return v;
           },
           [&](int i, Lanes v) __attribute__((always_inline)) { store(target + i * plane, v); });
+      energy += part;
     };
     int64_t c = 0;
     for (; c + kWidth <= channels; c += kWidth) {
@@ -472,6 +578,7 @@ private:
     if (c < channels) {
       run(c, channels - c);
     }
+    return within_range(energy);
   }
 
   Tiles tiles_;
@@ -484,8 +591,220 @@ private:
   int64_t line_filled_ = -2, begin_ = 0, end_ = 0;
 };
 
+// --- weights
+
+// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever its layout. For the input gradient the
+// channels change places and the taps are turned by half a circle. Packed weights have their outputs in groups.
+struct Kernel {
+  const float* data;
+  int64_t outputs, inputs;
+  int64_t group_stride; // of kPanel outputs
+  int64_t output_stride, input_stride;
+  std::array<int64_t, kTaps * kTaps> tap; // offsets
+
+  const float* at(int64_t k, int64_t c) const {
+    return data + k / kPanel * group_stride + k % kPanel * output_stride + c * input_stride;
+  }
+  bool is_packed() const {
+    return group_stride != kPanel * output_stride;
+  }
+  // [k][...][c]: a vector of inputs under one tap lies together.
+  bool inputs_are_adjacent() const {
+    return input_stride == 1;
+  }
+  // [k][c][tap]: the nine taps of an input lie together, and those of the next one follow.
+  bool taps_are_adjacent() const {
+    bool adjacent = input_stride == kTaps * kTaps;
+    for (int t = 0; t < kTaps * kTaps; ++t) {
+      adjacent = adjacent && tap[t] == t;
+    }
+    return adjacent;
+  }
+};
+
+// to[i][k] = from[k][i] for a vector of outputs k, their rows `stride` apart, and `count` vectors of i.
+inline void transpose_rows(const float* from, int64_t stride, int64_t count, float* to, int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i) {
+    at::vec::transpose_mxn<float, kWidth, kWidth>(from + i * kWidth, stride, to + i * kWidth * to_row, to_row);
+  }
+}
+
+// Where in transformed weights of one group of columns the second vector of a row lies.
+inline int64_t high_vector(int64_t depth) {
+  return kWidth == kPanel ? depth * kPanel : kWidth;
+}
+
+// gathered: [kWidth][tap][kColumns], for input channels from c0 on and output channels from `from` on; what lies
+// outside the kernel is zero.
+inline void gather_weights(const Kernel& kernel, int64_t from, int64_t c0, float* gathered) {
+  constexpr int taps = kTaps * kTaps;
+  const int64_t columns = std::min(kColumns, kernel.outputs - from), inputs = std::min(kWidth, kernel.inputs - c0);
+  if (inputs < kWidth || columns < kColumns) {
+    std::fill_n(gathered, kWidth * taps * kColumns, 0.0f);
+  }
+  const float* block = kernel.at(from, c0);
+  if (kernel.output_stride == 1) {
+    // A group of packed weights is as long as a vector, or longer.
+    const int64_t together = kernel.is_packed() ? kPanel : columns;
+    for (int64_t k = 0; k < columns; k += together) {
+      const int64_t size = std::min(together, columns - k);
+      for (int64_t c = 0; c < inputs; ++c) {
+        for (int t = 0; t < taps; ++t) {
+          const float* row = kernel.at(from + k, c0 + c) + kernel.tap[t];
+          std::copy(row, row + size, gathered + (c * taps + t) * kColumns + k);
+        }
+      }
+    }
+  } else if (kernel.taps_are_adjacent() && inputs == kWidth && columns == kColumns) {
+    for (int64_t half = 0; half < kColumns; half += kWidth) {
+      transpose_rows(block + half * kernel.output_stride, kernel.output_stride, taps, gathered + half, kColumns);
+    }
+  } else if (kernel.inputs_are_adjacent() && inputs == kWidth && columns == kColumns) {
+    for (int t = 0; t < taps; ++t) {
+      for (int64_t half = 0; half < kColumns; half += kWidth) {
+        at::vec::transpose_mxn<float, kWidth, kWidth>(
+            block + half * kernel.output_stride + kernel.tap[t],
+            kernel.output_stride,
+            gathered + t * kColumns + half,
+            taps * kColumns);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < columns; ++k) {
+      for (int t = 0; t < taps; ++t) {
+        const float* row = block + k * kernel.output_stride + kernel.tap[t];
+        for (int64_t c = 0; c < inputs; ++c) {
+          gathered[(c * taps + t) * kColumns + k] = row[c * kernel.input_stride];
+        }
+      }
+    }
+  }
+}
+
+// to: 36 planes of [kColumns / kPanel][inputs padded to kWidth][kPanel], for output channels from ... from + kColumns
+// - 1, of which inputs begin ... end - 1, multiples of kWidth, are written; what lies outside the kernel is zero.
+// Returns the sum of squares of these weights.
+inline float transform_weights(
+    const Kernel& kernel,
+    int64_t from,
+    int64_t begin,
+    int64_t end,
+    float* to,
+    int64_t plane) {
+  constexpr int taps = kTaps * kTaps;
+  alignas(64) float gathered[kWidth * taps * kColumns];
+  const int64_t high = high_vector(round_up(kernel.inputs, kWidth));
+  Lanes energy{};
+  // weight(half, i): tap i of outputs from + half ... and input c
+  const auto transform = [&](int64_t c, const auto& weight) __attribute__((always_inline)) {
+    for (int64_t half = 0; half < kColumns; half += kWidth) {
+      float* out = to + c * kPanel + (half == 0 ? 0 : high);
+      Lanes part{};
+      transform_square<WeightTransform>(
+          [&](int i) __attribute__((always_inline)) {
+            const Lanes v = load(weight(half, i));
+            part = multiply_add(v, v, part);
+            return v;
+          },
+          [&](int i, Lanes v) __attribute__((always_inline)) { store(out + i * plane, v); });
+      energy = energy + part;
+    }
+  };
+  for (int64_t c0 = begin; c0 < end; c0 += kWidth) {
+    if (kernel.is_packed()) {
+      for (int64_t c = c0; c < c0 + kWidth; ++c) {
+        transform(c, [&](int64_t half, int i) { return kernel.at(from + half, c) + kernel.tap[i]; });
+      }
+      continue;
+    }
+    gather_weights(kernel, from, c0, gathered);
+    for (int64_t c = 0; c < kWidth; ++c) {
+      transform(c0 + c, [&](int64_t half, int i) { return gathered + (c * taps + i) * kColumns + half; });
+    }
+  }
+  const __m128 sum = fold(half_folded(energy));
+  const __m128 pairs = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+}
+
+// --- tiles beyond the range
+
+// The outputs of direct tiles for one column group.
+class DirectSums {
+public:
+  // tiles [count], of which those that are not empty are summed.
+  void compute(const Kernel& kernel, int64_t from, const DirectTile* tiles, int64_t count) {
+    const int64_t direct = std::count_if(tiles, tiles + count, [](const DirectTile& t) { return !t.empty(); });
+    place_.assign(direct > 0 ? count : 0, -1);
+    if (direct == 0) {
+      return;
+    }
+    constexpr int64_t part = kWidth * kTaps * kTaps * kColumns;
+    weights_.resize(round_up(kernel.inputs, kWidth) / kWidth * part);
+    for (int64_t c = 0; c < kernel.inputs; c += kWidth) {
+      gather_weights(kernel, from, c, weights_.data() + c / kWidth * part);
+    }
+    sums_.resize(direct * kOut * kOut * kColumns);
+    int64_t next = 0;
+    for (int64_t p = 0; p < count; ++p) {
+      if (!tiles[p].empty()) {
+        place_[p] = next++ * kOut * kOut * kColumns;
+        for (int64_t c = 0; c < kColumns; c += kWidth) {
+          sum_rows<0>(tiles[p], kernel.inputs, c, sums_.data() + place_[p]);
+          sum_rows<kOut / 2>(tiles[p], kernel.inputs, c, sums_.data() + place_[p]);
+        }
+      }
+    }
+  }
+
+  // [16 outputs][kColumns], or null where the tile is transformed.
+  const float* of(int64_t p) const {
+    return place_.empty() || place_[p] < 0 ? nullptr : sums_.data() + place_[p];
+  }
+
+private:
+  // Output rows First and First + 1, a vector of channels from `column` on: each input is read once, and goes to the
+  // outputs that it is under. Taps outside the image are left out, as an infinite weight times zero would be NaN.
+  template <int First>
+  void sum_rows(const DirectTile& tile, int64_t inputs, int64_t column, float* to) const {
+    constexpr int height = kOut / 2;
+    Lanes sums[height * kOut] = {};
+    for (int64_t c = 0; c < inputs; ++c) {
+      const float* w = weights_.data() + c * kTaps * kTaps * kColumns + column;
+#pragma GCC unroll 4
+      for (int y = 0; y < height + kTaps - 1; ++y) {
+#pragma GCC unroll 6
+        for (int x = 0; x < kIn; ++x) {
+          const int position = (First + y) * kIn + x;
+          if (!tile.has(position)) {
+            continue;
+          }
+          const Lanes value = broadcast(tile.values[position * inputs + c]);
+#pragma GCC unroll 3
+          for (int u = 0; u < kTaps; ++u) {
+#pragma GCC unroll 3
+            for (int v = 0; v < kTaps; ++v) {
+              const int i = y - u, j = x - v;
+              if (i >= 0 && i < height && j >= 0 && j < kOut) {
+                sums[i * kOut + j] = multiply_add(value, load(w + (u * kTaps + v) * kColumns), sums[i * kOut + j]);
+              }
+            }
+          }
+        }
+      }
+    }
+    for (int i = 0; i < height * kOut; ++i) {
+      store(to + (First * kOut + i) * kColumns + column, sums[i]);
+    }
+  }
+
+  std::vector<float> weights_; // [input channel][tap][kColumns]
+  std::vector<float> sums_;
+  std::vector<int64_t> place_;
+};
+
 // The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of a product whose planes
-// are [p][kColumns]. What becomes of them is the epilogue's (epilogues.h).
+// are [p][kColumns], or those that were summed directly. What becomes of them is the epilogue's (epilogues.h).
 template <typename Epilogue>
 inline void transform_products(
     const Tiles& tiles,
@@ -495,6 +814,7 @@ inline void transform_products(
     int64_t count,
     int64_t channels,
     int64_t from,
+    const DirectSums& direct,
     const Epilogue& epilogue) {
   const int64_t columns = std::min(kColumns, channels - from);
   const int64_t across = tiles.across(), down = tiles.down();
@@ -505,20 +825,27 @@ inline void transform_products(
     const int64_t width = std::min<int64_t>(kOut, tiles.width - left);
     const int64_t start = pixel * channels + from, row = tiles.width * channels;
     const float* in = product + p * kColumns;
+    const float* summed = direct.of(p);
     for (int64_t c = 0; c < columns; c += kWidth) {
       const auto put = [&](auto& vector, int i, Lanes v) __attribute__((always_inline)) {
         vector(pixel + i / kOut * tiles.width + i % kOut, start + c + i / kOut * row + i % kOut * channels, v);
       };
       const auto point = [&](int i) __attribute__((always_inline)) { return load(in + i * plane + c); };
+      const auto outputs = [&](const auto& take) __attribute__((always_inline)) {
+        if (summed == nullptr) {
+          transform_square<OutputTransform>(point, take);
+        } else {
+          for (int i = 0; i < kOut * kOut; ++i) {
+            take(i, load(summed + i * kColumns + c));
+          }
+        }
+      };
       if (height == kOut && width == kOut && c + kWidth <= columns) {
         auto vector = epilogue.vector(from + c, std::integral_constant<int64_t, kWidth>());
         if (p == 0) {
-          vector.begin(
-              [&](const auto& take) { transform_square<OutputTransform>(point, [&](int, Lanes v) { take(v); }); },
-              kOut * kOut);
+          vector.begin([&](const auto& take) { outputs([&](int, Lanes v) { take(v); }); }, kOut * kOut);
         }
-        transform_square<OutputTransform>(
-            point, [&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i, v); });
+        outputs([&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i, v); });
         vector.end();
       } else {
         auto vector = epilogue.vector(from + c, std::min(kWidth, columns - c));
@@ -526,7 +853,7 @@ inline void transform_products(
         if (p == 0) {
           vector.begin(
               [&](const auto& take) {
-                transform_square<OutputTransform>(point, [&](int i, Lanes v) {
+                outputs([&](int i, Lanes v) {
                   if (inside(i)) {
                     take(v);
                   }
@@ -534,7 +861,7 @@ inline void transform_products(
               },
               height * width);
         }
-        transform_square<OutputTransform>(point, [&](int i, Lanes v) {
+        outputs([&](int i, Lanes v) {
           if (inside(i)) {
             put(vector, i, v);
           }
@@ -545,97 +872,45 @@ inline void transform_products(
   }
 }
 
-// --- weights
-
-// A 3x3 kernel tensor seen as (output channel, input channel, tap), whatever
-// its layout. For the input gradient the channels change places and the taps
-// are turned by half a circle.
-struct Kernel {
-  const float* data;
-  int64_t outputs, inputs;
-  int64_t output_stride, input_stride;
-  std::array<int64_t, kTaps * kTaps> tap; // offsets
-};
-
-// to: 36 planes of [inputs padded to kWidth][kColumns], for output channels
-// from ... from + kColumns - 1; what lies outside the kernel is zero.
-inline void transform_weights(const Kernel& kernel, int64_t from, float* to, int64_t plane) {
-  constexpr int taps = kTaps * kTaps;
-  alignas(64) float gathered[kWidth][taps][kColumns];
-  const int64_t columns = std::min(kColumns, kernel.outputs - from);
-  for (int64_t c0 = 0; c0 < kernel.inputs; c0 += kWidth) {
-    const int64_t inputs = std::min(kWidth, kernel.inputs - c0);
-    if (inputs < kWidth || columns < kColumns) {
-      std::fill_n(&gathered[0][0][0], kWidth * taps * kColumns, 0.0f);
-    }
-    const float* block = kernel.data + from * kernel.output_stride + c0 * kernel.input_stride;
-    if (kernel.output_stride == 1) {
-      for (int64_t c = 0; c < inputs; ++c) {
-        for (int t = 0; t < taps; ++t) {
-          const float* row = block + c * kernel.input_stride + kernel.tap[t];
-          std::copy(row, row + columns, gathered[c][t]);
-        }
-      }
-    } else if (kernel.input_stride == 1 && inputs == kWidth && columns == kColumns) {
-      for (int t = 0; t < taps; ++t) {
-        for (int64_t half = 0; half < kColumns; half += kWidth) {
-          at::vec::transpose_mxn<float, kWidth, kWidth>(
-              block + half * kernel.output_stride + kernel.tap[t],
-              kernel.output_stride,
-              &gathered[0][t][half],
-              taps * kColumns);
-        }
-      }
-    } else {
-      for (int64_t k = 0; k < columns; ++k) {
-        for (int t = 0; t < taps; ++t) {
-          const float* row = block + k * kernel.output_stride + kernel.tap[t];
-          for (int64_t c = 0; c < inputs; ++c) {
-            gathered[c][t][k] = row[c * kernel.input_stride];
-          }
-        }
-      }
-    }
-    for (int64_t c = 0; c < kWidth; ++c) {
-      for (int64_t half = 0; half < kColumns; half += kWidth) {
-        float* out = to + (c0 + c) * kColumns + half;
-        transform_square<WeightTransform>(
-            [&](int i) { return load(&gathered[c][i][half]); }, [&](int i, Lanes v) { store(out + i * plane, v); });
-      }
-    }
-  }
-}
-
 // --- products
 
-// product[r][:] = sum_c operand[r][c] * weights[c][:] for R rows of one group
-// of kRows; depth is a multiple of kWidth.
-template <int R>
-inline void output_product(const float* operand, const float* weights, float* product, int64_t depth) {
-  Lanes low[R], high[R];
+// product[r][:] (+)= sum_c operand[r][c] * weights[c][:] for R rows of one group of kRows, over `steps` vectors of c,
+// which lie operand_step and weight_step apart. The two vectors of weights[c] are at low and high, c's rows Row apart.
+template <int R, int64_t Row>
+inline void output_product(
+    const float* operand,
+    int64_t operand_step,
+    const float* low,
+    const float* high,
+    int64_t weight_step,
+    int64_t steps,
+    float* product,
+    bool accumulate) {
+  Lanes sum_low[R], sum_high[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    low[r] = high[r] = Lanes{};
+    sum_low[r] = accumulate ? load(product + r * kColumns) : Lanes{};
+    sum_high[r] = accumulate ? load(product + r * kColumns + kWidth) : Lanes{};
   }
-  for (int64_t c = 0; c < depth; c += kWidth) {
+  for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 16
     for (int lane = 0; lane < kWidth; ++lane) {
-      const Lanes weights_low = load(weights + lane * kColumns);
-      const Lanes weights_high = load(weights + lane * kColumns + kWidth);
+      const Lanes weights_low = load(low + lane * Row), weights_high = load(high + lane * Row);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Lanes factor = broadcast(operand[r * kWidth + lane]);
-        low[r] = multiply_add(factor, weights_low, low[r]);
-        high[r] = multiply_add(factor, weights_high, high[r]);
+        sum_low[r] = multiply_add(factor, weights_low, sum_low[r]);
+        sum_high[r] = multiply_add(factor, weights_high, sum_high[r]);
       }
     }
-    weights += kWidth * kColumns;
-    operand += kRows * kWidth;
+    low += weight_step;
+    high += weight_step;
+    operand += operand_step;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    store(product + r * kColumns, low[r]);
-    store(product + r * kColumns + kWidth, high[r]);
+    store(product + r * kColumns, sum_low[r]);
+    store(product + r * kColumns + kWidth, sum_high[r]);
   }
 }
 
@@ -683,11 +958,19 @@ inline void with_rows(int64_t rows, const F& f) {
 }
 
 // `tiles` tiles of a plane of operand, a column group of weights: product
-// [p][kColumns].
+// [p][kColumns]. depth is a multiple of kWidth.
 inline void multiply_outputs(const float* operand, const float* weights, float* product, int64_t tiles, int64_t depth) {
   for (int64_t p = 0; p < tiles; p += kRows) {
     with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
-      output_product<rows>(operand + p * depth, weights, product + p * kColumns, depth);
+      output_product<rows, kPanel>(
+          operand + p * depth,
+          kRows * kWidth,
+          weights,
+          weights + high_vector(depth),
+          kWidth * kPanel,
+          depth / kWidth,
+          product + p * kColumns,
+          false);
     });
   }
 }

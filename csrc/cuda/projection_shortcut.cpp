@@ -7,6 +7,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -177,7 +178,11 @@ std::tuple<Tensor, Tensor> backward(
   Tensor ds = needs[0] ? at::empty_like(s) : at::empty({0}, s.options().memory_format(std::nullopt));
   Tensor dweight = at::empty({0}, s.options().memory_format(std::nullopt));
   if (needs[1]) {
-    dweight = at::empty(weight.sizes(), s.options().memory_format(std::nullopt));
+    // Rows of input channels, as the kernel writes them. Where the weight lies so in memory, in its strides, those of
+    // its axes of size 1 included: DDP compares them all.
+    const auto options = s.options().memory_format(std::nullopt);
+    dweight = weight.is_contiguous() ? at::empty_strided(weight.sizes(), weight.strides(), options)
+                                     : at::empty(weight.sizes(), options);
   }
   if (nothing(p)) {
     return {ds.zero_(), dweight.zero_()};
@@ -193,6 +198,7 @@ std::tuple<Tensor, Tensor> backward(
   if (needs[1]) {
     q.dweight = dweight.mutable_data_ptr();
     launch(Step::kWeightGradient, s, p, q);
+    dweight = weight.is_contiguous() ? dweight : at::empty_like(weight).copy_(dweight);
   }
   return {ds, dweight};
 }

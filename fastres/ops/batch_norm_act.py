@@ -64,6 +64,7 @@ stats = define(
     "batch_norm_act_stats(Tensor x) -> (Tensor count, Tensor mean, Tensor m2)",
     fallback=reference.stats,
     fake=_stats_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "stats"),
 )
 
@@ -90,6 +91,7 @@ apply = define(
     " -> (Tensor y, Tensor bits)",
     fallback=_apply_fallback,
     fake=_apply_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "apply"),
 )
 
@@ -141,6 +143,7 @@ training = define(
     " -> (Tensor y, Tensor mean, Tensor rstd, Tensor saved_residual_mean, Tensor saved_residual_rstd, Tensor bits)",
     fallback=_training_fallback,
     fake=_training_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "training"),
 )
 
@@ -175,6 +178,7 @@ inference = define(
     " -> (Tensor y, Tensor bits)",
     fallback=_inference_fallback,
     fake=_inference_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "inference"),
 )
 
@@ -210,6 +214,7 @@ backward_reduce = define(
     " -> (Tensor dweight, Tensor dbias, Tensor residual_dweight, Tensor residual_dbias)",
     fallback=_backward_reduce_fallback,
     fake=_backward_reduce_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "backward_reduce"),
 )
 
@@ -252,6 +257,7 @@ backward_apply = define(
     f" Tensor? residual_dbias, Tensor? count, {_ACTIVATION}, bool[2] needs) -> (Tensor dx, Tensor dresidual)",
     fallback=_backward_apply_fallback,
     fake=_backward_apply_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "backward_apply"),
 )
 
@@ -264,13 +270,14 @@ def _backward_fallback(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     r = _residual(residual, residual_mean, residual_rstd, residual_weight, residual_bias)
     normed, act = Affine(x, mean, rstd, weight, bias), Activation(relu, dropout_p, order)
-    sums = (mean.new_empty(0), mean.new_empty(0), mean.new_empty(0), mean.new_empty(0))
-    if needs[2]:
+    none = (mean.new_empty(0), mean.new_empty(0), mean.new_empty(0), mean.new_empty(0))
+    sums = none
+    if needs[2] or (training and (needs[0] or needs[1])):
         sums = reference.backward_reduce(dy, normed, r if isinstance(r, Affine) else None, bits, act)
     dx, dr = reference.backward_apply(
         dy, normed, r, bits, act, sums if training else None, x.numel() // x.shape[1], (needs[0], needs[1])
     )
-    return dx, dr, *sums
+    return dx, dr, *(sums if needs[2] else none)
 
 
 def _backward_fake(
@@ -285,11 +292,14 @@ def _backward_fake(
     return dx, dr, _vector(x, c), _vector(x, c), _vector(x, rc), _vector(x, rc)
 
 
+# needs: dx, dresidual, and the four sums as results. In training the first two depend on the sums, which are taken for
+# them whether or not they are returned; what is not needed is empty.
 backward = define(
     f"batch_norm_act_backward({_SAVED}, bool training, {_ACTIVATION}, bool[3] needs)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor residual_dweight, Tensor residual_dbias)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    function="batch_norm_act",
     launcher=("batch_norm_act", "backward"),
 )
 
@@ -340,7 +350,7 @@ class BatchNormAct(torch.autograd.Function):
             x, mean, rstd, weight, bias, residual if residual_norm else None, r_mean, r_rstd, residual_weight,
             residual_bias, bits if keeps_bits else None,
         )  # fmt: skip
-        ctx.activation = (batch_statistics, relu, dropout_p, order)
+        ctx.activation, ctx.memory_format = (batch_statistics, relu, dropout_p, order), reference.memory_format(x)
         # Where nothing stands between y and the residual, its gradient is dy: nothing to compute, nothing to write.
         ctx.residual_gradient_is_dy = (
             residual is not None and not residual_norm and (order == "act_add" or (not relu and dropout_p == 0))
@@ -349,14 +359,16 @@ class BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        x, needed = saved[0], ctx.needs_input_grad
-        dy = dy.contiguous(memory_format=reference.memory_format(x))
-        needs_dx, needs_dr = needed[0], needed[5] and not ctx.residual_gradient_is_dy
-        batch_statistics = ctx.activation[0]
-        needs_sums = needed[1] or needed[2] or needed[6] or needed[7] or (batch_statistics and (needs_dx or needs_dr))
+        x, mean, rstd, weight, bias, residual, *rest = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        # Hooks on saved tensors may bring them back in another format, and the bits are in the order of this one.
+        x, dy = (t.contiguous(memory_format=ctx.memory_format) for t in (x, dy))
+        if residual is not None:
+            residual = residual.contiguous(memory_format=ctx.memory_format)
+        needs_dr = needed[5] and not ctx.residual_gradient_is_dy
+        needs_sums = needed[1] or needed[2] or needed[6] or needed[7]
         dx, dr, dweight, dbias, r_dweight, r_dbias = _backward_once(
-            dy, *saved, *ctx.activation, [needs_dx, needs_dr, needs_sums]
+            dy, x, mean, rstd, weight, bias, residual, *rest, *ctx.activation, [needed[0], needs_dr, needs_sums]
         )
         if ctx.residual_gradient_is_dy:
             dr = dy

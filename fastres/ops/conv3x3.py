@@ -7,8 +7,8 @@ follows; in evaluation that normalisation, a residual and the ReLU are applied t
 backward a gradient that reaches x on another way is added where the convolution's own is written.
 
 Each 4x4 tile of outputs takes 36 multiplications a pair of channels instead of 144; transforming tiles and weights
-takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 tensors on processors with AVX2 or
-AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
+takes part of that back, so there is a cost model (`pays`). csrc/cpu serves float32 and bfloat16 tensors on processors
+with AVX2 or AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error figures.
 
 Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks".
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
-from fastres.ops.library import define, differentiable_once
+from fastres.ops.library import convolution_flops, define, differentiable_once, in_strides_of, restored
 from fastres.reference import Activation, Affine
 
 ALGORITHMS = ("auto", "direct", "winograd")
@@ -32,12 +32,12 @@ ALGORITHMS = ("auto", "direct", "winograd")
 TILE = 4
 _POINTS = 36
 # Costs in floating-point operations of the products, as measured on one core with AVX-512 (docs/convolution.md): the
-# transforms of a tile, a channel; the transform of the weights, a pair of channels; a call.
+# transforms of a tile, a channel; the transform of the weights, read from memory, a pair of channels; a call.
 _TILE_COST = 1600
-_WEIGHT_COST = 400
+_WEIGHT_COST = 1200
 _CALL_COST = 1_000_000
-# Output positions for which a product with kept weights beats both other ways (docs/convolution.md).
-_FEW_POSITIONS = 64
+# Output positions up to which one product is faster than PyTorch's convolution (docs/convolution.md).
+_FEW_POSITIONS = 256
 # Winograd has to be this much cheaper, for its rounding errors are larger.
 _ADVANTAGE = 1.1
 
@@ -111,26 +111,31 @@ def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
     return reference.rows_are_channels(x) and pays(n, c, weight.shape[0], h, w)
 
 
-def takes_product(x: Tensor, stride: int, algorithm: str) -> bool:
-    """Whether this convolution, in evaluation, goes to one product with kept weights: output positions are few.
+def takes_product(x: Tensor, outputs: int, stride: int, algorithm: str) -> bool:
+    """Whether this convolution, in evaluation, goes to one product: output positions are few.
 
-    A tile's 36 transformed weights are then more to read than all else; and PyTorch's convolution orders its weights
-    anew at every call.
+    To read the weights is then the greater part of the work. The product reads them once, and multiplies them from the
+    cache; Winograd's algorithm makes four times as many of them, and PyTorch's convolution orders them anew first.
     """
     if algorithm != "auto" or not serves(x) or (x.dtype == torch.bfloat16 and has_bfloat16_tiles()):
         return False
-    n, _, h, w = x.shape
+    n, c, h, w = x.shape
     positions = n * output_size(h, stride) * output_size(w, stride)
-    return _holds(positions <= _FEW_POSITIONS) and reference.rows_are_channels(x)
+    few = _holds(positions <= _FEW_POSITIONS) and reference.rows_are_channels(x)
+    return few and not (stride == 1 and pays(n, c, outputs, h, w))
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
+def _empty_output(x: Tensor, outputs: int, stride: int) -> Tensor:
+    shape = (x.shape[0], outputs, output_size(x.shape[2], stride), output_size(x.shape[3], stride))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """The convolution's output, uninitialised: channels_last whatever x is."""
-    shape = (x.shape[0], weight.shape[0], output_size(x.shape[2], stride), output_size(x.shape[3], stride))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return _empty_output(x, weight.shape[0], stride)
 
 
 def measured(y: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +161,8 @@ forward = define(
     "conv3x3_forward(Tensor x, Tensor weight, bool statistics) -> (Tensor y, Tensor mean, Tensor m2)",
     fallback=_forward_fallback,
     fake=fake_measured,
+    function="conv3x3",
+    flops=lambda x, weight, *_, out_shape: convolution_flops(out_shape[0], weight),
 )
 
 
@@ -182,6 +189,70 @@ inference = define(
     " Tensor? bias, Tensor? residual, float eps, bool relu, int stride=1, bool direct=False) -> Tensor",
     fallback=_inference_fallback,
     fake=_inference_fake,
+    function="conv3x3",
+    flops=lambda x, weight, *_, out_shape: convolution_flops(out_shape, weight),
+)
+
+# ------------------------------------------------------------------------------------------------------ packed weights
+
+PANEL = 16
+_TAPS = 9
+
+
+def packed_shape(outputs: int, inputs: int) -> tuple[int, int, int]:
+    """The shape of packed weights: an even number of groups of 16 outputs, rows of 16, channels rounded up to 16."""
+    return (outputs + 2 * PANEL - 1) // (2 * PANEL) * 2, _TAPS * ((inputs + PANEL - 1) // PANEL * PANEL), PANEL
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weights of `conv3x3_packed`, in the order in which the CPU's products read them.
+
+    The order is the same on every processor, so that packed weights can be saved on one and loaded on another.
+
+    Args:
+        weight: [K, C, 3, 3], any strides.
+    Returns:
+        float32 [groups, tap and channel, 16], shaped as `packed_shape` says: element [k // 16, tap * C' + c, k % 16] is
+        weight[k, c, tap // 3, tap % 3], C' being C rounded up to 16; zeros elsewhere.
+    """
+    outputs, inputs = weight.shape[:2]
+    groups, rows, _ = packed_shape(outputs, inputs)
+    padded = F.pad(weight.float(), (0, 0, 0, 0, 0, rows // _TAPS - inputs, 0, groups * PANEL - outputs))
+    panels = padded.reshape(groups, PANEL, rows // _TAPS, _TAPS).permute(0, 3, 2, 1)
+    return panels.reshape(groups, rows, PANEL).clone(memory_format=torch.contiguous_format)
+
+
+def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight [outputs, inputs, 3, 3], contiguous, out of what `pack` made of it."""
+    groups, rows, _ = packed.shape
+    weight = packed.reshape(groups, _TAPS, rows // _TAPS, PANEL).permute(0, 3, 2, 1)
+    return weight.reshape(groups * PANEL, rows // _TAPS, 3, 3)[:outputs, :inputs].contiguous()
+
+
+def _packed_fallback(
+    x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, relu: bool, stride: int,
+    product: bool,
+) -> Tensor:  # fmt: skip
+    weight = unpack(packed, outputs, x.shape[1]).to(x.dtype)
+    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1, stride=stride)
+    y = y if residual is None else y + residual
+    return _packed_fake(x, packed, outputs, bias, residual, relu, stride, product).copy_(F.relu(y) if relu else y)
+
+
+def _packed_fake(
+    x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, relu: bool, stride: int,
+    product: bool,
+) -> Tensor:  # fmt: skip
+    return _empty_output(x, outputs, stride)
+
+
+packed_inference = define(
+    "conv3x3_packed(Tensor x, Tensor packed, int outputs, Tensor? bias, Tensor? residual, bool relu, int stride,"
+    " bool product) -> Tensor",
+    fallback=_packed_fallback,
+    fake=_packed_fake,
+    function="conv3x3_norm_act",
+    flops=lambda x, packed, outputs, *rest, out_shape: convolution_flops(out_shape, (outputs, x[1], 3, 3)),
 )
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -227,6 +298,8 @@ backward = define(
     "conv3x3_backward(Tensor dy, Tensor x, Tensor weight, Tensor? added, bool[2] needs) -> (Tensor dx, Tensor dweight)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    function="conv3x3",
+    flops=lambda dy, x, weight, added, needs, out_shape: convolution_flops(dy, weight, sum(needs)),
 )
 
 _backward_once = differentiable_once(backward, "conv3x3")
@@ -240,6 +313,7 @@ class Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
+        ctx.weight_strides = weight.stride()
         y, mean, m2 = forward(x, weight, statistics)
         ctx.mark_non_differentiable(mean, m2)
         # Otherwise autograd makes zeros where x has no other use.
@@ -252,5 +326,6 @@ class Conv3x3(torch.autograd.Function):
         if dy is None:
             return added, None, None
         x, weight = ctx.saved_tensors
+        x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
         dx, dweight = _backward_once(dy, x, weight, added, needs)
-        return dx if needs[0] else None, dweight if needs[1] else None, None
+        return dx if needs[0] else None, in_strides_of(weight, dweight) if needs[1] else None, None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastres import _extension, _triton
 
@@ -18,14 +20,23 @@ def define(
     *,
     fallback: Callable[..., Any],
     fake: Callable[..., Any],
+    function: str,
     compiled_for: tuple[str, ...] = ("cpu",),
     launcher: tuple[str, str] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Any:
-    """Define an operator and return its overload.
+    """Define an operator and return a function that calls it below autograd, where it stands in a formula of its own.
 
     The fallback is plain PyTorch and serves every device that has no kernel of its own. On tensors of the devices in
     `compiled_for` it loads the compiled kernels first (building them if need be), after which the dispatcher goes to
     those directly. CUDA tensors of an operator with a `launcher`, (module of fastres.kernels, function), go to that.
+
+    The operator has no derivative: those are made of two operators, by the torch.autograd.Function of `function`, a
+    name in fastres.functional. Called in another way, as by a graph that somebody has made of such a call, it refuses
+    inputs that require a gradient.
+
+    `flops` is the operator's formula for torch.utils.flop_counter: of its arguments, tensors replaced by their shapes,
+    and of out_shape, which gives what the counter finds for the same in PyTorch's operators.
     """
     name = LIBRARY.define(schema)
     overload = getattr(torch.ops.fastres, name).default
@@ -39,11 +50,56 @@ def define(
                 return overload(*args)
         return fallback(*args)
 
+    def refuse_gradients(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"fastres::{name}: expected inputs that require no gradient, or torch.no_grad(), for the operator has "
+                f"no derivative of its own; call fastres.functional.{function} where gradients are needed"
+            )
+        return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        # The guard holds for as long as it exists: a with statement would cost another 0.3 us a call.
+        below_autograd = torch._C._AutoDispatchBelowAutograd()
+        try:
+            return overload(*args)
+        finally:
+            del below_autograd
+
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, refuse_gradients, "Autograd", with_keyset=True)
     if launcher is not None:
         LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback), "CUDA")
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
-    return overload
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.fastres, name))(flops)
+    return call
+
+
+def convolution_flops(output: Sequence[int], weight: Sequence[int], results: int = 1) -> int:
+    """Of a convolution in one group, from the shapes of its output (or of that one's gradient) and of its weight.
+
+    Args:
+        results: how many are computed, of the output in forward and of the two gradients in backward; each takes every
+            product of a weight and an output position once.
+    """
+    return 2 * results * math.prod(weight) * output[0] * math.prod(output[2:])
+
+
+def restored(saved: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A saved tensor in the strides that it was saved in; hooks on saved tensors may bring it back in others."""
+    if saved.stride() == strides:
+        return saved
+    # empty_like knows what to do about strides that leave gaps or overlap.
+    like = torch.empty_strided(saved.shape, strides, dtype=saved.dtype, device="meta")
+    return torch.empty_like(like, device=saved.device).copy_(saved)
+
+
+def in_strides_of(weight: Tensor, gradient: Tensor) -> Tensor:
+    """A weight's gradient in the weight's own strides, those of axes of size 1 included: DDP compares them all."""
+    return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
 def differentiable_once(overload: Any, name: str) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastres import reference
 from fastres.ops import conv3x3
-from fastres.ops.library import define, differentiable_once
+from fastres.ops.library import convolution_flops, define, differentiable_once, in_strides_of, restored
 from fastres.reference import Activation, Affine
 
 _ACTIVATION = "bool relu, float dropout_p, str order"
@@ -79,6 +79,10 @@ def _forward_fake(
     return *conv3x3.fake_measured(x, weight, statistics), mean, rstd, keep
 
 
+def _forward_flops(*args: Any, out_shape: Any) -> int:
+    return convolution_flops(out_shape[0], weight=args[9])
+
+
 forward = define(
     "norm_act_conv3x3_forward(Tensor x, Tensor? x_mean, Tensor? x_m2, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor? residual, Tensor? seed, Tensor weight,"
@@ -86,6 +90,8 @@ forward = define(
     " -> (Tensor y, Tensor mean, Tensor m2, Tensor saved_mean, Tensor saved_rstd, Tensor keep)",
     fallback=_forward_fallback,
     fake=_forward_fake,
+    function="norm_act_conv3x3",
+    flops=_forward_flops,
 )
 
 
@@ -121,12 +127,19 @@ def _backward_fake(
     return dx, dr, dweight, dnorm_weight, dnorm_bias
 
 
+def _backward_flops(dy: Any, *args: Any, out_shape: Any) -> int:
+    weight, needs = args[7], args[-1]
+    return convolution_flops(dy, weight, needs[0] + needs[2])
+
+
 backward = define(
     "norm_act_conv3x3_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? norm_weight, Tensor? norm_bias,"
     f" Tensor? residual, Tensor keep, Tensor weight, {_ACTIVATION}, bool[3] needs)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    function="norm_act_conv3x3",
+    flops=_backward_flops,
 )
 
 _backward_once = differentiable_once(backward, "norm_act_conv3x3")
@@ -150,7 +163,7 @@ class NormActConv3x3(torch.autograd.Function):
             relu, dropout_p, order, statistics,
         )  # fmt: skip
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, residual, keep, weight)
-        ctx.activation = (relu, dropout_p, order)
+        ctx.activation, ctx.weight_strides = (relu, dropout_p, order), weight.stride()
         ctx.mark_non_differentiable(y_mean, y_m2)
         ctx.set_materialize_grads(False)
         return y, y_mean, y_m2
@@ -160,11 +173,16 @@ class NormActConv3x3(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(needed)
-        saved = ctx.saved_tensors
-        needs_residual = needed[3]
+        x, mean, rstd, norm_weight, norm_bias, residual, keep, weight = ctx.saved_tensors
+        x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
         dx, dr, dweight, dnorm_weight, dnorm_bias = _backward_once(
-            dy, *saved, *ctx.activation, [any(needed[:4]), needs_residual, needed[4]]
-        )
+            dy, x, mean, rstd, norm_weight, norm_bias, residual, keep, weight, *ctx.activation,
+            [any(needed[:4]), needed[3], needed[4]],
+        )  # fmt: skip
+        if needed[4]:
+            dweight = in_strides_of(weight, dweight)
         grads = (dx, dnorm_weight, dnorm_bias, dr, dweight)
         gradients = [g if n else None for g, n in zip(grads, needed, strict=False)]
         return (*gradients, *[None] * (len(needed) - len(grads)))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
-from fastres.ops.library import define, differentiable_once
+from fastres.ops.library import convolution_flops, define, differentiable_once, restored
 
 
 def output_size(size: int, stride: int) -> int:
@@ -55,6 +55,8 @@ forward = define(
     " -> (Tensor product, Tensor mean, Tensor m2)",
     fallback=_forward_fallback,
     fake=_forward_fake,
+    function="projection_shortcut",
+    flops=lambda s, weight, *_, out_shape: convolution_flops(out_shape[0], weight),
     compiled_for=("cpu", "cuda"),
 )
 
@@ -66,14 +68,14 @@ def _backward_fallback(
         dproduct, s, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, [*needs, False]
     )
     ds = torch.empty_like(s).copy_(ds) if needs[0] else s.new_empty(0)
-    return ds, dweight.contiguous() if needs[1] else s.new_empty(0)
+    return ds, torch.empty_like(weight).copy_(dweight) if needs[1] else s.new_empty(0)
 
 
 def _backward_fake(
     dproduct: Tensor, s: Tensor, weight: Tensor, stride: list[int], needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     ds = torch.empty_like(s) if needs[0] else s.new_empty(0)
-    return ds, weight.new_empty(weight.shape) if needs[1] else weight.new_empty(0)
+    return ds, torch.empty_like(weight) if needs[1] else weight.new_empty(0)
 
 
 backward = define(
@@ -81,6 +83,8 @@ backward = define(
     " -> (Tensor ds, Tensor dweight)",
     fallback=_backward_fallback,
     fake=_backward_fake,
+    function="projection_shortcut",
+    flops=lambda dproduct, s, weight, stride, needs, out_shape: convolution_flops(dproduct, weight, sum(needs)),
     compiled_for=("cpu", "cuda"),
 )
 
@@ -112,6 +116,8 @@ inference = define(
     " Tensor? x_bias, int[2] stride, float eps, float x_eps, bool relu) -> Tensor",
     fallback=_inference_fallback,
     fake=_inference_fake,
+    function="projection_shortcut",
+    flops=lambda s, weight, *_, out_shape: convolution_flops(out_shape, weight),
     compiled_for=("cpu", "cuda"),
 )
 
@@ -131,7 +137,7 @@ class Projection(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         product, mean, m2 = forward(s, weight, stride, statistics)
         ctx.save_for_backward(s, weight)
-        ctx.stride = stride
+        ctx.stride, ctx.memory_format, ctx.weight_strides = stride, reference.memory_format(s), weight.stride()
         ctx.mark_non_differentiable(mean, m2)
         # Otherwise autograd makes zeros as gradients of the statistics, a launch each.
         ctx.set_materialize_grads(False)
@@ -143,7 +149,6 @@ class Projection(torch.autograd.Function):
             return None, None, None, None
         s, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
-        ds, dweight = _backward_once(
-            dproduct.contiguous(memory_format=reference.memory_format(s)), s, weight, ctx.stride, needs
-        )
+        s, dproduct = (t.contiguous(memory_format=ctx.memory_format) for t in (s, dproduct))
+        ds, dweight = _backward_once(dproduct, s, restored(weight, ctx.weight_strides), ctx.stride, needs)
         return ds if needs[0] else None, dweight if needs[1] else None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -174,6 +175,7 @@ def test_the_stages_one_by_one_give_what_the_whole_gives(layout, residual, order
         assert torch.equal(a, b)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("x_given", [False, True])
 @pytest.mark.parametrize("residual_given", [None, False, True])
 def test_known_statistics_give_what_computed_ones_give(x_given, residual_given):
@@ -234,15 +236,16 @@ def test_two_halves_of_a_batch_reduce_to_the_whole():
     assert_close(torch.cat(gradients), expected, "dx", length=96)
 
 
-@pytest.mark.parametrize(
-    "needs", [[True, False, False], [False, True, False], [False, False, True], [False, False, False]]
-)
-def test_only_the_gradients_that_are_needed_are_made(needs):
-    _, tensors, act = saved((2, 8, 3, 3), torch.float32, "nchw", residual="normalised")
-    everything = OPS.batch_norm_act_backward(*tensors, True, *act, [True, True, True])
-    some = OPS.batch_norm_act_backward(*tensors, True, *act, [needs[0], needs[1], True])
-    for wanted, a, b in zip([needs[0], needs[1], True, True, True, True], everything, some, strict=True):
-        assert torch.equal(a, b) if wanted else b.numel() == 0
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("residual", ["plain", "normalised"])
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
+def test_only_the_gradients_that_are_needed_are_made(needs, residual, training):
+    _, tensors, act = saved((2, 8, 3, 3), torch.float32, "nchw", residual=residual)
+    everything = OPS.batch_norm_act_backward(*tensors, training, *act, [True, True, True])
+    some = OPS.batch_norm_act_backward(*tensors, training, *act, list(needs))
+    wanted = [*needs[:2], *[needs[2]] * 2, *[needs[2] and residual == "normalised"] * 2]
+    for is_wanted, a, b in zip(wanted, everything, some, strict=True):
+        assert torch.equal(a, b) and a.numel() > 0 if is_wanted else b.numel() == 0
 
 
 @pytest.mark.skipif(os.environ.get("FASTRES_TEST_BACKEND") == "reference", reason="plain PyTorch trusts its callers")

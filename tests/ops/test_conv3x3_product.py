@@ -1,4 +1,4 @@
-"""The 3x3 convolution as one product with kept weights, which serves few output positions in evaluation."""
+"""The 3x3 convolution as one product, which serves few output positions in evaluation."""
 
 from __future__ import annotations
 
@@ -107,17 +107,21 @@ def test_opcheck_passes():
     torch.library.opcheck(OPS.conv3x3_inference.default, (x, weight, *norm[:4], residual, 0.05, True, 2, True))
 
 
-def test_kept_weights_follow_updates_and_do_not_mix_with_winograd():
-    shape = (1, 32, 32, 4, 4, 1)
-    x, weight, _, _ = data(shape)
-    first = product(x, weight, 1)
-    winograd = functional.conv3x3(x, weight, algorithm="winograd")
-    assert torch.equal(product(x, weight, 1), first)
-    assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), winograd)
-    with torch.no_grad():
-        weight.mul_(2)
-    assert torch.equal(product(x, weight, 1), 2 * first)
-    assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), 2 * winograd)
+@pytest.mark.parametrize("channels", [(32, 48), (21, 37)], ids=str)
+def test_weights_of_any_strides_are_read_as_they_are(channels):
+    c, k = channels
+    x, weight, _, _ = data((1, c, k, 5, 6, 1))
+    views = {
+        "contiguous": weight.contiguous(),
+        "taps exchanged": weight.transpose(2, 3).contiguous().transpose(2, 3),
+        "outputs adjacent": weight.transpose(0, 1).contiguous(memory_format=torch.channels_last).transpose(0, 1),
+        "channels exchanged": weight.transpose(0, 1).contiguous().transpose(0, 1),
+        "every other": weight.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+        "part": torch.cat([weight, weight], 1)[:, :c],
+        "expanded": weight[:1].expand_as(weight),
+    }
+    for name, view in views.items():
+        assert_close(product(x, view, 1), exact(x, view, 1), name, length=9 * c)
 
 
 def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
@@ -129,7 +133,7 @@ def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
         return OPS.conv3x3_inference(*args)
 
     monkeypatch.setattr(ops, "inference", inference)
-    x, weight, norm, residual = data((1, 64, 64, 8, 8, 1))
+    x, weight, norm, residual = data((1, 256, 256, 8, 8, 1))
     functional.conv3x3(x, weight)
     functional.conv3x3_norm_act(x, weight, norm, residual=residual)
     assert seen == [True, True]
@@ -143,9 +147,15 @@ def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
     functional.conv3x3(x.double(), weight.double())
     functional.conv3x3(x, weight.clone().requires_grad_())
     assert seen == [True, True, True, False]
-    wide, _, _, _ = data((1, 64, 64, 9, 8, 1))
-    assert not ops.takes_product(wide, 1, "auto")
-    assert ops.takes_product(wide, 2, "auto")
+    # More positions than are few; and few ones, of which Winograd's algorithm still makes more.
+    for shape, stride, outputs, taken in (
+        ((1, 64, 64, 17, 16, 1), 1, 64, False),
+        ((1, 64, 64, 17, 16, 1), 2, 64, True),
+        ((1, 128, 128, 16, 16, 1), 1, 128, False),
+        ((1, 128, 128, 16, 16, 1), 2, 128, True),
+        ((1, 64, 128, 33, 32, 1), 2, 128, False),
+    ):
+        assert ops.takes_product(data(shape)[0], outputs, stride, "auto") is taken
 
 
 @pytest.mark.parametrize("gradients", [False, True])
