@@ -104,7 +104,8 @@ def _found(model: nn.Module) -> list[tuple[str, str | None, str]]:
     """(name, what computes it or None, why not) of everything that is fused or could be."""
     found: list[tuple[str, str | None, str]] = []
     for name, module in model.named_modules():
-        where = _join(name, "bn1") if isinstance(module, (ResNet, FusedTrunk)) else name
+        trunk = isinstance(module, (ResNet, FusedTrunk)) or fused_trunk_class(type(module)) is not None
+        where = _join(name, "bn1") if trunk else name
         if not isinstance(module, Fused):
             why = _why_left(module)
             if why is not None:
