@@ -104,7 +104,8 @@ def _found(model: nn.Module) -> list[tuple[str, str | None, str]]:
     """(name, what computes it or None, why not) of everything that is fused or could be."""
     found: list[tuple[str, str | None, str]] = []
     for name, module in model.named_modules():
-        where = _join(name, "bn1") if isinstance(module, (ResNet, FusedTrunk)) else name
+        trunk = isinstance(module, (ResNet, FusedTrunk)) or fused_trunk_class(type(module)) is not None
+        where = _join(name, "bn1") if trunk else name
         if not isinstance(module, Fused):
             why = _why_left(module)
             if why is not None:
@@ -126,7 +127,12 @@ def _join(prefix: str, name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_model(model: nn.Module, function: str) -> None:
+def check_model(model: nn.Module, function: str) -> None:
+    """Check the argument of `fuse`, `unfuse` and `freeze`.
+
+    Raises:
+        TypeError: not a module, or one that is scripted, compiled or wrapped in DistributedDataParallel already.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -204,7 +210,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
             conv_algorithm is not a string or None.
         ValueError: conv_algorithm is unknown.
     """
-    _check_model(model, "fuse")
+    check_model(model, "fuse")
     check_conv_algorithm(conv_algorithm)
     fused = model if inplace else _share(model, {})
     for module in fused.modules():
@@ -232,7 +238,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: as `fuse`.
     """
-    _check_model(model, "unfuse")
+    check_model(model, "unfuse")
     plain = model if inplace else _share(model, {})
     for module in plain.modules():
         if type(module) in _PLAIN:

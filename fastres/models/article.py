@@ -17,6 +17,7 @@ from fastres.nn.trust import renamed
 class PlainArticleResNet18(nn.Module):
     """`ArticleResNet18` in plain PyTorch: the same arguments (but conv_algorithm), children, parameters and results."""
 
+    fused_class: "type[ArticleResNet18]"
     _block_class = PlainResidualBlock
 
     def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5) -> None:
@@ -100,3 +101,7 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
         if "relu" not in self._modules:  # pickled whole when the normalisation held the ReLU
             take_over_norm(self, "bn1")
             self.relu = nn.ReLU(inplace=True)
+
+
+# What `fastres.fuse` makes of the plain network.
+PlainArticleResNet18.fused_class = ArticleResNet18

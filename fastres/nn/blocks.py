@@ -133,6 +133,10 @@ class FusedBlock(Fused):
         for name in ("bn2", "bn3") if "bn3" in self.exactly else ("bn2",):
             if uses_batch_statistics(cast(nn.BatchNorm2d, modules[name])) != batch:
                 return "one of its normalisations is frozen, another is not"
+        downsample = modules.get("downsample")
+        if downsample is not None and any(m is modules[name] for m in downsample._modules.values()):
+            # It would see two batches in another order than torchvision's.
+            return "its downsample shares a normalisation with it"
         # The operators know dropout only together with the batch's statistics.
         return "its dropout acts while its normalisations are frozen" if not batch and self._dropout_now() > 0 else None
 

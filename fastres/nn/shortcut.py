@@ -1,5 +1,7 @@
 """Shortcuts that change channels or resolution: a strided 1x1 convolution and its batch normalisation."""
 
+from typing import cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -113,6 +115,11 @@ class SkipConnection(Fused, PlainSkipConnection):
 
     @torch.jit.unused
     def _fused(self, s: Tensor) -> Tensor:
+        weight = cast(nn.Conv2d, self[0]).weight
+        channels = weight.shape[1]
+        if channels > 1 and weight.stride()[1:] == (1, channels, channels):
+            # PyTorch's convolutions tell a 1x1 weight in channels_last by its strides, and give channels_last for it.
+            s = s.contiguous(memory_format=torch.channels_last)
         return projection(self, s)
 
     def why_not_fusable(self) -> str | None:

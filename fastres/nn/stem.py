@@ -130,6 +130,9 @@ def fused_trunk_class(plain: type[nn.Module]) -> type[FusedTrunk] | None:
     """
     if issubclass(plain, FusedTrunk):
         return None
+    named: type[FusedTrunk] | None = vars(plain).get("fused_class")
+    if named is not None:
+        return named
     if plain is IntermediateLayerGetter:
         return FusedLayerGetter
     if plain is ResNet:

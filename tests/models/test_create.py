@@ -9,7 +9,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from fastres import models
 from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.models import ArticleResNet18
-from fastres.nn import DropoutBasicBlock, FusedBatchNormAct2d, ResidualBlock
+from fastres.models.article import PlainArticleResNet18
+from fastres.nn import DropoutBasicBlock, PlainResidualBlock, PlainSkipConnection, ResidualBlock
+from fastres.nn.blocks import FusedBlock
 from tests.parity import close, same_training, scramble
 
 
@@ -58,8 +60,8 @@ def test_every_name_makes_a_network_with_its_own_default_dropout(name):
     with torch.device("meta"):
         model = models.create(name, num_classes=6, stem="imagenet")
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 6)
-    rates = {m.dropout for m in model.modules() if isinstance(m, FusedBatchNormAct2d)}
-    assert rates == ({0.0, 0.5} if name == "article" else {0.0})
+    rates = {m.dropout for m in model.modules() if isinstance(m, FusedBlock)}
+    assert rates == ({0.5} if name == "article" else {0.0})
 
 
 def test_the_networks_of_the_article_have_a_long_skip_from_the_stem():
@@ -103,10 +105,13 @@ def test_the_networks_of_the_article_learn_a_few_images_by_heart(stem):
 def test_the_plain_network_of_the_article_can_be_fused_again():
     model = models.create("article", num_classes=3)
     plain = unfuse(model)
-    assert not [m for m in plain.modules() if isinstance(m, FusedBatchNormAct2d)]
+    assert type(plain) is PlainArticleResNet18
+    assert {type(m) for m in plain.modules() if type(m).__module__.startswith("fastres")} == {
+        PlainArticleResNet18, PlainResidualBlock, PlainSkipConnection,
+    }  # fmt: skip
     report = fuse_report(plain)
     assert not report.swapped
-    assert set(report.left.values()) == {"not fused yet: fuse(model) swaps it"}
+    assert set(report.left.values()) == {"not fused yet: fuse(model) does it"}
     assert repr(fuse(plain)) == repr(model)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -12,22 +13,23 @@ import torch.nn.utils.parametrizations
 import torch.nn.utils.prune
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastres import reference
-from fastres.fuse import fuse, unfuse
+from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.nn import (
     DropoutBasicBlock,
     DropoutBottleneck,
     FusedBasicBlock,
-    FusedBatchNormAct2d,
     FusedBottleneck,
-    ProjectionShortcut,
+    PlainResidualBlock,
+    PlainSkipConnection,
     ResidualBlock,
     SkipConnection,
 )
 from tests.operators import Operators
 from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero, output_length, weight_length
-from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
+from tests.parity import DTYPES, FORMATS, Operators, close, same_training, scramble, twin
 
 KINDS = [(FusedBasicBlock, BasicBlock), (FusedBottleneck, Bottleneck)]
 PLAIN_WITH_DROPOUT = {FusedBasicBlock: DropoutBasicBlock, FusedBottleneck: DropoutBottleneck}
@@ -65,14 +67,29 @@ def inputs(dtype=torch.float64, memory_format=torch.channels_last, size=5, chann
     return make
 
 
+def identical(actual, expected, x):
+    """A pass of two blocks that run the same operators: output, gradients and buffers agree bit for bit."""
+    results = []
+    for module in (actual, expected):
+        v = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        torch.manual_seed(6)
+        y = module(v)
+        y.square().sum().backward()
+        results.append([y, v.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert results[0][0].stride() == results[1][0].stride()
+    for a, b in zip(*results, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("fused", "plain"), KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("shortcut", "stride"), [("none", 1), ("projection", 1), ("projection", 2), ("pooled", 2)])
 def test_a_fused_block_trains_as_that_of_torchvision(fused, plain, dtype, memory_format, shortcut, stride):
     actual, expected = pair(fused, plain, shortcut=shortcut, stride=stride, dtype=dtype)
-    kept = {"none": type(None), "projection": ProjectionShortcut, "pooled": nn.Sequential}
-    assert type(actual.downsample) is kept[shortcut]
+    for (name, ours), (other, theirs) in zip(actual.named_modules(), expected.named_modules(), strict=True):
+        assert (name, type(ours)) == (other, type(theirs) if name else fused)
+    assert "" in fuse_report(actual).swapped
     same_training(actual, expected, inputs(dtype, memory_format), steps=2, times=8)
 
 
@@ -91,9 +108,13 @@ def test_a_norm_layer_with_other_constants_is_kept(fused, plain):
 
 
 @pytest.mark.parametrize(("fused", "plain"), KINDS)
-def test_a_norm_layer_of_another_kind_is_refused(fused, plain):
-    with pytest.raises(TypeError, match=r"norm_layer: expected .* torch\.nn\.BatchNorm2d, got GroupNorm for bn1"):
-        fused(IN, IN, norm_layer=partial(nn.GroupNorm, 1))
+@pytest.mark.parametrize("norm_layer", [partial(nn.GroupNorm, 2), nn.InstanceNorm2d, FrozenBatchNorm2d])
+@pytest.mark.parametrize("shortcut", ["none", "projection"])
+def test_with_a_norm_layer_of_another_kind_it_computes_as_torchvisions_block(fused, plain, norm_layer, shortcut):
+    actual, expected = pair(fused, plain, norm_layer=norm_layer, shortcut=shortcut, dtype=torch.float32)
+    assert re.match(r"its bn1 is .*(GroupNorm|InstanceNorm2d|FrozenBatchNorm2d), ", fuse_report(actual).left[""])
+    for _ in range(2):
+        identical(actual, expected, inputs(torch.float32)())
 
 
 @pytest.mark.parametrize("cls", [*PLAIN_WITH_DROPOUT, *PLAIN_WITH_DROPOUT.values(), ResidualBlock])
@@ -130,7 +151,7 @@ def test_dropout_stands_before_the_last_convolution(fused, plain):
     block, _ = pair(fused, plain)
     actual = PLAIN_WITH_DROPOUT[fused](IN, IN // plain.expansion, dropout=0.4).double()
     actual.load_state_dict(block.state_dict())
-    getattr(block, block.dropout_norm).dropout = 0.4
+    block.dropout = 0.4
     x = inputs()()
 
     def drop(z):
@@ -167,15 +188,16 @@ def test_unfuse_and_fuse_of_a_block_are_each_others_inverse(fused, plain, dropou
     assert type(back) is (PLAIN_WITH_DROPOUT[fused] if dropout else plain)
     assert repr(back) == repr(type(back)(IN, IN // plain.expansion, **({"dropout": dropout} if dropout else {})))
     assert repr(fuse(back)) == repr(block)
-    assert fuse(back).__dict__.keys() == block.__dict__.keys()
+    assert type(fuse(back)) is fused
+    assert fuse(back).__dict__.keys() == back.__dict__.keys()
 
 
 def article_block(block, x, drop):
     """The article's block in torch's words."""
     out = F.conv2d(x, block.conv1.weight, stride=block.conv1.stride, padding=1)
     out = drop(F.relu(F.batch_norm(out, None, None, block.bn1.weight, block.bn1.bias, training=True)))
-    if isinstance(block.shortcut, SkipConnection):
-        conv, norm = block.shortcut
+    if isinstance(block.shortcut, nn.Sequential):
+        conv, norm, _ = block.shortcut
         x = F.conv2d(x, conv.weight, stride=conv.stride)
         x = F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True))
     out = F.conv2d(out + x, block.conv2.weight, padding=1)
@@ -191,6 +213,8 @@ def test_a_residual_block_adds_before_its_second_convolution(memory_format, fuse
     assert isinstance(block.shortcut, nn.Identity) == (out == IN and stride == 1)
     if not fused:
         block = unfuse(block)
+        assert type(block) is PlainResidualBlock
+        assert type(block.shortcut) is (PlainSkipConnection if out != IN or stride > 1 else nn.Identity)
     other = twin(block)
     x = inputs(memory_format=memory_format)().requires_grad_()
     x2 = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -220,8 +244,11 @@ def test_the_dropout_of_a_residual_block_stands_before_the_addition():
 def test_a_residual_block_has_a_normalisation_for_each_convolution():
     block = ResidualBlock(IN, 12, 2)
     assert block.expansion == 1
-    assert block.bn1.dropout == 0.5
-    assert len({id(p) for m in block.modules() if isinstance(m, FusedBatchNormAct2d) for p in m.parameters(False)}) == 6
+    assert block.dropout == 0.5
+    assert type(block.shortcut) is SkipConnection
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [type(m) for m in norms] == [nn.BatchNorm2d] * 3
+    assert len({id(p) for m in norms for p in m.parameters()}) == 6
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -235,9 +262,7 @@ def test_a_residual_block_has_a_normalisation_for_each_convolution():
 ])  # fmt: skip
 def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, make):
     block = make()
-    for module in block.modules():
-        if isinstance(module, FusedBatchNormAct2d) and module.relu:
-            module.dropout = 0.3
+    block.dropout = 0.3
     other = twin(block)
     results = []
     for module, wrapped in ((block, False), (other, True)):
@@ -321,7 +346,7 @@ def test_by_winograds_convolution_a_block_trains_as_that_of_torchvision(fused, p
     assert actual.bn1.num_batches_tracked == 2
 
 
-class PlainResidualBlock(nn.Module):
+class ExactResidualBlock(nn.Module):
     """`article_block` as a module that holds another's parameters and buffers in float64."""
 
     def __init__(self, block):
@@ -337,11 +362,11 @@ class PlainResidualBlock(nn.Module):
 
     def forward(self, x):
         out = F.relu(self._norm(self.bn1, F.conv2d(x, self.conv1.weight, stride=self.conv1.stride, padding=1)))
-        if isinstance(self.shortcut, SkipConnection):
-            conv, norm = self.shortcut
+        if isinstance(self.shortcut, nn.Sequential):
+            conv, norm, _ = self.shortcut
             x = F.relu(self._norm(norm, F.conv2d(x, conv.weight, stride=conv.stride)))
         for module in self.modules():
-            if isinstance(module, FusedBatchNormAct2d) and module.training:
+            if isinstance(module, nn.BatchNorm2d) and module.training:
                 module.num_batches_tracked += 1
         return self._norm(self.bn2, F.conv2d(out + x, self.conv2.weight, padding=1))
 
@@ -351,7 +376,7 @@ class PlainResidualBlock(nn.Module):
 def test_by_winograds_convolution_a_residual_block_trains_as_in_float64(layout, out, stride):
     torch.manual_seed(0)
     actual = scramble(ResidualBlock(IN, out, stride, dropout=0.0, conv_algorithm="winograd"))
-    exact, gen = PlainResidualBlock(actual), generator("residual", layout, out, stride)
+    exact, gen = ExactResidualBlock(actual), generator("residual", layout, out, stride)
     follow(actual, exact, layout, gen)
 
 
@@ -421,7 +446,7 @@ def test_a_small_image_evaluates_as_in_torchvisions_block(fused, plain, layout, 
 @pytest.mark.parametrize(("fused", "plain"), KINDS)
 def test_the_dropout_before_a_convolution_is_that_of_the_contract(fused, plain):
     block, exact = winograd_pair(fused, plain)
-    getattr(block, block.dropout_norm).dropout = 0.4
+    block.dropout = 0.4
     gen = generator(fused.__name__)
     x = off_kinks(exact, "channels_last", gen)
 
@@ -443,7 +468,7 @@ def test_the_dropout_before_a_convolution_is_that_of_the_contract(fused, plain):
 
 def test_the_dropout_of_a_residual_block_is_that_of_the_contract_by_winograds_convolution():
     block = scramble(ResidualBlock(IN, IN, dropout=0.4, conv_algorithm="winograd"))
-    exact, gen = PlainResidualBlock(block), generator("residual dropout")
+    exact, gen = ExactResidualBlock(block), generator("residual dropout")
     x = off_kinks(exact, "channels_last", gen)
 
     def drop(z):
@@ -552,38 +577,128 @@ def test_a_bottleneck_that_was_changed_does_what_torchvisions_would(change):
     follow(actual, exact, "channels_last", gen)
 
 
-@pytest.mark.parametrize("name", ["conv1", "bn1", "conv2", "bn2"])
+@pytest.mark.parametrize("name", ["conv1", "bn1", "relu", "conv2", "bn2"])
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
 @pytest.mark.parametrize("training", [True, False])
-def test_hooks_inside_a_block_run_once_a_call_and_see_what_they_saw(name, training):
-    block = scramble(FusedBasicBlock(IN, IN, conv_algorithm="winograd")).train(training)
-    x, seen = torch.randn(2, IN, 6, 6, requires_grad=True), {"forward": [], "before": [], "backward": []}
-    plain = twin(block)
-    plain.conv_algorithm = "direct"
-    for each, key in ((block, "actual"), (plain, "expected")):
+def test_hooks_inside_a_block_see_what_they_see_in_the_plain_block(cls, name, training):
+    block = scramble(cls(IN, IN // cls.expansion, dropout=0.2, conv_algorithm="winograd")).train(training)
+    # Autograd forbids to change in place what a full backward hook has wrapped.
+    block.relu.inplace = False
+    plain = unfuse(twin(block))
+    x, seen = torch.randn(2, IN, 6, 6, requires_grad=True), ([], [])
+    for each, calls in zip((block, plain), seen, strict=True):
         module = getattr(each, name)
-        module.register_forward_hook(lambda m, args, y, key=key: seen["forward"].append((key, y.detach())))
-        module.register_forward_pre_hook(lambda m, args, key=key: seen["before"].append((key, args[0].detach())))
-        module.register_full_backward_hook(lambda m, gi, go, key=key: seen["backward"].append((key, go[0])))
-        each(x).square().sum().backward()
-    for kind, calls in seen.items():
-        assert [key for key, _ in calls] == ["actual", "expected"], kind
-        torch.testing.assert_close(calls[0][1], calls[1][1], rtol=1e-3, atol=1e-3)
+        module.register_forward_pre_hook(lambda m, args, calls=calls: calls.append(args[0].detach().clone()))
+        module.register_forward_hook(lambda m, args, y, calls=calls: calls.append(y.detach().clone()))
+        if not isinstance(block, BasicBlock) or name != "bn2":  # whose output torchvision's block adds to in place
+            module.register_full_backward_hook(lambda m, gi, go, calls=calls: calls.append(go[0].detach().clone()))
+    identical(block, plain, x.detach())
+    assert len(seen[0]) >= 2
+    assert [t.stride() for t in seen[0]] == [t.stride() for t in seen[1]]
+    for ours, theirs in zip(*seen, strict=True):
+        assert torch.equal(ours, theirs)
+    if name == "bn1" and cls is not ResidualBlock:
+        assert (seen[0][1] < 0).any(), "the ReLU is no part of what bn1 gives"
 
 
 @pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_hook_on_all_modules_sees_those_of_a_block(cls, training):
     block = cls(IN, IN // cls.expansion, dropout=0.0, conv_algorithm="winograd").train(training)
-    x, names, seen = torch.randn(2, IN, 6, 6), {m: name for name, m in block.named_modules()}, []
-    expected = block(x)
+    plain, x, seen = unfuse(twin(block)), torch.randn(2, IN, 6, 6), []
+    names = {m: name for each in (block, plain) for name, m in each.named_modules()}
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(names[m]))
     try:
-        y = block(x)
+        identical(block, plain, x)
     finally:
         handle.remove()
-    inner = {name for name in names.values() if name not in ("relu", "downsample")}
-    assert sorted(seen) == sorted(inner)
-    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    count = len(seen) // 2
+    assert seen[:count] == seen[count:]
+    assert set(seen) == {name for name in names.values() if name != "downsample"}
+
+
+ALTERED = {
+    "other activation": lambda block: setattr(block, "relu", nn.GELU()),
+    "activation with a forward of its own": lambda block: setattr(block.relu, "forward", F.gelu),
+    "normalisation folded away": lambda block: setattr(block, "bn1", nn.Identity()),
+    "one normalisation frozen": lambda block: block.bn1.eval(),
+    "convolution wrapped": lambda block: setattr(block, "conv1", nn.Sequential(block.conv1, nn.Dropout(0.0))),
+    "_conv_forward set": lambda block: setattr(
+        block.conv2, "_conv_forward", lambda x, w, b: F.conv2d(2 * x, w, b, padding=1)
+    ),
+    "spectral norm": lambda block: torch.nn.utils.parametrizations.spectral_norm(block.conv2),
+}
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("case", ALTERED)
+def test_an_altered_block_is_the_plain_one_bit_for_bit_and_the_log_says_so_once(case, cls, caplog):
+    block = scramble(cls(IN, IN // cls.expansion, dropout=0.2, conv_algorithm="winograd"))
+    with caplog.at_level("WARNING", logger="fastres.nn.trust"):
+        block(torch.randn(2, IN, 6, 6))
+        assert list(fuse_report(block).swapped) == [""]
+        assert not caplog.records
+        ALTERED[case](block)
+        for _ in range(2):
+            block(torch.randn(2, IN, 6, 6))
+    reason = fuse_report(block).left[""]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"a {cls.__name__} goes on child by child, as in plain PyTorch: {reason}"
+    ]
+    plain = unfuse(twin(block))
+    with Operators() as seen:
+        identical(block, plain, torch.randn(2, IN, 6, 6))
+    assert not seen.names
+
+
+@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+def test_a_block_takes_the_faster_way_again_once_its_hook_is_gone(cls):
+    block, x = cls(IN, IN // cls.expansion, conv_algorithm="winograd"), torch.randn(2, IN, 6, 6)
+    handle = block.bn1.register_forward_hook(lambda *_: None)
+    for hooked in (True, False):
+        with Operators() as seen:
+            block(x)
+        assert bool(seen.names) == (not hooked)
+        report = fuse_report(block)
+        assert list(report.left if hooked else report.swapped) == [""]
+        handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------- memory format
+
+
+MAKERS = {
+    "basic": lambda **options: FusedBasicBlock(IN, IN, **options),
+    "basic projection": lambda **options: FusedBasicBlock(IN, IN, 2, downsample("projection", 2, IN), **options),
+    "bottleneck": lambda **options: FusedBottleneck(IN, IN // 4, **options),
+    "bottleneck projection": lambda **options: FusedBottleneck(
+        IN, IN // 4, 2, downsample("projection", 2, IN), **options
+    ),
+    "residual": lambda **options: ResidualBlock(IN, IN, dropout=0.0, **options),
+    "residual skip": lambda **options: ResidualBlock(IN, 12, 2, dropout=0.0, **options),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["winograd", "auto", "direct"])
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_block_alone_returns_the_memory_format_of_the_plain_block(kind, memory_format, weights, algorithm):
+    torch.manual_seed(0)
+    block = scramble(MAKERS[kind](conv_algorithm=algorithm)).to(memory_format=weights)
+    plain = unfuse(twin(block))
+    for training in (True, False):
+        for size in ((4, IN, 6, 5), (1, IN, 8, 8)):
+            x = torch.randn(size).contiguous(memory_format=memory_format)
+            block.train(training), plain.train(training)
+            with torch.no_grad():
+                ours, theirs = block(x), plain(x)
+            assert ours.stride() == theirs.stride()
+            v = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = block(v)
+            assert y.stride() == theirs.stride()
+            y.backward(torch.randn_like(y))
+            assert v.grad.stride() == x.stride()
 
 
 def kept_for_backward(block, x):

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastres import reference
-from fastres.functional import Statistics
+from fastres.fuse import fuse_report
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d
 from tests.oracle import assert_close
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
@@ -17,15 +20,16 @@ CLASSES = [FusedBatchNormAct2d, BatchNormAct2d]
 CHANNELS = 6
 
 
-class Oracle(nn.BatchNorm2d):
+class Oracle(nn.Module):
     """The same in the words of torch alone, without dropout."""
 
     def __init__(self, *args, relu, order, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__()
+        self.norm = nn.BatchNorm2d(*args, **kwargs)
         self.relu, self.order = relu, order
 
     def forward(self, x, residual=None):
-        z = super().forward(x)
+        z = self.norm(x)
         if residual is not None and self.order == "add_act":
             z = z + residual
         if self.relu:
@@ -59,7 +63,7 @@ def inputs(dtype, memory_format, n=4, seed=0):
 def pair(cls, dtype, *, relu=True, order="add_act", **options):
     actual = scramble(cls(CHANNELS, dtype=dtype, relu=relu, order=order, **options))
     expected = Oracle(CHANNELS, dtype=dtype, relu=relu, order=order, **options)
-    expected.load_state_dict(actual.state_dict())
+    expected.norm.load_state_dict(actual.state_dict())
     return actual, expected
 
 
@@ -89,7 +93,7 @@ def test_every_option_of_batch_norm_counts(cls, momentum, affine, track_running_
 @pytest.mark.parametrize("cls", CLASSES)
 def test_bias_can_be_left_out(cls):
     norm = cls(CHANNELS, bias=False)
-    assert [name for name, _ in norm.named_parameters()] == ["weight"]
+    assert [name for name, _ in norm.named_parameters()] == ["norm.weight"]
     x = torch.randn(2, CHANNELS, 3, 3)
     close(norm(x), F.relu(F.batch_norm(x, None, None, norm.weight, None, training=True)), 18)
     norm.reset_parameters()
@@ -98,7 +102,7 @@ def test_bias_can_be_left_out(cls):
 def test_statistics_that_are_no_longer_tracked_stay_as_they_are():
     # torch.nn.BatchNorm2d reads the attribute at each call, whatever the constructor was told.
     actual, expected = pair(FusedBatchNormAct2d, torch.float64)
-    actual.track_running_stats = expected.track_running_stats = False
+    actual.track_running_stats = expected.norm.track_running_stats = False
     before = actual.running_mean.clone()
     same_training(actual, expected, inputs(torch.float64, torch.contiguous_format))
     assert torch.equal(actual.running_mean, before)
@@ -115,16 +119,19 @@ def test_cumulative_average_after_two_batches_is_their_mean():
     assert norm.num_batches_tracked == 2
 
 
-def test_a_batch_that_is_refused_is_not_counted():
-    norm = FusedBatchNormAct2d(CHANNELS)
-    with pytest.raises(ValueError, match="more than 1 value a channel"):
-        norm(torch.randn(1, CHANNELS, 1, 1))
-    with pytest.raises(ValueError, match="expected 4 dimensions"):
-        norm(torch.randn(4, CHANNELS))
+@pytest.mark.parametrize("shape", [(1, CHANNELS, 1, 1), (4, CHANNELS), (2, CHANNELS + 1, 3, 3)])
+def test_a_batch_that_batch_norm_refuses_leaves_what_it_leaves_there(shape):
+    norm, plain = pair(FusedBatchNormAct2d, torch.float32)
+    for module in (norm, plain):
+        with pytest.raises((ValueError, RuntimeError)):
+            module(torch.randn(shape))
+    for a, b in zip(norm.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_residual_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="expected shape"):
-        norm(torch.randn(2, CHANNELS, 3, 3), torch.randn(2, CHANNELS, 3, 4))
-    assert norm.num_batches_tracked == 0
-    assert torch.equal(norm.running_mean, torch.zeros(CHANNELS))
+        FusedBatchNormAct2d(CHANNELS)(torch.randn(2, CHANNELS, 3, 3), torch.randn(2, CHANNELS, 3, 4))
 
 
 @pytest.mark.parametrize("order", ["add_act", "act_add"])
@@ -146,45 +153,22 @@ def test_dropout_is_that_of_the_contract_in_training_and_nothing_in_evaluation(o
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("order", ["add_act", "act_add"])
-def test_a_block_may_ask_for_dropout_over_a_frozen_normalisation(cls, order):
+def test_dropout_goes_on_where_the_normalisation_alone_is_frozen(cls, order):
     norm, plain = pair(cls, torch.float64, order=order)
     norm.dropout = 0.5
-    norm.eval(), plain.eval()
+    norm.norm.eval(), plain.eval()
     x, r = (inputs(torch.float64, torch.channels_last, n=32, seed=seed)() for seed in range(2))
-    y = norm(x, r, dropout_training=True)
+    y = norm(x, r)
     inner, outer = (r, 0) if order == "add_act" else (None, r)
     kept = plain(x, inner)
     dropped = (y - outer).abs() < 1e-9
     close(torch.where(dropped, 0, y - outer), torch.where(dropped, 0, kept / 0.5), x.numel())
     share = (dropped & (kept > 0)).sum() / (kept > 0).sum()
     assert 0.4 < share < 0.6
-    norm.train()
-    x.requires_grad_()
-    close(norm(x, r, dropout_training=False), plain.train()(x, r), x.numel())
-
-
-def test_statistics_that_are_known_are_taken_instead_of_those_of_x():
-    norm, plain = pair(FusedBatchNormAct2d, torch.float64)
-    x = inputs(torch.float64, torch.channels_last)()
-    # Others than those of x, to be seen: x is then not read to be measured.
-    count, mean, m2 = reference.stats(2 * x + 1)
-    y = norm(x, statistics=Statistics(mean, m2))
-    z = (x - mean[:, None, None]) / (m2 / count + norm.eps).sqrt()[:, None, None]
-    close(y, F.relu(z * norm.weight[:, None, None] + norm.bias[:, None, None]), x.numel())
-    plain(2 * x + 1)
-    for name, value in plain.named_buffers():
-        torch.testing.assert_close(getattr(norm, name), value, msg=name)
-    twin_norm = pair(BatchNormAct2d, torch.float64)[0]
-    close(twin_norm(x, statistics=Statistics(*reference.stats(x)[1:])), twin(twin_norm)(x), x.numel())
-
-
-def test_statistics_are_refused_where_the_running_ones_count():
-    norm, x = FusedBatchNormAct2d(CHANNELS).eval(), torch.randn(2, CHANNELS, 3, 3)
-    with pytest.raises(ValueError, match="statistics: expected None with training=False"):
-        norm(x, statistics=Statistics(*reference.stats(x)[1:]))
-    with pytest.raises(TypeError, match="statistics: expected Statistics or None, got tuple"):
-        norm.train()(x, statistics=reference.stats(x)[1:])
-    assert norm.num_batches_tracked == 0
+    # The other way round, statistics are adapted and nothing is dropped.
+    norm.eval(), norm.norm.train()
+    close(norm(x, r), plain.train()(x, r), x.numel())
+    assert norm.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -218,27 +202,74 @@ def test_checkpoints_go_to_and_from_batch_norm():
         assert torch.equal(again.state_dict()[name], value)
 
 
-def test_adopt_and_release_keep_the_object_and_what_it_holds():
-    plain = scramble(nn.BatchNorm2d(CHANNELS, eps=0.3)).eval()
-    state = dict(plain.__dict__)
-    norm = FusedBatchNormAct2d.adopt(plain, dropout=0.1)
-    assert norm is plain
-    assert (norm.relu, norm.dropout, norm.order, norm.eps, norm.training) == (True, 0.1, "add_act", 0.3, False)
-    assert norm.release() is plain
-    assert type(plain) is nn.BatchNorm2d
-    assert plain.__dict__ == state
+@pytest.mark.parametrize("cls", CLASSES)
+def test_it_holds_torchs_normalisation_and_reads_and_writes_through(cls):
+    norm = scramble(cls(CHANNELS, eps=0.3, dropout=0.1))
+    assert type(norm.norm) is nn.BatchNorm2d
+    assert [name for name, _ in norm.named_parameters()] == ["norm.weight", "norm.bias"]
+    assert list(norm.state_dict()) == list(nn.BatchNorm2d(CHANNELS).state_dict())
+    for name in norm.state_dict():
+        assert getattr(norm, name) is getattr(norm.norm, name)
+    norm.eps, norm.momentum, norm.weight = 0.7, None, nn.Parameter(torch.full((CHANNELS,), 2.0))
+    assert (norm.norm.eps, norm.norm.momentum, norm.norm.weight) == (0.7, None, norm.weight)
+    with pytest.raises(AttributeError, match="absent"):
+        _ = norm.absent
 
 
-def test_adopt_refuses_a_normalisation_of_another_kind():
-    with pytest.raises(TypeError, match=r"norm: expected exactly torch\.nn\.BatchNorm2d, got SyncBatchNorm"):
-        FusedBatchNormAct2d.adopt(nn.SyncBatchNorm(CHANNELS))
+@pytest.mark.parametrize("cls", CLASSES)
+def test_inside_a_network_the_state_has_the_names_of_batch_norm(cls):
+    outer = nn.ModuleDict({"stem": nn.Sequential(nn.Conv2d(3, CHANNELS, 1), scramble(cls(CHANNELS)))})
+    plain = nn.ModuleDict({"stem": nn.Sequential(nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS))})
+    assert list(outer.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(outer.state_dict())
+    again = nn.ModuleDict({"stem": nn.Sequential(nn.Conv2d(3, CHANNELS, 1), cls(CHANNELS))})
+    again.load_state_dict(plain.state_dict())
+    for key, value in outer.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    state = plain.state_dict()
+    del state["stem.1.running_var"]
+    missing = again.load_state_dict(state | {"stem.1.more": torch.ones(1)}, strict=False)
+    assert [name.removesuffix("running_var") for name in missing.missing_keys] == ["stem.1.norm."]
+    assert len(missing.unexpected_keys) == 1
+
+
+REPLACED = {
+    "synchronised": lambda n: nn.SyncBatchNorm.convert_sync_batchnorm(n),
+    "frozen": lambda n: setattr(n, "norm", FrozenBatchNorm2d(CHANNELS)),
+    "folded": lambda n: setattr(n, "norm", nn.Identity()),
+    "hooked": lambda n: n.norm.register_forward_hook(lambda m, args, y: y * 2),
+}
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_with_its_normalisation_replaced_what_follows_it_stays(case):
+    norm = scramble(FusedBatchNormAct2d(CHANNELS)).eval()
+    REPLACED[case](norm)
+    x, r = torch.randn(2, CHANNELS, 3, 3), torch.randn(2, CHANNELS, 3, 3)
+    assert list(fuse_report(norm).left) == [""]
+    assert torch.equal(norm(x, r), F.relu(norm.norm(x) + r))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_copy_has_a_normalisation_of_its_own(cls, way):
+    norm = scramble(cls(CHANNELS, dropout=0.1, order="act_add"))
+    again = copy.deepcopy(norm) if way == "deepcopy" else pickle.loads(pickle.dumps(norm))
+    assert repr(again) == repr(norm)
+    x = torch.randn(2, CHANNELS, 3, 3)
+    torch.manual_seed(0)
+    y = norm(x)
+    torch.manual_seed(0)
+    assert torch.equal(again(x), y)
+    assert again.weight is again.norm.weight
+    assert again.weight is not norm.weight
 
 
 def test_printing_shows_the_steps_in_their_order():
     assert "steps=batch_norm > [add] > relu" in repr(FusedBatchNormAct2d(CHANNELS))
     last = FusedBatchNormAct2d(CHANNELS, dropout=0.5, order="act_add")
     assert "steps=batch_norm > relu > dropout(0.5) > [add]" in repr(last)
-    assert repr(FusedBatchNormAct2d(CHANNELS, relu=False)).endswith("steps=batch_norm > [add])")
+    assert "steps=batch_norm > [add]\n  (norm): BatchNorm2d" in repr(FusedBatchNormAct2d(CHANNELS, relu=False))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

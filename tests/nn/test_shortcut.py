@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from torchvision.ops import FrozenBatchNorm2d
 
 from fastres import functional, reference
-from fastres.functional import Statistics
-from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, ProjectionShortcut, SkipConnection
+from fastres.fuse import fuse, fuse_report, unfuse
+from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, PlainSkipConnection, ProjectionShortcut, SkipConnection
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 IN, OUT = 5, 7
@@ -49,8 +53,10 @@ def pair(stride, dtype=torch.float64, norm=FusedBatchNormAct2d):
     torch.manual_seed(0)
     actual = scramble(End(ProjectionShortcut(IN, OUT, stride), norm(OUT), stride)).to(dtype)
     plain = nn.Sequential(nn.Conv2d(IN, OUT, 1, stride=stride, bias=False), nn.BatchNorm2d(OUT))
-    expected = PlainEnd(plain, nn.BatchNorm2d(OUT), stride).to(dtype)
-    expected.load_state_dict(actual.state_dict())
+    expected = PlainEnd(plain, nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(OUT))), stride).to(dtype)
+    expected.load_state_dict(
+        {name.replace("norm.", "norm.norm."): value for name, value in actual.state_dict().items()}
+    )
     return actual, expected
 
 
@@ -98,7 +104,7 @@ def test_only_one_side_may_be_without_running_statistics():
 def test_momentum_none_counts_batches_on_both_sides():
     actual, expected = pair(1)
     for end in (actual, expected):
-        end.shortcut[1].momentum = end.norm.momentum = None
+        end.shortcut[1].momentum = end.norm.norm.momentum = None
     same_training(actual, expected, inputs(), steps=3)
 
 
@@ -161,40 +167,12 @@ def test_order_act_add_is_honoured():
     close(actual(s), expected + other.shortcut(s), s.numel())
 
 
-class MeasuredEnd(End):
-    def forward(self, s):
-        x = self.conv(s)
-        return self.shortcut(s, x, self.norm, Statistics(*reference.stats(x.detach())[1:]))
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_statistics_that_are_known_give_the_same(frozen, calls):
-    actual, expected = pair(2)
-    measured = MeasuredEnd(actual.shortcut, actual.norm, 2).double()
-    measured.load_state_dict(actual.state_dict())
-    for end in (measured, expected):
-        end.shortcut[1].train(not frozen)
-    x, y = inputs()(), []
-    for end in (measured, expected):
-        s = x.clone().requires_grad_()
-        y.append(end(s))
-        y[-1].square().sum().backward()
-        y.append(s.grad)
-    close(y[0], y[2], x.numel())
-    close(y[1], y[3], x.numel(), "input gradient", times=8)
-    for (name, b), c in zip(measured.named_buffers(), expected.buffers(), strict=True):
-        torch.testing.assert_close(b, c, msg=name)
-    assert [kwargs["x_statistics"] is not None for kwargs in calls] == [True] * (not frozen)
-
-
 def test_x_and_norm_come_together():
     shortcut, s = ProjectionShortcut(IN, OUT), torch.randn(2, IN, 4, 4)
     with pytest.raises(TypeError, match="expected both or neither, got x without the other"):
         shortcut(s, shortcut(s))
     with pytest.raises(TypeError, match="expected both or neither, got norm without the other"):
         shortcut(s, norm=FusedBatchNormAct2d(OUT))
-    with pytest.raises(TypeError, match="statistics: expected None without x and norm, got Statistics"):
-        shortcut(s, statistics=Statistics(*reference.stats(s)[1:]))
 
 
 @pytest.mark.parametrize(
@@ -204,23 +182,33 @@ def test_x_and_norm_come_together():
         (nn.Conv2d(IN, OUT, 3, padding=1, bias=False), nn.BatchNorm2d(OUT), "is not a 1x1 convolution"),
         (nn.Conv2d(IN, OUT, 1, padding=1, bias=False), nn.BatchNorm2d(OUT), "is not a 1x1 convolution"),
         (nn.Conv2d(IN, IN, 1, groups=IN, bias=False), nn.BatchNorm2d(IN), "is not a 1x1 convolution"),
-        (nn.Conv2d(IN, OUT, 1, bias=False), nn.GroupNorm(1, OUT), "its normalisation is torch.nn.GroupNorm"),
-        (nn.Identity(), nn.BatchNorm2d(OUT), "its convolution is torch.nn.Identity, expected exactly torch.nn.Conv2d"),
+        (nn.Conv2d(IN, OUT, 1, bias=False), nn.GroupNorm(1, OUT), "its 1 is torch.nn.GroupNorm, expected exactly"),
+        (nn.Conv2d(IN, OUT, 1, bias=False), FrozenBatchNorm2d(OUT), "its 1 is torchvision.ops.misc.FrozenBatchNorm2d"),
+        (nn.Identity(), nn.BatchNorm2d(IN), "its 0 is torch.nn.Identity, expected exactly torch.nn.Conv2d"),
     ],
 )
-def test_adopt_refuses_a_downsample_of_another_kind(conv, norm, message):
-    downsample = nn.Sequential(conv, norm)
-    with pytest.raises(ValueError, match=message):
-        ProjectionShortcut.adopt(downsample)
-    assert type(downsample) is nn.Sequential
+@pytest.mark.parametrize("cls", [ProjectionShortcut, SkipConnection])
+def test_with_children_of_another_kind_it_calls_them(conv, norm, message, cls, calls):
+    shortcut = cls(IN, OUT)
+    shortcut[0], shortcut[1] = conv, norm
+    s = torch.randn(2, IN, 6, 5)
+    expected = twin(nn.Sequential(*shortcut))
+    assert re.search(message, fuse_report(shortcut).left[""])
+    assert torch.equal(shortcut(s), expected(s))
+    if cls is ProjectionShortcut:
+        y = expected(s)
+        x, last = torch.randn(y.shape), FusedBatchNormAct2d(y.shape[1])
+        torch.testing.assert_close(shortcut(s, x, last), F.relu(twin(last).norm(x) + expected(s)))
+    assert not calls
 
 
-def test_adopt_and_release_keep_the_object():
-    downsample = nn.Sequential(nn.Conv2d(IN, OUT, 1, bias=False), nn.BatchNorm2d(OUT))
-    assert ProjectionShortcut.adopt(downsample) is downsample
-    assert type(downsample) is ProjectionShortcut
-    assert downsample.release() is downsample
-    assert type(downsample) is nn.Sequential
+@pytest.mark.parametrize("cls", [ProjectionShortcut, SkipConnection])
+def test_a_child_more_is_called_as_well(cls, calls):
+    shortcut = cls(IN, OUT).append(nn.Softplus())
+    s = torch.randn(2, IN, 6, 5)
+    assert "it has the children" in fuse_report(shortcut).left[""]
+    assert torch.equal(shortcut(s), nn.Sequential(*twin(shortcut))(s))
+    assert not calls
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -243,3 +231,14 @@ def test_a_hooked_skip_connection_gives_the_same():
     actual[0].register_forward_hook(lambda module, args, y: seen.append(y.shape))
     same_training(actual, expected, inputs(), steps=1)
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_skip_connection_leaves_the_memory_format_of_its_plain_twin(memory_format, weights):
+    skip = SkipConnection(IN, OUT, 2).to(memory_format=weights)
+    plain = unfuse(skip)
+    assert type(plain) is PlainSkipConnection
+    assert type(fuse(plain)) is SkipConnection
+    s = inputs(torch.float32, memory_format)()
+    assert skip(s).stride() == plain(s).stride()
