@@ -1,6 +1,7 @@
 """Fused residual networks for PyTorch: drop-in models, modules and functions over custom kernels."""
 
 from fastres import functional, models, nn, reference
+from fastres.freeze import freeze
 from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.memory import reuse_cpu_memory
 from fastres.models import (
@@ -21,6 +22,7 @@ __all__ = [
     "FusedResNet50",
     "FusedResNet101",
     "FusedResNet152",
+    "freeze",
     "functional",
     "fuse",
     "fuse_report",

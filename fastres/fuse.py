@@ -127,7 +127,12 @@ def _join(prefix: str, name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_model(model: nn.Module, function: str) -> None:
+def check_model(model: nn.Module, function: str) -> None:
+    """Check the argument of `fuse`, `unfuse` and `freeze`.
+
+    Raises:
+        TypeError: not a module, or one that is scripted, compiled or wrapped in DistributedDataParallel already.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -205,7 +210,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
             conv_algorithm is not a string or None.
         ValueError: conv_algorithm is unknown.
     """
-    _check_model(model, "fuse")
+    check_model(model, "fuse")
     check_conv_algorithm(conv_algorithm)
     fused = model if inplace else _share(model, {})
     for module in fused.modules():
@@ -233,7 +238,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         TypeError: as `fuse`.
     """
-    _check_model(model, "unfuse")
+    check_model(model, "unfuse")
     plain = model if inplace else _share(model, {})
     for module in plain.modules():
         if type(module) in _PLAIN:

@@ -504,6 +504,13 @@ public:
     const auto row_place = [row](int64_t p, int64_t k) { return p * row + k; };
     readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, column_place, note);
     readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
+    for (int64_t p = 0; p < count; ++p) {
+      // Of a tile with a single block of 2x2 pixels some taps read less than that block.
+      if (w.tiles.pixels_down(first + p) <= kOut / 2 && w.tiles.pixels_across(first + p) <= kOut / 2 &&
+          !(even(readers.x.read(first + p), w.inputs) && even(readers.dy.read(first + p), w.outputs))) {
+        beyond.push_back(p);
+      }
+    }
     std::sort(beyond.begin(), beyond.end());
     beyond.erase(std::unique(beyond.begin(), beyond.end()), beyond.end());
     std::vector<DirectPair> direct;

@@ -28,6 +28,7 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -257,12 +258,18 @@ struct Tiles {
   int64_t count() const {
     return images * down() * across();
   }
+  // Of a tile, inside the image.
+  int64_t pixels_down(int64_t tile) const {
+    return std::min<int64_t>(kOut, height - tile / across() % down() * kOut);
+  }
+  int64_t pixels_across(int64_t tile) const {
+    return std::min<int64_t>(kOut, width - tile % across() * kOut);
+  }
   // Outputs of tiles first ... first + count - 1.
   int64_t pixels(int64_t first, int64_t count) const {
     int64_t sum = 0;
     for (int64_t tile = first; tile < first + count; ++tile) {
-      const int64_t top = tile / across() % down() * kOut, left = tile % across() * kOut;
-      sum += std::min<int64_t>(kOut, height - top) * std::min<int64_t>(kOut, width - left);
+      sum += pixels_down(tile) * pixels_across(tile);
     }
     return sum;
   }
@@ -326,7 +333,7 @@ private:
 
 // A tile's largest admissible ratio of all its inputs' sum of squares to that of one of its own 2x2 blocks, and the
 // largest sum of squares, of a tile or of the weights. docs/convolution.md, "Range", derives what they promise.
-constexpr float kEnergyRatio = 1024.0f;
+constexpr float kEnergyRatio = 4096.0f;
 constexpr float kMaxEnergy = 0x1p88f;
 
 // The sums of squares of a tile, over channels: of the four 2x2 blocks of pixels that its outputs lie on, and of the
@@ -385,6 +392,17 @@ struct DirectTile {
     return inside >> position & 1;
   }
 };
+
+// Whether no pixel of a tile, other than zeros, is further below all of them than a block may be.
+inline bool even(const DirectTile& tile, int64_t channels) {
+  float all = 0.0f, least = std::numeric_limits<float>::infinity();
+  for (auto pixel = tile.values.begin(); pixel != tile.values.end(); pixel += channels) {
+    const float energy = std::inner_product(pixel, pixel + channels, pixel, 0.0f);
+    all += energy;
+    least = energy == 0.0f ? least : std::min(least, energy);
+  }
+  return all <= kEnergyRatio * least;
+}
 
 // The Size x Size positions of a tile, from Before up and left of its outputs on: a pointer to each of its rows, of
 // which those outside the image point to zeros, and whether its first or last column lies outside.

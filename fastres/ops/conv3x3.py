@@ -101,6 +101,11 @@ def serves(x: Tensor) -> bool:
 
 def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
     """Whether this convolution goes to Winograd's kernels, with `algorithm` one of ALGORITHMS."""
+    return takes_winograd_for(x, weight.shape[0], algorithm)
+
+
+def takes_winograd_for(x: Tensor, outputs: int, algorithm: str) -> bool:
+    """`takes_winograd` for a weight of that many outputs."""
     if algorithm == "direct" or not serves(x):
         return False
     if algorithm == "winograd":
@@ -108,7 +113,7 @@ def takes_winograd(x: Tensor, weight: Tensor, algorithm: str) -> bool:
     if x.dtype == torch.bfloat16 and has_bfloat16_tiles():
         return False
     n, c, h, w = x.shape
-    return reference.rows_are_channels(x) and pays(n, c, weight.shape[0], h, w)
+    return reference.rows_are_channels(x) and pays(n, c, outputs, h, w)
 
 
 def takes_product(x: Tensor, outputs: int, stride: int, algorithm: str) -> bool:

@@ -27,6 +27,7 @@ from fastres.nn import (
     ResidualBlock,
     SkipConnection,
 )
+from tests.operators import Operators
 from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero, output_length, weight_length
 from tests.parity import DTYPES, FORMATS, Operators, close, same_training, scramble, twin
 

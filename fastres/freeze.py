@@ -1,0 +1,363 @@
+"""freeze(model): a copy for inference only, with normalisations folded into convolutions and their weights packed.
+
+    relu(bn(conv(x)) + residual) = relu(conv'(x) + bias + residual)
+    conv'.weight = conv.weight * scale      bias = bn.bias + (conv.bias - mean) * scale      scale = bn.weight / sqrt(var + eps)
+
+What is folded and packed is what a fused module leaves out of its faster way, so `fastres.nn.trust` says which modules
+are: fused blocks, whose children are exactly what their classes say, and the stem of a network. Everything else is
+copied as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models._utils import IntermediateLayerGetter
+
+from fastres import functional, ordinary
+from fastres.fuse import check_model, fuse
+from fastres.nn.blocks import FusedBasicBlock, FusedBlock, FusedBottleneck, ResidualBlock
+from fastres.nn.shortcut import SkipConnection
+from fastres.nn.stem import FusedTrunk, plain_trunk_class
+from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
+from fastres.nn.trust import is_exactly
+from fastres.ops import conv3x3 as ops
+
+__all__ = ["freeze"]
+
+_PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Frozen(nn.Module):
+    """A module for inference only: without parameters, always in evaluation mode, and not differentiable."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Leaves the module as it is, in evaluation mode.
+
+        Raises:
+            RuntimeError: mode is on.
+        """
+        if mode:
+            raise RuntimeError(
+                "train: the model was frozen for inference by fastres.freeze, expected mode=False; train its source, "
+                "and freeze that again"
+            )
+        return self
+
+
+class _Inference(torch.autograd.Function):
+    """A frozen layer on an input that asks for a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: _FrozenLayer, x: Tensor, residual: Tensor | None) -> Tensor:
+        return layer._infer(x, residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "backward: the model was frozen for inference by fastres.freeze, expected no gradient to be asked for; "
+            "differentiate its source"
+        )
+
+
+class _FrozenLayer(Frozen):
+    """relu(conv(x) + bias + residual), in channels_last on the CPU."""
+
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool) -> None:
+        super().__init__()
+        self.training = False
+        self.relu = relu
+        self.outputs, self.inputs = conv.out_channels, conv.in_channels
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape."""
+        asks = x.requires_grad or (residual is not None and residual.requires_grad)
+        if asks and torch.is_grad_enabled():
+            return _Inference.apply(self, x, residual)  # type: ignore[no-any-return, no-untyped-call]
+        return self._infer(x, residual)
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """The same by PyTorch's operators."""
+        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        y = y if residual is None else y + residual
+        return F.relu(y) if self.relu else y
+
+    def extra_repr(self) -> str:
+        shown = f"{self.inputs}, {self.outputs}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{shown}, steps=conv > bias > [add]{' > relu' * self.relu}"
+
+
+class FrozenConv2d(_FrozenLayer):
+    """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution, and the rest in one pass.
+
+    Buffers: weight, as the convolution's, and bias [K], in the weight's dtype; zero and one [K], not in the state_dict.
+    """
+
+    weight: Tensor
+    zero: Tensor
+    one: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool) -> None:
+        super().__init__(conv, norm, relu)
+        weight, bias = _folded(conv, norm)
+        self.register_buffer("weight", _stored(weight, conv))
+        self.register_buffer("bias", bias.to(conv.weight.dtype))
+        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
+        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if not _takes_operators(x):
+            return self._convolve(x, self.weight, self.bias, residual)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is None:
+            return self._convolve(x, self.weight, self.bias, None)
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return functional.batch_norm_act(
+            y, self.zero, self.one, None, self.bias, eps=0.0, residual=residual.to(y.dtype), relu=self.relu
+        )
+
+
+class FrozenConv3x3(_FrozenLayer):
+    """A 3x3 convolution with padding 1, the normalisation behind it, an addition and ReLU in one step.
+
+    The algorithm is chosen at each call, as `fastres.functional.conv3x3` does it. Away from the kernels (another device
+    or dtype, an exported program) the weight is unpacked at each call, for PyTorch's convolution.
+
+    Buffers: packed and bias [K], float32, see `fastres.ops.conv3x3.pack`; weight, as the convolution's, where it has a
+    stride, for PyTorch's convolution to take where output positions are many, and else None.
+    """
+
+    packed: Tensor
+    weight: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool, algorithm: str | None) -> None:
+        super().__init__(conv, norm, relu)
+        self.algorithm = algorithm
+        weight, bias = _folded(conv, norm)
+        self.register_buffer("packed", ops.pack(weight))
+        self.register_buffer("bias", bias.float())
+        self.register_buffer("weight", None if conv.stride == (1, 1) else _stored(weight, conv))
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if _takes_operators(x) and self.packed.dtype == self.bias.dtype == torch.float32:
+            if torch.is_autocast_enabled("cpu"):
+                x = x.to(torch.get_autocast_dtype("cpu"))
+            x = x.contiguous(memory_format=torch.channels_last)
+            stride, asked = self.stride[0], ops.asked_algorithm(self.algorithm)
+            product = ops.takes_product(x, self.outputs, stride, asked)
+            if product or (stride == 1 and ops.takes_winograd_for(x, self.outputs, asked)):
+                if residual is not None:
+                    residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+                return ops.packed_inference(  # type: ignore[no-any-return]
+                    x, self.packed, self.outputs, self.bias, residual, self.relu, stride, product
+                )
+        weight = self.weight if self.weight is not None else ops.unpack(self.packed, self.outputs, self.inputs)
+        return self._convolve(x, weight.to(x.dtype), self.bias.to(x.dtype), residual)
+
+
+def _takes_operators(x: Tensor) -> bool:
+    """Whether this call may be made of our operators."""
+    return ops.serves(x) and not torch.compiler.is_exporting() and ordinary.why_not_ordinary() is None
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the convolution that is norm(conv(x)), in float64 and new memory."""
+    params = (norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.bias, conv.weight)
+    mean, var, weight, bias, conv_bias, kernel = (None if t is None else t.detach().double() for t in params)
+    assert mean is not None and var is not None and kernel is not None
+    scale = torch.rsqrt(var + norm.eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if conv_bias is None else (conv_bias - mean) * scale
+    return kernel * scale[:, None, None, None], shift if bias is None else shift + bias
+
+
+def _stored(weight: Tensor, conv: nn.Conv2d) -> Tensor:
+    return weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def _freeze_convolution(conv: Any, norm: Any, relu: bool, algorithm: str | None = None) -> _FrozenLayer:
+    if is_conv3x3(conv, ((1, 1), (2, 2))) and _packs(conv, algorithm):
+        return FrozenConv3x3(conv, norm, relu, algorithm)
+    return FrozenConv2d(conv, norm, relu)
+
+
+def _packs(conv: nn.Conv2d, algorithm: str | None) -> bool:
+    """Whether packed weights serve this convolution at any size that a network has."""
+    if conv.weight.dtype not in _PACKED_DTYPES or algorithm == "direct":
+        return False
+    return algorithm == "winograd" or ops.pays(64, conv.in_channels, conv.out_channels, 32, 32)
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+class FrozenBasicBlock(Frozen):
+    """relu(conv2(relu(conv1 x)) + shortcut(x)), with normalisations folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv2(self.conv1(x), shortcut)  # type: ignore[no-any-return]
+
+
+class FrozenBottleneck(Frozen):
+    """relu(conv3(relu(conv2(relu(conv1 x)))) + shortcut(x)), with normalisations folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, 4 * K, ceil(H / stride), ceil(W / stride)]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv3(self.conv2(self.conv1(x)), shortcut)  # type: ignore[no-any-return]
+
+
+class FrozenResidualBlock(Frozen):
+    """conv2(relu(conv1 x) + shortcut(x)), with normalisations folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        return self.conv2(self.conv1(x) + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+class FrozenSkipConnection(Frozen):
+    """relu(conv(x)), with the normalisation folded into the 1x1 convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+_FROZEN: dict[type[nn.Module], type[Frozen]] = {
+    FusedBasicBlock: FrozenBasicBlock,
+    FusedBottleneck: FrozenBottleneck,
+    ResidualBlock: FrozenResidualBlock,
+    SkipConnection: FrozenSkipConnection,
+}
+
+
+def _folds(module: nn.Module, pairs: list[tuple[str, str]]) -> bool:
+    """Whether each normalisation can be folded into its convolution, both exactly what their classes say."""
+    for conv_name, norm_name in pairs:
+        conv, norm = module._modules.get(conv_name), module._modules.get(norm_name)
+        if not is_exactly(conv, nn.Conv2d) or not is_exactly(norm, nn.BatchNorm2d):
+            return False
+        if conv.padding_mode != "zeros" or uses_batch_statistics(norm) or not conv.weight.is_floating_point():
+            return False
+    return True
+
+
+def _freeze_block(block: Any) -> None:
+    """Change a fused block, or skip connection, into its frozen form; its own hooks stay."""
+    children = block._modules
+    if type(block) is SkipConnection:
+        if _folds(block, [("0", "1")]):
+            _become(block, {"conv": _freeze_convolution(children["0"], children["1"], True)})
+        return
+    count = 3 if type(block) is FusedBottleneck else 2
+    pairs = [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)]
+    if not _folds(block, pairs):
+        return
+    frozen: dict[str, nn.Module | None] = {}
+    for conv, norm in pairs:
+        relu = not (type(block) is ResidualBlock and conv == "conv2")
+        frozen[conv] = _freeze_convolution(children[conv], children[norm], relu, block.conv_algorithm)
+    if type(block) is ResidualBlock:
+        frozen["shortcut"] = children["shortcut"]
+    else:
+        downsample = children.get("downsample")
+        if downsample is not None and why_not_downsample(downsample) is None and _folds(downsample, [("0", "1")]):
+            downsample = _freeze_convolution(downsample._modules["0"], downsample._modules["1"], False)
+        frozen["downsample"] = downsample
+    _become(block, frozen)
+
+
+def _become(block: nn.Module, children: dict[str, nn.Module | None]) -> None:
+    block.__class__, block._modules = _FROZEN[type(block)], children
+    for name in ("dropout", "conv_algorithm", "_was_fused"):
+        block.__dict__.pop(name, None)
+
+
+def _freeze_stem(trunk: Any) -> None:
+    """Fold the normalisation of a network's stem, and leave the way through the network to its plain class."""
+    plain = plain_trunk_class(type(trunk))
+    if plain is None:  # a subclass, of whose forward nothing is known
+        return
+    children = trunk._modules
+    seen = isinstance(trunk, IntermediateLayerGetter) and "conv1" in trunk.return_layers
+    if not seen and trunk.why_not_fusable() is None and _folds(trunk, [("conv1", "bn1")]):
+        children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], True)
+        children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
+    trunk.__class__ = plain
+    trunk.__dict__.pop("_was_fused", None)
+
+
+def _hold_as_buffers(module: nn.Module) -> None:
+    for name, parameter in list(module._parameters.items()):
+        del module._parameters[name]
+        module.register_buffer(name, None if parameter is None else parameter.detach())
+
+
+# ----------------------------------------------------------------------------------------------------------- the network
+
+
+@functools.cache
+def _frozen_class(plain: Any) -> Any:
+    names = {"plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": _reduce}
+    return type(f"Frozen{plain.__name__}", (Frozen, plain), names)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    # Pickle finds a class by its name, and this one has none in any module.
+    return _new_frozen, (type(self).plain_class,), self.__dict__
+
+
+def _new_frozen(plain: Any) -> Any:
+    frozen = _frozen_class(plain)
+    return frozen.__new__(frozen)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A copy of the model for inference only: normalisations folded into convolutions, weights packed for the kernels.
+
+    The copy shares no memory with the model: whatever is written to the model later does not reach it. It has no
+    parameters, only buffers, which belong to its modules: it moves to devices and dtypes, saves and loads (state_dict,
+    torch.save of the whole, into another frozen copy of the same network), copies, compiles and exports. Packed weights
+    are the same on every processor; away from the CPU's kernels they are unpacked at each call. It computes in
+    channels_last on the CPU, whatever its input is, and what lies in memory behind a block is channels_last, too.
+
+    A fused or torchvision block, and a network's stem, is folded where each of its children is what its class says, and
+    has no hooks: hooks on a block see what they saw. Where a child is hooked, replaced or parametrised, or normalises by
+    the batch's statistics, the block is copied as it is, in evaluation mode. Exported programs consist of PyTorch's
+    operators.
+
+    Args:
+        model: a network that `fastres.fuse` takes, fused or not; any other module is copied as it is.
+    Returns:
+        A module whose class is made of the model's (for a fused network: of torchvision's). Outputs are those of the
+        model in evaluation, up to rounding. train() and backward raise a RuntimeError; eval() changes nothing.
+    Raises:
+        TypeError: as `fastres.fuse`.
+    """
+    check_model(model, "freeze")
+    frozen = fuse(copy.deepcopy(model).eval(), inplace=True)
+    for module in list(frozen.modules()):
+        if isinstance(module, FusedTrunk):
+            _freeze_stem(module)
+        elif type(module) in _FROZEN and cast("FusedBlock | SkipConnection", module).why_not_fusable() is None:
+            _freeze_block(module)
+    for module in frozen.modules():
+        _hold_as_buffers(module)
+    if not isinstance(frozen, Frozen):
+        frozen.__class__ = _frozen_class(type(frozen))
+    return frozen

@@ -1,0 +1,80 @@
+"""Modules that were pickled whole when fused blocks still changed what their children meant.
+
+pickled_whole.xz holds one of each as that version wrote them with torch.save: a BatchNorm2d that had swallowed its ReLU
+(FusedBatchNormAct2d), a ReLU that did nothing (AbsorbedReLU), a dropout rate kept by the normalisation.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+from fastres import fuse_report, unfuse
+from fastres.nn import DropoutBasicBlock
+from tests.altered.compare import Draw, observe, problems
+from tests.altered.subjects import BASIC, BOTTLENECK, NETWORK, NORM_ACT, PROJECTED, RESIDUAL, SHORTCUT, SKIP, Subject
+from tests.operators import Operators
+
+PICKLED = [PROJECTED, BOTTLENECK, NORM_ACT, SKIP, RESIDUAL, SHORTCUT, NETWORK]
+
+
+def load() -> dict[str, nn.Module]:
+    file = io.BytesIO(lzma.decompress((Path(__file__).parent / "pickled_whole.xz").read_bytes()))
+    return torch.load(file, weights_only=False)
+
+
+def plain_twin(subject: Subject, module: nn.Module) -> nn.Module:
+    plain = subject.make_plain()
+    saved = {k: v for k, v in module.state_dict().items()}
+    plain.load_state_dict({f"norm.{k}" if subject is NORM_ACT else k: v for k, v in saved.items()})
+    return plain
+
+
+@pytest.mark.parametrize("subject", PICKLED, ids=str)
+def test_a_module_pickled_whole_before_computes_as_it_did(subject):
+    module = load()[subject.name]
+    plain = plain_twin(subject, module)
+    exact = plain_twin(subject, module).double()
+    results = [
+        observe(m, Draw(subject, ("pickled",), next(m.parameters()).dtype)) for m in (module, plain, exact)
+    ]
+    assert not problems(subject, *results)
+
+
+@pytest.mark.parametrize("subject", [PROJECTED, BOTTLENECK, NETWORK], ids=str)
+def test_a_network_pickled_whole_before_unfuses_to_plain_pytorch(subject):
+    module = load()[subject.name]
+    plain = plain_twin(subject, module)
+    x = torch.randn(subject.shape())
+    unfused = unfuse(module)
+    with torch.no_grad(), Operators() as seen:
+        torch.testing.assert_close(unfused.eval()(x), plain.eval()(x))
+    assert not seen.names
+
+
+@pytest.mark.parametrize("subject", [PROJECTED, BOTTLENECK], ids=str)
+def test_a_block_pickled_whole_before_takes_its_faster_way(subject):
+    module = load()[subject.name]
+    with Operators() as seen:
+        module(torch.randn(subject.shape()))
+    assert seen.names
+    assert "" in fuse_report(module).swapped
+
+
+def test_a_dropout_rate_that_the_norm_kept_is_the_blocks():
+    module = load()["dropout"]
+    plain = DropoutBasicBlock(8, 8, dropout=0.3)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(BASIC.shape())
+    # A hook keeps the block off its faster way: the same seed then gives the same mask.
+    module.conv1.register_forward_hook(lambda m, args, y: None)
+    outputs = []
+    for m in (module, plain):
+        torch.manual_seed(0)
+        outputs.append(m(x))
+    torch.testing.assert_close(*outputs)
