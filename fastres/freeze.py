@@ -1,7 +1,8 @@
 """freeze(model): a copy for inference only, with normalisations folded into convolutions and their weights packed.
 
     relu(bn(conv(x)) + residual) = relu(conv'(x) + bias + residual)
-    conv'.weight = conv.weight * scale      bias = bn.bias + (conv.bias - mean) * scale      scale = bn.weight / sqrt(var + eps)
+    conv'.weight = conv.weight * scale        scale = bn.weight / sqrt(running_var + eps)
+    bias = bn.bias + (conv.bias - running_mean) * scale
 
 What is folded and packed is what a fused module leaves out of its faster way, so `fastres.nn.trust` says which modules
 are: fused blocks, whose children are exactly what their classes say, and the stem of a network. Everything else is
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -36,6 +37,10 @@ _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 class Frozen(nn.Module):
     """A module for inference only: without parameters, always in evaluation mode, and not differentiable."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def train(self, mode: bool = True) -> Any:
         """Leaves the module as it is, in evaluation mode.
@@ -83,7 +88,7 @@ class _FrozenLayer(Frozen):
         """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape."""
         asks = x.requires_grad or (residual is not None and residual.requires_grad)
         if asks and torch.is_grad_enabled():
-            return _Inference.apply(self, x, residual)  # type: ignore[no-any-return, no-untyped-call]
+            return _Inference.apply(self, x, residual)  # type: ignore[no-any-return]
         return self._infer(x, residual)
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -101,7 +106,7 @@ class _FrozenLayer(Frozen):
 
 
 class FrozenConv2d(_FrozenLayer):
-    """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution, and the rest in one pass.
+    """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution and at most one pass.
 
     Buffers: weight, as the convolution's, and bias [K], in the weight's dtype; zero and one [K], not in the state_dict.
     """
@@ -170,7 +175,7 @@ class FrozenConv3x3(_FrozenLayer):
 
 def _takes_operators(x: Tensor) -> bool:
     """Whether this call may be made of our operators."""
-    return ops.serves(x) and not torch.compiler.is_exporting() and ordinary.why_not_ordinary() is None
+    return not torch.compiler.is_exporting() and ordinary.why_not_ordinary() is None and ops.serves(x)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -308,7 +313,7 @@ def _hold_as_buffers(module: nn.Module) -> None:
         module.register_buffer(name, None if parameter is None else parameter.detach())
 
 
-# ----------------------------------------------------------------------------------------------------------- the network
+# ---------------------------------------------------------------------------------------------------------- the network
 
 
 @functools.cache
@@ -336,10 +341,10 @@ def freeze(model: nn.Module) -> nn.Module:
     are the same on every processor; away from the CPU's kernels they are unpacked at each call. It computes in
     channels_last on the CPU, whatever its input is, and what lies in memory behind a block is channels_last, too.
 
-    A fused or torchvision block, and a network's stem, is folded where each of its children is what its class says, and
-    has no hooks: hooks on a block see what they saw. Where a child is hooked, replaced or parametrised, or normalises by
-    the batch's statistics, the block is copied as it is, in evaluation mode. Exported programs consist of PyTorch's
-    operators.
+    A fused or torchvision block, and a network's stem, is folded where each of its children is what its class says and
+    has no hooks; hooks on a whole block are copied, and see what they saw. Where a child is hooked, replaced or
+    parametrised, or normalises by the batch's statistics, the block is copied as it is, in evaluation mode. Exported
+    programs consist of PyTorch's operators.
 
     Args:
         model: a network that `fastres.fuse` takes, fused or not; any other module is copied as it is.
@@ -359,5 +364,5 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in frozen.modules():
         _hold_as_buffers(module)
     if not isinstance(frozen, Frozen):
-        frozen.__class__ = _frozen_class(type(frozen))
+        frozen.__class__ = _frozen_class(cast(Any, type(frozen)))
     return frozen

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from fastres.fuse import fuse_report, unfuse
+from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.models import ArticleResNet18, FusedResNet18
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, ProjectionShortcut, ResidualBlock
 
@@ -100,11 +100,13 @@ def test_blocks_hold_torchs_modules_and_the_rate_that_their_normalisation_had():
     assert type(load("basic_block")["module"].downsample) is nn.Sequential
 
 
-def test_the_plain_network_behind_it_gives_the_same():
-    for name in ("fused_torchvision_resnet", "fused_layer_getter", "projection_shortcut"):
-        saved = load(name)
-        plain = unfuse(saved["module"])
-        assert not [m for m in plain.modules() if isinstance(m, FusedBasicBlock)]
-        if name == "fused_torchvision_resnet":
-            assert {type(m) for m in plain.modules() if isinstance(m, BasicBlock)} == {BasicBlock}
-        check(plain, saved)
+@pytest.mark.parametrize("name", ["fused_torchvision_resnet", "fused_layer_getter", "projection_shortcut"])
+@pytest.mark.parametrize("way", [unfuse, lambda module: fuse(unfuse(module)), fuse])
+def test_fused_and_unfused_it_gives_the_same(name, way):
+    saved = load(name)
+    check(way(saved["module"]), saved)
+
+
+def test_unfused_its_blocks_are_torchvisions():
+    plain = unfuse(load("fused_torchvision_resnet")["module"])
+    assert {type(m) for m in plain.modules() if isinstance(m, BasicBlock)} == {BasicBlock}

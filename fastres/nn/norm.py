@@ -173,6 +173,10 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
 class AbsorbedReLU(nn.ReLU):
     """The ReLU behind a fused normalisation in networks that were pickled whole when blocks changed their children."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself: the normalisation before has applied the ReLU, and autograd may have saved it."""
+        return x
+
 
 def take_over_norm(parent: nn.Module, name: str) -> float:
     """Put the plain normalisation of a FusedBatchNormAct2d in its place, and return the dropout rate that it had."""
