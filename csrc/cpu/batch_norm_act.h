@@ -147,12 +147,16 @@ inline ChannelNorm<acc_t<T>> finalise(
   const int64_t channels = rows.channels;
   const double count = static_cast<double>(rows.count());
   Moments moments(channels);
-  if (known_mean.has_value() && known_m2.has_value()) {
+  bool known = known_mean.has_value() && known_m2.has_value();
+  if (known) {
     const A* m = channel_data<A>("mean", known_mean, channels);
     const A* m2 = channel_data<A>("m2", known_m2, channels);
     moments.mean.assign(m, m + channels);
     moments.m2.assign(m2, m2 + channels);
-  } else {
+    // Squares that are too large for the accumulator's type may still fit into moments.
+    known = std::all_of(m2, m2 + channels, [](A value) { return std::isfinite(value); });
+  }
+  if (!known) {
     moments = moments_of(x.const_data_ptr<T>(), rows);
   }
   mean = channel_vector(x, channels);

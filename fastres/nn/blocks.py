@@ -28,6 +28,7 @@ from fastres.nn.steps import (
     conv_alone,
     conv_measured,
     conv_norm,
+    fits_convolution,
     gains_by_channels_last,
     gives_channels_last,
     norm_act,
@@ -139,6 +140,9 @@ class FusedBlock(Fused):
             return "its downsample shares a normalisation with it"
         # The operators know dropout only together with the batch's statistics.
         return "its dropout acts while its normalisations are frozen" if not batch and self._dropout_now() > 0 else None
+
+    def _fits(self, x: Tensor) -> bool:
+        return fits_convolution(x, cast(nn.Conv2d, self._modules["conv1"]))
 
     def _dropout_now(self) -> float:
         return self.dropout if self.training else 0.0

@@ -101,9 +101,9 @@ class BatchNormAct2d(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        inside = prefix + "norm."
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(inside)]:
-            state_dict[inside + key.removeprefix(prefix)] = state_dict.pop(key)
+        for name in self.norm.state_dict():
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}norm.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,12 +155,20 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
 
     @torch.jit.unused
     def _leaves_for(self, residual: Tensor | None) -> bool:
-        return residual is not None and why_not_ordinary(residual) is not None
+        return residual is not None and (why_not_ordinary(residual) is not None or not self._fits(residual))
 
     @torch.jit.unused
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return norm_act(self.norm, x, residual, relu=self.relu, dropout=dropout, order=self.order)
+
+    def _fits(self, x: Tensor) -> bool:
+        norm = self.norm
+        own: Tensor | None = norm.running_mean if norm.weight is None else norm.weight
+        if own is None:
+            return True
+        wider = own.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        return x.shape[1] == own.shape[0] and x.device == own.device and (x.dtype == own.dtype or wider)
 
     def why_not_fusable(self) -> str | None:
         """As `Fused.why_not_fusable`; dropout needs the batch's statistics, too."""

@@ -1,13 +1,13 @@
 """Shortcuts that change channels or resolution: a strided 1x1 convolution and its batch normalisation."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from fastres.nn.norm import FusedBatchNormAct2d
-from fastres.nn.steps import projection, projects_beside, why_not_projection
+from fastres.nn.steps import fits_convolution, projection, projects_beside, why_not_projection
 from fastres.nn.trust import Fused, is_exactly, renamed, why_not_ordinary
 
 
@@ -29,7 +29,10 @@ class ProjectionShortcut(Fused, nn.Sequential):
             nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
         )
 
-    def forward(self, s: Tensor, x: Tensor | None = None, norm: nn.Module | None = None) -> Tensor:
+    _plain = renamed(nn.Sequential.forward, "_plain")
+
+    # TorchScript knows no modules as arguments.
+    def forward(self, s: Tensor, x: Tensor | None = None, norm: Any = None) -> Tensor:
         """bn(conv1x1(s)); with `x` and `norm`: norm's activation of norm(x) + bn(conv1x1(s)).
 
         Where they cannot be one step (one of the two normalisations is frozen, somebody registered a hook on the
@@ -45,14 +48,20 @@ class ProjectionShortcut(Fused, nn.Sequential):
             TypeError: one of x and norm without the other.
             TypeError, ValueError: as `fastres.functional.projection_shortcut`.
         """
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._plain(s)  # type: ignore[no-any-return]
+        return self._close(s, x, norm)
+
+    @torch.jit.unused
+    def _close(self, s: Tensor, x: Tensor | None, norm: Any) -> Tensor:
         if x is None and norm is None:
-            return super().forward(s)  # type: ignore[no-any-return, no-untyped-call]
+            return self._plain(s)  # type: ignore[no-any-return]
         if x is None or norm is None:
             raise TypeError(
                 f"x and norm: expected both or neither, got {'x' if norm is None else 'norm'} without the other"
             )
         if not is_exactly(norm, FusedBatchNormAct2d) or not self._is_one_step_with(norm, s, x):
-            return norm(x, super().forward(s))  # type: ignore[no-any-return, no-untyped-call]
+            return norm(x, self._plain(s))  # type: ignore[no-any-return]
         dropout = norm.dropout if norm.training else 0.0
         return projection(self, s, norm.norm, x, dropout=dropout, relu=norm.relu)
 
@@ -60,13 +69,16 @@ class ProjectionShortcut(Fused, nn.Sequential):
         """Why its children are not one step; None where they are."""
         return super().why_not_fusable() or _why_not_children_alone(self, 2) or why_not_projection(self)
 
+    def _fits(self, x: Tensor) -> bool:
+        return fits_convolution(x, cast(nn.Conv2d, self._modules["0"]))
+
     def _is_one_step_with(self, norm: FusedBatchNormAct2d, s: Tensor, x: Tensor) -> bool:
         return (
             norm.order == "add_act"
             and not self._leaves(s)
             and why_not_ordinary(x) is None
             and norm.why_not_fusable() is None
-            and projects_beside(norm.norm, self)
+            and projects_beside(norm.norm, x, self, s)
         )
 
 
@@ -112,6 +124,9 @@ class SkipConnection(Fused, PlainSkipConnection):
         if torch.jit.is_scripting() or self._leaves(s):  # type: ignore[attr-defined]
             return self._plain(s)  # type: ignore[no-any-return]
         return self._fused(s)
+
+    def _fits(self, x: Tensor) -> bool:
+        return fits_convolution(x, cast(nn.Conv2d, self._modules["0"]))
 
     @torch.jit.unused
     def _fused(self, s: Tensor) -> Tensor:

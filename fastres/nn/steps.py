@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional
@@ -95,6 +96,14 @@ def norm_act(
         dropout: the rate; it has to be 0 where norm uses its running statistics.
         statistics: those of x, where they are known already and norm uses the batch's.
     """
+    if residual is not None and residual.shape != x.shape:
+        # PyTorch's own addition, which broadcasts, or says what is wrong.
+        if order == "act_add":
+            return norm_act(norm, x, relu=relu, dropout=dropout, statistics=statistics) + residual
+        y = norm_act(norm, x, relu=False, statistics=statistics)
+        y += residual
+        y = F.relu(y) if relu else y
+        return F.dropout(y, dropout) if dropout > 0 else y
     params, training = begin_norm(norm), uses_batch_statistics(norm)
     return functional.batch_norm_act(
         x, *params[:4], training=training, momentum=params.momentum, eps=params.eps, residual=residual, relu=relu,
@@ -117,6 +126,24 @@ def is_conv3x3(conv: nn.Conv2d, strides: tuple[tuple[int, int], ...] = ((1, 1),)
     )
 
 
+def fits_convolution(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether the convolution takes x: its channels, its device, and its dtype or what autocast makes of it."""
+    weight = conv.weight
+    if x.shape[1] != weight.shape[1] * conv.groups or x.device != weight.device:
+        return False
+    return x.dtype == weight.dtype or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type))
+
+
+def _output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+    """The shape of conv(x), for a 3x3 convolution with padding 1 or a 1x1 convolution without."""
+    height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], _strides(conv), strict=True))
+    return (x.shape[0], conv.weight.shape[0], height, width)
+
+
+def _strides(conv: nn.Conv2d) -> tuple[int, int]:
+    return cast("tuple[int, int]", torch.nn.modules.utils._pair(conv.stride))  # users set a single number as well
+
+
 def conv_measured(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
     """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
     if is_conv3x3(conv):
@@ -136,7 +163,7 @@ def norm_act_conv(
     algorithm: str | None,
 ) -> tuple[Tensor, Statistics | None]:
     """conv(norm_act(norm, x, residual)) by the batch's statistics, and its own statistics where they were taken."""
-    if not is_conv3x3(conv):
+    if not is_conv3x3(conv) or (residual is not None and residual.shape != x.shape):
         return conv(norm_act(norm, x, residual, dropout=dropout, order=order, statistics=statistics)), None
     return functional.norm_act_conv3x3(
         x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, dropout_p=dropout, order=order,
@@ -154,7 +181,7 @@ def conv_norm(
     algorithm: str | None,
 ) -> Tensor:
     """relu(norm(conv(x)) + residual), by norm's running statistics."""
-    if is_conv3x3(conv, ((1, 1), (2, 2))):
+    if is_conv3x3(conv, ((1, 1), (2, 2))) and (residual is None or residual.shape == _output_shape(conv, x)):
         return functional.conv3x3_norm_act(
             x, conv.weight, begin_norm(norm), residual=residual, relu=relu, stride=conv.stride[0], algorithm=algorithm
         )
@@ -216,10 +243,12 @@ def projection(
     )  # fmt: skip
 
 
-def projects_beside(norm: nn.BatchNorm2d, shortcut: nn.Module) -> bool:
-    """Whether norm and the normalisation of a projection are two that take the same kind of statistics."""
-    own = cast(nn.BatchNorm2d, shortcut._modules["1"])
-    return own is not norm and uses_batch_statistics(own) == uses_batch_statistics(norm)
+def projects_beside(norm: nn.BatchNorm2d, x: Tensor, shortcut: nn.Module, s: Tensor) -> bool:
+    """Whether norm(x) and a projection of s are of one shape, by two normalisations that use one kind of statistics."""
+    conv, own = cast(nn.Conv2d, shortcut._modules["0"]), cast(nn.BatchNorm2d, shortcut._modules["1"])
+    if own is norm or uses_batch_statistics(own) != uses_batch_statistics(norm):
+        return False
+    return fits_convolution(s, conv) and x.shape == _output_shape(conv, s)
 
 
 def add_shortcut(
@@ -235,7 +264,7 @@ def add_shortcut(
     """
     if downsample is None:
         return norm_act(norm, x, s, statistics=statistics)
-    if why_not_downsample(downsample) is None and projects_beside(norm, downsample):
+    if why_not_downsample(downsample) is None and projects_beside(norm, x, downsample, s):
         return projection(downsample, s, norm, x, statistics=statistics)
     return norm_act(norm, x, downsample(s), statistics=statistics)
 
@@ -263,7 +292,5 @@ def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algori
     if asked == "winograd":
         return True
     outputs, inputs = conv.weight.shape[:2]
-    # Users set a single number as well.
-    strides = cast("tuple[int, int]", torch.nn.modules.utils._pair(before.stride))
-    height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], strides, strict=True))
+    height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], _strides(before), strict=True))
     return pays(x.shape[0], inputs, outputs, height, width)

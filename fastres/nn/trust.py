@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
@@ -28,6 +29,23 @@ _TENSORS = (Tensor, nn.Parameter, FakeTensor)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Attributes that, set on a module itself, take the place of a method behind its call.
 _METHODS = ("forward", "_conv_forward", "_check_input_dim")
+
+
+def _functions() -> tuple[Any, ...]:
+    """What torch's modules call; profilers and tools put functions of their own in these places."""
+    return (
+        nn.Module.__call__,
+        nn.Conv2d.forward,
+        nn.Conv2d._conv_forward,
+        nn.BatchNorm2d.forward,
+        nn.ReLU.forward,
+        F.conv2d,
+        F.batch_norm,
+        F.relu,
+    )
+
+
+_FUNCTIONS = _functions()
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -114,11 +132,14 @@ def why_not_ordinary(x: Tensor) -> str | None:
         return "it is exported"
     if x.dtype == torch.float64 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return "autocast leaves float64 alone"
-    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack() > 0:
-        # A default device is one of these modes, and changes nothing here.
-        for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
-            if type(mode) is not DeviceContext:
-                return f"{type(mode).__name__} takes PyTorch's functions over"
+    if not torch.compiler.is_compiling():
+        if _functions() != _FUNCTIONS:
+            return "one of PyTorch's functions has been replaced"
+        if torch._C._len_torch_function_stack() > 0:
+            # A default device is one of these modes, and changes nothing here.
+            for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+                if type(mode) is not DeviceContext:
+                    return f"{type(mode).__name__} takes PyTorch's functions over"
     return ordinary.why_not_ordinary()
 
 
@@ -142,12 +163,18 @@ class Fused(nn.Module):
             return "it has a forward of its own, set on the instance"
         return why_not_children(self, self.exactly)
 
+    def _fits(self, x: Tensor) -> bool:
+        """Whether x has the channels, device and dtype of the parameters, once the children are what they should be."""
+        return True
+
     @torch.jit.unused
     def _leaves(self, x: Tensor) -> bool:
         """Whether the call with the input x goes child by child."""
         if why_not_ordinary(x) is not None:
             return True
         problem = self.why_not_fusable()
+        if problem is None and not self._fits(x):
+            return True  # PyTorch's modules say what is wrong with x
         if not torch.compiler.is_compiling():
             # Kept in the module: True once it has taken the faster way, False once the log has said that it left.
             if problem is None:
