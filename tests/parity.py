@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.oracle import bound
 
@@ -94,25 +92,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Operators(TorchDispatchMode):
-    """The fastres operators that were called, with their arguments, and the inputs of every ReLU of PyTorch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.arguments: list[dict[str, Any]] = []
-        self.relu_inputs: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastres":
-            self.names.append(func._schema.name.removeprefix("fastres::"))
-            names = [argument.name for argument in func._schema.arguments]
-            self.arguments.append(dict(zip(names, args, strict=False)))
-        elif func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
-            self.relu_inputs.append(args[0].clone())
-        return func(*args, **(kwargs or {}))
 
 
 def scramble(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -27,8 +27,9 @@ from fastres.nn import (
     FusedStemResNet,
     ResidualBlock,
 )
+from tests.operators import Operators
 from tests.oracle import OUTPUT_AMPLIFICATION
-from tests.parity import FORMATS, Operators, one_thread, same_training, scramble, twin  # noqa: F401
+from tests.parity import FORMATS, one_thread, same_training, scramble, twin  # noqa: F401
 
 # Blocks in each, all of torchvision's ResNet constructors.
 BLOCKS = {

@@ -29,7 +29,7 @@ from fastres.nn import (
 )
 from tests.operators import Operators
 from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero, output_length, weight_length
-from tests.parity import DTYPES, FORMATS, Operators, close, same_training, scramble, twin
+from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 KINDS = [(FusedBasicBlock, BasicBlock), (FusedBottleneck, Bottleneck)]
 PLAIN_WITH_DROPOUT = {FusedBasicBlock: DropoutBasicBlock, FusedBottleneck: DropoutBottleneck}
