@@ -85,7 +85,8 @@ def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     """The class with a faster way that this module may take; None where it has one, or nothing is known of it."""
     if "forward" in module.__dict__ or "_forward_impl" in module.__dict__:
         return None
-    return _FUSED.get(type(module)) or fused_trunk_class(type(module))
+    trunk = "bn1" in module._modules and "relu" in module._modules
+    return _FUSED.get(type(module)) or (fused_trunk_class(type(module)) if trunk else None)
 
 
 def _why_left(module: nn.Module) -> str | None:
