@@ -24,7 +24,7 @@ def why_not_ordinary() -> str | None:
         return None
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
-    if _get_mode(_PROXY) is not None or _get_mode_before_dispatch(_PROXY) is not None:
+    if _get_mode(_PROXY) is not None or _get_mode_before_dispatch(_PROXY) is not None:  # type: ignore[no-untyped-call]
         return "make_fx traces it"
     if _get_tracing_state() is not None:
         return "torch.jit traces it"
