@@ -18,7 +18,7 @@ def why_not_ordinary() -> str | None:
     torch.func, forward-mode differentiation and the tracers know the derivative, the batched or the exported form of
     PyTorch's operators, and of no others. Dynamo calls ours in its graph, and so does torch.compile.
     """
-    if _get_functorch_depth() > 0:  # type: ignore[no-untyped-call]
+    if _get_functorch_depth() > 0:
         return "torch.func transforms it"
     if torch.compiler.is_compiling():
         return None
