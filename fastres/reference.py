@@ -165,7 +165,9 @@ def _normalise(x: Tensor, norm: NormParams, training: bool) -> Tensor:
     if x.numel() == 0:
         # F.batch_norm asks for values in training; no element is there that a statistic would touch.
         mean, var, training = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]), False
-    z = F.batch_norm(x, mean, var, weight, bias, training, norm.momentum, norm.eps)
+    # F.batch_norm takes no eps of 0 in training; the smallest number in its place is felt in a constant channel alone.
+    eps = norm.eps or (torch.finfo(dtype).tiny if training else 0.0)
+    z = F.batch_norm(x, mean, var, weight, bias, training, norm.momentum, eps)
     for kept, new in ((norm.running_mean, mean), (norm.running_var, var)):
         if training and kept is not None and new is not None and kept.dtype != dtype:
             with torch.no_grad():

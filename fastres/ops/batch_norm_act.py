@@ -362,11 +362,12 @@ class BatchNormAct(torch.autograd.Function):
         x, mean, rstd, weight, bias, residual, *rest = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # Hooks on saved tensors may bring them back in another format, and the bits are in the order of this one.
-        x, dy = (t.contiguous(memory_format=ctx.memory_format) for t in (x, dy))
+        x, dy = x.contiguous(memory_format=ctx.memory_format), dy.contiguous(memory_format=ctx.memory_format)
         if residual is not None:
             residual = residual.contiguous(memory_format=ctx.memory_format)
         needs_dr = needed[5] and not ctx.residual_gradient_is_dy
-        needs_sums = needed[1] or needed[2] or needed[6] or needed[7]
+        # Where they are taken in any case, returning them costs less than making empty ones.
+        needs_sums = needed[1] or needed[2] or needed[6] or needed[7] or ctx.activation[0]
         dx, dr, dweight, dbias, r_dweight, r_dbias = _backward_once(
             dy, x, mean, rstd, weight, bias, residual, *rest, *ctx.activation, [needed[0], needs_dr, needs_sums]
         )
