@@ -34,7 +34,9 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim")
 def _functions() -> tuple[Any, ...]:
     """What torch's modules call; profilers and tools put functions of their own in these places."""
     return (
-        nn.Module.__call__,
+        nn.Conv2d.__call__,
+        nn.BatchNorm2d.__call__,
+        nn.ReLU.__call__,
         nn.Conv2d.forward,
         nn.Conv2d._conv_forward,
         nn.BatchNorm2d.forward,
