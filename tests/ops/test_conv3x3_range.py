@@ -39,7 +39,7 @@ SHAPES = {
     "by channels, batch 1": (1, 32, 32, 8, 8),
     "by tiles": (3, 17, 8, 9, 6),
     "small tiles at the edge": (2, 6, 12, 6, 5),
-    "by tiles, gradient by shares": (30, 8, 8, 32, 32),
+    "by tiles, gradient by shares": (30, 2, 3, 32, 32),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,7 +185,7 @@ def test_values_near_float32s_largest_do_not_overflow(shape):
     weight = weight.sign() * 1e-3
     check(x.sign() * 1.5e38, weight, dy * 1e-38)
     check(x * 1e-38, weight, dy.sign() * 1.5e38)
-    check(x.sign() * 1e19, weight, dy.sign() * 1e17)
+    check(x.sign() * 1e19, weight, dy.sign() * 1e15)
 
 
 @shapes
