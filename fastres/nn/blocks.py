@@ -283,8 +283,9 @@ class PlainResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
         out = self.relu(self.bn1(self.conv1(x)))
-        out = F.dropout(out, self.dropout, self.training) + self.shortcut(x)
-        return self.bn2(self.conv2(out))  # type: ignore[no-any-return]
+        if self.dropout > 0.0:
+            out = F.dropout(out, self.dropout, self.training)
+        return self.bn2(self.conv2(out + self.shortcut(x)))  # type: ignore[no-any-return]
 
 
 class ResidualBlock(FusedBlock, PlainResidualBlock):

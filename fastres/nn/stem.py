@@ -49,6 +49,10 @@ class FusedTrunk(Fused):
             return False
         return all(not has_hooks(b) and b.why_not_fusable() is None for b in blocks)
 
+    def _fits(self, x: Tensor) -> bool:
+        own = self.bn1.running_mean if self.bn1.weight is None else self.bn1.weight
+        return own is None or x.device == own.device
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if type(self._modules.get("relu")) is AbsorbedReLU:  # pickled whole when the normalisation held the ReLU

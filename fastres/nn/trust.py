@@ -126,7 +126,7 @@ def why_not_ordinary(x: Tensor) -> str | None:
     """
     if type(x) not in _TENSORS:
         return f"its input is a {type(x).__name__}"
-    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0:
+    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0 or x.layout is not torch.strided:
         return "its input is not a batch of images in floating point"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks on all modules are registered"

@@ -12,7 +12,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.altered.compare import Draw, Results, backward, observe, record, state, step
@@ -22,7 +21,6 @@ from tests.altered.subjects import (
     NETWORK,
     NORM_ACT,
     RESIDUAL,
-    SHORTCUT,
     SKIP,
     STEM,
     SUBJECTS,
@@ -325,21 +323,9 @@ class Doubling(TorchFunctionMode):
         return y * 2 if func is F.batch_norm else y
 
 
-class DoublingOperators(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        y = func(*args, **(kwargs or {}))
-        return y * 2 if func is torch.ops.aten.convolution.default else y
-
-
 @use("a mode over functions that alters F.batch_norm")
 def _(m: nn.Module, draw: Draw) -> Results:
     with Doubling():
-        return observe(m, draw)
-
-
-@use("a mode over operators that alters convolutions", (STEM, *BLOCKS, DIRECT_BASIC, RESIDUAL, SKIP, SHORTCUT))
-def _(m: nn.Module, draw: Draw) -> Results:
-    with DoublingOperators():
         return observe(m, draw)
 
 
@@ -360,15 +346,6 @@ def _(m: nn.Module, draw: Draw) -> Results:
     # Of the modules that have work; the name of ours differs.
     results["by module"] = sorted(sum(v.values()) for k, v in counter.get_flop_counts().items() if v and "." in k)
     return results
-
-
-@use("FLOPs of the profiler", (*SUBJECTS, NETWORK))
-def _(m: nn.Module, draw: Draw) -> Results:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
-        m(draw.x())
-    # Products; PyTorch counts additions and multiplications of tensors as well, ours need fewer.
-    names = ("conv2d", "mm", "addmm")
-    return {"flops": sum(e.flops for e in profile.key_averages() if any(e.key.endswith(n) for n in names))}
 
 
 @use("Grad-CAM on the stages", (NETWORK,))

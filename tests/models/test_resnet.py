@@ -73,21 +73,27 @@ def test_training_follows_torchvision_in_float64(name, memory_format, steps):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_in_float32_it_is_as_near_to_float64_as_torchvision_is(name):
-    actual = scramble(CLASSES[name](10, stem="imagenet"))
-    expected = torchvision_model(name, num_classes=10)
-    exact = torchvision_model(name, num_classes=10).double()
-    for module in (expected, exact):
-        module.load_state_dict(actual.state_dict())
-    x, gradient = inputs(torch.float32)(), torch.randn(4, 10)
-    results = []
-    for module, dtype in ((actual, torch.float32), (expected, torch.float32), (exact, torch.float64)):
-        y = module(x.to(dtype))
-        y.backward(gradient.to(dtype))
-        results.append([y.detach(), *(p.grad for p in module.parameters()), *(b for b in module.buffers() if b.dim())])
-    ours, theirs, true = (
-        torch.cat([v.double().flatten() / t.norm() for v, t in zip(r, results[2], strict=True)]) for r in results
-    )
-    assert (ours - true).norm() <= 2 * (theirs - true).norm()
+    # A ReLU that rounding flips moves one network's gradients and not the other's, so several are taken together.
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        actual = scramble(CLASSES[name](10, stem="imagenet"), seed)
+        expected = torchvision_model(name, num_classes=10)
+        exact = torchvision_model(name, num_classes=10).double()
+        for module in (expected, exact):
+            module.load_state_dict(actual.state_dict())
+        x, gradient = inputs(torch.float32)(), torch.randn(4, 10)
+        results = []
+        for module, dtype in ((actual, torch.float32), (expected, torch.float32), (exact, torch.float64)):
+            y = module(x.to(dtype))
+            y.backward(gradient.to(dtype))
+            gradients = [p.grad for p in module.parameters()]
+            results.append([y.detach(), *gradients, *(b for b in module.buffers() if b.dim())])
+        ours, theirs, true = (
+            torch.cat([v.double().flatten() / t.norm() for v, t in zip(r, results[2], strict=True)]) for r in results
+        )
+        errors += torch.stack(((ours - true).norm(), (theirs - true).norm()))
+    assert errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

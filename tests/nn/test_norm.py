@@ -129,9 +129,17 @@ def test_a_batch_that_batch_norm_refuses_leaves_what_it_leaves_there(shape):
         assert torch.equal(a, b)
 
 
-def test_a_residual_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="expected shape"):
-        FusedBatchNormAct2d(CHANNELS)(torch.randn(2, CHANNELS, 3, 3), torch.randn(2, CHANNELS, 3, 4))
+@pytest.mark.parametrize("order", ["add_act", "act_add"])
+def test_a_residual_of_another_shape_is_added_as_pytorch_adds_it(order):
+    norm, plain = pair(FusedBatchNormAct2d, torch.float64, order=order)
+    x = torch.randn(2, CHANNELS, 3, 3, dtype=torch.float64)
+    for size, fits in (((1, CHANNELS, 1, 3), True), ((2, CHANNELS, 3, 4), False)):
+        r = torch.randn(size, dtype=torch.float64)
+        if fits:
+            close(norm(x, r), plain(x, r), x.numel())
+        else:
+            with pytest.raises(RuntimeError, match="must match"):
+                norm(x, r)
 
 
 @pytest.mark.parametrize("order", ["add_act", "act_add"])
