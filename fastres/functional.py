@@ -300,7 +300,8 @@ def batch_norm_act(
         "act_add":  y = dropout(relu(z)) + residual
 
     mean and rstd are those of the batch in training, and the running ones otherwise. Only x, mean, rstd and at most one
-    bit an element are kept for backward. Differentiable once.
+    bit an element are kept for backward. Gradients that are differentiated again, or batched, are computed by PyTorch's
+    operators.
 
     Args:
         x: [N, C, H, W], float32 | bfloat16 | float16 (float64 on the CPU). Contiguous NCHW and channels_last are
@@ -460,9 +461,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     On the CPU in float32 and bfloat16 by Winograd's F(4x4, 3x3), which takes a quarter of the multiplications. In
     float32 its rounding errors are about twice those of the direct sum; in bfloat16, which it computes in float32, they
     are no larger. Tiles with values too large for its transforms, infinities or NaN are summed directly, so that these
-    show only where they are read (docs/convolution.md, "Range"). Differentiable once there. Results are the same in
-    every run; the rounding of the weight's gradient, and nothing else, depends on the number of threads. Elsewhere
-    PyTorch's convolution.
+    show only where they are read (docs/convolution.md, "Range"). Results are the same in every run; the rounding of the
+    weight's gradient, and nothing else, depends on the number of threads. Elsewhere PyTorch's convolution.
 
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
     as one matrix product of our own, with PyTorch's rounding errors.

@@ -416,7 +416,34 @@ def _input_gradient(g: Tensor, x: Affine, sums: tuple[Tensor, Tensor] | None, co
     if sums is not None:
         dweight, dbias = sums
         g = g - _channels(dbias / count) - x.xhat() * _channels(dweight / count)
-    return torch.empty_like(x.value).copy_(g * _channels(x.scale()))
+    return g * _channels(x.scale())
+
+
+def gradients(
+    dy: Tensor, x: Affine, residual: Affine | None, bits: Tensor | None, act: Activation, training: bool
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(g, dx, dresidual, sums) as expressions of their inputs, which can be differentiated again and batched.
+
+    Args:
+        x, residual: in training with statistics that are expressions of their values, see `batch_statistics`.
+    Returns:
+        g as `masked_gradient`; dresidual None without a normalised residual; sums as `backward_reduce`.
+    """
+    g = masked_gradient(dy, x, bits, act)
+    sums = backward_reduce(dy, x, residual, bits, act)
+    count = x.value.numel() // x.value.shape[1]
+    dx = _input_gradient(g, x, sums[:2] if training else None, count).to(x.value.dtype)
+    if residual is None:
+        return g, dx, None, sums
+    dz = g if act.order == "add_act" else dy.to(g.dtype)
+    dr = _input_gradient(dz, residual, sums[2:] if training else None, count).to(x.value.dtype)
+    return g, dx, dr, sums
+
+
+def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the batch as expressions of x."""
+    var, mean = torch.var_mean(x.to(statistics_dtype(x.dtype)), (0, 2, 3), correction=0)
+    return mean, torch.rsqrt(var + eps)
 
 
 def backward_apply(
@@ -438,11 +465,10 @@ def backward_apply(
     g = masked_gradient(dy, x, bits, act)
     dx, dr = dy.new_empty(0), dy.new_empty(0)  # an operator may not return one tensor twice
     if needs[0]:
-        dx = _input_gradient(g, x, sums[:2] if sums else None, count)
+        dx = torch.empty_like(x.value).copy_(_input_gradient(g, x, sums[:2] if sums else None, count))
     if needs[1]:
         dz = g if act.order == "add_act" else dy.to(g.dtype)
         if isinstance(residual, Affine):
-            dr = _input_gradient(dz, residual, sums[2:] if sums else None, count)
-        else:
-            dr = torch.empty_like(x.value).copy_(dz)
+            dz = _input_gradient(dz, residual, sums[2:] if sums else None, count)
+        dr = torch.empty_like(x.value).copy_(dz)
     return dx, dr

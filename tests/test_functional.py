@@ -381,17 +381,6 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_double_backward_is_a_clear_error_and_only_where_it_is_asked_for():
-    case = make_case((2, 4, 3, 3), torch.float32, "nchw", generator())
-    x = case.tensors["x"]
-    (first,) = torch.autograd.grad(
-        (call(functional.batch_norm_act, case, training=True) ** 2).sum(), x, create_graph=True
-    )
-    assert first.abs().sum() > 0
-    with pytest.raises(RuntimeError, match=r"batch_norm_act.*double backward.*reference"):
-        first.sum().backward()
-
-
 def test_autocast_brings_the_residual_to_the_dtype_of_x():
     n = norm(6, torch.float32, generator())
     x, r = torch.randn(2, 6, 4, 4).bfloat16(), torch.randn(2, 6, 4, 4)

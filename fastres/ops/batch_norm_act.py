@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastres import reference
-from fastres.ops.library import define, differentiable_once
+from fastres.ops.library import define, takes_plain_formula
 from fastres.reference import Activation, Affine
 
 _NORM = "Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias"
@@ -306,7 +306,21 @@ backward = define(
 # ------------------------------------------------------------------------------------------------------------ autograd
 
 
-_backward_once = differentiable_once(backward, "batch_norm_act")
+def _plain_backward(
+    ctx: Any, dy: Tensor, x: Affine, residual: Tensor | None, rest: list[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`backward` as expressions of its inputs, for gradients of gradients and batches of gradients."""
+    batch_statistics, *activation = ctx.activation
+    r_mean, r_rstd, r_weight, r_bias, bits = rest
+    if batch_statistics:
+        mean, rstd = reference.batch_statistics(x.value, ctx.eps[0])
+        x = x._replace(mean=mean, rstd=rstd)
+        if residual is not None:
+            r_mean, r_rstd = reference.batch_statistics(residual, ctx.eps[1])
+    r = _residual(residual, r_mean, r_rstd, r_weight, r_bias)
+    assert not isinstance(r, Tensor)
+    g, dx, dr, sums = reference.gradients(dy, x, r, bits, Activation(*activation), batch_statistics)
+    return dx, g.to(dy.dtype) if dr is None else dr, *sums
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -351,6 +365,7 @@ class BatchNormAct(torch.autograd.Function):
             residual_bias, bits if keeps_bits else None,
         )  # fmt: skip
         ctx.activation, ctx.memory_format = (batch_statistics, relu, dropout_p, order), reference.memory_format(x)
+        ctx.eps = (eps, residual_eps)
         # Where nothing stands between y and the residual, its gradient is dy: nothing to compute, nothing to write.
         ctx.residual_gradient_is_dy = (
             residual is not None and not residual_norm and (order == "act_add" or (not relu and dropout_p == 0))
@@ -362,15 +377,21 @@ class BatchNormAct(torch.autograd.Function):
         x, mean, rstd, weight, bias, residual, *rest = ctx.saved_tensors
         needed = ctx.needs_input_grad
         # Hooks on saved tensors may bring them back in another format, and the bits are in the order of this one.
-        x, dy = x.contiguous(memory_format=ctx.memory_format), dy.contiguous(memory_format=ctx.memory_format)
+        x = x.contiguous(memory_format=ctx.memory_format)
         if residual is not None:
             residual = residual.contiguous(memory_format=ctx.memory_format)
-        needs_dr = needed[5] and not ctx.residual_gradient_is_dy
-        # Where they are taken in any case, returning them costs less than making empty ones.
-        needs_sums = needed[1] or needed[2] or needed[6] or needed[7] or ctx.activation[0]
-        dx, dr, dweight, dbias, r_dweight, r_dbias = _backward_once(
-            dy, x, mean, rstd, weight, bias, residual, *rest, *ctx.activation, [needed[0], needs_dr, needs_sums]
-        )
+        if takes_plain_formula(dy):
+            dx, dr, dweight, dbias, r_dweight, r_dbias = _plain_backward(
+                ctx, dy, Affine(x, mean, rstd, weight, bias), residual, rest
+            )
+        else:
+            dy = dy.contiguous(memory_format=ctx.memory_format)
+            needs_dr = needed[5] and not ctx.residual_gradient_is_dy
+            # Where they are taken in any case, returning them costs less than making empty ones.
+            needs_sums = needed[1] or needed[2] or needed[6] or needed[7] or ctx.activation[0]
+            dx, dr, dweight, dbias, r_dweight, r_dbias = backward(
+                dy, x, mean, rstd, weight, bias, residual, *rest, *ctx.activation, [needed[0], needs_dr, needs_sums]
+            )
         if ctx.residual_gradient_is_dy:
             dr = dy
         grads = (dx, dweight, dbias, None, None, dr, r_dweight, r_dbias)

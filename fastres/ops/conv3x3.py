@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
-from fastres.ops.library import convolution_flops, define, differentiable_once, in_strides_of, restored
+from fastres.ops.library import (
+    convolution_flops,
+    convolution_gradients,
+    define,
+    in_strides_of,
+    restored,
+    takes_plain_formula,
+)
 from fastres.reference import Activation, Affine
 
 ALGORITHMS = ("auto", "direct", "winograd")
@@ -307,8 +314,6 @@ backward = define(
     flops=lambda dy, x, weight, added, needs, out_shape: convolution_flops(dy, weight, sum(needs)),
 )
 
-_backward_once = differentiable_once(backward, "conv3x3")
-
 
 class Conv3x3(torch.autograd.Function):
     """(y, mean, M2, x): y channels_last, its statistics (not differentiable; that they depend on y is part of
@@ -331,6 +336,9 @@ class Conv3x3(torch.autograd.Function):
         if dy is None:
             return added, None, None
         x, weight = ctx.saved_tensors
+        if takes_plain_formula(dy):
+            dx, dweight = convolution_gradients(dy, x, weight, [1, 1], 1, needs)
+            return dx if dx is None or added is None else dx + added, dweight, None
         x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
-        dx, dweight = _backward_once(dy, x, weight, added, needs)
+        dx, dweight = backward(dy, x, weight, added, needs)
         return dx if needs[0] else None, in_strides_of(weight, dweight) if needs[1] else None, None

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastres import _extension, _triton
+from fastres.ordinary import why_not_ordinary
+
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 LIBRARY: Any = torch.library.Library("fastres", "DEF")  # type: ignore[no-untyped-call]
 
@@ -102,26 +105,19 @@ def in_strides_of(weight: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
-def differentiable_once(overload: Any, name: str) -> Callable[..., Any]:
-    """A backward operator as a function whose results may be used, but not differentiated again.
+def takes_plain_formula(dy: Tensor) -> bool:
+    """Whether a backward is made of PyTorch's own operators, since it is to be differentiated again, or batched."""
+    if torch.compiler.is_compiling():
+        return False
+    # torch.autograd.grad(is_grads_batched=True) has batches of its own, beside torch.func's.
+    return torch.is_grad_enabled() or _is_batched(dy) or why_not_ordinary() is not None
 
-    Under create_graph=True a second derivative that is never asked for costs nothing, and one that is raises instead of
-    being silently zero.
-    """
 
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            return overload(*args)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(
-                f"{name}: the backward pass was differentiated (double backward), expected one backward only; use "
-                f"fastres.reference.{name} or fastres.unfuse(model) where second derivatives are needed"
-            )
-
-    def run(*args: Any) -> Any:
-        return Once.apply(*args) if torch.is_grad_enabled() else overload(*args)
-
-    return run
+def convolution_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: int, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) of a convolution in one group, by PyTorch's operator, which is differentiable itself."""
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight.to(x.dtype), None, stride, [padding] * 2, [1, 1], False, [0, 0], 1, [*needs, False]
+    )
+    return dx if needs[0] else None, dweight.to(weight.dtype) if needs[1] else None

@@ -25,7 +25,14 @@ from torch import Tensor
 
 from fastres import reference
 from fastres.ops import conv3x3
-from fastres.ops.library import convolution_flops, define, differentiable_once, in_strides_of, restored
+from fastres.ops.library import (
+    convolution_flops,
+    convolution_gradients,
+    define,
+    in_strides_of,
+    restored,
+    takes_plain_formula,
+)
 from fastres.reference import Activation, Affine
 
 _ACTIVATION = "bool relu, float dropout_p, str order"
@@ -142,7 +149,23 @@ backward = define(
     flops=_backward_flops,
 )
 
-_backward_once = differentiable_once(backward, "norm_act_conv3x3")
+
+def _plain_backward(
+    ctx: Any, dy: Tensor, x: Affine, residual: Tensor | None, keep: Tensor, weight: Tensor
+) -> tuple[Tensor | None, ...]:
+    """`backward` as expressions of its inputs, for gradients of gradients and batches of gradients."""
+    act, needed = Activation(*ctx.activation), ctx.needs_input_grad
+    mean, rstd = reference.batch_statistics(x.value, ctx.eps)
+    x = x._replace(mean=mean, rstd=rstd)
+    a, passed = _activate(x, residual, keep, act)
+    needs_input = any(needed[:4])
+    da, dweight = convolution_gradients(dy, a, weight, [1, 1], 1, [needs_input, needed[4]])
+    if da is None:
+        return None, None, None, None, dweight
+    g, dx, _, (dnorm_weight, dnorm_bias, *_) = reference.gradients(
+        da, x, None, reference.pack_bits(passed, x.value), act, True
+    )
+    return dx, dnorm_weight, dnorm_bias, (g if act.order == "add_act" else da).to(da.dtype), dweight
 
 
 class NormActConv3x3(torch.autograd.Function):
@@ -163,7 +186,7 @@ class NormActConv3x3(torch.autograd.Function):
             relu, dropout_p, order, statistics,
         )  # fmt: skip
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, residual, keep, weight)
-        ctx.activation, ctx.weight_strides = (relu, dropout_p, order), weight.stride()
+        ctx.activation, ctx.weight_strides, ctx.eps = (relu, dropout_p, order), weight.stride(), eps
         ctx.mark_non_differentiable(y_mean, y_m2)
         ctx.set_materialize_grads(False)
         return y, y_mean, y_m2
@@ -177,12 +200,13 @@ class NormActConv3x3(torch.autograd.Function):
         x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        dx, dr, dweight, dnorm_weight, dnorm_bias = _backward_once(
-            dy, x, mean, rstd, norm_weight, norm_bias, residual, keep, weight, *ctx.activation,
-            [any(needed[:4]), needed[3], needed[4]],
-        )  # fmt: skip
-        if needed[4]:
-            dweight = in_strides_of(weight, dweight)
-        grads = (dx, dnorm_weight, dnorm_bias, dr, dweight)
+        if takes_plain_formula(dy):
+            grads = _plain_backward(ctx, dy, Affine(x, mean, rstd, norm_weight, norm_bias), residual, keep, weight)
+        else:
+            dx, dr, dweight, dnorm_weight, dnorm_bias = backward(
+                dy, x, mean, rstd, norm_weight, norm_bias, residual, keep, weight, *ctx.activation,
+                [any(needed[:4]), needed[3], needed[4]],
+            )  # fmt: skip
+            grads = dx, dnorm_weight, dnorm_bias, dr, in_strides_of(weight, dweight) if needed[4] else dweight
         gradients = [g if n else None for g, n in zip(grads, needed, strict=False)]
         return (*gradients, *[None] * (len(needed) - len(grads)))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import reference
-from fastres.ops.library import convolution_flops, define, differentiable_once, restored
+from fastres.ops.library import convolution_flops, convolution_gradients, define, restored, takes_plain_formula
 
 
 def output_size(size: int, stride: int) -> int:
@@ -122,9 +122,6 @@ inference = define(
 )
 
 
-_backward_once = differentiable_once(backward, "projection_shortcut")
-
-
 class Projection(torch.autograd.Function):
     """(product, mean, M2) of the strided 1x1 convolution.
 
@@ -149,6 +146,8 @@ class Projection(torch.autograd.Function):
             return None, None, None, None
         s, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
+        if takes_plain_formula(dproduct):
+            return *convolution_gradients(dproduct, s, weight, ctx.stride, 0, needs), None, None
         s, dproduct = (t.contiguous(memory_format=ctx.memory_format) for t in (s, dproduct))
-        ds, dweight = _backward_once(dproduct, s, restored(weight, ctx.weight_strides), ctx.stride, needs)
+        ds, dweight = backward(dproduct, s, restored(weight, ctx.weight_strides), ctx.stride, needs)
         return ds if needs[0] else None, dweight if needs[1] else None, None, None
