@@ -640,7 +640,7 @@ def test_auto_leaves_bfloat16_to_pytorch_where_there_are_tiles(monkeypatch):
             with torch.autocast("cpu", LOW):
                 assert (functional.norm_act_conv3x3(x, n, weight, algorithm=asked)[1] is not None) == taken
                 assert (functional.measured_conv3x3(x, weight, algorithm=asked).statistics is not None) == taken
-        assert ops.takes_product(few, 2, "auto") is not tiles
+        assert ops.takes_product(few, 64, 2, "auto") is not tiles
         with torch.no_grad(), torch.autocast("cpu", LOW):
             y = functional.conv3x3_norm_act(few, weight, end, stride=2)
         vectors = [t.detach() for t in end[:4]]
