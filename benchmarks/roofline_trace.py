@@ -7,6 +7,7 @@ which kernels a GPU would launch for it, and which tensors each of them reads an
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inlined: storage of a tensor that is never written -> what is read in its place.
     """
 
-    def __init__(self, network: nn.Module, rule_of: Callable[[Any], Rule]) -> None:
+    def __init__(self, network: nn.Module, rule_of: Callable[[Any], Rule], *, by_parameters: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.phase: Phase = "forward"
         self.kernels: list[Kernel] = []
@@ -159,11 +160,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names = {module: name for name, module in self._modules.items()}
         self._stack: list[str] = []
         self._norm_row = ""
+        # Hooks on all modules would take a fused block off its faster way: there a layer is known by its parameters.
+        self._by_parameters = by_parameters
+        self._owners: dict[Hashable, str] = {
+            storage(tensor): name
+            for name, module in self._modules.items()
+            for tensor in (*module.parameters(False), *module.buffers(False))
+        }
         # Autograd numbers its nodes as forward makes them: number -> layer.
         self._row_of_node: dict[int, str] = {}
 
     def __enter__(self) -> Recorder:
-        self._hooks = [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end)]
+        self._hooks = []
+        if not self._by_parameters:
+            self._hooks = [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end)]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -176,8 +186,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = self._names[module]
         parent, _, child = name.rpartition(".")
         if child == "downsample":
-            # What closes a block counts with the block's last normalisation, that of the shortcut as well.
-            self._norm_row = f"{parent}.{'bn3' if hasattr(self._modules[parent], 'bn3') else 'bn2'}"
+            self._norm_row = self._last_norm(parent)
         elif isinstance(module, nn.BatchNorm2d) and not parent.endswith("downsample"):
             self._norm_row = name
         if child == "downsample":
@@ -185,6 +194,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not isinstance(module, (nn.Conv2d, nn.Linear, nn.AdaptiveAvgPool2d)):
             name = ""
         self._stack.append(name)
+
+    def _last_norm(self, block: str) -> str:
+        """What closes a block counts with the block's last normalisation, that of the shortcut as well."""
+        return f"{block}.{'bn3' if hasattr(self._modules[block], 'bn3') else 'bn2'}"
+
+    def _row_of_parameters(self, op: str, tensors: list[Tensor], out: Any) -> str:
+        """The layer of an operator in forward: that of its parameters, or of those before it."""
+        owners = [self._owners[storage(tensor)] for tensor in tensors if storage(tensor) in self._owners]
+        if not owners:
+            if self._norm_row == "fc":
+                return "loss"
+            return "avgpool" if op.startswith(("aten::mean", "aten::_adaptive_avg_pool2d")) else self._norm_row
+        owner = min(owners, key=lambda name: "downsample" in name)
+        if op.startswith("aten::_to_copy"):  # a parameter in autocast's dtype
+            self._owners |= {storage(tensor): owner for tensor in tensors_in(out)}
+        module = self._modules[owner]
+        if isinstance(module, nn.BatchNorm2d) or owner == "fc":
+            block, _, rest = owner.partition(".downsample")
+            self._norm_row = owner if not rest else self._last_norm(block)
+            return self._norm_row
+        return owner
 
     def _end(self, *_: Any) -> None:
         self._stack.pop()
@@ -197,16 +227,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keep += [tensor.untyped_storage() for tensor in tensors_in((args, kwargs, out))]
         names = [argument.name for argument in func._schema.arguments]
         named = {**dict(zip(names, args, strict=False)), **kwargs}
-        self.kernels += self._rule_of(func)(Call(func.name(), self._row(func.name()), self.phase, named, out, self))
+        row = self._row(func.name(), tensors_in((args, kwargs)), out)
+        self.kernels += self._rule_of(func)(Call(func.name(), row, self.phase, named, out, self))
         return out
 
-    def _row(self, op: str) -> str:
+    def _row(self, op: str, tensors: list[Tensor], out: Any) -> str:
         if self.phase == "optimizer":
             return "optimizer"
         if self.phase == "forward":
-            row = (self._stack[-1] or self._norm_row) if self._stack else "loss"
-            if "batch_norm_act" in op:
-                row = self._norm_row
+            if self._by_parameters:
+                row = self._row_of_parameters(op, tensors, out)
+            else:
+                row = (self._stack[-1] or self._norm_row) if self._stack else "loss"
             # What runs without autograd after a node, counters for instance, sees the same number.
             number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
             self._row_of_node.setdefault(number - 1, row)
@@ -253,7 +285,11 @@ def record(step: Step, *, fused: bool, rule_of: Callable[[Any], Rule]) -> list[K
     """
     # The CPU stands for the GPU: where there is none, the autograd engine refuses tensors that claim to be on it.
     with FakeTensorMode():
-        network = models.create(step.model, num_classes=CLASSES, dropout=step.dropout, fused=fused)
+        # The CPU's own convolutions are not what a GPU runs.
+        algorithm = "direct" if fused else None
+        network = models.create(
+            step.model, num_classes=CLASSES, dropout=step.dropout, fused=fused, conv_algorithm=algorithm
+        )
         network.train(step.training)
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
@@ -262,7 +298,7 @@ def record(step: Step, *, fused: bool, rule_of: Callable[[Any], Rule]) -> list[K
         images = torch.empty(step.batch, 3, step.image, step.image).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(step.batch, dtype=torch.int64)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, foreach=True)
-        recorder = Recorder(network, rule_of)
+        recorder = Recorder(network, rule_of, by_parameters=fused)
 
         def run() -> None:
             recorder.phase = "forward"
@@ -280,6 +316,6 @@ def record(step: Step, *, fused: bool, rule_of: Callable[[Any], Rule]) -> list[K
 
         if step.training:
             run()  # The first step makes the momentum buffers.
-        with recorder, _GpuDropout():
+        with recorder, contextlib.nullcontext() if fused else _GpuDropout():
             run()
     return recorder.finish()
