@@ -60,6 +60,13 @@ def counted_bytes() -> Iterator[Counter[str]]:
             setattr(InterpreterBuilder, name, f)
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """The operators are called by themselves here, and refuse inputs that require a gradient."""
+    with torch.no_grad():
+        yield
+
+
 SHAPE = (8, 64, 16, 16)
 
 
