@@ -126,7 +126,8 @@ def training_step(
         with Recorder(device) as recorder:
             with _autocast(dtype):
                 loss = F.cross_entropy(network(images), labels)
-            run_backward(loss)
+            with torch.no_grad():  # as the engine does
+                run_backward(loss)
             optimizer.step()
     return recorder.trace, network
 

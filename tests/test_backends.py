@@ -57,7 +57,14 @@ def test_the_parity_tests_pass_on(backend):
         selected.append(TESTS / "ops" / "test_projection_shortcut.py")
     if backend not in ("default", "triton", "cuda"):
         # The CPU's alone; the baseline module leaves them to plain PyTorch, which is the reference.
-        names = ("conv3x3", "conv3x3_bfloat16", "conv3x3_product", "norm_act_conv3x3")
+        names = (
+            "conv3x3",
+            "conv3x3_bfloat16",
+            "conv3x3_product",
+            "conv3x3_range",
+            "conv3x3_packed",
+            "norm_act_conv3x3",
+        )
         selected += [TESTS / "ops" / f"test_{name}.py" for name in names]
     # Compilation and hypothesis take long and do not depend on the backend.
     skip = "not compiles and not any_shape and not opcheck and not threads"
