@@ -12,7 +12,6 @@ copied as it is.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from fastres import functional, ordinary
 from fastres.fuse import check_model, fuse
 from fastres.nn.blocks import FusedBasicBlock, FusedBlock, FusedBottleneck, ResidualBlock
 from fastres.nn.shortcut import SkipConnection
-from fastres.nn.stem import FusedTrunk, plain_trunk_class
+from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
 from fastres.nn.trust import is_exactly
 from fastres.ops import conv3x3 as ops
@@ -316,22 +315,6 @@ def _hold_as_buffers(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
-@functools.cache
-def _frozen_class(plain: Any) -> Any:
-    names = {"plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": _reduce}
-    return type(f"Frozen{plain.__name__}", (Frozen, plain), names)
-
-
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    # Pickle finds a class by its name, and this one has none in any module.
-    return _new_frozen, (type(self).plain_class,), self.__dict__
-
-
-def _new_frozen(plain: Any) -> Any:
-    frozen = _frozen_class(plain)
-    return frozen.__new__(frozen)
-
-
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of the model for inference only: normalisations folded into convolutions, weights packed for the kernels.
 
@@ -364,5 +347,5 @@ def freeze(model: nn.Module) -> nn.Module:
     for module in frozen.modules():
         _hold_as_buffers(module)
     if not isinstance(frozen, Frozen):
-        frozen.__class__ = _frozen_class(cast(Any, type(frozen)))
+        frozen.__class__ = made_class("Frozen", cast(Any, Frozen), cast(Any, type(frozen)))
     return frozen

@@ -143,7 +143,7 @@ def fused_trunk_class(plain: type[nn.Module]) -> type[FusedTrunk] | None:
         return FusedStemResNet
     own: Any = plain
     if issubclass(plain, ResNet) and own._forward_impl is ResNet._forward_impl and own.forward is ResNet.forward:
-        return _fused_subclass(own)  # type: ignore[no-any-return]
+        return made_class("Fused", FusedStemResNet, own)  # type: ignore[no-any-return]
     return None
 
 
@@ -154,16 +154,18 @@ def plain_trunk_class(fused: type[nn.Module]) -> type[nn.Module] | None:
 
 
 @functools.cache
-def _fused_subclass(plain: Any) -> Any:
-    names = {"plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": _reduce}
-    return type(f"Fused{plain.__name__}", (FusedStemResNet, plain), names)
+def made_class(prefix: str, ours: Any, plain: Any) -> Any:
+    """A subclass of `ours` and then `plain`, named after the latter, whose modules can be pickled and copied."""
+    names = {"plain_class": plain, "made_of": (prefix, ours, plain), "__module__": plain.__module__,
+             "__doc__": plain.__doc__, "__reduce_ex__": _reduce}  # fmt: skip
+    return type(f"{prefix}{plain.__name__}", (ours, plain), names)
 
 
-def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     # Pickle finds a class by its name, and this one has none in any module.
-    return _new_fused_subclass, (type(self).plain_class,), self.__dict__  # type: ignore[attr-defined]
+    return _new_of_made_class, type(self).made_of, self.__dict__
 
 
-def _new_fused_subclass(plain: Any) -> Any:
-    fused = _fused_subclass(plain)
-    return fused.__new__(fused)
+def _new_of_made_class(prefix: str, ours: Any, plain: Any) -> Any:
+    made = made_class(prefix, ours, plain)
+    return made.__new__(made)

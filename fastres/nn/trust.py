@@ -84,22 +84,7 @@ def why_not_exactly(module: nn.Module | None, expected: type[nn.Module]) -> str 
     return None
 
 
-def is_exactly(module: nn.Module | None, expected: type[_Module]) -> TypeGuard[_Module]:
-    """Whether calling the module does what the class `expected` says and no more."""
-    return why_not_exactly(module, expected) is None
-
-
-def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]]) -> str | None:
-    """Why one of these children is not exactly what its class says; None where all are."""
-    modules = parent._modules
-    for name, expected in children.items():
-        child = modules.get(name)
-        if not _is_exactly(child, expected):
-            return f"its {name} {why_not_exactly(child, expected)}"
-    return None
-
-
-def _is_exactly(module: Any, expected: type[nn.Module]) -> bool:
+def is_exactly(module: Any, expected: type[_Module]) -> TypeGuard[_Module]:
     """Whether `why_not_exactly` has nothing to say. Asked of every child of a block at every call, so it is short."""
     if (
         type(module) is not expected
@@ -116,6 +101,16 @@ def _is_exactly(module: Any, expected: type[nn.Module]) -> bool:
         if parameter is not None and type(parameter) not in _TENSORS:
             return False
     return True
+
+
+def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]]) -> str | None:
+    """Why one of these children is not exactly what its class says; None where all are."""
+    modules = parent._modules
+    for name, expected in children.items():
+        child = modules.get(name)
+        if not is_exactly(child, expected):
+            return f"its {name} {why_not_exactly(child, expected)}"
+    return None
 
 
 def why_not_ordinary(x: Tensor) -> str | None:
