@@ -1,0 +1,111 @@
+"""How grouped arguments become an operator's flat schema, and back.
+
+A schema knows tensors, numbers and strings, but no structs. An implementation takes NamedTuples (`fastres.contract`): a
+parameter `norm: Norm` stands for the arguments norm_mean, norm_rstd, norm_weight and norm_bias, in this order.
+A group that may be None has arguments that may each be None; where all of them are, so is the group. csrc/common's
+arguments.h does the same in C++.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+Needs2 = Annotated[Sequence[bool], "bool[2]"]
+Needs3 = Annotated[Sequence[bool], "bool[3]"]
+Ints2 = Annotated[Sequence[int], "int[2]"]
+
+_SCALARS: dict[Any, str] = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
+
+
+class _Parameter(NamedTuple):
+    """One parameter of an implementation.
+
+    Attributes:
+        group: the class of a grouped one, else None.
+        size: flat arguments that it stands for.
+        optional: whether it may be None.
+    """
+
+    name: str
+    group: Any
+    size: int
+    optional: bool
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = [a for a in get_args(hint) if a is not type(None)]
+        return inner[0], len(inner) < len(get_args(hint))
+    return hint, False
+
+
+def _type(hint: Any, optional: bool) -> str:
+    hint, may_be_none = _without_none(hint)
+    if get_origin(hint) is Annotated:
+        return str(get_args(hint)[1])
+    return _SCALARS[hint] + "?" * (optional or may_be_none)
+
+
+class Arguments:
+    """The parameters of an implementation as a schema has them.
+
+    Args:
+        implementation: its parameters' annotations are tensors, numbers, strings, the lists above and NamedTuples of
+            tensors, numbers and strings, each of them perhaps `| None`.
+        mutates: the flat names of tensors that it updates.
+    """
+
+    def __init__(self, implementation: Callable[..., Any], mutates: Sequence[str]) -> None:
+        hints = get_type_hints(implementation, include_extras=True)
+        self.parameters: list[_Parameter] = []
+        flat: list[str] = []
+        marks = {name: f"({chr(ord('a') + i)}!)" for i, name in enumerate(mutates)}
+        for name in inspect.signature(implementation).parameters:
+            hint, optional = _without_none(hints[name])
+            fields = getattr(hint, "_fields", None)
+            if fields is None:
+                self.parameters.append(_Parameter(name, None, 1, optional))
+                flat.append(f"{_type(hint, optional)} {name}")
+                continue
+            self.parameters.append(_Parameter(name, hint, len(fields), optional))
+            of_field = get_type_hints(hint)
+            for field in fields:
+                type_name, full = _type(of_field[field], optional), f"{name}_{field}"
+                if full in marks:
+                    type_name = type_name.replace("Tensor", "Tensor" + marks[full])
+                flat.append(f"{type_name} {full}")
+        self.schema = ", ".join(flat)
+        self._names = [p.name for p in self.parameters]
+        # What stands for a group that is None; () for a parameter that is no group.
+        self._absent: list[tuple[None, ...]] = [(None,) * p.size if p.group else () for p in self.parameters]
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The flat arguments of a call with grouped ones, all of which are given."""
+        if kwargs:
+            args = (*args, *[kwargs[name] for name in self._names[len(args) :]])
+        flat: list[Any] = []
+        for value, absent in zip(args, self._absent, strict=True):
+            if not absent:
+                flat.append(value)
+            else:
+                flat.extend(absent if value is None else value)
+        return flat
+
+    def group(self, flat: Sequence[Any]) -> dict[str, Any]:
+        """The grouped arguments by name."""
+        grouped: dict[str, Any] = {}
+        at = 0
+        for name, group, size, optional in self.parameters:
+            if group is None:
+                grouped[name] = flat[at]
+            else:
+                fields = flat[at : at + size]
+                missing = optional and all(f is None for f in fields)
+                grouped[name] = None if missing else group(*fields)
+            at += size
+        return grouped

@@ -1,0 +1,521 @@
+"""The operators' stages in plain PyTorch: what runs where nothing is compiled, and what gives every operator its schema.
+
+Notation: x is [N, C, H, W], M = N * H * W elements a channel, xhat = (x - mean) * rstd, f the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres import contract
+from fastres.activations import Activation
+from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums
+from fastres.ops.arguments import Ints2, Needs2, Needs3
+from fastres.ops.packed import unpack
+
+# ----------------------------------------------------------------------------------------------------------- formulas
+
+
+def channels(v: Tensor) -> Tensor:
+    """[C] as [C, 1, 1]."""
+    return v[:, None, None]
+
+
+def xhat(x: Tensor, norm: Norm) -> Tensor:
+    """(x - mean) * rstd in the dtype of the statistics."""
+    return (x.to(norm.mean.dtype) - channels(norm.mean)) * channels(norm.rstd)
+
+
+def _scale(norm: Norm) -> Tensor:
+    return norm.rstd if norm.weight is None else norm.rstd * norm.weight
+
+
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """weight * (x - mean) * rstd + bias in the dtype of the statistics."""
+    z = (x.to(norm.mean.dtype) - channels(norm.mean)) * channels(_scale(norm))
+    return z if norm.bias is None else z + channels(norm.bias)
+
+
+def _added(residual: Residual | None) -> Tensor | None:
+    if residual is None:
+        return None
+    return residual.value if residual.norm is None else normalise(residual.value, residual.norm)
+
+
+def preactivation(x: Tensor, norm: Norm, residual: Residual | None, act: Act) -> Tensor:
+    """f's input: z, or z + r where the residual is added before f."""
+    z = normalise(x, norm)
+    r = _added(residual)
+    return z if r is None or act.order == "act_add" else z + r
+
+
+def activate(
+    x: Tensor, norm: Norm, residual: Residual | None, act: Act, keep: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(y in the dtype of the statistics, the mask that `Act.saves_bits` speaks of); `keep` is dropout's mask."""
+    z = preactivation(x, norm, residual, act)
+    y, mask = act.activation.forward(z), keep
+    if act.gated:
+        mask = contract.passes(act, z) if keep is None else contract.passes(act, z) & keep
+    if keep is not None:
+        y = torch.where(keep, y / (1 - act.dropout_p), 0)
+    r = _added(residual)
+    return y if r is None or act.order == "add_act" else y + r, mask
+
+
+def masked_gradient(
+    dy: Tensor, x: Tensor, norm: Norm, residual: Residual | None, act: Act, mask: Tensor | None
+) -> Tensor:
+    """g, the gradient of z, in the dtype of the statistics: dy * keep / (1 - p) * f'(z)."""
+    g = dy.to(norm.mean.dtype)
+    if mask is not None and act.gated:
+        return torch.where(mask, g / (1 - act.dropout_p), g * act.leak if act.leak else 0)
+    if act.recomputes(False):
+        g = g * act.activation.gradient(preactivation(x, norm, residual, act))
+    return g if mask is None else torch.where(mask, g / (1 - act.dropout_p), 0)
+
+
+def sums_of(dz: Tensor, dr: Tensor, x: Tensor, norm: Norm, residual: Residual | None) -> Sums:
+    """The backward sums from the gradients of z and of the residual's own normalised value."""
+    dweight, dbias = (dz * xhat(x, norm)).sum((0, 2, 3)), dz.sum((0, 2, 3))
+    if residual is None or residual.norm is None:
+        return Sums(dweight, dbias)
+    return Sums(dweight, dbias, (dr * xhat(residual.value, residual.norm)).sum((0, 2, 3)), dr.sum((0, 2, 3)))
+
+
+def input_gradient(
+    g: Tensor, x: Tensor, norm: Norm, dweight: Tensor | None, dbias: Tensor | None, count: Tensor | int
+) -> Tensor:
+    """weight * rstd * (g - dbias / M - xhat * dweight / M), or without sums weight * rstd * g.
+
+    Source: Ioffe and Szegedy 2015, section 3.
+    """
+    if dweight is not None and dbias is not None:
+        g = g - channels(dbias / count) - xhat(x, norm) * channels(dweight / count)
+    return g * channels(_scale(norm))
+
+
+def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) of the batch as expressions of x, which can be differentiated."""
+    var, mean = torch.var_mean(x.to(contract.statistics_dtype(x.dtype)), (0, 2, 3), correction=0)
+    return mean, torch.rsqrt(var + eps)
+
+
+def _count(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+def _finalise(x: Tensor, norm: NormParams, statistics: Statistics | None) -> Norm:
+    """The normalisation by the batch statistics, all its tensors new; the running statistics are updated in place."""
+    count: Tensor | int = _count(x)
+    if statistics is None:
+        _, mean, m2 = stats(x)
+    else:
+        mean, m2 = statistics.mean.clone(), statistics.m2
+        count = count if statistics.count is None else statistics.count
+    if norm.running_mean is not None and norm.running_var is not None:
+        kept, share = 1 - norm.momentum, norm.momentum
+        norm.running_mean.copy_(kept * norm.running_mean + share * mean)
+        norm.running_var.copy_(kept * norm.running_var + share * (m2 / (count - 1)))
+    return Norm(mean, torch.rsqrt(m2 / count + norm.eps), norm.weight, norm.bias)
+
+
+def _running(norm: NormParams) -> Norm:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return Norm(norm.running_mean, torch.rsqrt(norm.running_var + norm.eps), norm.weight, norm.bias)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """A new empty tensor: an operator may not return one tensor twice."""
+    return like.new_empty(0)
+
+
+# -------------------------------------------------------------------------------------------------------- batch_norm_act
+
+
+def stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(count int64 [1], mean [C], M2 [C]): M2 is the sum of squared deviations from the mean."""
+    count = _count(x)
+    var, mean = torch.var_mean(x.to(contract.statistics_dtype(x.dtype)), (0, 2, 3), correction=0)
+    return torch.full((1,), count, dtype=torch.int64, device=x.device), mean, var * count
+
+
+def apply(
+    x: Tensor, norm: Norm, residual: Residual | None, seed: Tensor | None, act: Act, save_bits: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, bits): bits is empty where `save_bits` is off or backward can do without (`Act.saves_bits`)."""
+    keep = None
+    if act.dropout_p > 0:
+        assert seed is not None
+        keep = contract.dropout_keep(x.shape, seed, act.dropout_p)
+    y, mask = activate(x, norm, residual, act, keep)
+    y = torch.empty_like(x).copy_(y)
+    if save_bits and act.saves_bits(residual is not None):
+        assert mask is not None
+        return y, contract.pack_bits(mask, x)
+    return y, torch.empty(0, dtype=torch.uint8, device=y.device)
+
+
+def training(
+    x: Tensor,
+    norm: NormParams,
+    statistics: Statistics | None,
+    residual: Tensor | None,
+    residual_norm: NormParams | None,
+    residual_statistics: Statistics | None,
+    seed: Tensor | None,
+    act: Act,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, rstd, residual mean, residual rstd, bits), by the batch statistics of x and of a normalised residual.
+
+    The residual's are empty where it has no normalisation of its own.
+    """
+    own = _finalise(x, norm, statistics)
+    added = None if residual is None else Residual(residual)
+    r_mean, r_rstd = _nothing(own.mean), _nothing(own.mean)
+    if residual is not None and residual_norm is not None:
+        added = Residual(residual, *_finalise(residual, residual_norm, residual_statistics))
+        r_mean, r_rstd = added[1:3]
+    y, bits = apply(x, own, added, seed, act, True)
+    return y, own.mean, own.rstd, r_mean, r_rstd, bits
+
+
+def inference(
+    x: Tensor, norm: NormParams, residual: Tensor | None, residual_norm: NormParams | None, act: Act, save_bits: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, bits), by running statistics and without dropout."""
+    added = None if residual is None else Residual(residual)
+    if residual is not None and residual_norm is not None:
+        added = Residual(residual, *_running(residual_norm))
+    return apply(x, _running(norm), added, None, act._replace(dropout_p=0.0), save_bits)
+
+
+def _mask(bits: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bits is None or bits.numel() == 0 else contract.unpack_bits(bits, x)
+
+
+def backward_reduce(
+    dy: Tensor, dy2: Tensor | None, x: Tensor, norm: Norm, residual: Residual | None, bits: Tensor | None, act: Act
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dweight, dbias, residual dweight, residual dbias, dz): the first stage, sums over the batch, of `Sums`.
+
+    The residual's sums are empty where it has no normalisation of its own.
+
+    Args:
+        dy, dy2: the gradient of y in one part, or in two that are added while they are read.
+        residual: it is read where it has a normalisation of its own or `Act.reads_residual`.
+    Returns:
+        dz: what the second stage takes in dy's place where there are two parts, and else empty. In the order "add_act"
+            it is g, and the second stage has `PLAIN` for act and no bits; in the order "act_add" dy + dy2.
+    """
+    whole = dy if dy2 is None else dy + dy2
+    g = masked_gradient(whole, x, norm, residual, act, _mask(bits, x))
+    dr = g if act.order == "add_act" else whole.to(g.dtype)
+    sums = sums_of(g, dr, x, norm, residual)
+    dz = _nothing(x) if dy2 is None else torch.empty_like(x).copy_(dr)
+    r_dweight = _nothing(sums.dweight) if sums.residual_dweight is None else sums.residual_dweight
+    r_dbias = _nothing(sums.dweight) if sums.residual_dbias is None else sums.residual_dbias
+    return sums.dweight, sums.dbias, r_dweight, r_dbias, dz
+
+
+def backward_apply(
+    dy: Tensor,
+    x: Tensor,
+    norm: Norm,
+    residual: Residual | None,
+    bits: Tensor | None,
+    sums: Sums | None,
+    count: Tensor | None,
+    act: Act,
+    needs: Needs2,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dresidual): the second stage; what is not needed is empty.
+
+    A residual without a normalisation of its own gets g ("add_act") or dy itself ("act_add").
+
+    Args:
+        sums: of the first stage; None: the statistics are constants, as in evaluation.
+        count: int64 [1], elements a channel behind the sums; None: those of x.
+    """
+    g = masked_gradient(dy, x, norm, residual, act, _mask(bits, x))
+    m: Tensor | int = _count(x) if count is None else count
+    dx, dr = _nothing(dy), _nothing(dy)
+    if needs[0]:
+        of_x = (None, None) if sums is None else sums[:2]
+        dx = torch.empty_like(x).copy_(input_gradient(g, x, norm, *of_x, m))
+    if needs[1]:
+        dz = g if act.order == "add_act" else dy.to(g.dtype)
+        if residual is not None and residual.norm is not None:
+            of_residual = (None, None) if sums is None else sums[2:]
+            dz = input_gradient(dz, residual.value, residual.norm, *of_residual, m)
+        dr = torch.empty_like(x).copy_(dz)
+    return dx, dr
+
+
+def backward(
+    dy: Tensor,
+    dy2: Tensor | None,
+    x: Tensor,
+    norm: Norm,
+    residual: Residual | None,
+    bits: Tensor | None,
+    act: Act,
+    training: bool,
+    needs: Needs3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dweight, dbias, residual dweight, residual dbias): both stages.
+
+    Args:
+        training: the statistics are the batch's, so that dx depends on the sums.
+        needs: dx, dresidual, and the four sums as results, which are empty otherwise.
+    """
+    none = tuple(_nothing(norm.mean) for _ in range(4))
+    found, sums = none, None
+    if dy2 is not None or needs[2] or (training and (needs[0] or needs[1])):
+        *found, dz = backward_reduce(dy, dy2, x, norm, residual, bits, act)
+        normed = residual is not None and residual.norm is not None
+        sums = Sums(*found[: 4 if normed else 2]) if training else None
+        if dy2 is not None:
+            dy, act, bits = (dz, PLAIN, None) if act.order == "add_act" else (dz, act, bits)
+    dx, dr = backward_apply(dy, x, norm, residual, bits, sums, None, act, needs[:2])
+    return dx, dr, *(found if needs[2] else none)
+
+
+# --------------------------------------------------------------------------------------------------- convolution
+
+
+def output_size(size: int, stride: int) -> int:
+    """Output positions along one axis of a convolution whose padding is half its kernel."""
+    return (size - 1) // stride + 1
+
+
+def empty_output(x: Tensor, outputs: int, stride: Sequence[int], memory_format: torch.memory_format) -> Tensor:
+    """The output of such a convolution, uninitialised."""
+    height, width = (output_size(size, s) for size, s in zip(x.shape[2:], stride, strict=True))
+    shape = (x.shape[0], outputs, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _measured(y: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, M2), the last two empty where they are not asked for."""
+    if statistics:
+        return (y, *stats(y)[1:])
+    none = y.new_empty(0, dtype=contract.statistics_dtype(y.dtype))
+    return y, none, none.clone()
+
+
+def _convolution_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], results: tuple[Tensor, Tensor], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) by PyTorch, written into `results` where they are needed."""
+    padding = [weight.shape[2] // 2] * 2
+    found = torch.ops.aten.convolution_backward(
+        dy, x, weight.to(x.dtype), None, stride, padding, [1, 1], False, [0, 0], 1, [*needs[:2], False]
+    )
+    for to, gradient, needed in zip(results, found[:2], needs, strict=False):
+        if needed:
+            to.copy_(gradient)
+    return results
+
+
+def empty_gradients(
+    x: Tensor, weight: Tensor, needs: Sequence[bool], memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), uninitialised, and empty where not needed."""
+    dx, dweight = x.new_empty(0), weight.new_empty(0)
+    if needs[0]:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if needs[1]:
+        layout = torch.contiguous_format if weight.is_contiguous() else torch.channels_last
+        dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device, memory_format=layout)
+    return dx, dweight
+
+
+def conv3x3_forward(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, M2): y channels_last; the statistics empty where they are not asked for."""
+    y = empty_output(x, weight.shape[0], (1, 1), torch.channels_last)
+    return _measured(y.copy_(F.conv2d(x, weight.to(x.dtype), padding=1)), statistics)
+
+
+def conv3x3_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, needs: Needs2
+) -> tuple[Tensor, Tensor]:
+    """(dx + added, dweight), dx channels_last; what is not needed is empty."""
+    results = empty_gradients(x, weight, needs, torch.channels_last)
+    dx, dweight = _convolution_gradients(dy, x, weight, [1, 1], results, needs)
+    return dx.add_(added) if needs[0] and added is not None else dx, dweight
+
+
+def conv3x3_inference(
+    x: Tensor,
+    conv_weight: Tensor,
+    norm: NormParams | None,
+    residual: Tensor | None,
+    activation: Activation,
+    stride: int,
+    algorithm: str,
+) -> Tensor:
+    """f(bn(conv3x3(x)) + residual), channels_last, bn by running statistics; `algorithm` "winograd" or "gemm"."""
+    y = F.conv2d(x, conv_weight.to(x.dtype), padding=1, stride=stride)
+    if norm is not None:
+        y, _ = inference(y, norm, residual, None, Act(*activation, 0.0, "add_act"), False)
+    return empty_output(x, conv_weight.shape[0], (stride, stride), torch.channels_last).copy_(y)
+
+
+def conv3x3_packed(
+    x: Tensor,
+    packed: Tensor,
+    outputs: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    stride: int,
+    algorithm: str,
+) -> Tensor:
+    """f(conv3x3(x) + bias + residual), channels_last, with weights that `pack` made."""
+    weight = unpack(packed, outputs, x.shape[1]).to(x.dtype)
+    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1, stride=stride)
+    y = activation.forward(y if residual is None else y + residual)
+    return empty_output(x, outputs, (stride, stride), torch.channels_last).copy_(y)
+
+
+# ------------------------------------------------------------------------------------------------------ norm_act_conv3x3
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N * H * W, C, 1, 1]: the rows of channels that the keep mask packs, also where x has a single channel."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
+
+
+def unpack_keep(keep: Tensor, x: Tensor) -> Tensor | None:
+    """Dropout's mask as `norm_act_conv3x3_forward` keeps it, bool [N, C, H, W]; None where there is none."""
+    if keep.numel() == 0:
+        return None
+    n, c, h, w = x.shape
+    return contract.unpack_bits(keep, _rows(x)).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def norm_act_conv3x3_forward(
+    x: Tensor,
+    norm: NormParams,
+    statistics: Statistics | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    weight: Tensor,
+    act: Act,
+    measure: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean and M2 of y, mean and rstd of x, keep): y = conv3x3(dropout(f(bn(x) + residual))), channels_last.
+
+    keep is dropout's mask, rows of channels packed to bits; empty without dropout. `measure` asks for mean and M2.
+    """
+    own = _finalise(x, norm, statistics)
+    packed, keep = torch.empty(0, dtype=torch.uint8, device=x.device), None
+    if act.dropout_p > 0:
+        assert seed is not None
+        keep = contract.dropout_keep(x.shape, seed, act.dropout_p)
+        packed = contract.pack_bits(_rows(keep), _rows(x))
+    a, _ = activate(x, own, None if residual is None else Residual(residual), act, keep)
+    y = conv3x3_forward(torch.empty_like(x).copy_(a), weight, measure)
+    return *y, own.mean, own.rstd, packed
+
+
+def norm_act_conv3x3_backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    keep: Tensor,
+    weight: Tensor,
+    act: Act,
+    needs: Needs3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dz, dresidual, dweight, dnorm_weight, dnorm_bias): the first stage of backward.
+
+    The second is batch_norm_act's `backward_apply` of dz with `PLAIN` for act.
+
+    Args:
+        needs: dx, dresidual, dweight; what is not needed is empty, and so are the sums without dx.
+    Returns:
+        dz: g, channels_last.
+        dresidual: in the order "act_add"; in the order "add_act" it is dz and this is empty.
+    """
+    added = None if residual is None else Residual(residual)
+    mask = unpack_keep(keep, x)
+    a, mask = activate(x, norm, added, act, mask)
+    a = torch.empty_like(x).copy_(a)
+    results = empty_gradients(x, weight, (needs[0], needs[2]), torch.channels_last)
+    da, dweight = _convolution_gradients(dy, a, weight, [1, 1], results, (needs[0], needs[2]))
+    dz, dr, sums = _nothing(x), _nothing(x), Sums(_nothing(norm.mean), _nothing(norm.mean))
+    if needs[0]:
+        g = masked_gradient(da, x, norm, added, act, mask)
+        sums = sums_of(g, g, x, norm, None)
+        dz = torch.empty_like(x, memory_format=torch.channels_last).copy_(g)
+        dr = da if needs[1] and act.order == "act_add" else dr
+    return dz, dr, dweight, sums.dweight, sums.dbias
+
+
+def norm_act_conv3x3_backward(
+    dy: Tensor,
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    keep: Tensor,
+    weight: Tensor,
+    act: Act,
+    needs: Needs3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dresidual, dweight, dnorm_weight, dnorm_bias): both stages, dx and dresidual channels_last.
+
+    Args:
+        needs: dx, dresidual, dweight; what is not needed is empty, and so are the sums without dx. dresidual without dx
+            is not served.
+    """
+    dz, dr, dweight, *sums = norm_act_conv3x3_backward_reduce(dy, x, norm, residual, keep, weight, act, needs)
+    dx = dz
+    if needs[0]:
+        dx = backward_apply(dz, x, norm, None, None, Sums(*sums), None, PLAIN, (True, False))[0]
+        dx = dx.contiguous(memory_format=torch.channels_last)
+        dr = dz if needs[1] and act.order == "add_act" else dr
+    return dx, dr, dweight, *sums
+
+
+# --------------------------------------------------------------------------------------------------- projection_shortcut
+
+
+def projection_shortcut_forward(
+    s: Tensor, weight: Tensor, stride: Ints2, statistics: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(product, mean, M2) of the strided 1x1 convolution; the statistics empty where they are not asked for."""
+    product = empty_output(s, weight.shape[0], stride, contract.memory_format(s))
+    return _measured(product.copy_(F.conv2d(s, weight, stride=stride)), statistics)
+
+
+def projection_shortcut_backward(
+    dproduct: Tensor, s: Tensor, weight: Tensor, stride: Ints2, needs: Needs2
+) -> tuple[Tensor, Tensor]:
+    """(ds, dweight); what is not needed is empty."""
+    results = empty_gradients(s, weight, needs, contract.memory_format(s))
+    return _convolution_gradients(dproduct, s, weight, stride, results, needs)
+
+
+def projection_shortcut_inference(
+    s: Tensor,
+    conv_weight: Tensor,
+    norm: NormParams,
+    x: Tensor | None,
+    x_norm: NormParams | None,
+    stride: Ints2,
+    activation: Activation,
+) -> Tensor:
+    """f(bn_x(x) + bn(conv1x1(s))) by running statistics, in the memory format of s; without x f(bn(conv1x1(s)))."""
+    product, act = F.conv2d(s, conv_weight, stride=stride), Act(*activation, 0.0, "add_act")
+    if x is None or x_norm is None:
+        y, _ = inference(product, norm, x, None, act, False)
+    else:
+        y, _ = inference(x, x_norm, product, norm, act, False)
+    return empty_output(s, conv_weight.shape[0], stride, contract.memory_format(s)).copy_(y)
