@@ -139,14 +139,14 @@ def _functions(act: Act) -> Functions:
     return FUNCTIONS[act.kind]
 
 
-def forward_flags(act: Act) -> dict[str, Any]:
-    """The compile-time arguments of the forward kernel that follow from the activation."""
+def forward_arguments(act: Act) -> dict[str, Any]:
+    """The arguments of the forward kernel that follow from the activation."""
     functions = _functions(act)
-    return {"FORWARD": functions.forward, "PASSES": functions.passes if act.gated else None}
+    return {"FORWARD": functions.forward, "PASSES": functions.passes if act.gated else None, "alpha": act.alpha}
 
 
-def backward_flags(act: Act, has_bits: bool) -> dict[str, Any]:
-    """The compile-time arguments of the backward kernels that follow from the activation.
+def backward_arguments(act: Act, has_bits: bool) -> dict[str, Any]:
+    """The arguments of the backward kernels that follow from the activation.
 
     PASSES and GRADIENT are of the activation's input, which is computed anew only where one of them is given.
     """
@@ -155,4 +155,5 @@ def backward_flags(act: Act, has_bits: bool) -> dict[str, Any]:
         "PASSES": functions.passes if act.gated and not has_bits else None,
         "GRADIENT": None if act.gated else functions.gradient,
         "LEAKS": act.gated and KINDS[act.kind].leaks,
+        "alpha": act.alpha,
     }

@@ -63,7 +63,7 @@ def _sum_partials(first_ptr, splits, SUMS: tl.constexpr, BLOCK_C: tl.constexpr, 
     return tl.sum(a, axis=0), tl.sum(b, axis=0)
 
 
-@triton.jit(do_not_specialize=["positions", "keep_scale", "alpha", "tiles", "splits"])
+@triton.jit(do_not_specialize=["positions", "keep_scale", "tiles", "splits", "alpha"])
 def backward_reduce_kernel(
     dy_ptr, dy2_ptr, x_ptr,  # [M, C] or [N, C, HW]; dy2: the second part of y's gradient, or None
     residual_ptr,  # likewise; only where it has a normalisation of its own, or is part of f's input
@@ -74,7 +74,7 @@ def backward_reduce_kernel(
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,  # [C] float32
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,  # [C] float32; None without own norm
     dweight_ptr, dbias_ptr, residual_dweight_ptr, residual_dbias_ptr,  # [C] float32, results
-    positions, channels, image, keep_scale, alpha, tiles, splits,
+    positions, channels, image, keep_scale, tiles, splits, alpha,
     PASSES: tl.constexpr, GRADIENT: tl.constexpr, LEAKS: tl.constexpr, ACT_ADD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, EVEN_S: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -183,7 +183,7 @@ def _load_gradient_vectors(norm, dweight_ptr, dbias_ptr, block, share, BIAS: tl.
     return mean, scale, bias, mean_g, mean_gx
 
 
-@triton.jit(do_not_specialize=["positions", "keep_scale", "alpha", "tiles", "splits"])
+@triton.jit(do_not_specialize=["positions", "keep_scale", "tiles", "splits", "alpha"])
 def backward_apply_kernel(
     dy_ptr, x_ptr,  # [M, C] or [N, C, HW]
     residual_ptr,  # likewise; only where it has a normalisation of its own, or is part of f's input
@@ -193,7 +193,7 @@ def backward_apply_kernel(
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,  # [C] float32; None without own norm
     dweight_ptr, dbias_ptr, residual_dweight_ptr, residual_dbias_ptr,  # [C] float32; None in evaluation
     count_ptr,  # int64 [1], elements a channel behind the sums; None: those of x
-    positions, channels, image, keep_scale, alpha, tiles, splits,
+    positions, channels, image, keep_scale, tiles, splits, alpha,
     PASSES: tl.constexpr, GRADIENT: tl.constexpr, LEAKS: tl.constexpr, ACT_ADD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, EVEN_S: tl.constexpr, EVEN_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,

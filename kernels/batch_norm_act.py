@@ -19,7 +19,7 @@ from torch import Tensor
 from fastres import contract
 from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums
 
-from .activations import backward_flags, forward_flags
+from .activations import backward_arguments, forward_arguments
 from .backward import backward_apply_kernel, backward_reduce_kernel
 from .forward import apply_kernel
 from .launch import arrival_counters, geometry, launch, launch_over_channels
@@ -182,10 +182,10 @@ def _forward(
         x, residual, y, bits if saves else None, seed if act.dropout_p > 0 else None, *norms.norm,
         *norms.residual_norm, shape.positions, shape.channels, _image(shape), norms.eps, norms.residual_eps,
         # As a signed number, so that the argument has one type whatever its value.
-        threshold - 2**32 if threshold >= 2**31 else threshold, _keep_scale(act.dropout_p), act.alpha,
+        threshold - 2**32 if threshold >= 2**31 else threshold, _keep_scale(act.dropout_p),
     )  # fmt: skip
     launch(
-        apply_kernel, apply_plan, shape, x, lambda _: arguments, **forward_flags(act),
+        apply_kernel, apply_plan, shape, x, lambda _: arguments, **forward_arguments(act),
         ACT_ADD=residual is not None and act.order == "act_add",
         VARIANCE=variance, FOURS=shape.channels % 4 == 0, WIDE=shape.positions * shape.channels >= 2**34,
     )  # fmt: skip
@@ -272,12 +272,12 @@ def backward_reduce(
         return (
             dy, dy2, x, value, bits, None if dy2 is None else dz, partial, arrival_counters(x, plan.channel_blocks),
             *norm, *residual_norm, dweight, dbias, r_dweight if normed else None, r_dbias if normed else None,
-            shape.positions, shape.channels, _image(shape), _keep_scale(act.dropout_p), act.alpha,
+            shape.positions, shape.channels, _image(shape), _keep_scale(act.dropout_p),
         )  # fmt: skip
 
     launch(
         backward_reduce_kernel, reduce_plan, shape, x, arguments, partials=True,
-        **backward_flags(act, bits is not None),
+        **backward_arguments(act, bits is not None),
         ACT_ADD=act.order == "act_add" and (normed or dy2 is not None),
     )  # fmt: skip
     return dweight, dbias, r_dweight, r_dbias, dz
@@ -306,10 +306,10 @@ def backward_apply(
     bits = None if bits is None or bits.numel() == 0 else bits
     arguments = (
         dy, x, value, bits, dx if needs[0] else None, dr if needs[1] else None, *norm, *residual_norm, *through, count,
-        shape.positions, shape.channels, _image(shape), _keep_scale(act.dropout_p), act.alpha,
+        shape.positions, shape.channels, _image(shape), _keep_scale(act.dropout_p),
     )  # fmt: skip
     launch(
-        backward_apply_kernel, apply_plan, shape, x, lambda _: arguments, **backward_flags(act, bits is not None),
+        backward_apply_kernel, apply_plan, shape, x, lambda _: arguments, **backward_arguments(act, bits is not None),
         ACT_ADD=act.order == "act_add" and (needs[1] or value is not None),
     )  # fmt: skip
     return dx, dr

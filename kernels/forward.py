@@ -24,14 +24,14 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["positions", "eps", "residual_eps", "threshold", "keep_scale", "alpha", "tiles", "splits"])
+@triton.jit(do_not_specialize=["positions", "eps", "residual_eps", "threshold", "keep_scale", "tiles", "splits", "alpha"])
 def apply_kernel(
     x_ptr, residual_ptr, y_ptr,  # [M, C] or [N, C, HW]; residual_ptr may be None
     bits_ptr,  # uint8, the bit mask; or None where it is not kept
     seed_ptr,  # int64 [1]; or None without dropout
     mean_ptr, rstd_ptr, weight_ptr, bias_ptr,  # [C] float32; weight and bias may be None
     residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr,  # [C]; None without their own norm
-    positions, channels, image, eps, residual_eps, threshold, keep_scale, alpha, tiles, splits,
+    positions, channels, image, eps, residual_eps, threshold, keep_scale, tiles, splits, alpha,
     FORWARD: tl.constexpr, PASSES: tl.constexpr,  # functions of activations.py; or None
     ACT_ADD: tl.constexpr, VARIANCE: tl.constexpr, FOURS: tl.constexpr, WIDE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr, EVEN_S: tl.constexpr, EVEN_C: tl.constexpr,

@@ -197,7 +197,7 @@ def launch(
         depth: the grid's third axis.
         partials: whether the kernel combines partial sums.
         restore: names of arguments that a launch updates; autotuning puts them back after every trial.
-        flags: compile-time arguments.
+        flags: further arguments by name, compile-time ones among them.
     """
     recorder = _recorder.get()
     plan = make(shape, device_of(x))
