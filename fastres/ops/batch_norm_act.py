@@ -63,7 +63,7 @@ def _fake_training(
 
 
 def _fake_inference(x: Tensor, residual: Tensor | None, act: Act, save_bits: bool, **_: Any) -> tuple[Tensor, Tensor]:
-    return _activated(x, act, residual is not None, save_bits)
+    return _activated(x, act._replace(dropout_p=0.0), residual is not None, save_bits)
 
 
 def _sums(x: Tensor, residual: Residual | None, needed: bool = True) -> tuple[Tensor, ...]:

@@ -33,6 +33,8 @@ def define(
 ) -> Any:
     """Define an operator and return a function that calls it, below autograd, with grouped arguments.
 
+    The function has two attributes for those who look at operators: `overload` and `arguments`.
+
     Args:
         name: of the operator.
         fallback: its implementation in plain PyTorch, which serves every device that has no kernel of its own. Its
@@ -88,7 +90,9 @@ def define(
         register_flop_formula(getattr(torch.ops.fastres, name))(
             lambda *args, out_shape, **_: flops(**arguments.group(args), out_shape=out_shape)
         )
-    return arguments.caller(below_autograd)
+    call: Any = arguments.caller(below_autograd)
+    call.overload, call.arguments = overload, arguments
+    return call
 
 
 def convolution_flops(output: Sequence[int], weight: Sequence[int], results: int = 1) -> int:
