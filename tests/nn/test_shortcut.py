@@ -10,9 +10,16 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastres import contract, functional
+from fastres import contract
 from fastres.fuse import fuse, fuse_report, unfuse
-from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, PlainSkipConnection, ProjectionShortcut, SkipConnection
+from fastres.nn import (
+    BatchNormAct2d,
+    FusedBatchNormAct2d,
+    PlainSkipConnection,
+    ProjectionShortcut,
+    SkipConnection,
+    steps,
+)
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 IN, OUT = 5, 7
