@@ -21,7 +21,7 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-struct Activation {
+struct OwnAct {
   bool relu;
   double dropout_p;
   bool act_add;
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> apply_forward(
     const Tensor& x,
     const OptionalTensor& residual,
     const OptionalTensor& seed,
-    const Activation& act,
+    const OwnAct& act,
     bool save_bits,
     const ChannelNorm<acc_t<T>>& norm,
     const ChannelNorm<acc_t<T>>* residual_norm) {
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> apply(
     double dropout_p,
     std::string_view order) {
   const int64_t channels = x.size(1);
-  const Activation act{relu, dropout_p, parse_order(order)};
+  const OwnAct act{relu, dropout_p, parse_order(order)};
   std::tuple<Tensor, Tensor> result;
   FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_apply", [&] {
     using A = acc_t<scalar_t>;
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
     double dropout_p,
     std::string_view order) {
   const Rows rows = rows_of(x);
-  const Activation act{relu, dropout_p, parse_order(order)};
+  const OwnAct act{relu, dropout_p, parse_order(order)};
   const bool dual = residual_norm && residual.has_value();
   const Tensor r = residual.has_value() ? like_rows("residual", *residual, x, rows) : Tensor();
   Tensor y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor> inference(
     std::string_view order,
     bool save_bits) {
   const int64_t channels = x.size(1);
-  const Activation act{relu, 0.0, parse_order(order)};
+  const OwnAct act{relu, 0.0, parse_order(order)};
   std::tuple<Tensor, Tensor> result;
   FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_inference", [&] {
     using A = acc_t<scalar_t>;
@@ -336,7 +336,7 @@ struct Backward {
       const Saved<A>& own_in,
       const Saved<A>& other_in,
       const OptionalTensor& bits_in,
-      const Activation& act)
+      const OwnAct& act)
       : rows(rows_of(x_in)),
         x(x_in),
         dy(like_rows("dy", dy_in, x_in, rows)),
@@ -437,7 +437,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(
     bool relu,
     double dropout_p,
     std::string_view order) {
-  const Activation act{relu, dropout_p, parse_order(order)};
+  const OwnAct act{relu, dropout_p, parse_order(order)};
   std::array<Tensor, kSums> sums;
   FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_reduce", [&] {
     using A = acc_t<scalar_t>;
@@ -470,7 +470,7 @@ std::tuple<Tensor, Tensor> backward_apply(
     double dropout_p,
     std::string_view order,
     std::array<bool, 2> needs) {
-  const Activation act{relu, dropout_p, parse_order(order)};
+  const OwnAct act{relu, dropout_p, parse_order(order)};
   const int64_t channels = x.size(1);
   std::tuple<Tensor, Tensor> result;
   FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_apply", [&] {
@@ -512,7 +512,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     double dropout_p,
     std::string_view order,
     std::array<bool, 3> needs) {
-  const Activation act{relu, dropout_p, parse_order(order)};
+  const OwnAct act{relu, dropout_p, parse_order(order)};
   const bool needs_sums = needs[2] || (training && (needs[0] || needs[1]));
   Tensor dx, dr;
   std::array<Tensor, kSums> sums;

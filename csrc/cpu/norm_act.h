@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../common/bitmask.h"
+#include "activations.h"
 #include "dropout.h"
 #include "lanes.h"
 #include "rows.h"
@@ -22,7 +23,7 @@ struct ChannelNorm {
   std::vector<A> mean, scale, bias;
 };
 
-enum class Residual { none, plain, normalised };
+enum class ResidualKind { none, plain, normalised };
 
 // The output may have another dtype than the input.
 template <typename T, typename Out = T>
@@ -39,8 +40,9 @@ struct ApplyParams {
   bool act_add;
   bool stream;
   Rows rows;
-  const uint8_t* kept = nullptr; // dropout's mask where it has been drawn already, in channels_last
-  int64_t first_y_row = 0;       // the row that y starts with, where y is not as large as x
+  const uint8_t* kept = nullptr;       // dropout's mask where it has been drawn already, in channels_last
+  int64_t first_y_row = 0;             // the row that y starts with, where y is not as large as x
+  ActivationOf<acc_t<T>> activation{}; // where it is not `relu`, and not the identity
 
   template <typename F>
   void for_each_read(const F& f) const {
@@ -49,8 +51,8 @@ struct ApplyParams {
       f(residual);
     }
   }
-  Residual kind() const {
-    return residual == nullptr ? Residual::none : residual_norm ? Residual::normalised : Residual::plain;
+  ResidualKind kind() const {
+    return residual == nullptr ? ResidualKind::none : residual_norm ? ResidualKind::normalised : ResidualKind::plain;
   }
 };
 
@@ -104,13 +106,13 @@ inline void put(T* p, const Pair<acc_t<T>>& x, Count count, bool streaming) {
 enum class Keep { all, drawn, given };
 
 // `keep` is the row's keep bits; in channels_last they may be drawn here instead.
-template <typename T, bool kColumns, Residual kResidual, Keep kKeep, typename Out>
+template <typename T, bool kColumns, ResidualKind kResidual, Keep kKeep, typename Out>
 inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* keep) {
   using A = acc_t<T>;
   const int64_t inner = p.rows.inner();
   const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
   const T* x = p.x + row * inner;
-  const T* residual = p.residual + (kResidual == Residual::none ? 0 : row * inner);
+  const T* residual = p.residual + (kResidual == ResidualKind::none ? 0 : row * inner);
   Out* y = p.y + (row - p.first_y_row) * inner;
   uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
   for_each_unit<A>(inner, [&](int64_t k, auto count) {
@@ -118,9 +120,9 @@ inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* 
     Pair<A> z = fmadd(
         load_lanes(x + k, count) - lanes(norm.mean, k, count), lanes(norm.scale, k, count), lanes(norm.bias, k, count));
     Pair<A> r;
-    if constexpr (kResidual != Residual::none) {
+    if constexpr (kResidual != ResidualKind::none) {
       r = load_lanes(residual + k, count);
-      if constexpr (kResidual == Residual::normalised) {
+      if constexpr (kResidual == ResidualKind::normalised) {
         const auto& own = *p.residual_norm;
         r = fmadd(r - lanes(own.mean, k, count), lanes(own.scale, k, count), lanes(own.bias, k, count));
       }
@@ -141,7 +143,7 @@ inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* 
     } else if (p.relu) {
       z = rectify(z);
     }
-    if constexpr (kResidual != Residual::none) {
+    if constexpr (kResidual != ResidualKind::none) {
       if (p.act_add) {
         z = z + r;
       }
@@ -189,7 +191,7 @@ inline void draw_keep_bits(const Dropout& dropout, const Rows& rows, uint8_t* ke
   });
 }
 
-template <typename T, bool kColumns, Residual kResidual, Keep kKeep, typename Out>
+template <typename T, bool kColumns, ResidualKind kResidual, Keep kKeep, typename Out>
 inline void apply_rows(const ApplyParams<T, Out>& p, int64_t begin, int64_t end) {
   if constexpr (kKeep != Keep::all && !kColumns) {
     const bool four = p.rows.channels % 4 == 0 && begin % 4 == 0 && end % 4 == 0;
@@ -220,12 +222,12 @@ inline void apply_range(const ApplyParams<T, Out>& p, int64_t begin, int64_t end
     constexpr bool kColumns = decltype(columns)::value;
     constexpr Keep kKeep = decltype(keep)::value;
     switch (p.kind()) {
-      case Residual::none:
-        return apply_rows<T, kColumns, Residual::none, kKeep>(p, begin, end);
-      case Residual::plain:
-        return apply_rows<T, kColumns, Residual::plain, kKeep>(p, begin, end);
-      case Residual::normalised:
-        return apply_rows<T, kColumns, Residual::normalised, kKeep>(p, begin, end);
+      case ResidualKind::none:
+        return apply_rows<T, kColumns, ResidualKind::none, kKeep>(p, begin, end);
+      case ResidualKind::plain:
+        return apply_rows<T, kColumns, ResidualKind::plain, kKeep>(p, begin, end);
+      case ResidualKind::normalised:
+        return apply_rows<T, kColumns, ResidualKind::normalised, kKeep>(p, begin, end);
     }
   };
   using All = std::integral_constant<Keep, Keep::all>;
