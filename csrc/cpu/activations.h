@@ -215,28 +215,35 @@ struct ActivationOf {
   Kind kind = Kind::Identity;
   A alpha = 0;
 
-  // Not inlined: a loop that may call the exponential function has no use for more, and one body serves all loops.
+  // Not one of those that loops have compiled into them.
+  bool general() const {
+    return kind != Kind::Identity && kind != Kind::ReLU;
+  }
+
+  // f(z). Not inlined: beside a call of the exponential function one more costs nothing, and one body serves all loops.
   [[gnu::noinline]] Pair<A> forward(const Pair<A>& z) const {
-    return with_kind(
-        kind, [&](auto f) -> Pair<A> { return {f.forward(z.lo, Vec<A>(alpha)), f.forward(z.hi, Vec<A>(alpha))}; });
+    return with_kind(kind, [&](auto f) -> Pair<A> {
+      const Vec<A> parameter(alpha);
+      return {f.forward(z.lo, parameter), f.forward(z.hi, parameter)};
+    });
   }
   [[gnu::noinline]] Vec<A> forward(Vec<A> z) const {
     return with_kind(kind, [&](auto f) { return f.forward(z, Vec<A>(alpha)); });
   }
-  // f'(z)
-  [[gnu::noinline]] Pair<A> gradient(const Pair<A>& z) const {
-    return {derivative(z.lo), derivative(z.hi)};
+
+  // dy * f'(z)
+  [[gnu::noinline]] Pair<A> backward(const Pair<A>& dy, const Pair<A>& z) const {
+    return {times_gradient(dy.lo, z.lo), times_gradient(dy.hi, z.hi)};
   }
-  [[gnu::noinline]] Vec<A> gradient(Vec<A> z) const {
-    return derivative(z);
-  }
-  // Where a gated activation's f' is 1.
-  uint32_t passes(const Pair<A>& z) const {
-    return passing(z.lo) | passing(z.hi) << Vec<A>::size();
+  [[gnu::noinline]] Vec<A> backward(Vec<A> dy, Vec<A> z) const {
+    return times_gradient(dy, z);
   }
 
-private:
-  uint32_t passing(const Vec<A>& z) const {
+  // Where a gated activation's f' is 1, a bit a lane.
+  uint32_t passes(const Pair<A>& z) const {
+    return passes(z.lo) | passes(z.hi) << Vec<A>::size();
+  }
+  uint32_t passes(const Vec<A>& z) const {
     return with_kind(kind, [&](auto f) -> uint32_t {
       if constexpr (decltype(f)::gated) {
         return f.passes(z);
@@ -245,15 +252,18 @@ private:
       }
     });
   }
-  Vec<A> derivative(const Vec<A>& z) const {
+
+private:
+  Vec<A> times_gradient(const Vec<A>& dy, const Vec<A>& z) const {
     return with_kind(kind, [&](auto f) {
       using F = decltype(f);
       if constexpr (!F::gated) {
-        return f.gradient(z, Vec<A>(alpha));
+        return dy * f.gradient(z, Vec<A>(alpha));
       } else {
+        // 0 and not dy * 0, which is not 0 where dy is infinite.
         const uint32_t passed = f.passes(z);
-        const Vec<A> one = select_lanes(Vec<A>(A(1)), passed);
-        return F::leaks ? one + select_lanes(Vec<A>(alpha), ~passed) : one;
+        const Vec<A> through = select_lanes(dy, passed);
+        return F::leaks ? through + select_lanes(dy * Vec<A>(alpha), ~passed) : through;
       }
     });
   }

@@ -28,6 +28,11 @@ inline Tensor channel_vector(const Tensor& x, int64_t size) {
   return at::empty({size}, x.options().dtype(statistics_type(x)).memory_format(std::nullopt));
 }
 
+// What stands for a result that is not needed.
+inline Tensor nothing_like(const Tensor& x) {
+  return at::empty({0}, x.options().memory_format(std::nullopt));
+}
+
 inline at::TensorOptions byte_options(const Tensor& x) {
   return x.options().dtype(at::kByte).memory_format(std::nullopt);
 }
@@ -81,9 +86,10 @@ inline Tensor like_rows(const char* name, const Tensor& t, const Tensor& x, cons
 // The [C] tensors of one normalisation, checked; all null where there is none.
 template <typename A>
 struct Saved {
-  int64_t channels;
-  const A *mean, *rstd, *weight, *bias;
+  int64_t channels = 0;
+  const A *mean = nullptr, *rstd = nullptr, *weight = nullptr, *bias = nullptr;
 
+  Saved() = default;
   Saved(
       int64_t c,
       const OptionalTensor& mean_in,
@@ -94,8 +100,18 @@ struct Saved {
         mean(channel_data<A>("mean", mean_in, c)),
         rstd(channel_data<A>("rstd", rstd_in, c)),
         weight(channel_data<A>("weight", weight_in, c)),
-        bias(channel_data<A>("bias", bias_in, c)) {}
+        bias(channel_data<A>("bias", bias_in, c)) {
+    TORCH_CHECK_VALUE(
+        (mean == nullptr) == (rstd == nullptr), "mean and rstd: expected both or neither, got one of them");
+  }
   Saved(int64_t c, const Norm& norm) : Saved(c, norm.mean, norm.rstd, norm.weight, norm.bias) {}
+  static Saved of(int64_t c, const std::optional<Residual>& r) {
+    return r.has_value() ? Saved(c, r->mean, r->rstd, r->weight, r->bias) : Saved();
+  }
+
+  bool exists() const {
+    return mean != nullptr;
+  }
 
   ChannelNorm<A> norm() const {
     ChannelNorm<A> out;
