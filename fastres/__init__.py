@@ -1,6 +1,7 @@
 """Fused residual networks for PyTorch: drop-in models, modules and functions over custom kernels."""
 
 from fastres import functional, models, nn, reference
+from fastres.activations import Activation
 from fastres.freeze import freeze
 from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.memory import reuse_cpu_memory
@@ -16,6 +17,7 @@ from fastres.models import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "ArticleResNet18",
     "FusedResNet18",
     "FusedResNet34",

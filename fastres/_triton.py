@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,15 @@ def obstacle(device: int) -> str:
     return ""
 
 
-def on_gpu(module: str, function: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+def on_gpu(
+    module: str,
+    function: str,
+    fallback: Callable[..., Any],
+    group: Callable[[Sequence[Any]], dict[str, Any]],
+) -> Callable[..., Any]:
     """An operator's kernel for CUDA tensors: the launcher `function` of fastres.kernels.<module>, or the fallback.
+
+    Both take grouped arguments, which `group` makes of the operator's.
 
     Triton is imported at the first call, since the import takes longer than the rest of fastres.
     """
@@ -47,7 +54,7 @@ def on_gpu(module: str, function: str, fallback: Callable[..., Any]) -> Callable
     def run(*args: Any) -> Any:
         x = next(a for a in args if isinstance(a, Tensor))
         if x.dtype == torch.float64 or obstacle(x.get_device()):
-            return fallback(*args)
-        return launcher()(*args)
+            return fallback(**group(args))
+        return launcher()(**group(args))
 
     return run

@@ -7,7 +7,7 @@ this file names is computed by PyTorch's operators (docs/architecture.md, "How t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,6 +111,19 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Activation]] = {
 }
 
 
+_MAKERS: dict[str, Callable[[float], nn.Module]] = {
+    "identity": lambda _: nn.Identity(),
+    "relu": lambda _: nn.ReLU(),
+    "leaky_relu": lambda alpha: nn.LeakyReLU(alpha),
+    "relu6": lambda _: nn.ReLU6(),
+    "hardswish": lambda _: nn.Hardswish(),
+    "silu": lambda _: nn.SiLU(),
+    "gelu": lambda _: nn.GELU(),
+    "gelu_tanh": lambda _: nn.GELU("tanh"),
+    "elu": lambda alpha: nn.ELU(alpha),
+}
+
+
 class Activation(NamedTuple):
     """An activation with its parameter.
 
@@ -147,8 +160,18 @@ class Activation(NamedTuple):
     @classmethod
     def for_module(cls, module: nn.Module | None) -> Activation | None:
         """The activation that a module computes, going by its class; None where it is no activation known here."""
-        make = _MODULES.get(type(module))
+        make = None if module is None else _MODULES.get(type(module))
         return None if make is None else make(module)
+
+    def module(self) -> nn.Module:
+        """A module of torch's that computes it.
+
+        Raises:
+            ValueError: an activation that was registered without one.
+        """
+        if self.kind not in _MAKERS:
+            raise ValueError(f"activation: expected one with a module, got {self.kind!r}, registered without")
+        return _MAKERS[self.kind](self.alpha)
 
     def forward(self, z: Tensor) -> Tensor:
         """f(z), by operators of PyTorch that can be differentiated."""
@@ -162,9 +185,9 @@ class Activation(NamedTuple):
 RELU, IDENTITY = Activation("relu"), Activation("identity")
 
 
-def module_classes() -> tuple[type[nn.Module], ...]:
+def module_classes() -> Collection[type[nn.Module]]:
     """The classes of `Activation.for_module`."""
-    return tuple(_MODULES)
+    return _MODULES.keys()
 
 
 def register(kind: str, definition: Kind, module: type[nn.Module] | None = None) -> None:
@@ -182,10 +205,11 @@ def register(kind: str, definition: Kind, module: type[nn.Module] | None = None)
     KINDS[kind] = definition
     if module is not None:
         _MODULES[module] = lambda _: Activation(kind, definition.alpha)
+        _MAKERS[kind] = lambda _: module()
 
 
 def unregister(kind: str, module: type[nn.Module] | None = None) -> None:
     """Undo `register`."""
     del KINDS[kind]
     if module is not None:
-        del _MODULES[module]
+        del _MODULES[module], _MAKERS[kind]

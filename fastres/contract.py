@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     m2: Tensor
-    count: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]
 
     @classmethod
     def combined(cls, parts: Sequence[Statistics]) -> Statistics:
@@ -58,20 +58,16 @@ class Statistics(NamedTuple):
 
         Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
         """
-        counts = torch.stack([_count_of(part) for part in parts]).to(parts[0].mean.dtype)
-        means, m2s = (torch.stack([part[i] for part in parts]) for i in range(2))
-        total = counts.sum(0)
+        means, m2s = (torch.stack([part[i] for part in parts]) for i in range(2))  # type: ignore[misc]
+        counts = [part.count for part in parts]
+        if any(count is None for count in counts):
+            raise ValueError("parts: expected statistics with the count of elements a channel, got None")
+        count = torch.stack(counts)  # type: ignore[arg-type]
         # As differences from the first, so that a mean far from 0 costs no precision.
-        shift = (counts * (means - means[0])).sum(0) / total
-        spread = means - means[0] - shift
-        count = torch.stack([_count_of(part) for part in parts]).sum(0)
-        return cls(means[0] + shift, (m2s + counts * spread * spread).sum(0), count)
-
-
-def _count_of(part: Statistics) -> Tensor:
-    if part.count is None:
-        raise ValueError("count: expected the number of elements a channel in statistics to be combined, got None")
-    return part.count
+        difference = means - means[0]
+        shift = (difference * (count / count.sum(0))).sum(0)
+        m2 = (m2s + count * (difference - shift) ** 2).sum(0)
+        return cls(means[0] + shift, m2, count.sum(0))
 
 
 class Norm(NamedTuple):
@@ -113,7 +109,7 @@ class Sums(NamedTuple):
 class Act(NamedTuple):
     """What happens to z: activation, dropout with rate `dropout_p`, and on which side of them the residual is added.
 
-        "add_act":  y = dropout(f(z + r))               "act_add":  y = dropout(f(z)) + r
+    "add_act":  y = dropout(f(z + r))               "act_add":  y = dropout(f(z)) + r
     """
 
     kind: str

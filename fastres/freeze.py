@@ -21,13 +21,17 @@ from torch import Tensor
 from torchvision.models._utils import IntermediateLayerGetter
 
 from fastres import functional, ordinary
+from fastres.activations import IDENTITY, KINDS, Activation
+from fastres.contract import ConvProblem
 from fastres.fuse import check_model, fuse
 from fastres.nn.blocks import FusedBasicBlock, FusedBlock, FusedBottleneck, ResidualBlock
 from fastres.nn.shortcut import SkipConnection
 from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
-from fastres.nn.trust import is_exactly
+from fastres.nn.trust import activation_of, is_exactly
 from fastres.ops import conv3x3 as ops
+from fastres.ops.algorithms import choose_algorithm, is_served, problem_of, requested_algorithm
+from fastres.ops.packed import pack, unpack
 
 __all__ = ["freeze"]
 
@@ -71,14 +75,14 @@ class _Inference(torch.autograd.Function):
 
 
 class _FrozenLayer(Frozen):
-    """relu(conv(x) + bias + residual), in channels_last on the CPU."""
+    """f(conv(x) + bias + residual), in channels_last on the CPU."""
 
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation) -> None:
         super().__init__()
         self.training = False
-        self.relu = relu
+        self.activation = activation
         self.outputs, self.inputs = conv.out_channels, conv.in_channels
         self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
         self.dilation, self.groups = conv.dilation, conv.groups
@@ -97,11 +101,12 @@ class _FrozenLayer(Frozen):
         """The same by PyTorch's operators."""
         y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         y = y if residual is None else y + residual
-        return F.relu(y) if self.relu else y
+        return self.activation.forward(y)
 
     def extra_repr(self) -> str:
         shown = f"{self.inputs}, {self.outputs}, kernel_size={self.kernel_size}, stride={self.stride}"
-        return f"{shown}, steps=conv > bias > [add]{' > relu' * self.relu}"
+        kind = self.activation.kind
+        return f"{shown}, steps=conv > bias > [add]{f' > {kind}' * (kind != 'identity')}"
 
 
 class FrozenConv2d(_FrozenLayer):
@@ -114,8 +119,8 @@ class FrozenConv2d(_FrozenLayer):
     zero: Tensor
     one: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool) -> None:
-        super().__init__(conv, norm, relu)
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation) -> None:
+        super().__init__(conv, norm, activation)
         weight, bias = _folded(conv, norm)
         self.register_buffer("weight", _stored(weight, conv))
         self.register_buffer("bias", bias.to(conv.weight.dtype))
@@ -130,7 +135,14 @@ class FrozenConv2d(_FrozenLayer):
             return self._convolve(x, self.weight, self.bias, None)
         y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
         return functional.batch_norm_act(
-            y, self.zero, self.one, None, self.bias, eps=0.0, residual=residual.to(y.dtype), relu=self.relu
+            y,
+            self.zero,
+            self.one,
+            None,
+            self.bias,
+            eps=0.0,
+            residual=residual.to(y.dtype),
+            activation=self.activation,
         )
 
 
@@ -140,18 +152,18 @@ class FrozenConv3x3(_FrozenLayer):
     The algorithm is chosen at each call, as `fastres.functional.conv3x3` does it. Away from the kernels (another device
     or dtype, an exported program) the weight is unpacked at each call, for PyTorch's convolution.
 
-    Buffers: packed and bias [K], float32, see `fastres.ops.conv3x3.pack`; weight, as the convolution's, where it has a
+    Buffers: packed and bias [K], float32, see `fastres.ops.packed.pack`; weight, as the convolution's, where it has a
     stride, for PyTorch's convolution to take where output positions are many, and else None.
     """
 
     packed: Tensor
     weight: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool, algorithm: str | None) -> None:
-        super().__init__(conv, norm, relu)
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation, algorithm: str | None) -> None:
+        super().__init__(conv, norm, activation)
         self.algorithm = algorithm
         weight, bias = _folded(conv, norm)
-        self.register_buffer("packed", ops.pack(weight))
+        self.register_buffer("packed", pack(weight))
         self.register_buffer("bias", bias.float())
         self.register_buffer("weight", None if conv.stride == (1, 1) else _stored(weight, conv))
 
@@ -160,21 +172,26 @@ class FrozenConv3x3(_FrozenLayer):
             if torch.is_autocast_enabled("cpu"):
                 x = x.to(torch.get_autocast_dtype("cpu"))
             x = x.contiguous(memory_format=torch.channels_last)
-            stride, asked = self.stride[0], ops.asked_algorithm(self.algorithm)
-            product = ops.takes_product(x, self.outputs, stride, asked)
-            if product or (stride == 1 and ops.takes_winograd_for(x, self.outputs, asked)):
+            stride = self.stride[0]
+            problem = problem_of(x, self.outputs, 3, stride, needs_grad=False)
+            algorithm = choose_algorithm(problem, requested_algorithm(self.algorithm)).algorithm
+            if algorithm != "torch" and KINDS[self.activation.kind].compiled:
                 if residual is not None:
                     residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
                 return ops.packed_inference(  # type: ignore[no-any-return]
-                    x, self.packed, self.outputs, self.bias, residual, self.relu, stride, product
+                    x, self.packed, self.outputs, self.bias, residual, self.activation, stride, algorithm
                 )
-        weight = self.weight if self.weight is not None else ops.unpack(self.packed, self.outputs, self.inputs)
+        weight = self.weight if self.weight is not None else unpack(self.packed, self.outputs, self.inputs)
         return self._convolve(x, weight.to(x.dtype), self.bias.to(x.dtype), residual)
 
 
 def _takes_operators(x: Tensor) -> bool:
     """Whether this call may be made of our operators."""
-    return not torch.compiler.is_exporting() and ordinary.why_not_ordinary() is None and ops.serves(x)
+    return (
+        not torch.compiler.is_exporting()
+        and ordinary.why_not_ordinary() is None
+        and is_served(problem_of(x, 1, needs_grad=False))
+    )
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -192,17 +209,21 @@ def _stored(weight: Tensor, conv: nn.Conv2d) -> Tensor:
     return weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _freeze_convolution(conv: Any, norm: Any, relu: bool, algorithm: str | None = None) -> _FrozenLayer:
+def _freeze_convolution(conv: Any, norm: Any, activation: Activation, algorithm: str | None = None) -> _FrozenLayer:
     if is_conv3x3(conv, ((1, 1), (2, 2))) and _packs(conv, algorithm):
-        return FrozenConv3x3(conv, norm, relu, algorithm)
-    return FrozenConv2d(conv, norm, relu)
+        return FrozenConv3x3(conv, norm, activation, algorithm)
+    return FrozenConv2d(conv, norm, activation)
 
 
 def _packs(conv: nn.Conv2d, algorithm: str | None) -> bool:
     """Whether packed weights serve this convolution at any size that a network has."""
-    if conv.weight.dtype not in _PACKED_DTYPES or algorithm == "direct":
+    if conv.weight.dtype not in _PACKED_DTYPES:
         return False
-    return algorithm == "winograd" or ops.pays(64, conv.in_channels, conv.out_channels, 32, 32)
+    # Not this machine's capability: what is frozen here may be loaded elsewhere.
+    large = ConvProblem(
+        torch.float32, (64, conv.in_channels, 32, 32), conv.out_channels, 3, 1, True, False, 1, "avx512", False
+    )
+    return choose_algorithm(large, algorithm or "auto").algorithm == "winograd"
 
 
 # --------------------------------------------------------------------------------------------------------------- blocks
@@ -266,7 +287,7 @@ def _freeze_block(block: Any) -> None:
     children = block._modules
     if type(block) is SkipConnection:
         if _folds(block, [("0", "1")]):
-            _become(block, {"conv": _freeze_convolution(children["0"], children["1"], True)})
+            _become(block, {"conv": _freeze_convolution(children["0"], children["1"], activation_of(block[2]))})
         return
     count = 3 if type(block) is FusedBottleneck else 2
     pairs = [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)]
@@ -274,14 +295,15 @@ def _freeze_block(block: Any) -> None:
         return
     frozen: dict[str, nn.Module | None] = {}
     for conv, norm in pairs:
-        relu = not (type(block) is ResidualBlock and conv == "conv2")
-        frozen[conv] = _freeze_convolution(children[conv], children[norm], relu, block.conv_algorithm)
+        last = type(block) is ResidualBlock and conv == "conv2"
+        activation = IDENTITY if last else activation_of(block.relu)
+        frozen[conv] = _freeze_convolution(children[conv], children[norm], activation, block.conv_algorithm)
     if type(block) is ResidualBlock:
         frozen["shortcut"] = children["shortcut"]
     else:
         downsample = children.get("downsample")
         if downsample is not None and why_not_downsample(downsample) is None and _folds(downsample, [("0", "1")]):
-            downsample = _freeze_convolution(downsample._modules["0"], downsample._modules["1"], False)
+            downsample = _freeze_convolution(downsample._modules["0"], downsample._modules["1"], IDENTITY)
         frozen["downsample"] = downsample
     _become(block, frozen)
 
@@ -300,7 +322,7 @@ def _freeze_stem(trunk: Any) -> None:
     children = trunk._modules
     seen = isinstance(trunk, IntermediateLayerGetter) and "conv1" in trunk.return_layers
     if not seen and trunk.why_not_fusable() is None and _folds(trunk, [("conv1", "bn1")]):
-        children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], True)
+        children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], activation_of(children["relu"]))
         children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
     trunk.__class__ = plain
     trunk.__dict__.pop("_was_fused", None)

@@ -30,7 +30,14 @@ from fastres.nn.blocks import (
     PlainResidualBlock,
     ResidualBlock,
 )
-from fastres.nn.norm import BatchNormAct2d, FusedBatchNormAct2d
+from fastres.nn.norm import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    FusedBatchNormAct1d,
+    FusedBatchNormAct2d,
+    FusedBatchNormAct3d,
+)
 from fastres.nn.shortcut import PlainSkipConnection, SkipConnection
 from fastres.nn.stem import FusedTrunk, fused_trunk_class, plain_trunk_class
 from fastres.nn.steps import check_conv_algorithm, why_not_downsample
@@ -47,14 +54,18 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     DropoutBottleneck: FusedBottleneck,
     PlainResidualBlock: ResidualBlock,
     PlainSkipConnection: SkipConnection,
+    BatchNormAct1d: FusedBatchNormAct1d,
     BatchNormAct2d: FusedBatchNormAct2d,
+    BatchNormAct3d: FusedBatchNormAct3d,
 }
 # (without dropout, with dropout)
 _PLAIN: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     FusedBasicBlock: (BasicBlock, DropoutBasicBlock),
     FusedBottleneck: (Bottleneck, DropoutBottleneck),
     ResidualBlock: (PlainResidualBlock, PlainResidualBlock),
+    FusedBatchNormAct1d: (BatchNormAct1d, BatchNormAct1d),
     FusedBatchNormAct2d: (BatchNormAct2d, BatchNormAct2d),
+    FusedBatchNormAct3d: (BatchNormAct3d, BatchNormAct3d),
     SkipConnection: (PlainSkipConnection, PlainSkipConnection),
 }
 
@@ -212,7 +223,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
         ValueError: conv_algorithm is unknown.
     """
     check_model(model, "fuse")
-    check_conv_algorithm(conv_algorithm)
+    conv_algorithm = check_conv_algorithm(conv_algorithm)
     fused = model if inplace else _share(model, {})
     for module in fused.modules():
         fused_class = _fused_class(module)

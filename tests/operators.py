@@ -26,3 +26,13 @@ class Operators(TorchDispatchMode):
         elif func in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
             self.relu_inputs.append(args[0].clone())
         return func(*args, **(kwargs or {}))
+
+
+def flat(operator: Any, *args: Any) -> tuple[Any, ...]:
+    """The arguments of the operator's overload, from those of its caller in fastres.ops."""
+    return operator.arguments.caller(lambda *flat: flat)(*args)
+
+
+def opcheck(operator: Any, *args: Any) -> None:
+    """torch.library.opcheck on the operator behind a caller in fastres.ops, with grouped arguments."""
+    torch.library.opcheck(operator.overload, flat(operator, *args))

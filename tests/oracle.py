@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres import reference
-from fastres.reference import NormParams, statistics_dtype
+from fastres import contract
+from fastres.contract import NormParams, statistics_dtype
 from tests import backend
 
 SEED = int(os.environ.get("FASTRES_TEST_SEED", random.SystemRandom().randrange(2**31)))
@@ -277,7 +277,7 @@ def check_case(
     dy = (
         torch.randn(y.shape, generator=gen, dtype=torch.float64, device="cpu")
         .to(backend.DEVICE, dtype)
-        .contiguous(memory_format=reference.memory_format(y))
+        .contiguous(memory_format=contract.memory_format(y))
     )
     if relu_input is not None:
         dy = torch.where(doubtful, torch.zeros((), dtype=dtype), dy)

@@ -68,7 +68,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "dilated": lambda: torchvision.models.resnet50(num_classes=7, replace_stride_with_dilation=[False, True, True]),
     "article": lambda: ArticleResNet18(7),
     "winograd": lambda: FusedResNet18(7, conv_algorithm="winograd"),
-    "direct": lambda: FusedResNet18(7, conv_algorithm="direct"),
+    "torch": lambda: FusedResNet18(7, conv_algorithm="torch"),
 }
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "FusedBasicBlock": lambda: FusedBasicBlock(32, 32),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres import reference
+from fastres import contract, reference
 from tests.oracle import LAYOUTS, activation, generator, norm
 
 
@@ -29,21 +29,21 @@ def philox_by_the_book(seed: int, index: int) -> list[int]:
 
 def test_philox_gives_the_published_answer():
     # Random123's known-answer test for counter 0, key 0.
-    words = reference.philox_4x32(torch.tensor([0]), torch.tensor([0]))
+    words = contract.philox_4x32(torch.tensor([0]), torch.tensor([0]))
     assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
 
 @pytest.mark.parametrize("seed", [1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
 def test_philox_for_any_key_and_counter(seed):
     counters = [0, 1, 2, 12345, 2**31, 2**32 - 1, 2**32, 2**40 + 5]
-    words = reference.philox_4x32(torch.tensor([seed]), torch.tensor(counters))
+    words = contract.philox_4x32(torch.tensor([seed]), torch.tensor(counters))
     assert words.tolist() == [philox_by_the_book(seed, c) for c in counters]
 
 
 def test_an_element_s_mask_does_not_depend_on_what_else_there_is():
     seed = torch.tensor([42])
-    whole = reference.dropout_keep((3, 6, 4, 5), seed, 0.4)
-    assert torch.equal(whole[:2], reference.dropout_keep((2, 6, 4, 5), seed, 0.4))
+    whole = contract.dropout_keep((3, 6, 4, 5), seed, 0.4)
+    assert torch.equal(whole[:2], contract.dropout_keep((2, 6, 4, 5), seed, 0.4))
     n, c, h, w = 2, 5, 3, 4
     i = ((n * 4 + h) * 5 + w) * 6 + c
     word = philox_by_the_book(42, i // 4)[i % 4]
@@ -53,14 +53,14 @@ def test_an_element_s_mask_does_not_depend_on_what_else_there_is():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_elements_are_dropped_at_the_rate_asked_for(p):
     count = 2**20
-    dropped = count - reference.dropout_keep((1, 1024, 32, 32), torch.tensor([9]), p).sum().item()
+    dropped = count - contract.dropout_keep((1, 1024, 32, 32), torch.tensor([9]), p).sum().item()
     # Six standard deviations of a binomial.
     assert abs(dropped - count * p) < 6 * (count * p * (1 - p)) ** 0.5
 
 
 def test_a_rate_next_to_one_has_a_threshold_of_32_bits():
-    assert reference.dropout_threshold(1 - 2**-40) == 2**32 - 1
-    assert reference.dropout_threshold(0.5) == 2**31
+    assert contract.dropout_threshold(1 - 2**-40) == 2**32 - 1
+    assert contract.dropout_threshold(0.5) == 2**31
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,9 +68,9 @@ def test_a_rate_next_to_one_has_a_threshold_of_32_bits():
 def test_bits_survive_packing(layout, shape):
     like = activation(shape, torch.float32, layout, generator(shape))
     mask = torch.rand(shape, generator=generator(shape, layout)) < 0.5
-    bits = reference.pack_bits(mask, like)
-    assert bits.numel() == reference.bits_size(like)
-    assert torch.equal(reference.unpack_bits(bits, like), mask)
+    bits = contract.pack_bits(mask, like)
+    assert bits.numel() == contract.bits_size(like)
+    assert torch.equal(contract.unpack_bits(bits, like), mask)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -109,7 +109,7 @@ def test_the_oracle_of_the_convolution_s_neighbours_agrees_with_torch_s_own_oper
     first, last = norm(5, torch.float64, gen), norm(5, torch.float64, gen)
     seed, running = torch.tensor([4]), [t.clone() for t in first[:2]]
     z = F.batch_norm(x, *running, first.weight, first.bias, True, first.momentum, first.eps)
-    keep = reference.dropout_keep(x.shape, seed, 0.3).double() / 0.7
+    keep = contract.dropout_keep(x.shape, seed, 0.3).double() / 0.7
     a = F.relu(z + r) * keep if order == "add_act" else F.relu(z) * keep + r
     product = F.conv2d(F.conv2d(a, weight, padding=1), back, padding=1)
     expected = F.relu(F.batch_norm(product, *last[:4], eps=last.eps) + r)

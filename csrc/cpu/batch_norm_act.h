@@ -1,6 +1,7 @@
 // What the operators on the CPU share: parameters made ready, and the forward pass after the statistics.
 #pragma once
 
+#include "activations.h"
 #include "norm_act.h"
 #include "statistics.h"
 
@@ -19,9 +20,6 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 inline at::ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -30,20 +28,26 @@ inline Tensor channel_vector(const Tensor& x, int64_t size) {
   return at::empty({size}, x.options().dtype(statistics_type(x)).memory_format(std::nullopt));
 }
 
-inline at::TensorOptions byte_options(const Tensor& x) {
-  return x.options().dtype(at::kByte).memory_format(std::nullopt);
+// What stands for a result that is not needed.
+inline Tensor nothing_like(const Tensor& x) {
+  return at::empty({0}, x.options().memory_format(std::nullopt));
 }
 
-inline bool parse_order(std::string_view order) {
-  TORCH_CHECK_VALUE(
-      order == "add_act" || order == "act_add", "order: expected \"add_act\" or \"act_add\", got \"", order, "\"");
-  return order == "act_add";
+inline at::TensorOptions byte_options(const Tensor& x) {
+  return x.options().dtype(at::kByte).memory_format(std::nullopt);
 }
 
 inline Dropout dropout_of(const OptionalTensor& seed, double dropout_p) {
   TORCH_CHECK_VALUE(seed.has_value() && seed->numel() == 1, "seed: expected one element where dropout_p > 0");
   TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed: expected dtype int64, got ", seed->scalar_type());
   return {philox_key(*seed->const_data_ptr<int64_t>()), dropout_threshold(dropout_p)};
+}
+
+// Elements a channel, as an operator's argument.
+inline double count_of(const char* name, const Tensor& count) {
+  TORCH_CHECK_VALUE(count.numel() == 1, name, ": expected one element, got shape ", count.sizes());
+  TORCH_CHECK_TYPE(count.scalar_type() == at::kLong, name, ": expected dtype int64, got ", count.scalar_type());
+  return static_cast<double>(*count.const_data_ptr<int64_t>());
 }
 
 // A [C] argument as the loops read it: contiguous, in the statistics' dtype.
@@ -82,9 +86,10 @@ inline Tensor like_rows(const char* name, const Tensor& t, const Tensor& x, cons
 // The [C] tensors of one normalisation, checked; all null where there is none.
 template <typename A>
 struct Saved {
-  int64_t channels;
-  const A *mean, *rstd, *weight, *bias;
+  int64_t channels = 0;
+  const A *mean = nullptr, *rstd = nullptr, *weight = nullptr, *bias = nullptr;
 
+  Saved() = default;
   Saved(
       int64_t c,
       const OptionalTensor& mean_in,
@@ -95,7 +100,18 @@ struct Saved {
         mean(channel_data<A>("mean", mean_in, c)),
         rstd(channel_data<A>("rstd", rstd_in, c)),
         weight(channel_data<A>("weight", weight_in, c)),
-        bias(channel_data<A>("bias", bias_in, c)) {}
+        bias(channel_data<A>("bias", bias_in, c)) {
+    TORCH_CHECK_VALUE(
+        (mean == nullptr) == (rstd == nullptr), "mean and rstd: expected both or neither, got one of them");
+  }
+  Saved(int64_t c, const Norm& norm) : Saved(c, norm.mean, norm.rstd, norm.weight, norm.bias) {}
+  static Saved of(int64_t c, const std::optional<Residual>& r) {
+    return r.has_value() ? Saved(c, r->mean, r->rstd, r->weight, r->bias) : Saved();
+  }
+
+  bool exists() const {
+    return mean != nullptr;
+  }
 
   ChannelNorm<A> norm() const {
     ChannelNorm<A> out;
@@ -110,7 +126,86 @@ struct Saved {
   }
 };
 
-// A normalisation by running statistics; empty where there is none.
+// The normalisation by running statistics.
+template <typename A>
+inline ChannelNorm<A> running_norm(int64_t channels, const NormParams& norm) {
+  TORCH_CHECK_VALUE(
+      norm.running_mean.has_value() && norm.running_var.has_value(),
+      "running_mean and running_var: expected tensors, got None");
+  Saved<A> saved(channels, norm.running_mean, norm.running_var, norm.weight, norm.bias);
+  std::vector<A> rstd(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    rstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(saved.rstd[c]) + norm.eps));
+  }
+  saved.rstd = rstd.data();
+  return saved.norm();
+}
+
+// The batch statistics of x, given or measured here, and the number of elements a channel behind them.
+template <typename T>
+inline std::pair<Moments, double> batch_moments(
+    const Tensor& x,
+    const Rows& rows,
+    const std::optional<Statistics>& statistics) {
+  using A = acc_t<T>;
+  const int64_t channels = rows.channels;
+  const double count = static_cast<double>(rows.count());
+  if (!statistics.has_value()) {
+    return {moments_of(x.const_data_ptr<T>(), rows), count};
+  }
+  const A* mean = channel_data<A>("statistics_mean", statistics->mean, channels);
+  const A* m2 = channel_data<A>("statistics_m2", statistics->m2, channels);
+  const bool shared = statistics->count.has_value();
+  // Squares that are too large for the accumulator's type still fit into moments that are taken here.
+  if (!shared && !std::all_of(m2, m2 + channels, [](A value) { return std::isfinite(value); })) {
+    return {moments_of(x.const_data_ptr<T>(), rows), count};
+  }
+  Moments moments(channels);
+  moments.mean.assign(mean, mean + channels);
+  moments.m2.assign(m2, m2 + channels);
+  return {moments, shared ? count_of("statistics_count", *statistics->count) : count};
+}
+
+// The batch statistics become mean and rstd, the running statistics and the vectors of the apply pass.
+template <typename T>
+inline ChannelNorm<acc_t<T>> finalise(
+    const Tensor& x,
+    const Rows& rows,
+    const NormParams& norm,
+    const std::optional<Statistics>& statistics,
+    Tensor& mean,
+    Tensor& rstd) {
+  using A = acc_t<T>;
+  const int64_t channels = rows.channels;
+  const auto [moments, count] = batch_moments<T>(x, rows, statistics);
+  mean = channel_vector(x, channels);
+  rstd = channel_vector(x, channels);
+  A* mean_data = mean.mutable_data_ptr<A>();
+  A* rstd_data = rstd.mutable_data_ptr<A>();
+  for (int64_t c = 0; c < channels; ++c) {
+    mean_data[c] = static_cast<A>(moments.mean[c]);
+    rstd_data[c] = static_cast<A>(1.0 / std::sqrt(moments.m2[c] / count + norm.eps));
+  }
+  const double share = norm.momentum;
+  const auto update =
+      [&](const char* name, const OptionalTensor& running, const std::vector<double>& batch, double by) {
+        if (!running.has_value()) {
+          return;
+        }
+        channel_data<A>(name, running, channels);
+        A* data = running->mutable_data_ptr<A>();
+        for (int64_t c = 0; c < channels; ++c) {
+          data[c] = static_cast<A>((1.0 - share) * static_cast<double>(data[c]) + share * batch[c] / by);
+        }
+        // The dispatcher counts versions for operators that it generates, not for these.
+        running->unsafeGetTensorImpl()->bump_version();
+      };
+  update("running_mean", norm.running_mean, moments.mean, 1.0);
+  update("running_var", norm.running_var, moments.m2, count - 1.0);
+  return Saved<A>(channels, mean, rstd, norm.weight, norm.bias).norm();
+}
+
+// The same with the arguments one by one.
 template <typename A>
 inline ChannelNorm<A> running_norm(
     int64_t channels,
@@ -119,16 +214,8 @@ inline ChannelNorm<A> running_norm(
     const OptionalTensor& weight,
     const OptionalTensor& bias,
     double eps) {
-  Saved<A> saved(channels, mean, var, weight, bias);
-  std::vector<A> rstd(saved.channels);
-  for (int64_t c = 0; c < saved.channels; ++c) {
-    rstd[c] = static_cast<A>(1.0 / std::sqrt(static_cast<double>(saved.rstd[c]) + eps));
-  }
-  saved.rstd = rstd.data();
-  return saved.norm();
+  return mean.has_value() ? running_norm<A>(channels, NormParams{mean, var, weight, bias, 0.0, eps}) : ChannelNorm<A>();
 }
-
-// The statistics of one input become mean and rstd, the running statistics and the vectors of the apply pass.
 template <typename T>
 inline ChannelNorm<acc_t<T>> finalise(
     const Tensor& x,
@@ -143,46 +230,13 @@ inline ChannelNorm<acc_t<T>> finalise(
     double eps,
     Tensor& mean,
     Tensor& rstd) {
-  using A = acc_t<T>;
-  const int64_t channels = rows.channels;
-  const double count = static_cast<double>(rows.count());
-  Moments moments(channels);
-  bool known = known_mean.has_value() && known_m2.has_value();
-  if (known) {
-    const A* m = channel_data<A>("mean", known_mean, channels);
-    const A* m2 = channel_data<A>("m2", known_m2, channels);
-    moments.mean.assign(m, m + channels);
-    moments.m2.assign(m2, m2 + channels);
-    // Squares that are too large for the accumulator's type may still fit into moments.
-    known = std::all_of(m2, m2 + channels, [](A value) { return std::isfinite(value); });
+  const OptionalTensor no_count;
+  std::optional<Statistics> statistics;
+  if (known_mean.has_value() && known_m2.has_value()) {
+    statistics.emplace(Statistics{*known_mean, *known_m2, no_count});
   }
-  if (!known) {
-    moments = moments_of(x.const_data_ptr<T>(), rows);
-  }
-  mean = channel_vector(x, channels);
-  rstd = channel_vector(x, channels);
-  A* mean_data = mean.mutable_data_ptr<A>();
-  A* rstd_data = rstd.mutable_data_ptr<A>();
-  for (int64_t c = 0; c < channels; ++c) {
-    mean_data[c] = static_cast<A>(moments.mean[c]);
-    rstd_data[c] = static_cast<A>(1.0 / std::sqrt(moments.m2[c] / count + eps));
-  }
-  const auto update =
-      [&](const char* name, const OptionalTensor& running, const std::vector<double>& batch, double by) {
-        if (!running.has_value()) {
-          return;
-        }
-        channel_data<A>(name, running, channels);
-        A* data = running->mutable_data_ptr<A>();
-        for (int64_t c = 0; c < channels; ++c) {
-          data[c] = static_cast<A>((1.0 - momentum) * static_cast<double>(data[c]) + momentum * batch[c] / by);
-        }
-        // The dispatcher counts versions for operators that it generates, not for these.
-        running->unsafeGetTensorImpl()->bump_version();
-      };
-  update("running_mean", running_mean, moments.mean, 1.0);
-  update("running_var", running_var, moments.m2, count - 1.0);
-  return Saved<A>(channels, mean, rstd, weight, bias).norm();
+  return finalise<T>(
+      x, rows, NormParams{running_mean, running_var, weight, bias, momentum, eps}, statistics, mean, rstd);
 }
 
 // Streaming stores pay where the output is larger than what the caches can keep for its reader.

@@ -164,6 +164,27 @@ inline uint32_t passing_lanes(const Vec<double>& x) {
 #endif
 }
 
+// The bits of a comparison's result, whose lanes are all ones or all zeros.
+inline uint32_t lanes_of_mask(const Vec<float>& mask) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_movepi32_mask(_mm512_castps_si512(mask));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return static_cast<uint8_t>(_mm256_movemask_ps(mask));
+#else
+  return passing_lanes(Vec<float>::blendv(Vec<float>(0.0f), Vec<float>(1.0f), mask));
+#endif
+}
+
+inline uint32_t lanes_of_mask(const Vec<double>& mask) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_movepi64_mask(_mm512_castpd_si512(mask));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return static_cast<uint8_t>(_mm256_movemask_pd(mask));
+#else
+  return passing_lanes(Vec<double>::blendv(Vec<double>(0.0), Vec<double>(1.0), mask));
+#endif
+}
+
 // x where the lane's bit is set, 0 elsewhere.
 inline Vec<float> select_lanes(const Vec<float>& x, uint32_t bits) {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -1,12 +1,16 @@
 // Normalise, add, activate and drop: the forward pass over rows of memory that are already measured.
 //
 //   z = (x - mean) * scale + bias      scale = weight * rstd
-//   "add_act":  y = dropout(relu(z + r))            "act_add":  y = dropout(relu(z)) + r
+//   "add_act":  y = dropout(f(z + r))            "act_add":  y = dropout(f(z)) + r
 //
 // Reads x and r once, writes y once and one bit an element where backward will need it.
+//
+// The loop is compiled for the identity and ReLU with every kind of residual and of dropout, and for all other
+// activations once: what is constant in the former is a variable in the latter.
 #pragma once
 
 #include "../common/bitmask.h"
+#include "activations.h"
 #include "dropout.h"
 #include "lanes.h"
 #include "rows.h"
@@ -22,7 +26,7 @@ struct ChannelNorm {
   std::vector<A> mean, scale, bias;
 };
 
-enum class Residual { none, plain, normalised };
+enum class ResidualKind { none, plain, normalised };
 
 // The output may have another dtype than the input.
 template <typename T, typename Out = T>
@@ -39,8 +43,10 @@ struct ApplyParams {
   bool act_add;
   bool stream;
   Rows rows;
-  const uint8_t* kept = nullptr; // dropout's mask where it has been drawn already, in channels_last
-  int64_t first_y_row = 0;       // the row that y starts with, where y is not as large as x
+  const uint8_t* kept = nullptr;       // dropout's mask where it has been drawn already, in channels_last
+  int64_t first_y_row = 0;             // the row that y starts with, where y is not as large as x
+  ActivationOf<acc_t<T>> activation{}; // what is not `relu` is this
+  bool gated = true;                   // bits say what the activation passed, too
 
   template <typename F>
   void for_each_read(const F& f) const {
@@ -49,8 +55,8 @@ struct ApplyParams {
       f(residual);
     }
   }
-  Residual kind() const {
-    return residual == nullptr ? Residual::none : residual_norm ? Residual::normalised : Residual::plain;
+  ResidualKind kind() const {
+    return residual == nullptr ? ResidualKind::none : residual_norm ? ResidualKind::normalised : ResidualKind::plain;
   }
 };
 
@@ -103,14 +109,74 @@ inline void put(T* p, const Pair<acc_t<T>>& x, Count count, bool streaming) {
 // Where dropout's mask comes from.
 enum class Keep { all, drawn, given };
 
+// What a loop over rows has compiled into it: the identity or ReLU, and these.
+template <ResidualKind kResidual, Keep kKeep>
+struct Fixed {
+  static constexpr bool general = false;
+  static constexpr ResidualKind residual = kResidual;
+  static constexpr Keep keep = kKeep;
+
+  static constexpr Fixed<kResidual, Keep::given> with_given_mask() {
+    return {};
+  }
+};
+
+// Any activation, and these told at run time.
+struct General {
+  static constexpr bool general = true;
+  ResidualKind residual;
+  Keep keep;
+
+  General with_given_mask() const {
+    return {residual, Keep::given};
+  }
+};
+
+// dropout(f(z)) of `count` elements, and their bits. `kept` is called for dropout's mask where there is one.
+template <typename T, typename Out, typename Variant, typename Count, typename Kept>
+inline Pair<acc_t<T>> activate(
+    const ApplyParams<T, Out>& p,
+    const Variant& variant,
+    Pair<acc_t<T>> z,
+    uint8_t* bits,
+    Count count,
+    const Kept& kept) {
+  using P = Pair<acc_t<T>>;
+  if constexpr (Variant::general) {
+    uint32_t mask = p.gated ? p.activation.passes(z) : ~0u;
+    z = p.activation.forward(z);
+    if (variant.keep != Keep::all) {
+      const uint32_t keep = kept();
+      mask &= keep;
+      z = select_lanes(z * P::fill(p.keep_scale), keep);
+    }
+    if (bits != nullptr) {
+      store_bits(bits, mask, count);
+    }
+  } else if (variant.keep != Keep::all || bits != nullptr) {
+    uint32_t mask = p.relu ? passing_lanes(z) : ~0u;
+    if (variant.keep != Keep::all) {
+      mask &= kept();
+      z = z * P::fill(p.keep_scale);
+    }
+    z = select_lanes(z, mask);
+    if (bits != nullptr) {
+      store_bits(bits, mask, count);
+    }
+  } else if (p.relu) {
+    z = rectify(z);
+  }
+  return z;
+}
+
 // `keep` is the row's keep bits; in channels_last they may be drawn here instead.
-template <typename T, bool kColumns, Residual kResidual, Keep kKeep, typename Out>
-inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* keep) {
+template <bool kColumns, typename T, typename Out, typename Variant>
+inline void apply_row(const ApplyParams<T, Out>& p, const Variant& variant, int64_t row, const uint8_t* keep) {
   using A = acc_t<T>;
   const int64_t inner = p.rows.inner();
   const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
   const T* x = p.x + row * inner;
-  const T* residual = p.residual + (kResidual == Residual::none ? 0 : row * inner);
+  const T* residual = p.residual + (variant.residual == ResidualKind::none ? 0 : row * inner);
   Out* y = p.y + (row - p.first_y_row) * inner;
   uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
   for_each_unit<A>(inner, [&](int64_t k, auto count) {
@@ -118,9 +184,9 @@ inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* 
     Pair<A> z = fmadd(
         load_lanes(x + k, count) - lanes(norm.mean, k, count), lanes(norm.scale, k, count), lanes(norm.bias, k, count));
     Pair<A> r;
-    if constexpr (kResidual != Residual::none) {
+    if (variant.residual != ResidualKind::none) {
       r = load_lanes(residual + k, count);
-      if constexpr (kResidual == Residual::normalised) {
+      if (variant.residual == ResidualKind::normalised) {
         const auto& own = *p.residual_norm;
         r = fmadd(r - lanes(own.mean, k, count), lanes(own.scale, k, count), lanes(own.bias, k, count));
       }
@@ -128,23 +194,12 @@ inline void apply_row(const ApplyParams<T, Out>& p, int64_t row, const uint8_t* 
         z = z + r;
       }
     }
-    if (kKeep != Keep::all || bits != nullptr) {
-      uint32_t passed = p.relu ? passing_lanes(z) : ~0u;
-      if constexpr (kKeep != Keep::all) {
-        passed &= kKeep == Keep::drawn ? keep_bits(*p.dropout, row * inner + k) : load_bits(keep + k / 8, count);
-        z = z * Pair<A>::fill(p.keep_scale);
-      }
-      z = select_lanes(z, passed);
-      if (bits != nullptr) {
-        store_bits(bits + k / 8, passed, count);
-      }
-    } else if (p.relu) {
-      z = rectify(z);
-    }
-    if constexpr (kResidual != Residual::none) {
-      if (p.act_add) {
-        z = z + r;
-      }
+    const auto kept = [&] {
+      return variant.keep == Keep::drawn ? keep_bits(*p.dropout, row * inner + k) : load_bits(keep + k / 8, count);
+    };
+    z = activate(p, variant, z, bits == nullptr ? nullptr : bits + k / 8, count, kept);
+    if (variant.residual != ResidualKind::none && p.act_add) {
+      z = z + r;
     }
     put(y + k, z, count, p.stream);
   });
@@ -189,9 +244,9 @@ inline void draw_keep_bits(const Dropout& dropout, const Rows& rows, uint8_t* ke
   });
 }
 
-template <typename T, bool kColumns, Residual kResidual, Keep kKeep, typename Out>
-inline void apply_rows(const ApplyParams<T, Out>& p, int64_t begin, int64_t end) {
-  if constexpr (kKeep != Keep::all && !kColumns) {
+template <bool kColumns, typename T, typename Out, typename Variant>
+inline void apply_rows(const ApplyParams<T, Out>& p, const Variant& variant, int64_t begin, int64_t end) {
+  if (!kColumns && variant.keep == Keep::drawn) {
     const bool four = p.rows.channels % 4 == 0 && begin % 4 == 0 && end % 4 == 0;
     const int64_t bytes = bitmask_row_bytes(p.rows.pixels), group = four ? 4 : 1;
     // load_bits never reads past a row, so the last row needs no slack.
@@ -199,13 +254,13 @@ inline void apply_rows(const ApplyParams<T, Out>& p, int64_t begin, int64_t end)
     for (int64_t row = begin; row < end; row += group) {
       draw_keep_rows(*p.dropout, p.rows, row, four, keep.data());
       for (int64_t k = 0; k < group; ++k) {
-        apply_row<T, kColumns, kResidual, Keep::given>(p, row + k, keep.data() + k * bytes);
+        apply_row<kColumns>(p, variant.with_given_mask(), row + k, keep.data() + k * bytes);
       }
     }
   } else {
     for (int64_t row = begin; row < end; ++row) {
-      apply_row<T, kColumns, kResidual, kKeep>(
-          p, row, kKeep == Keep::given ? p.kept + row * bitmask_row_bytes(p.rows.inner()) : nullptr);
+      const bool given = variant.keep == Keep::given;
+      apply_row<kColumns>(p, variant, row, given ? p.kept + row * bitmask_row_bytes(p.rows.inner()) : nullptr);
     }
   }
   if (p.stream) {
@@ -216,28 +271,37 @@ inline void apply_rows(const ApplyParams<T, Out>& p, int64_t begin, int64_t end)
 // Rows begin ... end - 1 of the pass.
 template <typename T, typename Out>
 inline void apply_range(const ApplyParams<T, Out>& p, int64_t begin, int64_t end) {
-  const auto with_residual = [&](auto columns, auto keep) {
+  const Keep keep = p.kept != nullptr ? Keep::given : p.dropout != nullptr ? Keep::drawn : Keep::all;
+  if (p.activation.general()) {
+    const General variant{p.kind(), keep};
+    return p.rows.channels_last ? apply_rows<true>(p, variant, begin, end) : apply_rows<false>(p, variant, begin, end);
+  }
+  const auto with_residual = [&](auto columns, auto keep_constant) {
     constexpr bool kColumns = decltype(columns)::value;
-    constexpr Keep kKeep = decltype(keep)::value;
+    constexpr Keep kKeep = decltype(keep_constant)::value;
     switch (p.kind()) {
-      case Residual::none:
-        return apply_rows<T, kColumns, Residual::none, kKeep>(p, begin, end);
-      case Residual::plain:
-        return apply_rows<T, kColumns, Residual::plain, kKeep>(p, begin, end);
-      case Residual::normalised:
-        return apply_rows<T, kColumns, Residual::normalised, kKeep>(p, begin, end);
+      case ResidualKind::none:
+        return apply_rows<kColumns>(p, Fixed<ResidualKind::none, kKeep>(), begin, end);
+      case ResidualKind::plain:
+        return apply_rows<kColumns>(p, Fixed<ResidualKind::plain, kKeep>(), begin, end);
+      case ResidualKind::normalised:
+        return apply_rows<kColumns>(p, Fixed<ResidualKind::normalised, kKeep>(), begin, end);
     }
   };
   using All = std::integral_constant<Keep, Keep::all>;
   using Drawn = std::integral_constant<Keep, Keep::drawn>;
   using Given = std::integral_constant<Keep, Keep::given>;
   if (!p.rows.channels_last) {
-    return p.dropout == nullptr ? with_residual(std::false_type(), All()) : with_residual(std::false_type(), Drawn());
+    return keep == Keep::all ? with_residual(std::false_type(), All()) : with_residual(std::false_type(), Drawn());
   }
-  if (p.kept != nullptr) {
-    return with_residual(std::true_type(), Given());
+  switch (keep) {
+    case Keep::all:
+      return with_residual(std::true_type(), All());
+    case Keep::drawn:
+      return with_residual(std::true_type(), Drawn());
+    case Keep::given:
+      return with_residual(std::true_type(), Given());
   }
-  return p.dropout == nullptr ? with_residual(std::true_type(), All()) : with_residual(std::true_type(), Drawn());
 }
 
 } // namespace CPU_CAPABILITY

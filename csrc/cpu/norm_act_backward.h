@@ -1,8 +1,12 @@
 // The backward pass after the sums: what reaches x, and a residual, over rows of memory.
 //
-//   g = dy * bit / (1 - p)      dx = scale * g - offset - slope * (x - mean)
+//   g = dy * f'(z) * keep / (1 - p)      dx = scale * g - offset - slope * (x - mean)
 //
-// Reads dy, x (and a residual that has its own normalisation) and the bits once, writes dx and dr once.
+// keep * f'(z) is one bit an element where f is ReLU or the identity; otherwise z is computed again from x, and from
+// the residual where that was added before f.
+//
+// Reads dy, x (and a residual that has its own normalisation, or is part of z) and the bits once, writes dx and dr
+// once.
 #pragma once
 
 #include "norm_act.h"
@@ -10,7 +14,7 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
-// Where the gradient's bit comes from.
+// Where the bit of ReLU's gradient comes from.
 enum class Gate { open, bits, recompute };
 
 // dx = scale * g - offset - slope * (x - mean)
@@ -23,12 +27,12 @@ template <typename T>
 struct BackwardParams {
   const T* dy;
   const T* x;
-  const T* residual; // null unless it has its own normalisation
+  const T* residual; // null unless it has its own normalisation, or is part of z
   const uint8_t* bits;
   T* dx; // null where not needed, or in the pass that sums
   T* dresidual;
   const ChannelNorm<acc_t<T>>* norm;
-  const ChannelNorm<acc_t<T>>* residual_norm;
+  const ChannelNorm<acc_t<T>>* residual_norm; // null unless it has its own normalisation
   const GradientNorm<acc_t<T>>* gradient;
   const GradientNorm<acc_t<T>>* residual_gradient;
   Gate gate;
@@ -37,43 +41,84 @@ struct BackwardParams {
   bool centred; // statistics are the batch's: offset and slope count
   bool stream;
   Rows rows;
+  // Only read where `general`:
+  bool general = false;
+  bool recomputes = false; // z
+  ActivationOf<acc_t<T>> activation{};
+  acc_t<T> leak = 0;      // g / dy where the bit is not set
+  const T* dy2 = nullptr; // in the pass that sums: the other part of the gradient of y,
+  T* dz = nullptr;        // and where the gradient that the next pass reads is written
 };
 
-// g at elements k ... of a row, and x - mean, which both passes need.
-template <typename T, bool kColumns, Gate kGate, typename Count>
+// What the backward loops have compiled into them: the identity or ReLU, one gradient of y, and these.
+template <bool kDual, Gate kGate>
+struct FixedGradient {
+  static constexpr bool general = false;
+  static constexpr bool dual = kDual; // the residual has its own normalisation
+  static constexpr Gate gate = kGate;
+};
+
+// Any activation, and a gradient of y in one part or in two.
+struct GeneralGradient {
+  static constexpr bool general = true;
+  static constexpr Gate gate = Gate::open; // has no meaning
+  bool dual;
+};
+
+// g at elements k ... of a row. `centred` is x - mean.
+template <typename T, typename Variant, typename Lanes, typename Count>
 inline Pair<acc_t<T>> masked_gradient(
     const BackwardParams<T>& p,
-    const ChannelLanes<acc_t<T>, kColumns>& lanes,
+    const Variant& variant,
+    const Lanes& lanes,
     int64_t row,
     int64_t k,
     Count count,
     const Pair<acc_t<T>>& dy,
     const Pair<acc_t<T>>& centred) {
-  using A = acc_t<T>;
-  if constexpr (kGate == Gate::open) {
+  using P = Pair<acc_t<T>>;
+  // The very expression of the forward pass, so that its sign is the same.
+  const auto normalised = [&](const ChannelNorm<acc_t<T>>& norm, const P& value) {
+    return fmadd(value, lanes(norm.scale, k, count), lanes(norm.bias, k, count));
+  };
+  const auto bits = [&] { return load_bits(p.bits + row * bitmask_row_bytes(p.rows.inner()) + k / 8, count); };
+  if constexpr (Variant::general) {
+    P g = dy;
+    if (p.recomputes) {
+      P z = normalised(*p.norm, centred);
+      if (p.residual != nullptr && !p.act_add) {
+        const P r = load_lanes(p.residual + row * p.rows.inner() + k, count);
+        z = z + (variant.dual ? normalised(*p.residual_norm, r - lanes(p.residual_norm->mean, k, count)) : r);
+      }
+      g = p.activation.backward(g, z);
+    }
+    if (p.bits != nullptr) {
+      const uint32_t mask = bits();
+      const P kept = select_lanes(g, mask) * P::fill(p.keep_scale);
+      g = p.leak == 0 ? kept : kept + select_lanes(g * P::fill(p.leak), ~mask);
+    }
+    return g;
+  } else if constexpr (Variant::gate == Gate::open) {
     return dy;
-  } else if constexpr (kGate == Gate::bits) {
-    const uint8_t* bits = p.bits + row * bitmask_row_bytes(p.rows.inner()) + k / 8;
-    return select_lanes(dy, load_bits(bits, count)) * Pair<A>::fill(p.keep_scale);
+  } else if constexpr (Variant::gate == Gate::bits) {
+    return select_lanes(dy, bits()) * P::fill(p.keep_scale);
   } else {
-    // The very expression of the forward pass, so that its sign is the same.
-    const Pair<A> z = fmadd(centred, lanes(p.norm->scale, k, count), lanes(p.norm->bias, k, count));
-    return select_lanes(dy, passing_lanes(z));
+    return select_lanes(dy, passing_lanes(normalised(*p.norm, centred)));
   }
 }
 
-template <typename T, bool kColumns, bool kDual, Gate kGate>
-inline void gradient_rows(const BackwardParams<T>& p, int64_t begin, int64_t end) {
+template <bool kColumns, typename T, typename Variant>
+inline void gradient_rows(const BackwardParams<T>& p, const Variant& variant, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t inner = p.rows.inner();
+  const bool reads_x = p.centred || (Variant::general ? p.recomputes : Variant::gate == Gate::recompute);
   for (int64_t row = begin; row < end; ++row) {
     const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
     for_each_unit<A>(inner, [&](int64_t k, auto count) {
       const int64_t at = row * inner + k;
       const Pair<A> dy = load_lanes(p.dy + at, count);
-      const bool needs_x = p.centred || kGate == Gate::recompute;
-      const Pair<A> centred = needs_x ? load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count) : Pair<A>::fill(0);
-      const Pair<A> g = masked_gradient<T, kColumns, kGate>(p, lanes, row, k, count, dy, centred);
+      const Pair<A> centred = reads_x ? load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count) : Pair<A>::fill(0);
+      const Pair<A> g = masked_gradient(p, variant, lanes, row, k, count, dy, centred);
       const auto through = [&](const GradientNorm<A>& norm, const Pair<A>& dz, const Pair<A>& value) {
         const Pair<A> scaled = dz * lanes(norm.scale, k, count);
         return p.centred ? scaled - fmadd(value, lanes(norm.slope, k, count), lanes(norm.offset, k, count)) : scaled;
@@ -83,7 +128,7 @@ inline void gradient_rows(const BackwardParams<T>& p, int64_t begin, int64_t end
       }
       if (p.dresidual != nullptr) {
         const Pair<A> dr = p.act_add ? dy : g;
-        if constexpr (kDual) {
+        if (variant.dual) {
           const Pair<A> r =
               p.centred ? load_lanes(p.residual + at, count) - lanes(p.residual_norm->mean, k, count) : dr;
           put(p.dresidual + at, through(*p.residual_gradient, dr, r), count, p.stream);
@@ -98,20 +143,26 @@ inline void gradient_rows(const BackwardParams<T>& p, int64_t begin, int64_t end
   }
 }
 
+// f(whether rows are channels, as a type, and the variant of the loop)
 template <typename T, typename F>
-inline void with_flags(const BackwardParams<T>& p, const F& f) {
+inline void with_variant(const BackwardParams<T>& p, const F& f) {
   const auto with_gate = [&](auto columns, auto dual) {
+    constexpr bool kDual = decltype(dual)::value;
     switch (p.gate) {
       case Gate::open:
-        return f(columns, dual, std::integral_constant<Gate, Gate::open>());
+        return f(columns, FixedGradient<kDual, Gate::open>());
       case Gate::bits:
-        return f(columns, dual, std::integral_constant<Gate, Gate::bits>());
+        return f(columns, FixedGradient<kDual, Gate::bits>());
       case Gate::recompute:
-        return f(columns, dual, std::integral_constant<Gate, Gate::recompute>());
+        return f(columns, FixedGradient<kDual, Gate::recompute>());
     }
   };
   const auto with_dual = [&](auto columns) {
-    return p.residual != nullptr ? with_gate(columns, std::true_type()) : with_gate(columns, std::false_type());
+    const bool dual = p.residual_norm != nullptr;
+    if (p.general) {
+      return f(columns, GeneralGradient{dual});
+    }
+    return dual ? with_gate(columns, std::true_type()) : with_gate(columns, std::false_type());
   };
   return p.rows.channels_last ? with_dual(std::true_type()) : with_dual(std::false_type());
 }
@@ -119,10 +170,10 @@ inline void with_flags(const BackwardParams<T>& p, const F& f) {
 template <typename T>
 inline void gradient_all(const BackwardParams<T>& p) {
   const Segments segments(p.rows.rows(), p.rows.bytes(sizeof(T)), kElementwiseBytes);
-  with_flags(p, [&](auto columns, auto dual, auto gate) {
+  with_variant(p, [&](auto columns, const auto& variant) {
     for_each_segment_backwards(segments, [&](int64_t s) {
       const auto [begin, end] = segments.range(s);
-      gradient_rows<T, decltype(columns)::value, decltype(dual)::value, decltype(gate)::value>(p, begin, end);
+      gradient_rows<decltype(columns)::value>(p, variant, begin, end);
     });
   });
 }

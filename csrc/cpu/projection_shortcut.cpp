@@ -313,28 +313,25 @@ std::tuple<Tensor, Tensor> backward(
 Tensor inference(
     const Tensor& s,
     const Tensor& conv_weight,
-    const Tensor& running_mean,
-    const Tensor& running_var,
-    const OptionalTensor& weight,
-    const OptionalTensor& bias,
+    const NormParams& norm,
     const OptionalTensor& x,
-    const OptionalTensor& x_running_mean,
-    const OptionalTensor& x_running_var,
-    const OptionalTensor& x_weight,
-    const OptionalTensor& x_bias,
+    const std::optional<NormParams>& x_norm,
     at::IntArrayRef stride,
-    double eps,
-    double x_eps,
-    bool relu) {
+    const Activation& activation) {
   const Geometry g = geometry_of(s, conv_weight, stride);
   const int64_t channels = g.out.channels;
   const Tensor w = weight_matrix(conv_weight), input = s.detach();
   Tensor y = empty_product(s, g);
+  const Pointwise act = pointwise(activation);
   const Tensor added = x.has_value() ? like_rows("x", *x, y, g.out) : Tensor();
   FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_inference", [&] {
     using A = acc_t<scalar_t>;
-    const ChannelNorm<A> norm = running_norm<A>(channels, running_mean, running_var, weight, bias, eps);
-    const ChannelNorm<A> x_norm = running_norm<A>(channels, x_running_mean, x_running_var, x_weight, x_bias, x_eps);
+    // The product is the forward pass's x, and the operator's x what is added to it.
+    const ChannelNorm<A> own = running_norm<A>(channels, norm);
+    ChannelNorm<A> other;
+    if (x_norm.has_value()) {
+      other = running_norm<A>(channels, *x_norm);
+    }
     const Segments segments = segments_of(g, sizeof(scalar_t));
     const scalar_t* in = input.const_data_ptr<scalar_t>();
     for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
@@ -346,10 +343,11 @@ Tensor inference(
       params.x = product.data();
       params.residual = added.defined() ? added.const_data_ptr<scalar_t>() + at : nullptr;
       params.y = y.mutable_data_ptr<scalar_t>() + at;
-      params.norm = &norm;
-      params.residual_norm = x_running_mean.has_value() ? &x_norm : nullptr;
+      params.norm = &own;
+      params.residual_norm = x_norm.has_value() ? &other : nullptr;
       params.keep_scale = 1;
-      params.relu = relu;
+      params.relu = act.kind == Kind::ReLU;
+      params.activation = act.activation<A>();
       // The block as rows of its own: output positions, or the channels of one image.
       params.rows = g.out.channels_last ? Rows{true, 1, channels, positions} : Rows{false, 1, channels, positions};
       apply_range(params, 0, params.rows.rows());
@@ -365,5 +363,5 @@ Tensor inference(
 TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("projection_shortcut_forward", fastres::forward);
   m.impl("projection_shortcut_backward", fastres::backward);
-  m.impl("projection_shortcut_inference", fastres::inference);
+  m.impl("projection_shortcut_inference", fastres::grouped<&fastres::inference>);
 }

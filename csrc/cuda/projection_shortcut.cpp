@@ -1,5 +1,6 @@
 // projection_shortcut for CUDA tensors: checks the arguments, allocates, asks for the plan and has it launched.
 // The kernels are in projection_shortcut.cuh.
+#include "../common/arguments.h"
 #include "launch.h"
 
 #include <ATen/Context.h>
@@ -13,13 +14,11 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace fastres::shortcut {
 namespace {
-
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win; fastres.reference says the same.
 bool is_channels_last(const Tensor& s) {
@@ -203,42 +202,47 @@ std::tuple<Tensor, Tensor> backward(
   return {ds, dweight};
 }
 
+// A normalisation by running statistics; `prefix` is what its arguments' names begin with.
+RunningNorm running_norm(const std::string& prefix, const NormParams& norm, const Tensor& s, int64_t channels) {
+  TORCH_CHECK_VALUE(
+      norm.running_mean.has_value() && norm.running_var.has_value(),
+      prefix,
+      "running_mean and ",
+      prefix,
+      "running_var: expected tensors, got None");
+  const auto data = [&](const char* name, const OptionalTensor& v) {
+    return channel_data((prefix + name).c_str(), v, s, channels);
+  };
+  return {
+      data("running_mean", norm.running_mean),
+      data("running_var", norm.running_var),
+      data("weight", norm.weight),
+      data("bias", norm.bias),
+      static_cast<float>(norm.eps)};
+}
+
 Tensor inference(
     const Tensor& s,
     const Tensor& conv_weight,
-    const Tensor& running_mean,
-    const Tensor& running_var,
-    const OptionalTensor& weight,
-    const OptionalTensor& bias,
+    const NormParams& norm,
     const OptionalTensor& x,
-    const OptionalTensor& x_running_mean,
-    const OptionalTensor& x_running_var,
-    const OptionalTensor& x_weight,
-    const OptionalTensor& x_bias,
+    const std::optional<NormParams>& x_norm,
     at::IntArrayRef stride,
-    double eps,
-    double x_eps,
-    bool relu) {
+    const Activation& activation) {
+  TORCH_CHECK_VALUE(
+      activation.kind == "relu" || activation.kind == "identity",
+      "activation_kind: expected \"relu\" or \"identity\" on CUDA, got \"",
+      activation.kind,
+      "\"");
   const Problem p = problem_of(s, conv_weight, stride);
   const c10::cuda::CUDAGuard guard(s.device());
   const Tensor w = conv_weight.contiguous();
   const Tensor added = x.has_value() ? like_product("x", *x, s, p) : Tensor();
-  TORCH_CHECK_VALUE(
-      x_running_mean.has_value() == x_running_var.has_value(),
-      "x_running_mean and x_running_var: expected both or neither, got one of them");
   Pointers q{};
-  q.norm = {
-      channel_data("running_mean", running_mean, s, p.out_channels),
-      channel_data("running_var", running_var, s, p.out_channels),
-      channel_data("weight", weight, s, p.out_channels),
-      channel_data("bias", bias, s, p.out_channels),
-      static_cast<float>(eps)};
-  q.x_norm = {
-      channel_data("x_running_mean", x_running_mean, s, p.out_channels),
-      channel_data("x_running_var", x_running_var, s, p.out_channels),
-      channel_data("x_weight", x_weight, s, p.out_channels),
-      channel_data("x_bias", x_bias, s, p.out_channels),
-      static_cast<float>(x_eps)};
+  q.norm = running_norm("norm_", norm, s, p.out_channels);
+  if (x_norm.has_value()) {
+    q.x_norm = running_norm("x_norm_", *x_norm, s, p.out_channels);
+  }
   Tensor y = empty_product(s, p);
   if (y.numel() == 0) {
     return y;
@@ -248,7 +252,7 @@ Tensor inference(
   q.weight = w.const_data_ptr();
   q.x = added.defined() ? added.const_data_ptr() : nullptr;
   q.y = y.mutable_data_ptr();
-  q.relu = relu;
+  q.relu = activation.kind == "relu";
   launch(Step::kInference, s, p, q);
   return y;
 }
@@ -259,5 +263,5 @@ Tensor inference(
 TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("projection_shortcut_forward", fastres::shortcut::forward);
   m.impl("projection_shortcut_backward", fastres::shortcut::backward);
-  m.impl("projection_shortcut_inference", fastres::shortcut::inference);
+  m.impl("projection_shortcut_inference", fastres::grouped<&fastres::shortcut::inference>);
 }

@@ -9,9 +9,9 @@ from torch import Tensor
 from fastres.models.stem import STEM_CHANNELS, check_head, init_convolution, make_stem
 from fastres.nn.blocks import FusedBlock, PlainResidualBlock, ResidualBlock
 from fastres.nn.norm import take_over_norm
-from fastres.nn.stem import FusedTrunk
+from fastres.nn.stem import FusedTrunk, through_stages
 from fastres.nn.steps import check_conv_algorithm, check_dropout, norm_act
-from fastres.nn.trust import renamed
+from fastres.nn.trust import activation_of, renamed
 
 
 class PlainArticleResNet18(nn.Module):
@@ -75,7 +75,7 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
     def __init__(
         self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, conv_algorithm: str | None = None
     ) -> None:
-        check_conv_algorithm(conv_algorithm)
+        conv_algorithm = check_conv_algorithm(conv_algorithm)
         super().__init__(num_classes, stem=stem, dropout=dropout)
         for module in self.modules():
             if isinstance(module, FusedBlock):
@@ -91,8 +91,8 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
     def _fused(self, x: Tensor) -> Tensor:
         if self._gains_by_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
-        stem = self.maxpool(norm_act(self.bn1, self.conv1(x)))
-        features = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
+        stem = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
+        features = through_stages(stem, (self.layer1, self.layer2, self.layer3, self.layer4))
         logits = self.fc(torch.flatten(self.avgpool(features), 1))
         return logits + self.skip(torch.flatten(self.avgpool(stem), 1))  # type: ignore[no-any-return]
 

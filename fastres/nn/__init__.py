@@ -12,16 +12,27 @@ from fastres.nn.blocks import (
     PlainResidualBlock,
     ResidualBlock,
 )
-from fastres.nn.norm import BatchNormAct2d, FusedBatchNormAct2d
+from fastres.nn.norm import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    FusedBatchNormAct1d,
+    FusedBatchNormAct2d,
+    FusedBatchNormAct3d,
+)
 from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
 from fastres.nn.stem import FusedLayerGetter, FusedStemResNet
 
 __all__ = [
+    "BatchNormAct1d",
     "BatchNormAct2d",
+    "BatchNormAct3d",
     "DropoutBasicBlock",
     "DropoutBottleneck",
     "FusedBasicBlock",
+    "FusedBatchNormAct1d",
     "FusedBatchNormAct2d",
+    "FusedBatchNormAct3d",
     "FusedBottleneck",
     "FusedLayerGetter",
     "FusedStemResNet",

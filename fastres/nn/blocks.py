@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from fastres.activations import IDENTITY
 from fastres.nn.norm import take_over_norm
 from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
 from fastres.nn.steps import (
@@ -35,7 +36,7 @@ from fastres.nn.steps import (
     norm_act_conv,
     uses_batch_statistics,
 )
-from fastres.nn.trust import Fused, renamed
+from fastres.nn.trust import AnyActivation, Fused, activation_of, renamed
 
 
 class DropoutBasicBlock(BasicBlock):  # type: ignore[misc]
@@ -90,7 +91,7 @@ class FusedBlock(Fused):
 
     Attributes:
         dropout: the rate between the convolutions.
-        conv_algorithm: "auto", "direct" or "winograd" as in `fastres.functional.conv3x3`; None leaves it to the
+        conv_algorithm: "auto", "torch" or "winograd" as in `fastres.functional.conv3x3`; None leaves it to the
             environment variable FASTRES_CONV.
     """
 
@@ -113,16 +114,36 @@ class FusedBlock(Fused):
     @torch.jit.unused
     def _in_memory_format(self, x: Tensor) -> Tensor:
         """The fused steps, in channels_last where that pays; the result lies as PyTorch's block would leave it."""
-        if not gains_by_channels_last(x, self.conv1, self.conv2, self.conv_algorithm):
-            return self._fused(x)
+        if not self._gains_by_channels_last(x):
+            return self._fused(x, x, 1)  # type: ignore[no-any-return]
         convs = (m for m in self._modules.values() if isinstance(m, nn.Conv2d))
         expected = torch.channels_last if gives_channels_last(x, convs) else torch.contiguous_format
-        return self._fused(x.contiguous(memory_format=torch.channels_last)).contiguous(memory_format=expected)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self._fused(x, x, 1).contiguous(memory_format=expected)  # type: ignore[no-any-return]
 
     @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        """The block in fused steps."""
+    def _gains_by_channels_last(self, x: Tensor) -> bool:
+        return gains_by_channels_last(x, self.conv1, self.conv2, self.conv_algorithm)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
+        """The block in fused steps.
+
+        Args:
+            x, shortcut: the block's input, as its convolutions and as its shortcut read it. Where they are two results
+                of one normalisation, their gradients are added where its backward reads them.
+            readers: 2 gives the output twice, in the same sense.
+        """
         raise TypeError(f"{type(self).__name__}: expected a subclass that says how it is fused")
+
+    @torch.jit.unused
+    def _next(self, x: Tensor, shortcut: Tensor, readers: int) -> tuple[Tensor, Tensor]:
+        """The block as one of a row (`fastres.nn.stem`): `_fused`, with the output for both readers."""
+        if self._leaves(x) or self._gains_by_channels_last(x):
+            y = self(x)
+            return y, y
+        y = self._fused(x, shortcut, readers)
+        return y if readers == 2 else (y, y)
 
     def why_not_fusable(self) -> str | None:
         """As `Fused.why_not_fusable`; the normalisations have to use one kind of statistics, too."""
@@ -184,7 +205,13 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
         ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
     """
 
-    exactly = {"conv1": nn.Conv2d, "bn1": nn.BatchNorm2d, "relu": nn.ReLU, "conv2": nn.Conv2d, "bn2": nn.BatchNorm2d}  # noqa: RUF012
+    exactly = {  # noqa: RUF012
+        "conv1": nn.Conv2d,
+        "bn1": nn.BatchNorm2d,
+        "relu": AnyActivation,
+        "conv2": nn.Conv2d,
+        "bn2": nn.BatchNorm2d,
+    }
     _plain = renamed(BasicBlock.forward, "_plain")
     _plain_with_dropout = renamed(DropoutBasicBlock.forward, "_plain_with_dropout")
 
@@ -206,18 +233,25 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
         self._set(dropout, conv_algorithm)
 
     @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+    def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
+        algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.relu)
         if uses_batch_statistics(bn1):
-            out, statistics, x = conv_measured(self.conv1, x, algorithm)
+            out, statistics, same = conv_measured(self.conv1, x, algorithm)
+            # The convolution adds the shortcut's gradient to its own, where it can.
+            shortcut = shortcut if same is x else same
             out, statistics = norm_act_conv(
-                bn1, self.conv2, out, dropout=self._dropout_now(), statistics=statistics, algorithm=algorithm
+                bn1, self.conv2, out, activation=f, dropout=self._dropout_now(), statistics=statistics,
+                algorithm=algorithm,
+            )  # fmt: skip
+            return add_shortcut(
+                bn2, out, shortcut, self.downsample, activation=f, statistics=statistics, readers=readers
             )
-            return add_shortcut(bn2, out, x, self.downsample, statistics)
-        out = conv_norm(self.conv1, bn1, x, algorithm=algorithm)
+        out = conv_norm(self.conv1, bn1, x, activation=f, algorithm=algorithm)
         if self.downsample is None:
-            return conv_norm(self.conv2, bn2, out, x, algorithm=algorithm)
-        return add_shortcut(bn2, conv_alone(self.conv2, out, algorithm), x, self.downsample)
+            y = conv_norm(self.conv2, bn2, out, shortcut, activation=f, algorithm=algorithm)
+            return y if readers == 1 else (y, y)
+        out = conv_alone(self.conv2, out, algorithm)
+        return add_shortcut(bn2, out, shortcut, self.downsample, activation=f, readers=readers)
 
 
 class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
@@ -252,15 +286,17 @@ class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
         self._set(dropout, conv_algorithm)
 
     @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+    def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
+        algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.relu)
         out = self.conv1(x)
         if uses_batch_statistics(bn1):
-            out, statistics = norm_act_conv(bn1, self.conv2, out, dropout=0.0, statistics=None, algorithm=algorithm)
-            out = norm_act(bn2, out, dropout=self._dropout_now(), statistics=statistics)
+            out, statistics = norm_act_conv(
+                bn1, self.conv2, out, activation=f, dropout=0.0, statistics=None, algorithm=algorithm
+            )
+            out = norm_act(bn2, out, activation=f, dropout=self._dropout_now(), statistics=statistics)
         else:
-            out = conv_norm(self.conv2, bn2, norm_act(bn1, out), algorithm=algorithm)
-        return add_shortcut(self.bn3, self.conv3(out), x, self.downsample)
+            out = conv_norm(self.conv2, bn2, norm_act(bn1, out, activation=f), activation=f, algorithm=algorithm)
+        return add_shortcut(self.bn3, self.conv3(out), shortcut, self.downsample, activation=f, readers=readers)
 
 
 class PlainResidualBlock(nn.Module):
@@ -325,17 +361,20 @@ class ResidualBlock(FusedBlock, PlainResidualBlock):
         self._set(dropout, conv_algorithm)
 
     @torch.jit.unused
-    def _fused(self, x: Tensor) -> Tensor:
-        algorithm, bn1, bn2 = self.conv_algorithm, self.bn1, self.bn2
+    def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
+        algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.relu)
         if uses_batch_statistics(bn1):
-            out, statistics, x = conv_measured(self.conv1, x, algorithm)
+            out, statistics, same = conv_measured(self.conv1, x, algorithm)
+            shortcut = shortcut if same is x else same
             out, statistics = norm_act_conv(
-                bn1, self.conv2, out, self.shortcut(x), dropout=self._dropout_now(), order="act_add",
-                statistics=statistics, algorithm=algorithm,
+                bn1, self.conv2, out, self.shortcut(shortcut), activation=f, dropout=self._dropout_now(),
+                order="act_add", statistics=statistics, algorithm=algorithm,
             )  # fmt: skip
-            return norm_act(bn2, out, relu=False, statistics=statistics)
-        out = norm_act(bn1, conv_alone(self.conv1, x, algorithm), self.shortcut(x), order="act_add")
-        return conv_norm(self.conv2, bn2, out, relu=False, algorithm=algorithm)
+            return norm_act(bn2, out, activation=IDENTITY, statistics=statistics, readers=readers)
+        out = conv_alone(self.conv1, x, algorithm)
+        out = norm_act(bn1, out, self.shortcut(shortcut), activation=f, order="act_add")
+        y = conv_norm(self.conv2, bn2, out, activation=IDENTITY, algorithm=algorithm)
+        return y if readers == 1 else (y, y)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

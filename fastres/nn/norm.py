@@ -1,4 +1,4 @@
-"""Batch normalisation with what follows it: addition, ReLU, dropout. Fused, and its twin in plain PyTorch."""
+"""Batch normalisation with the addition, activation and dropout after it: fused, and the twins in plain PyTorch."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres import functional
+from fastres.activations import IDENTITY, RELU, Activation
+from fastres.contract import ORDERS
 from fastres.nn.steps import check_dropout, norm_act, uses_batch_statistics
-from fastres.nn.trust import Fused, renamed, why_not_ordinary
+from fastres.nn.trust import AnyActivation, Fused, activation_of, renamed, why_not_ordinary
 
 # What is read and written through to the normalisation inside.
 _OF_NORM = frozenset((
@@ -18,15 +19,11 @@ _OF_NORM = frozenset((
 ))  # fmt: skip
 
 
-class BatchNormAct2d(nn.Module):
-    """Batch normalisation, the addition of a residual, ReLU and dropout in plain PyTorch, one operator after another.
+class _BatchNormAct(nn.Module):
+    """The plain twins: normalisation, addition, activation and dropout, one operator after another."""
 
-    The normalisation is the child `norm`, torch's own BatchNorm2d: what synchronises, freezes, folds or counts
-    normalisations finds it there, and what follows it stays. The state_dict has a BatchNorm2d's names (`weight`, where
-    `named_parameters` says `norm.weight`), and a BatchNorm2d's attributes are read and written through this module.
-
-    Args, Raises: as `FusedBatchNormAct2d`, whose plain twin it is.
-    """
+    _norm_class = nn.BatchNorm2d  # type: type[nn.Module]
+    __jit_unused_properties__ = ["relu"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -40,42 +37,61 @@ class BatchNormAct2d(nn.Module):
         *,
         bias: bool = True,
         relu: bool = True,
+        act: Any = None,
         dropout: float = 0.0,
         order: str = "add_act",
     ) -> None:
         super().__init__()
         if not isinstance(relu, bool):
             raise TypeError(f"relu: expected a bool, got {type(relu).__name__}")
-        if order not in functional.ORDERS:
-            raise ValueError(f"order: expected one of {functional.ORDERS}, got {order!r}")
-        self.relu, self.dropout, self.order = relu, check_dropout(dropout), order
-        self.norm = nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if act is not None and not relu:
+            raise ValueError(f"relu: expected True where act says what follows, got False with act={act!r}")
+        if order not in ORDERS:
+            raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+        self.dropout, self.order = check_dropout(dropout), order
+        self.norm = self._norm_class(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
         if not bias:
             self.norm.register_parameter("bias", None)
+        if not isinstance(act, nn.Module):
+            act = Activation.of(act if act is not None else RELU if relu else IDENTITY, "act").module()
+        self.act = act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """As `FusedBatchNormAct2d.forward`."""
         y = self.norm(x)
         if residual is not None and self.order == "add_act":
             y = y + residual
-        if self.relu:
-            y = F.relu(y)
+        y = self.act(y)
         if self.dropout > 0.0:
             y = F.dropout(y, self.dropout, self.training)
         if residual is not None and self.order == "act_add":
             y = y + residual
         return y  # type: ignore[no-any-return]
 
+    @property
+    def relu(self) -> bool:
+        """Whether the activation is ReLU; setting it makes it ReLU, or takes it away."""
+        return type(self.act) is nn.ReLU
+
+    @relu.setter
+    def relu(self, value: bool) -> None:
+        self.act = (RELU if value else IDENTITY).module()
+
     def reset_parameters(self) -> None:
         """As torch.nn.BatchNorm2d.reset_parameters."""
-        self.norm.reset_running_stats()
-        if self.norm.weight is not None:
-            nn.init.ones_(self.norm.weight)
-        if self.norm.bias is not None:
-            nn.init.zeros_(self.norm.bias)
+        norm: Any = self.norm
+        norm.reset_running_stats()
+        if norm.weight is not None:
+            nn.init.ones_(norm.weight)
+        if norm.bias is not None:
+            nn.init.zeros_(norm.bias)
 
     def extra_repr(self) -> str:
-        steps = ["batch_norm", *["relu"] * self.relu, *[f"dropout({self.dropout:g})"] * (self.dropout > 0)]
+        known = Activation.for_module(self.act)
+        shown = type(self.act).__name__ if known is None else known.kind
+        steps = ["batch_norm", *[shown] * (shown != "identity"), *[f"dropout({self.dropout:g})"] * (self.dropout > 0)]
         # Where the residual joins when one is passed to forward.
         steps.insert(1 if self.order == "add_act" else len(steps), "[add]")
         return f"steps={' > '.join(steps)}"
@@ -112,40 +128,50 @@ class BatchNormAct2d(nn.Module):
             own = {key: state.pop(key) for key in ("relu", "dropout", "order")}
             norm.__setstate__(state)  # type: ignore[no-untyped-call]
             state = {**nn.Module().__dict__, **own, "training": norm.training, "_modules": {"norm": norm}}
+        if "relu" in state:  # pickled whole when the activation was no child
+            state["_modules"]["act"] = (RELU if state.pop("relu") else IDENTITY).module()
         super().__setstate__(state)  # type: ignore[no-untyped-call]
 
 
-class FusedBatchNormAct2d(Fused, BatchNormAct2d):
-    """torch.nn.BatchNorm2d with the addition, ReLU and dropout that follow it, in one pass over memory.
+class BatchNormAct1d(_BatchNormAct):
+    """`BatchNormAct2d` over [N, C] or [N, C, L]."""
 
-        "add_act":  y = dropout(relu(bn(x) + residual))
-        "act_add":  y = dropout(relu(bn(x))) + residual
+    _norm_class = nn.BatchNorm1d
 
-    The normalisation is the child `norm`, torch's own BatchNorm2d. Where that is replaced (synchronised, folded),
-    hooked or frozen beside dropout, and where the call is traced, exported or transformed, its plain twin's forward
-    runs.
 
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch.nn.BatchNorm2d.
-        relu: off leaves normalisation and addition.
-        dropout: 0 <= dropout < 1, the probability of dropping an element, in training mode only.
-        order: "add_act" (ResNet v1) or "act_add".
-    The state_dict is BatchNorm2d's; its attributes are read and written through this module as well.
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dropout is outside [0, 1), order is unknown.
+class BatchNormAct2d(_BatchNormAct):
+    """Batch normalisation, the addition of a residual, an activation and dropout in plain PyTorch.
+
+    The normalisation is the child `norm`, torch's own BatchNorm2d, and the activation the child `act`: what
+    synchronises, freezes, folds or counts normalisations finds it there. The state_dict has a BatchNorm2d's names
+    (`weight`, where `named_parameters` says `norm.weight`), and a BatchNorm2d's attributes are read and written through
+    this module.
+
+    Args, Raises: as `FusedBatchNormAct2d`, whose plain twin it is.
     """
 
-    exactly = {"norm": nn.BatchNorm2d}  # noqa: RUF012
-    _plain = renamed(BatchNormAct2d.forward, "_plain")
+
+class BatchNormAct3d(_BatchNormAct):
+    """`BatchNormAct2d` over [N, C, D, H, W]."""
+
+    _norm_class = nn.BatchNorm3d
+
+
+class _FusedBatchNormAct(Fused):
+    """The faster way of the three classes below; each puts it before its plain twin."""
+
+    # Numbers of dimensions that torch's normalisation takes.
+    _dimensions = (4,)  # type: tuple[int, ...]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise `x`, add `residual`, apply ReLU and dropout.
+        """Normalise `x`, add `residual`, apply the activation and dropout.
 
         Args:
-            x: [N, C, H, W], float32 | bfloat16 | float16 (float64 on the CPU); NCHW or channels_last.
-            residual: [N, C, H, W], dtype and device of x.
+            x: [N, C, H, W] (1d: [N, C] or [N, C, L]; 3d: [N, C, D, H, W]), float32 | bfloat16 | float16 (float64 on the
+                CPU); contiguous or channels_last (channels_last_3d).
+            residual: shape, dtype and device of x.
         Returns:
-            [N, C, H, W], dtype and memory format of x.
+            Shape, dtype and memory format of x.
         Raises:
             TypeError, ValueError: as `fastres.functional.batch_norm_act`.
         """
@@ -160,15 +186,18 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
     @torch.jit.unused
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return norm_act(self.norm, x, residual, relu=self.relu, dropout=dropout, order=self.order)
+        return norm_act(  # type: ignore[no-any-return]
+            self.norm, x, residual, activation=activation_of(self.act), dropout=dropout, order=self.order
+        )
 
     def _fits(self, x: Tensor) -> bool:
         norm = self.norm
         own: Tensor | None = norm.running_mean if norm.weight is None else norm.weight
         if own is None:
-            return True
+            return x.dim() in self._dimensions
         wider = own.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-        return x.shape[1] == own.shape[0] and x.device == own.device and (x.dtype == own.dtype or wider)
+        fits = x.dim() in self._dimensions and x.shape[1] == own.shape[0] and x.device == own.device
+        return fits and (x.dtype == own.dtype or wider)
 
     def why_not_fusable(self) -> str | None:
         """As `Fused.why_not_fusable`; dropout needs the batch's statistics, too."""
@@ -176,6 +205,48 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d):
         if problem is None and self.dropout > 0 and self.training and not uses_batch_statistics(self.norm):
             return "its dropout acts while its normalisation is frozen"
         return problem
+
+
+class FusedBatchNormAct1d(_FusedBatchNormAct, BatchNormAct1d):
+    """`FusedBatchNormAct2d` over [N, C] or [N, C, L], by views onto the same kernels."""
+
+    exactly = {"norm": nn.BatchNorm1d, "act": AnyActivation}  # noqa: RUF012
+    _dimensions = (2, 3)
+    _plain = renamed(_BatchNormAct.forward, "_plain")
+
+
+class FusedBatchNormAct2d(_FusedBatchNormAct, BatchNormAct2d):
+    """Batch normalisation, the addition of a residual, an activation and dropout in one pass.
+
+        "add_act":  y = dropout(f(bn(x) + residual))
+        "act_add":  y = dropout(f(bn(x))) + residual
+
+    The normalisation is the child `norm`, torch's own BatchNorm2d, and f the child `act`. Where one is replaced
+    (synchronised, folded) by what the kernels do not know, hooked, or frozen beside dropout, and where the call is
+    traced, exported or transformed, its plain twin's forward runs.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as torch.nn.BatchNorm2d.
+        relu: off leaves normalisation and addition; a shorthand for `act`.
+        act: f, as a kind ("relu", "leaky_relu", "relu6", "hardswish", "silu", "gelu", "gelu_tanh", "elu", "identity"),
+            an `fastres.Activation` or a module. A module that the kernels do not know is called by the plain twin.
+        dropout: 0 <= dropout < 1, the probability of dropping an element, in training mode only.
+        order: "add_act" (ResNet v1) or "act_add".
+    The state_dict is BatchNorm2d's; its attributes are read and written through this module as well.
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dropout is outside [0, 1), order or act is unknown.
+    """
+
+    exactly = {"norm": nn.BatchNorm2d, "act": AnyActivation}  # noqa: RUF012
+    _plain = renamed(_BatchNormAct.forward, "_plain")
+
+
+class FusedBatchNormAct3d(_FusedBatchNormAct, BatchNormAct3d):
+    """`FusedBatchNormAct2d` over [N, C, D, H, W], by views onto the same kernels."""
+
+    exactly = {"norm": nn.BatchNorm3d, "act": AnyActivation}  # noqa: RUF012
+    _dimensions = (5,)
+    _plain = renamed(_BatchNormAct.forward, "_plain")
 
 
 class AbsorbedReLU(nn.ReLU):

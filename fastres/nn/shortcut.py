@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastres.nn.norm import FusedBatchNormAct2d
 from fastres.nn.steps import fits_convolution, projection, projects_beside, why_not_projection
-from fastres.nn.trust import Fused, is_exactly, renamed, why_not_ordinary
+from fastres.nn.trust import AnyActivation, Fused, activation_of, is_exactly, renamed, why_not_ordinary
 
 
 class ProjectionShortcut(Fused, nn.Sequential):
@@ -63,7 +63,9 @@ class ProjectionShortcut(Fused, nn.Sequential):
         if not is_exactly(norm, FusedBatchNormAct2d) or not self._is_one_step_with(norm, s, x):
             return norm(x, self._plain(s))  # type: ignore[no-any-return]
         dropout = norm.dropout if norm.training else 0.0
-        return projection(self, s, norm.norm, x, dropout=dropout, relu=norm.relu)
+        return projection(  # type: ignore[no-any-return]
+            self, s, cast(nn.BatchNorm2d, norm.norm), x, dropout=dropout, activation=activation_of(norm.act)
+        )
 
     def why_not_fusable(self) -> str | None:
         """Why its children are not one step; None where they are."""
@@ -78,7 +80,7 @@ class ProjectionShortcut(Fused, nn.Sequential):
             and not self._leaves(s)
             and why_not_ordinary(x) is None
             and norm.why_not_fusable() is None
-            and projects_beside(norm.norm, x, self, s)
+            and projects_beside(cast(nn.BatchNorm2d, norm.norm), x, self, s)
         )
 
 
@@ -108,7 +110,7 @@ class SkipConnection(Fused, PlainSkipConnection):
     The children "0", "1" and "2" are torch's own: convolution, BatchNorm2d, ReLU.
     """
 
-    exactly = {"2": nn.ReLU}  # noqa: RUF012
+    exactly = {"2": AnyActivation}  # noqa: RUF012
     _plain = renamed(nn.Sequential.forward, "_plain")
 
     def forward(self, s: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ class SkipConnection(Fused, PlainSkipConnection):
         if channels > 1 and weight.stride()[1:] == (1, channels, channels):
             # PyTorch's convolutions tell a 1x1 weight in channels_last by its strides, and give channels_last for it.
             s = s.contiguous(memory_format=torch.channels_last)
-        return projection(self, s)
+        return projection(self, s, activation=activation_of(self[2]))  # type: ignore[no-any-return]
 
     def why_not_fusable(self) -> str | None:
         """Why its children are not one step; None where they are."""

@@ -6,8 +6,10 @@ it and nobody sees how an activation inside lies in memory.
 """
 
 import functools
+import itertools
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -18,21 +20,46 @@ from torchvision.models.resnet import ResNet
 from fastres.nn.blocks import FusedBlock
 from fastres.nn.norm import AbsorbedReLU, take_over_norm
 from fastres.nn.steps import gives_channels_last, is_channels_last, norm_act
-from fastres.nn.trust import Fused, has_hooks, renamed
-from fastres.ops.conv3x3 import asked_algorithm, serves
+from fastres.nn.trust import AnyActivation, Fused, activation_of, has_hooks, renamed
+from fastres.ops.algorithms import is_served, problem_of, requested_algorithm
 
 # Layers, beside blocks, whose results do not depend on the memory format of their input.
 _FORMAT_FREE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.AdaptiveAvgPool2d, nn.Linear)
 
 
+def through_stages(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
+    """x through stages of blocks, one after the other.
+
+    Between two fused blocks of a stage, or of two, nobody else reads what one hands to the next. It is handed over
+    twice, for the next block's convolutions and for its shortcut, so that the two gradients meet where the backward of
+    the last normalisation reads them, and not in an addition of their own.
+    """
+    row: list[nn.Module] = []
+    for stage in stages:
+        plain = type(stage) is nn.Sequential and not has_hooks(stage) and "forward" not in stage.__dict__
+        row += stage if plain else [stage]  # type: ignore[arg-type]
+    shortcut = x
+    for block, following in itertools.zip_longest(row, row[1:]):
+        if _hands_over(block):
+            readers = 2 if torch.is_grad_enabled() and following is not None and _hands_over(following) else 1
+            x, shortcut = cast(FusedBlock, block)._next(x, shortcut, readers)
+        else:
+            x = shortcut = block(x)
+    return x
+
+
+def _hands_over(block: nn.Module) -> bool:
+    return isinstance(block, FusedBlock) and not has_hooks(block) and "forward" not in block.__dict__
+
+
 class FusedTrunk(Fused):
     """A network that begins with conv1, bn1 and relu and goes on with stages of blocks."""
 
-    exactly = {"bn1": nn.BatchNorm2d, "relu": nn.ReLU}  # noqa: RUF012
+    exactly = {"bn1": nn.BatchNorm2d, "relu": AnyActivation}  # noqa: RUF012
 
     def _gains_by_channels_last(self, x: Tensor) -> bool:
         """Whether the network computes in channels_last though x lies otherwise."""
-        if is_channels_last(x) or not serves(x):
+        if is_channels_last(x) or not is_served(problem_of(x, 1, needs_grad=True)):
             return False
         blocks: list[Any] = []
         for name, child in self._modules.items():
@@ -44,8 +71,8 @@ class FusedTrunk(Fused):
                 blocks += child._modules.values()
             elif type(child) not in _FORMAT_FREE:
                 return False
-        asked = {None if not isinstance(b, FusedBlock) else asked_algorithm(b.conv_algorithm) for b in blocks}
-        if not blocks or not asked.isdisjoint((None, "direct")):
+        chosen = {None if not isinstance(b, FusedBlock) else requested_algorithm(b.conv_algorithm) for b in blocks}
+        if not blocks or not chosen.isdisjoint((None, "torch")):
             return False
         return all(not has_hooks(b) and b.why_not_fusable() is None for b in blocks)
 
@@ -80,8 +107,8 @@ class FusedStemResNet(FusedTrunk, ResNet):  # type: ignore[misc]
             return self._plain(x)  # type: ignore[no-any-return]
         if self._gains_by_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
+        x = through_stages(x, (self.layer1, self.layer2, self.layer3, self.layer4))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 
 
@@ -110,7 +137,7 @@ class FusedLayerGetter(FusedTrunk, IntermediateLayerGetter):  # type: ignore[mis
         found: OrderedDict[str, Tensor] = OrderedDict()
         for name, module in self.items():
             if name == "bn1":
-                x = norm_act(module, x)
+                x = norm_act(module, x, activation=activation_of(self.relu))
             elif name != "relu":
                 x = module(x)
             if name in self.return_layers:

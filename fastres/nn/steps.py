@@ -10,7 +10,7 @@ convolution that is not one of ours is called as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -18,25 +18,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional
+from fastres.activations import IDENTITY, RELU, Activation
+from fastres.contract import Act
 from fastres.functional import Convolved, NormParams, Statistics
+from fastres.functional.norm import norm_act as act_of_norm
+from fastres.functional.shortcut import Branch, shortcut_act
 from fastres.nn.trust import why_not_children, why_not_exactly
-from fastres.ops.conv3x3 import ALGORITHMS, asked_algorithm, output_size, pays, serves
+from fastres.ops.algorithms import choose_algorithm, is_served, known_algorithm, problem_of, requested_algorithm
+from fastres.ops.fallback import output_size
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
 def check_conv_algorithm(conv_algorithm: str | None) -> str | None:
-    """`conv_algorithm` as it is.
+    """`conv_algorithm` under the name that it has today.
 
     Raises:
         TypeError: it is neither a string nor None.
-        ValueError: it is none of `fastres.ops.conv3x3.ALGORITHMS`.
+        ValueError: it is none of `fastres.ops.algorithms.ALGORITHMS`.
     """
     if conv_algorithm is not None and not isinstance(conv_algorithm, str):
         raise TypeError(f"conv_algorithm: expected a string or None, got {type(conv_algorithm).__name__}")
-    if conv_algorithm is not None and conv_algorithm not in ALGORITHMS:
-        raise ValueError(f"conv_algorithm: expected one of {ALGORITHMS} or None, got {conv_algorithm!r}")
-    return conv_algorithm
+    return None if conv_algorithm is None else known_algorithm("conv_algorithm", conv_algorithm)
 
 
 def check_dropout(dropout: float) -> float:
@@ -85,29 +88,32 @@ def norm_act(
     x: Tensor,
     residual: Tensor | None = None,
     *,
-    relu: bool = True,
+    activation: Activation = RELU,
     dropout: float = 0.0,
     order: str = "add_act",
     statistics: Statistics | None = None,
-) -> Tensor:
-    """dropout(relu(norm(x) + residual)), in the order that `fastres.functional.batch_norm_act` says.
+    readers: int = 1,
+) -> Any:
+    """dropout(f(norm(x) + residual)), in the order that `fastres.functional.batch_norm_act` says.
 
     Args:
         dropout: the rate; it has to be 0 where norm uses its running statistics.
-        statistics: those of x, where they are known already and norm uses the batch's.
+        statistics: those of x, where they were taken already and norm uses the batch's.
+        readers: as in `fastres.functional.norm.norm_act`.
     """
     if residual is not None and residual.shape != x.shape:
         # PyTorch's own addition, which broadcasts, or says what is wrong.
         if order == "act_add":
-            return norm_act(norm, x, relu=relu, dropout=dropout, statistics=statistics) + residual
-        y = norm_act(norm, x, relu=False, statistics=statistics)
-        y += residual
-        y = F.relu(y) if relu else y
-        return F.dropout(y, dropout) if dropout > 0 else y
-    params, training = begin_norm(norm), uses_batch_statistics(norm)
-    return functional.batch_norm_act(
-        x, *params[:4], training=training, momentum=params.momentum, eps=params.eps, residual=residual, relu=relu,
-        dropout_p=dropout, order=order, statistics=statistics,
+            y = norm_act(norm, x, activation=activation, dropout=dropout, statistics=statistics) + residual
+        else:
+            y = norm_act(norm, x, activation=IDENTITY, statistics=statistics)
+            y += residual
+            y = activation.forward(y)
+            y = F.dropout(y, dropout) if dropout > 0 else y
+        return y if readers == 1 else (y, y)
+    return act_of_norm(
+        x, begin_norm(norm), residual, act=Act(*activation, dropout, order), training=uses_batch_statistics(norm),
+        statistics=statistics, readers=readers,
     )  # fmt: skip
 
 
@@ -157,6 +163,7 @@ def norm_act_conv(
     x: Tensor,
     residual: Tensor | None = None,
     *,
+    activation: Activation = RELU,
     dropout: float,
     order: str = "add_act",
     statistics: Statistics | None,
@@ -164,10 +171,11 @@ def norm_act_conv(
 ) -> tuple[Tensor, Statistics | None]:
     """conv(norm_act(norm, x, residual)) by the batch's statistics, and its own statistics where they were taken."""
     if not is_conv3x3(conv) or (residual is not None and residual.shape != x.shape):
-        return conv(norm_act(norm, x, residual, dropout=dropout, order=order, statistics=statistics)), None
+        a = norm_act(norm, x, residual, activation=activation, dropout=dropout, order=order, statistics=statistics)
+        return conv(a), None
     return functional.norm_act_conv3x3(
-        x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, dropout_p=dropout, order=order,
-        algorithm=algorithm,
+        x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, activation=activation,
+        dropout_p=dropout, order=order, algorithm=algorithm,
     )  # fmt: skip
 
 
@@ -177,19 +185,20 @@ def conv_norm(
     x: Tensor,
     residual: Tensor | None = None,
     *,
-    relu: bool = True,
+    activation: Activation = RELU,
     algorithm: str | None,
 ) -> Tensor:
-    """relu(norm(conv(x)) + residual), by norm's running statistics."""
+    """f(norm(conv(x)) + residual), by norm's running statistics."""
     if is_conv3x3(conv, ((1, 1), (2, 2))) and (residual is None or residual.shape == _output_shape(conv, x)):
         return functional.conv3x3_norm_act(
-            x, conv.weight, begin_norm(norm), residual=residual, relu=relu, stride=conv.stride[0], algorithm=algorithm
-        )
-    return norm_act(norm, conv(x), residual, relu=relu)
+            x, conv.weight, begin_norm(norm), residual=residual, activation=activation, stride=conv.stride[0],
+            algorithm=algorithm,
+        )  # fmt: skip
+    return norm_act(norm, conv(x), residual, activation=activation)  # type: ignore[no-any-return]
 
 
 def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
-    """conv(x), by no normalisation's side."""
+    """conv(x), without a normalisation beside it."""
     return functional.conv3x3(x, conv.weight, algorithm=algorithm) if is_conv3x3(conv) else conv(x)
 
 
@@ -224,22 +233,24 @@ def projection(
     norm: nn.BatchNorm2d | None = None,
     x: Tensor | None = None,
     *,
+    activation: Activation = RELU,
     dropout: float = 0.0,
-    relu: bool = True,
     statistics: Statistics | None = None,
-) -> Tensor:
-    """relu(norm(x) + bn(conv1x1(s))), or without x relu(bn(conv1x1(s))).
+    readers: int = 1,
+) -> Any:
+    """f(norm(x) + bn(conv1x1(s))), or without x f(bn(conv1x1(s))).
 
     Args:
         shortcut: the convolution is its child "0", the normalisation its child "1"; see `why_not_projection`.
         norm: of x; it uses the batch's statistics where the shortcut's own normalisation does.
-        statistics: those of x, where they are known already.
+        statistics: those of x, where they were taken already.
     """
     conv, own = cast(nn.Conv2d, shortcut._modules["0"]), cast(nn.BatchNorm2d, shortcut._modules["1"])
     x_params = None if norm is None else begin_norm(norm)
-    return functional.projection_shortcut(
-        s, conv.weight, begin_norm(own), x, x_params, stride=cast("tuple[int, int]", conv.stride),
-        training=uses_batch_statistics(own), relu=relu, dropout_p=dropout, x_statistics=statistics,
+    return shortcut_act(
+        s, conv.weight, begin_norm(own), None if x is None else Branch(x, x_params, statistics),
+        stride=cast("tuple[int, int]", conv.stride), training=uses_batch_statistics(own),
+        act=Act(*activation, dropout, "add_act"), readers=readers,
     )  # fmt: skip
 
 
@@ -256,17 +267,21 @@ def add_shortcut(
     x: Tensor,
     s: Tensor,
     downsample: nn.Module | None,
+    *,
+    activation: Activation,
     statistics: Statistics | None = None,
-) -> Tensor:
-    """The end of a residual block: relu(norm(x) + downsample(s)), with downsample None the identity.
+    readers: int = 1,
+) -> Any:
+    """The end of a residual block: f(norm(x) + downsample(s)), with downsample None the identity.
 
-    `statistics` are those of x where they are known already and norm uses the batch's.
+    `statistics` are those of x where they were taken already and norm uses the batch's. `readers`: as in
+    `fastres.functional.norm.norm_act`.
     """
     if downsample is None:
-        return norm_act(norm, x, s, statistics=statistics)
+        return norm_act(norm, x, s, activation=activation, statistics=statistics, readers=readers)
     if why_not_downsample(downsample) is None and projects_beside(norm, x, downsample, s):
-        return projection(downsample, s, norm, x, statistics=statistics)
-    return norm_act(norm, x, downsample(s), statistics=statistics)
+        return projection(downsample, s, norm, x, activation=activation, statistics=statistics, readers=readers)
+    return norm_act(norm, x, downsample(s), activation=activation, statistics=statistics, readers=readers)
 
 
 # -------------------------------------------------------------------------------------------------------- memory format
@@ -284,13 +299,9 @@ def gives_channels_last(x: Tensor, convs: Iterable[nn.Conv2d]) -> bool:
 
 def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algorithm: str | None) -> bool:
     """Whether it pays to copy a block's input x to channels_last, and its output back, for conv in conv(before(x))."""
-    if x.is_contiguous(memory_format=torch.channels_last) or not serves(x) or not is_conv3x3(conv):
+    if x.is_contiguous(memory_format=torch.channels_last) or not is_conv3x3(conv):
         return False
-    asked = asked_algorithm(algorithm)
-    if asked == "direct":
-        return False
-    if asked == "winograd":
-        return True
-    outputs, inputs = conv.weight.shape[:2]
+    problem = problem_of(x, conv.weight.shape[0], needs_grad=True)
     height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], _strides(before), strict=True))
-    return pays(x.shape[0], inputs, outputs, height, width)
+    as_read = problem._replace(shape=(x.shape[0], conv.weight.shape[1], height, width), channels_last=True)
+    return is_served(problem) and choose_algorithm(as_read, requested_algorithm(algorithm)).algorithm == "winograd"

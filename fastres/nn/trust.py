@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from fastres import ordinary
+from fastres.activations import Activation, module_classes
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -48,6 +49,26 @@ def _functions() -> tuple[Any, ...]:
 
 
 _FUNCTIONS = _functions()
+
+
+def _of_activations() -> dict[type[nn.Module], tuple[Any, ...]]:
+    """The same for activations other than ReLU: by class, so that a call asks about its own alone."""
+    return {
+        nn.LeakyReLU: (nn.LeakyReLU.__call__, nn.LeakyReLU.forward, F.leaky_relu),
+        nn.ReLU6: (nn.ReLU6.__call__, nn.ReLU6.forward, F.hardtanh),
+        nn.Hardswish: (nn.Hardswish.__call__, nn.Hardswish.forward, F.hardswish),
+        nn.SiLU: (nn.SiLU.__call__, nn.SiLU.forward, F.silu),
+        nn.GELU: (nn.GELU.__call__, nn.GELU.forward, F.gelu),
+        nn.ELU: (nn.ELU.__call__, nn.ELU.forward, F.elu),
+        nn.Identity: (nn.Identity.__call__, nn.Identity.forward),
+    }
+
+
+_ACTIVATION_FUNCTIONS = _of_activations()
+
+
+class AnyActivation(nn.Module):
+    """Stands in a table of children for every activation that `fastres.activations` knows, each by its exact class."""
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -108,9 +129,21 @@ def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]])
     modules = parent._modules
     for name, expected in children.items():
         child = modules.get(name)
+        if expected is AnyActivation:
+            # A replaced activation is as good as ReLU where the kernels know it.
+            expected = nn.ReLU if child is None or type(child) not in module_classes() else type(child)
+            if expected in _ACTIVATION_FUNCTIONS and _of_activations()[expected] != _ACTIVATION_FUNCTIONS[expected]:
+                return f"its {name} calls a function that somebody replaced in torch"
         if not is_exactly(child, expected):
             return f"its {name} {why_not_exactly(child, expected)}"
     return None
+
+
+def activation_of(module: nn.Module) -> Activation:
+    """The activation that a child does which `why_not_children` found to be `AnyActivation`."""
+    found = Activation.for_module(module)
+    assert found is not None
+    return found
 
 
 def why_not_ordinary(x: Tensor) -> str | None:

@@ -80,21 +80,25 @@ class Arguments:
                     type_name = type_name.replace("Tensor", "Tensor" + marks[full])
                 flat.append(f"{type_name} {full}")
         self.schema = ", ".join(flat)
-        self._names = [p.name for p in self.parameters]
-        # What stands for a group that is None; () for a parameter that is no group.
-        self._absent: list[tuple[None, ...]] = [(None,) * p.size if p.group else () for p in self.parameters]
 
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The flat arguments of a call with grouped ones, all of which are given."""
-        if kwargs:
-            args = (*args, *[kwargs[name] for name in self._names[len(args) :]])
-        flat: list[Any] = []
-        for value, absent in zip(args, self._absent, strict=True):
-            if not absent:
-                flat.append(value)
+    def caller(self, target: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the grouped parameters that calls `target` with the flat ones.
+
+        It is compiled from its source, as a NamedTuple's constructor is: a loop over the groups would cost every call
+        of an operator more than a microsecond.
+        """
+        flat = []
+        for name, group, size, optional in self.parameters:
+            if group is None:
+                flat.append(name)
+            elif optional:
+                flat.append(f"*(({'None, ' * size}) if {name} is None else {name})")
             else:
-                flat.extend(absent if value is None else value)
-        return flat
+                flat.append(f"*{name}")
+        names = ", ".join(p.name for p in self.parameters)
+        space: dict[str, Any] = {"_target": target}
+        exec(f"def call({names}):\n    return _target({', '.join(flat)})", space)
+        return space["call"]  # type: ignore[no-any-return]
 
     def group(self, flat: Sequence[Any]) -> dict[str, Any]:
         """The grouped arguments by name."""

@@ -1,6 +1,6 @@
-"""The operators' stages in plain PyTorch: what runs where nothing is compiled, and what gives every operator its schema.
+"""The operators in plain PyTorch: what runs where nothing is compiled, and what gives every operator its schema.
 
-Notation: x is [N, C, H, W], M = N * H * W elements a channel, xhat = (x - mean) * rstd, f the activation.
+Notation as in `fastres.ops.formulas`.
 """
 
 from __future__ import annotations
@@ -15,94 +15,8 @@ from fastres import contract
 from fastres.activations import Activation
 from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums
 from fastres.ops.arguments import Ints2, Needs2, Needs3
+from fastres.ops.formulas import activate, input_gradient, keep_rows, masked_gradient, sums_of, unpack_keep
 from fastres.ops.packed import unpack
-
-# ----------------------------------------------------------------------------------------------------------- formulas
-
-
-def channels(v: Tensor) -> Tensor:
-    """[C] as [C, 1, 1]."""
-    return v[:, None, None]
-
-
-def xhat(x: Tensor, norm: Norm) -> Tensor:
-    """(x - mean) * rstd in the dtype of the statistics."""
-    return (x.to(norm.mean.dtype) - channels(norm.mean)) * channels(norm.rstd)
-
-
-def _scale(norm: Norm) -> Tensor:
-    return norm.rstd if norm.weight is None else norm.rstd * norm.weight
-
-
-def normalise(x: Tensor, norm: Norm) -> Tensor:
-    """weight * (x - mean) * rstd + bias in the dtype of the statistics."""
-    z = (x.to(norm.mean.dtype) - channels(norm.mean)) * channels(_scale(norm))
-    return z if norm.bias is None else z + channels(norm.bias)
-
-
-def _added(residual: Residual | None) -> Tensor | None:
-    if residual is None:
-        return None
-    return residual.value if residual.norm is None else normalise(residual.value, residual.norm)
-
-
-def preactivation(x: Tensor, norm: Norm, residual: Residual | None, act: Act) -> Tensor:
-    """f's input: z, or z + r where the residual is added before f."""
-    z = normalise(x, norm)
-    r = _added(residual)
-    return z if r is None or act.order == "act_add" else z + r
-
-
-def activate(
-    x: Tensor, norm: Norm, residual: Residual | None, act: Act, keep: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(y in the dtype of the statistics, the mask that `Act.saves_bits` speaks of); `keep` is dropout's mask."""
-    z = preactivation(x, norm, residual, act)
-    y, mask = act.activation.forward(z), keep
-    if act.gated:
-        mask = contract.passes(act, z) if keep is None else contract.passes(act, z) & keep
-    if keep is not None:
-        y = torch.where(keep, y / (1 - act.dropout_p), 0)
-    r = _added(residual)
-    return y if r is None or act.order == "add_act" else y + r, mask
-
-
-def masked_gradient(
-    dy: Tensor, x: Tensor, norm: Norm, residual: Residual | None, act: Act, mask: Tensor | None
-) -> Tensor:
-    """g, the gradient of z, in the dtype of the statistics: dy * keep / (1 - p) * f'(z)."""
-    g = dy.to(norm.mean.dtype)
-    if mask is not None and act.gated:
-        return torch.where(mask, g / (1 - act.dropout_p), g * act.leak if act.leak else 0)
-    if act.recomputes(False):
-        g = g * act.activation.gradient(preactivation(x, norm, residual, act))
-    return g if mask is None else torch.where(mask, g / (1 - act.dropout_p), 0)
-
-
-def sums_of(dz: Tensor, dr: Tensor, x: Tensor, norm: Norm, residual: Residual | None) -> Sums:
-    """The backward sums from the gradients of z and of the residual's own normalised value."""
-    dweight, dbias = (dz * xhat(x, norm)).sum((0, 2, 3)), dz.sum((0, 2, 3))
-    if residual is None or residual.norm is None:
-        return Sums(dweight, dbias)
-    return Sums(dweight, dbias, (dr * xhat(residual.value, residual.norm)).sum((0, 2, 3)), dr.sum((0, 2, 3)))
-
-
-def input_gradient(
-    g: Tensor, x: Tensor, norm: Norm, dweight: Tensor | None, dbias: Tensor | None, count: Tensor | int
-) -> Tensor:
-    """weight * rstd * (g - dbias / M - xhat * dweight / M), or without sums weight * rstd * g.
-
-    Source: Ioffe and Szegedy 2015, section 3.
-    """
-    if dweight is not None and dbias is not None:
-        g = g - channels(dbias / count) - xhat(x, norm) * channels(dweight / count)
-    return g * channels(_scale(norm))
-
-
-def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) of the batch as expressions of x, which can be differentiated."""
-    var, mean = torch.var_mean(x.to(contract.statistics_dtype(x.dtype)), (0, 2, 3), correction=0)
-    return mean, torch.rsqrt(var + eps)
 
 
 def _count(x: Tensor) -> int:
@@ -134,7 +48,7 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-# -------------------------------------------------------------------------------------------------------- batch_norm_act
+# ------------------------------------------------------------------------------------------------------- batch_norm_act
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,8 +92,8 @@ def training(
     added = None if residual is None else Residual(residual)
     r_mean, r_rstd = _nothing(own.mean), _nothing(own.mean)
     if residual is not None and residual_norm is not None:
-        added = Residual(residual, *_finalise(residual, residual_norm, residual_statistics))
-        r_mean, r_rstd = added[1:3]
+        of_residual = _finalise(residual, residual_norm, residual_statistics)
+        added, r_mean, r_rstd = Residual(residual, *of_residual), of_residual.mean, of_residual.rstd
     y, bits = apply(x, own, added, seed, act, True)
     return y, own.mean, own.rstd, r_mean, r_rstd, bits
 
@@ -245,13 +159,11 @@ def backward_apply(
     m: Tensor | int = _count(x) if count is None else count
     dx, dr = _nothing(dy), _nothing(dy)
     if needs[0]:
-        of_x = (None, None) if sums is None else sums[:2]
-        dx = torch.empty_like(x).copy_(input_gradient(g, x, norm, *of_x, m))
+        dx = torch.empty_like(x).copy_(input_gradient(g, x, norm, None if sums is None else sums[:2], m))
     if needs[1]:
         dz = g if act.order == "add_act" else dy.to(g.dtype)
         if residual is not None and residual.norm is not None:
-            of_residual = (None, None) if sums is None else sums[2:]
-            dz = input_gradient(dz, residual.value, residual.norm, *of_residual, m)
+            dz = input_gradient(dz, residual.value, residual.norm, None if sums is None else sums[2:], m)
         dr = torch.empty_like(x).copy_(dz)
     return dx, dr
 
@@ -273,7 +185,7 @@ def backward(
         training: the statistics are the batch's, so that dx depends on the sums.
         needs: dx, dresidual, and the four sums as results, which are empty otherwise.
     """
-    none = tuple(_nothing(norm.mean) for _ in range(4))
+    none = [_nothing(norm.mean) for _ in range(4)]
     found, sums = none, None
     if dy2 is not None or needs[2] or (training and (needs[0] or needs[1])):
         *found, dz = backward_reduce(dy, dy2, x, norm, residual, bits, act)
@@ -282,10 +194,11 @@ def backward(
         if dy2 is not None:
             dy, act, bits = (dz, PLAIN, None) if act.order == "add_act" else (dz, act, bits)
     dx, dr = backward_apply(dy, x, norm, residual, bits, sums, None, act, needs[:2])
-    return dx, dr, *(found if needs[2] else none)
+    dweight, dbias, r_dweight, r_dbias = found if needs[2] else none
+    return dx, dr, dweight, dbias, r_dweight, r_dbias
 
 
-# --------------------------------------------------------------------------------------------------- convolution
+# ---------------------------------------------------------------------------------------------------------- convolution
 
 
 def output_size(size: int, stride: int) -> int:
@@ -359,7 +272,11 @@ def conv3x3_inference(
     stride: int,
     algorithm: str,
 ) -> Tensor:
-    """f(bn(conv3x3(x)) + residual), channels_last, bn by running statistics; `algorithm` "winograd" or "gemm"."""
+    """f(bn(conv3x3(x)) + residual), channels_last, bn by running statistics; without `norm` the convolution alone.
+
+    Args:
+        algorithm: "winograd" or "gemm", of the compiled kernels.
+    """
     y = F.conv2d(x, conv_weight.to(x.dtype), padding=1, stride=stride)
     if norm is not None:
         y, _ = inference(y, norm, residual, None, Act(*activation, 0.0, "add_act"), False)
@@ -383,20 +300,7 @@ def conv3x3_packed(
     return empty_output(x, outputs, (stride, stride), torch.channels_last).copy_(y)
 
 
-# ------------------------------------------------------------------------------------------------------ norm_act_conv3x3
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[N * H * W, C, 1, 1]: the rows of channels that the keep mask packs, also where x has a single channel."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
-
-
-def unpack_keep(keep: Tensor, x: Tensor) -> Tensor | None:
-    """Dropout's mask as `norm_act_conv3x3_forward` keeps it, bool [N, C, H, W]; None where there is none."""
-    if keep.numel() == 0:
-        return None
-    n, c, h, w = x.shape
-    return contract.unpack_bits(keep, _rows(x)).reshape(n, h, w, c).permute(0, 3, 1, 2)
+# ----------------------------------------------------------------------------------------------------- norm_act_conv3x3
 
 
 def norm_act_conv3x3_forward(
@@ -418,7 +322,7 @@ def norm_act_conv3x3_forward(
     if act.dropout_p > 0:
         assert seed is not None
         keep = contract.dropout_keep(x.shape, seed, act.dropout_p)
-        packed = contract.pack_bits(_rows(keep), _rows(x))
+        packed = contract.pack_bits(keep_rows(keep), keep_rows(x))
     a, _ = activate(x, own, None if residual is None else Residual(residual), act, keep)
     y = conv3x3_forward(torch.empty_like(x).copy_(a), weight, measure)
     return *y, own.mean, own.rstd, packed
@@ -475,16 +379,19 @@ def norm_act_conv3x3_backward(
         needs: dx, dresidual, dweight; what is not needed is empty, and so are the sums without dx. dresidual without dx
             is not served.
     """
-    dz, dr, dweight, *sums = norm_act_conv3x3_backward_reduce(dy, x, norm, residual, keep, weight, act, needs)
+    dz, dr, dweight, dnorm_weight, dnorm_bias = norm_act_conv3x3_backward_reduce(
+        dy, x, norm, residual, keep, weight, act, needs
+    )
     dx = dz
     if needs[0]:
-        dx = backward_apply(dz, x, norm, None, None, Sums(*sums), None, PLAIN, (True, False))[0]
+        sums = Sums(dnorm_weight, dnorm_bias)
+        dx = backward_apply(dz, x, norm, None, None, sums, None, PLAIN, (True, False))[0]
         dx = dx.contiguous(memory_format=torch.channels_last)
         dr = dz if needs[1] and act.order == "add_act" else dr
-    return dx, dr, dweight, *sums
+    return dx, dr, dweight, dnorm_weight, dnorm_bias
 
 
-# --------------------------------------------------------------------------------------------------- projection_shortcut
+# -------------------------------------------------------------------------------------------------- projection_shortcut
 
 
 def projection_shortcut_forward(
@@ -499,8 +406,9 @@ def projection_shortcut_backward(
     dproduct: Tensor, s: Tensor, weight: Tensor, stride: Ints2, needs: Needs2
 ) -> tuple[Tensor, Tensor]:
     """(ds, dweight); what is not needed is empty."""
-    results = empty_gradients(s, weight, needs, contract.memory_format(s))
-    return _convolution_gradients(dproduct, s, weight, stride, results, needs)
+    ds = torch.empty_like(s) if needs[0] else s.new_empty(0)
+    dweight = torch.empty_like(weight) if needs[1] else s.new_empty(0)
+    return _convolution_gradients(dproduct, s, weight, stride, (ds, dweight), needs)
 
 
 def projection_shortcut_inference(

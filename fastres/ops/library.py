@@ -1,4 +1,4 @@
-"""The `fastres` operator library: defining an operator, and the fallback that stands behind every compiled backend."""
+"""The `fastres` operator library: defining an operator, and which implementation serves which device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastres import _extension, _triton
+from fastres.ops.arguments import Arguments
 from fastres.ordinary import why_not_ordinary
 
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
@@ -19,29 +20,38 @@ LIBRARY: Any = torch.library.Library("fastres", "DEF")  # type: ignore[no-untype
 
 
 def define(
-    schema: str,
-    *,
+    name: str,
     fallback: Callable[..., Any],
+    returns: str,
+    *,
     fake: Callable[..., Any],
     function: str,
+    mutates: Sequence[str] = (),
     compiled_for: tuple[str, ...] = ("cpu",),
     launcher: tuple[str, str] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Any:
-    """Define an operator and return a function that calls it below autograd, where it stands in a formula of its own.
+    """Define an operator and return a function that calls it, below autograd, with grouped arguments.
 
-    The fallback is plain PyTorch and serves every device that has no kernel of its own. On tensors of the devices in
-    `compiled_for` it loads the compiled kernels first (building them if need be), after which the dispatcher goes to
-    those directly. CUDA tensors of an operator with a `launcher`, (module of fastres.kernels, function), go to that.
+    The function has two attributes for those who look at operators: `overload` and `arguments`.
 
-    The operator has no derivative: those are made of two operators, by the torch.autograd.Function of `function`, a
-    name in fastres.functional. Called in another way, as by a graph that somebody has made of such a call, it refuses
-    inputs that require a gradient.
-
-    `flops` is the operator's formula for torch.utils.flop_counter: of its arguments, tensors replaced by their shapes,
-    and of out_shape, which gives what the counter finds for the same in PyTorch's operators.
+    Args:
+        name: of the operator.
+        fallback: its implementation in plain PyTorch, which serves every device that has no kernel of its own. Its
+            parameters are the operator's (`fastres.ops.arguments`), and so are those of the other implementations.
+        returns: the schema's results.
+        fake: makes results of the right shapes, for tensors without data.
+        function: the function of fastres.functional whose torch.autograd.Function is made of this operator. The
+            operator itself has no derivative, and refuses inputs that require one, wherever a graph calls it alone.
+        mutates: flat arguments that it updates.
+        compiled_for: types of devices whose compiled kernels, in csrc/, are loaded (and built if need be) at the first
+            call; the dispatcher goes to those directly from then on.
+        launcher: (module of fastres.kernels, function) that serves CUDA tensors.
+        flops: the formula for torch.utils.flop_counter: of the arguments, tensors replaced by their shapes, and of
+            out_shape. It gives what the counter finds for the same in PyTorch's operators.
     """
-    name = LIBRARY.define(schema)
+    arguments = Arguments(fallback, mutates)
+    LIBRARY.define(f"{name}({arguments.schema}) -> {returns}")
     overload = getattr(torch.ops.fastres, name).default
 
     def dispatch(*args: Any) -> Any:
@@ -51,7 +61,7 @@ def define(
             {"cpu": _extension.load_cpu, "cuda": _extension.load_cuda}[device]()
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", key):
                 return overload(*args)
-        return fallback(*args)
+        return fallback(**arguments.group(args))
 
     def refuse_gradients(keys: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -61,23 +71,27 @@ def define(
             )
         return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
-    def call(*args: Any) -> Any:
+    def below_autograd(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*args)
         # The guard holds for as long as it exists: a with statement would cost another 0.3 us a call.
-        below_autograd = torch._C._AutoDispatchBelowAutograd()
+        guard = torch._C._AutoDispatchBelowAutograd()
         try:
             return overload(*args)
         finally:
-            del below_autograd
+            del guard
 
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     LIBRARY.impl(name, refuse_gradients, "Autograd", with_keyset=True)
     if launcher is not None:
-        LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback), "CUDA")
-    torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
+        LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback, arguments.group), "CUDA")
+    torch.library.register_fake(f"fastres::{name}", lambda *args: fake(**arguments.group(args)), lib=LIBRARY)
     if flops is not None:
-        register_flop_formula(getattr(torch.ops.fastres, name))(flops)
+        register_flop_formula(getattr(torch.ops.fastres, name))(
+            lambda *args, out_shape, **_: flops(**arguments.group(args), out_shape=out_shape)
+        )
+    call: Any = arguments.caller(below_autograd)
+    call.overload, call.arguments = overload, arguments
     return call
 
 
@@ -105,19 +119,23 @@ def in_strides_of(weight: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
-def takes_plain_formula(dy: Tensor) -> bool:
-    """Whether a backward is made of PyTorch's own operators, since it is to be differentiated again, or batched."""
+def needs_plain_formula(*gradients: Tensor | None) -> bool:
+    """Whether a backward has to be PyTorch's own operators, since it is to be differentiated again, or batched."""
     if torch.compiler.is_compiling():
         return False
     # torch.autograd.grad(is_grads_batched=True) has batches of its own, beside torch.func's.
-    return torch.is_grad_enabled() or _is_batched(dy) or why_not_ordinary() is not None
+    batched = any(g is not None and _is_batched(g) for g in gradients)
+    return torch.is_grad_enabled() or batched or why_not_ordinary() is not None
 
 
 def convolution_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], padding: int, needs: Sequence[bool]
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dweight) of a convolution in one group, by PyTorch's operator, which is differentiable itself."""
+    """(dx, dweight) of a convolution in one group whose padding is half its kernel, by PyTorch's operator, which is
+    differentiable itself.
+    """
+    padding = [weight.shape[2] // 2] * 2
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight.to(x.dtype), None, stride, [padding] * 2, [1, 1], False, [0, 0], 1, [*needs, False]
+        dy, x, weight.to(x.dtype), None, stride, padding, [1, 1], False, [0, 0], 1, [*needs, False]
     )
     return dx if needs[0] else None, dweight.to(weight.dtype) if needs[1] else None

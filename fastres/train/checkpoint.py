@@ -75,7 +75,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"resume: {file} has format {state['format']}, expected {FORMAT}")
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
-        state["config"].setdefault("conv_algorithm", "direct" if state["config"].get("fused") else None)
+        state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
     return state
 
 

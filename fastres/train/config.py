@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from fastres import models
-from fastres.ops.conv3x3 import asked_algorithm
+from fastres.ops.algorithms import requested_algorithm
 from fastres.train.errors import InputError
 from fastres.train.precision import choose_amp
 
@@ -19,7 +19,7 @@ Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad",
 Schedule = Literal["cosine", "constant"]
 Stem = Literal["auto", "cifar", "imagenet"]
 Amp = Literal["auto", "none", "bf16"]
-ConvAlgorithm = Literal["auto", "direct", "winograd"]
+ConvAlgorithm = Literal["auto", "torch", "winograd", "direct"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class TrainConfig:
         fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
             checkpoints.
         conv_algorithm: What the fused blocks compute their 3x3 convolutions of stride 1 with, on a CPU:
-            winograd, direct (PyTorch's), or auto, Winograd's where a cost model says that it pays. Everything else is
-            PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with --no-fused.
+            winograd, torch (PyTorch's; direct is its old name), or auto, Winograd's where a cost model says that it
+            pays. Everything else is PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with
+            --no-fused.
         model: Network: resnet18, resnet34, resnet50, resnet101, resnet152 or article.
         dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
             handwritten digits that come with scikit-learn.
@@ -169,7 +170,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
     epochs = _first(config.epochs, 5 if small else 30)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
-        conv_algorithm: Any = asked_algorithm(config.conv_algorithm) if config.fused else config.conv_algorithm
+        conv_algorithm: Any = requested_algorithm(config.conv_algorithm) if config.fused else config.conv_algorithm
     except ValueError as error:
         raise InputError(str(error)) from error
     amp = config.amp

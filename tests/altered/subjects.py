@@ -136,7 +136,7 @@ def _original(subject: Subject) -> nn.Module:
         return scramble(subject.plain())
 
 
-WINOGRAD, DIRECT = fuse_by("winograd"), fuse_by("direct")
+WINOGRAD, DIRECT = fuse_by("winograd"), fuse_by("torch")
 STEM = Subject("stem", lambda: small_resnet(features=CHANNELS), DIRECT, 3)
 BASIC = Subject("basic", lambda: BasicBlock(CHANNELS, CHANNELS), WINOGRAD)
 DIRECT_BASIC = Subject("basic-direct", lambda: BasicBlock(CHANNELS, CHANNELS), DIRECT)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres import reference
+from fastres import contract
 from tests.emulator.machine import ARITHMETIC, Machine, empty_product, tf32
 from tests.oracle import LAYOUTS, activation, assert_close, generator, norm
 
@@ -36,10 +36,10 @@ class Case:
         self.dproduct = (
             torch.randn(product.shape, generator=gen)
             .to(self.dtype)
-            .contiguous(memory_format=reference.memory_format(self.s))
+            .contiguous(memory_format=contract.memory_format(self.s))
         )
         self.x = activation(tuple(product.shape), self.dtype, "nchw", gen).contiguous(
-            memory_format=reference.memory_format(self.s)
+            memory_format=contract.memory_format(self.s)
         )
         self.norm, self.x_norm = norm(cout, torch.float32, gen), norm(cout, torch.float32, gen)
 

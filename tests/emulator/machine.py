@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastres import _extension, reference
+from fastres import _extension, contract
 from fastres.ops.projection_shortcut import output_size
-from fastres.reference import NormParams
+from fastres.contract import NormParams
 
 FOLDER = Path(__file__).resolve().parent
 CUDA_SOURCES = _extension.SOURCES / "cuda"
@@ -233,11 +233,11 @@ class Machine:
 
 
 def problem_of(s: Tensor, weight: Tensor, stride: tuple[int, int]) -> Problem:
-    channels_last = reference.memory_format(s) == torch.channels_last
+    channels_last = contract.memory_format(s) == torch.channels_last
     return Problem(*s.shape, weight.shape[0], *stride, channels_last)
 
 
 def empty_product(s: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     n, _, h, w = s.shape
     shape = (n, weight.shape[0], output_size(h, stride[0]), output_size(w, stride[1]))
-    return torch.empty(shape, dtype=s.dtype, memory_format=reference.memory_format(s))
+    return torch.empty(shape, dtype=s.dtype, memory_format=contract.memory_format(s))

@@ -47,7 +47,7 @@ def test_with_dropout_the_plain_network_has_torchvisions_blocks_and_dropout():
 @pytest.mark.parametrize("name", models.NAMES)
 def test_conv_algorithm_reaches_every_block(name):
     with torch.device("meta"):
-        for algorithm in (None, "direct"):
+        for algorithm in (None, "torch"):
             model = models.create(name, num_classes=2, conv_algorithm=algorithm)
             blocks = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, ResidualBlock))]
             assert blocks

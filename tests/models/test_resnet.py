@@ -186,7 +186,7 @@ def test_dropout_is_in_every_block_once_and_off_in_evaluation():
         (
             lambda: FusedResNet18(conv_algorithm="fft"),
             ValueError,
-            "conv_algorithm: expected one of .*'auto', 'direct', 'winograd'.* or None, got 'fft'",
+            "conv_algorithm: expected one of .*'auto', 'torch', 'winograd'.*, got 'fft'",
         ),
         (lambda: FusedResNet50(conv_algorithm=1), TypeError, "conv_algorithm: expected a string or None, got int"),
         (lambda: models.ArticleResNet18(conv_algorithm="Auto"), ValueError, "conv_algorithm: expected one of"),

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastres import reference
+from fastres import contract
 from fastres.fuse import fuse_report
 from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d
 from tests.oracle import assert_close
@@ -151,7 +151,7 @@ def test_dropout_is_that_of_the_contract_in_training_and_nothing_in_evaluation(o
     torch.manual_seed(5)
     y = norm(x, r)
     torch.manual_seed(5)
-    keep = reference.dropout_keep(x.shape, reference.draw_seed(x.device), 0.25)
+    keep = contract.dropout_keep(x.shape, contract.draw_seed(x.device), 0.25)
     inner = r if order == "add_act" else None
     expected = torch.where(keep, plain(x, inner) / 0.75, 0) + (0 if order == "add_act" else r)
     close(y, expected, x.numel())

@@ -10,9 +10,16 @@ import torch.nn.functional as F
 import torch.nn.utils.prune
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastres import functional, reference
+from fastres import contract
 from fastres.fuse import fuse, fuse_report, unfuse
-from fastres.nn import BatchNormAct2d, FusedBatchNormAct2d, PlainSkipConnection, ProjectionShortcut, SkipConnection
+from fastres.nn import (
+    BatchNormAct2d,
+    FusedBatchNormAct2d,
+    PlainSkipConnection,
+    ProjectionShortcut,
+    SkipConnection,
+    steps,
+)
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 IN, OUT = 5, 7
@@ -22,13 +29,13 @@ IN, OUT = 5, 7
 def calls(monkeypatch):
     """How often the operator that does it all in one step was called."""
     counted = []
-    original = functional.projection_shortcut
+    original = steps.shortcut_act
 
     def spy(*args, **kwargs):
         counted.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(functional, "projection_shortcut", spy)
+    monkeypatch.setattr(steps, "shortcut_act", spy)
     return counted
 
 
@@ -138,7 +145,7 @@ def test_dropout_of_the_normalisation_comes_last_and_in_training_only():
     y = actual(s)
     torch.manual_seed(5)
     expected = plain(s)
-    keep = reference.dropout_keep(expected.shape, reference.draw_seed(s.device), 0.25)
+    keep = contract.dropout_keep(expected.shape, contract.draw_seed(s.device), 0.25)
     close(y, torch.where(keep, expected / 0.75, 0), s.numel())
     close(actual.eval()(s), plain.eval()(s), s.numel())
 

@@ -104,8 +104,8 @@ def test_resolving_keeps_what_was_given() -> None:
     [
         (None, None, "auto"),
         (None, "winograd", "winograd"),
-        ("direct", "winograd", "direct"),
-        ("auto", "direct", "auto"),
+        ("torch", "winograd", "torch"),
+        ("auto", "torch", "auto"),
     ],
 )
 def test_convolution_algorithm_is_the_option_or_the_variable(

@@ -352,8 +352,8 @@ def test_checkpoint_of_another_run_is_refused(run: Run, tmp_path: Path, change: 
 def test_algorithm_of_a_plain_checkpoint_is_refused(run: Run, tmp_path: Path) -> None:
     run(max_steps=6, fused=False)
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"conv_algorithm was None, is 'direct'"):
-        run(resume=tmp_path / "run", fused=False, conv_algorithm="direct")
+    with pytest.raises(InputError, match=r"conv_algorithm was None, is 'torch'"):
+        run(resume=tmp_path / "run", fused=False, conv_algorithm="torch")
     assert contents(tmp_path / "run") == before
 
 
@@ -364,7 +364,7 @@ def test_automatic_algorithm_asked_for_is_not_the_checkpoints(run: Run, tmp_path
     assert run(resume=tmp_path / "run").step == 12
 
 
-@pytest.mark.parametrize(("fused", "algorithm"), [(True, "direct"), (False, None)])
+@pytest.mark.parametrize(("fused", "algorithm"), [(True, "torch"), (False, None)])
 def test_checkpoint_from_before_there_were_algorithms_goes_on_with_pytorchs(
     run: Run, tiny_models: list[Any], tmp_path: Path, fused: bool, algorithm: str | None
 ) -> None:

@@ -1,0 +1,250 @@
+// batch_norm_act on the CPU: backward, in two stages. M is the number of elements a channel.
+//
+//   g = dy * f'(z) * keep / (1 - p)
+//   dbias = sum g               dweight = sum g * (x - mean) * rstd
+//   dx = scale * (g - dbias / M - xhat * dweight / M)      in training;  scale * g  in evaluation
+//   dr = g ("add_act")  or  dy ("act_add"); through the residual's own normalisation where it has one
+//
+// Passes over memory: the sums read dy and x (and r where it has its own normalisation, or where z is computed again
+// from it); the second stage reads them again and writes dx and dr. Each reads the bits once. Where dy comes in two
+// parts the first stage reads both and writes dz, which the second reads in dy's place and which is dr already.
+#include "batch_norm_act.h"
+#include "norm_act_sums.h"
+
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// The tensors and flags of one backward call, checked and made ready.
+template <typename T>
+class Backward {
+public:
+  using A = acc_t<T>;
+
+  Backward(
+      const Tensor& dy,
+      const OptionalTensor& dy2,
+      const Tensor& x,
+      const Norm& norm,
+      const std::optional<Residual>& residual,
+      const OptionalTensor& bits,
+      const Pointwise& act)
+      : rows_(rows_of(x)),
+        x_(x),
+        dy_(like_rows("dy", dy, x, rows_)),
+        own_(x.size(1), norm),
+        other_(Saved<A>::of(x.size(1), residual)),
+        norm_(own_.norm()),
+        residual_norm_(other_.norm()) {
+    const bool has_bits = bits.has_value() && bits->numel() > 0;
+    TORCH_CHECK_VALUE(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
+    if (has_bits) {
+      bits_ = bits->contiguous();
+      const int64_t bytes = rows_.rows() * bitmask_row_bytes(rows_.inner());
+      TORCH_CHECK_VALUE(
+          bits_.scalar_type() == at::kByte && bits_.numel() == bytes,
+          "bits: expected uint8 of ",
+          bytes,
+          " elements, got ",
+          bits_.scalar_type(),
+          " of ",
+          bits_.numel());
+    }
+    if (dy2.has_value()) {
+      dy2_ = like_rows("dy2", *dy2, x, rows_);
+    }
+    if (residual.has_value() && (dual() || act.reads_residual())) {
+      residual_ = like_rows("residual", residual->value, x, rows_);
+    }
+    params_.dy = dy_.const_data_ptr<T>();
+    params_.x = x_.const_data_ptr<T>();
+    params_.residual = residual_.defined() ? residual_.const_data_ptr<T>() : nullptr;
+    params_.bits = has_bits ? bits_.const_data_ptr<uint8_t>() : nullptr;
+    params_.norm = &norm_;
+    params_.residual_norm = dual() ? &residual_norm_ : nullptr;
+    params_.gate = has_bits ? Gate::bits : act.kind == Kind::ReLU ? Gate::recompute : Gate::open;
+    params_.keep_scale = static_cast<A>(1.0 / (1.0 - act.dropout_p));
+    params_.act_add = act.act_add;
+    params_.rows = rows_;
+    params_.activation = act.activation<A>();
+    params_.general = params_.activation.general();
+    params_.recomputes = act.recomputes(has_bits);
+    params_.leak = act.gated() ? static_cast<A>(act.leak()) : A(0);
+  }
+  Backward(const Backward&) = delete;
+  Backward& operator=(const Backward&) = delete;
+
+  const Rows& rows() const {
+    return rows_;
+  }
+  // The residual has its own normalisation.
+  bool dual() const {
+    return other_.exists();
+  }
+
+  // (dweight, dbias, residual_dweight, residual_dbias, dz)
+  std::array<Tensor, kSums + 1> reduce() const {
+    BackwardParams<T> params = params_;
+    std::array<Tensor, kSums + 1> out;
+    out[4] = dy2_.defined() ? at::empty_like(x_) : nothing_like(x_);
+    if (dy2_.defined()) {
+      params.general = true;
+      params.dy2 = dy2_.const_data_ptr<T>();
+      params.dz = out[4].mutable_data_ptr<T>();
+      params.stream = should_stream<T>(params.dz, rows_);
+    }
+    const ChannelSums sums = sum_all(params);
+    const auto emit = [&](int at, const std::vector<double>& v, const A* factor) {
+      out[at] = channel_vector(x_, v.size());
+      A* data = out[at].template mutable_data_ptr<A>();
+      for (size_t c = 0; c < v.size(); ++c) {
+        data[c] = static_cast<A>(factor ? v[c] * factor[c] : v[c]);
+      }
+    };
+    emit(0, sums[1], own_.rstd);
+    emit(1, sums[0], nullptr);
+    emit(2, sums[3], other_.rstd);
+    emit(3, sums[2], nullptr);
+    return out;
+  }
+
+  // The second stage reads dz, which `reduce` made of two gradients of y: behind f where the residual was added before.
+  void read_instead(const Tensor& dz) {
+    dy_ = dz;
+    params_.dy = dy_.const_data_ptr<T>();
+    if (!params_.act_add) {
+      params_.general = params_.recomputes = false;
+      params_.gate = Gate::open;
+    }
+  }
+
+  // Null sums: statistics are constants.
+  std::tuple<Tensor, Tensor> apply(const std::array<const A*, kSums>& sums, double count, bool need_dx, bool need_dr) {
+    Tensor dx = need_dx ? at::empty_like(x_) : nothing_like(x_), dr = need_dr ? at::empty_like(x_) : nothing_like(x_);
+    if (!need_dx && !need_dr) {
+      return {dx, dr};
+    }
+    const GradientNorm<A> gradient = gradient_norm(norm_, own_.rstd, sums[0], sums[1], count);
+    const GradientNorm<A> residual_gradient = gradient_norm(residual_norm_, other_.rstd, sums[2], sums[3], count);
+    params_.dx = need_dx ? dx.mutable_data_ptr<T>() : nullptr;
+    params_.dresidual = need_dr ? dr.mutable_data_ptr<T>() : nullptr;
+    params_.gradient = &gradient;
+    params_.residual_gradient = &residual_gradient;
+    params_.centred = sums[0] != nullptr;
+    params_.stream = should_stream<T>(need_dx ? params_.dx : params_.dresidual, rows_) &&
+        (!need_dr || can_stream<T>(params_.dresidual, rows_.inner()));
+    gradient_all(params_);
+    return {dx, dr};
+  }
+
+private:
+  Rows rows_;
+  Tensor x_, dy_, dy2_, residual_, bits_; // residual_ only where it is read
+  Saved<A> own_, other_;
+  ChannelNorm<A> norm_, residual_norm_;
+  BackwardParams<T> params_{};
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_reduce(
+    const Tensor& dy,
+    const OptionalTensor& dy2,
+    const Tensor& x,
+    const Norm& norm,
+    const std::optional<Residual>& residual,
+    const OptionalTensor& bits,
+    const Act& act) {
+  std::array<Tensor, kSums + 1> out;
+  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_reduce", [&] {
+    out = Backward<scalar_t>(dy, dy2, x, norm, residual, bits, pointwise(act)).reduce();
+  });
+  return std::tuple_cat(out);
+}
+
+std::tuple<Tensor, Tensor> backward_apply(
+    const Tensor& dy,
+    const Tensor& x,
+    const Norm& norm,
+    const std::optional<Residual>& residual,
+    const OptionalTensor& bits,
+    const std::optional<Sums>& sums,
+    const OptionalTensor& count,
+    const Act& act,
+    std::array<bool, 2> needs) {
+  std::tuple<Tensor, Tensor> result;
+  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_apply", [&] {
+    using A = acc_t<scalar_t>;
+    Backward<scalar_t> backward(dy, std::nullopt, x, norm, residual, bits, pointwise(act));
+    std::array<const A*, kSums> pointers{};
+    if (sums.has_value()) {
+      const int64_t channels = x.size(1);
+      pointers[0] = channel_data<A>("sums_dweight", sums->dweight, channels);
+      pointers[1] = channel_data<A>("sums_dbias", sums->dbias, channels);
+      if (backward.dual()) {
+        TORCH_CHECK_VALUE(
+            sums->residual_dweight.has_value() && sums->residual_dbias.has_value(),
+            "sums_residual_dweight and sums_residual_dbias: expected tensors where the residual has a normalisation");
+        pointers[2] = channel_data<A>("sums_residual_dweight", sums->residual_dweight, channels);
+        pointers[3] = channel_data<A>("sums_residual_dbias", sums->residual_dbias, channels);
+      }
+    }
+    const double m = count.has_value() ? count_of("count", *count) : static_cast<double>(backward.rows().count());
+    result = backward.apply(pointers, m, needs[0], needs[1]);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy,
+    const OptionalTensor& dy2,
+    const Tensor& x,
+    const Norm& norm,
+    const std::optional<Residual>& residual,
+    const OptionalTensor& bits,
+    const Act& act,
+    bool training,
+    std::array<bool, 3> needs) {
+  Tensor dx, dr;
+  std::array<Tensor, kSums + 1> sums;
+  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward", [&] {
+    using A = acc_t<scalar_t>;
+    Backward<scalar_t> backward(dy, dy2, x, norm, residual, bits, pointwise(act));
+    std::array<const A*, kSums> pointers{};
+    if (dy2.has_value() || needs[2] || (training && (needs[0] || needs[1]))) {
+      sums = backward.reduce();
+      for (int i = 0; training && i < (backward.dual() ? kSums : 2); ++i) {
+        pointers[i] = sums[i].template const_data_ptr<A>();
+      }
+    }
+    const bool dr_is_dz = dy2.has_value() && !backward.dual();
+    if (dy2.has_value()) {
+      backward.read_instead(sums[4]);
+    }
+    const double count = static_cast<double>(backward.rows().count());
+    std::tie(dx, dr) = backward.apply(pointers, count, needs[0], needs[1] && !dr_is_dz);
+    if (needs[1] && dr_is_dz) {
+      dr = sums[4];
+    }
+  });
+  for (Tensor& sum : sums) {
+    if (!needs[2]) {
+      sum = channel_vector(x, 0);
+    }
+  }
+  return {dx, dr, sums[0], sums[1], sums[2], sums[3]};
+}
+
+} // namespace
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  using namespace fastres;
+  m.impl("batch_norm_act_backward_reduce", grouped<&backward_reduce>);
+  m.impl("batch_norm_act_backward_apply", grouped<&backward_apply>);
+  m.impl("batch_norm_act_backward", grouped<&backward>);
+}

@@ -1,0 +1,156 @@
+// The backward pass's sums over the batch, the first reading of its inputs.
+//
+//   dbias = sum g      dweight = rstd * sum g * (x - mean)
+//
+// and the same two of what reaches a residual that has its own normalisation. Where the gradient of y arrives in two
+// parts, this pass adds them while it reads and writes what the second pass reads in their place: g where the residual
+// was added before f, their sum where it was added after.
+#pragma once
+
+#include "norm_act_backward.h"
+#include "statistics.h"
+
+#include <array>
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+
+// Four sums a channel: g, g * (x - mean), and the same two of what reaches the residual's normalisation.
+constexpr int kSums = 4;
+using ChannelSums = std::array<std::vector<double>, kSums>;
+
+template <typename A>
+using PairSums = std::array<Pair<A>, kSums>;
+
+template <typename T, typename Variant, typename Lanes, typename Count>
+inline void accumulate(
+    const BackwardParams<T>& p,
+    const Variant& variant,
+    const Lanes& lanes,
+    int64_t row,
+    int64_t k,
+    Count count,
+    PairSums<acc_t<T>>& sums) {
+  using A = acc_t<T>;
+  const int64_t at = row * p.rows.inner() + k;
+  Pair<A> dy = load_lanes(p.dy + at, count);
+  if (Variant::general && p.dy2 != nullptr) {
+    dy = dy + load_lanes(p.dy2 + at, count);
+  }
+  const Pair<A> centred = load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count);
+  const Pair<A> g = masked_gradient(p, variant, lanes, row, k, count, dy, centred);
+  sums[0] = sums[0] + g;
+  sums[1] = fmadd(g, centred, sums[1]);
+  const Pair<A> dr = p.act_add ? dy : g;
+  if (Variant::general && p.dz != nullptr) {
+    put(p.dz + at, dr, count, p.stream);
+  }
+  if (variant.dual) {
+    sums[2] = sums[2] + dr;
+    sums[3] = fmadd(dr, load_lanes(p.residual + at, count) - lanes(p.residual_norm->mean, k, count), sums[3]);
+  }
+}
+
+template <typename A>
+inline PairSums<A> zero_sums() {
+  PairSums<A> sums;
+  sums.fill(Pair<A>::fill(0));
+  return sums;
+}
+
+template <typename T, typename Variant>
+void sum_columns(const BackwardParams<T>& p, const Variant& variant, int64_t begin, int64_t end, ChannelSums& total) {
+  using A = acc_t<T>;
+  constexpr int64_t width = Pair<A>::size();
+  const int64_t channels = p.rows.channels;
+  const int64_t block_rows = block_rows_of(channels, sizeof(T));
+  const ChannelLanes<A, true> lanes{0};
+  for (int64_t first = begin; first < end; first += block_rows) {
+    const int64_t last = std::min(end, first + block_rows);
+    for_each_unit<A>(channels, [&](int64_t k, auto count) {
+      PairSums<A> sums = zero_sums<A>();
+      for (int64_t row = first; row < last; ++row) {
+        accumulate(p, variant, lanes, row, k, count, sums);
+      }
+      for (int i = 0; i < (variant.dual ? kSums : 2); ++i) {
+        alignas(64) A lane[width];
+        store_lanes(lane, sums[i]);
+        for (int64_t j = 0; j < count; ++j) {
+          total[i][k + j] += lane[j];
+        }
+      }
+    });
+  }
+}
+
+// Images begin ... end - 1 of one channel in NCHW.
+template <typename T, typename Variant>
+void sum_planes(
+    const BackwardParams<T>& p,
+    const Variant& variant,
+    int64_t begin,
+    int64_t end,
+    int64_t channel,
+    ChannelSums& total) {
+  using A = acc_t<T>;
+  const ChannelLanes<A, false> lanes{channel};
+  const int64_t block_images = std::max<int64_t>(1, kBlockValues * Pair<A>::size() / p.rows.pixels);
+  for (int64_t first = begin; first < end; first += block_images) {
+    PairSums<A> sums = zero_sums<A>();
+    for (int64_t image = first; image < std::min(end, first + block_images); ++image) {
+      const int64_t row = image * p.rows.channels + channel;
+      for_each_unit<A>(p.rows.pixels, [&](int64_t k, auto count) {
+        if constexpr (std::is_same_v<decltype(count), int64_t>) {
+          // Lanes past the row would count as dy = 0 and x = 0, and 0 * inf is not 0 where mean is infinite.
+          PairSums<A> tail = zero_sums<A>();
+          accumulate(p, variant, lanes, row, k, count, tail);
+          for (int i = 0; i < kSums; ++i) {
+            sums[i] = sums[i] + zero_beyond(tail[i], count);
+          }
+        } else {
+          accumulate(p, variant, lanes, row, k, count, sums);
+        }
+      });
+    }
+    for (int i = 0; i < (variant.dual ? kSums : 2); ++i) {
+      total[i][channel] += sum_lanes(sums[i]);
+    }
+  }
+}
+
+template <typename T>
+ChannelSums sum_all(const BackwardParams<T>& p) {
+  const Rows& rows = p.rows;
+  const Segments segments(rows.channels_last ? rows.rows() : rows.images, rows.bytes(sizeof(T)), kReductionBytes);
+  const int sums = p.residual_norm != nullptr ? kSums : 2;
+  ChannelSums zero;
+  std::fill_n(zero.begin(), sums, std::vector<double>(rows.channels, 0.0));
+  std::vector<ChannelSums> parts(segments.count(), zero);
+  with_variant(p, [&](auto columns, const auto& variant) {
+    for_each_segment(segments, [&](int64_t s) {
+      const auto [begin, end] = segments.range(s);
+      if constexpr (decltype(columns)::value) {
+        sum_columns(p, variant, begin, end, parts[s]);
+      } else {
+        for (int64_t c = 0; c < rows.channels; ++c) {
+          sum_planes(p, variant, begin, end, c, parts[s]);
+        }
+      }
+      if (p.stream) {
+        stream_fence();
+      }
+    });
+  });
+  ChannelSums total = zero;
+  for (const ChannelSums& part : parts) {
+    for (int i = 0; i < sums; ++i) {
+      for (int64_t c = 0; c < rows.channels; ++c) {
+        total[i][c] += part[i][c];
+      }
+    }
+  }
+  return total;
+}
+
+} // namespace CPU_CAPABILITY
+} // namespace fastres

@@ -1,0 +1,23 @@
+"""Stateless functions: check the arguments, honour autocast, draw the dropout seed, call one operator.
+
+A call that is not an ordinary one (`fastres.ordinary`), as under torch.func, is PyTorch's own operators instead, from
+fastres.reference: derivatives of any order and kind, the batched form and a portable graph are those operators'.
+"""
+
+from fastres.contract import ORDERS, NormParams, Statistics
+from fastres.functional.conv import Convolved, conv3x3, conv3x3_norm_act, measured_conv3x3, norm_act_conv3x3
+from fastres.functional.norm import batch_norm_act
+from fastres.functional.shortcut import projection_shortcut
+
+__all__ = [
+    "ORDERS",
+    "Convolved",
+    "NormParams",
+    "Statistics",
+    "batch_norm_act",
+    "conv3x3",
+    "conv3x3_norm_act",
+    "measured_conv3x3",
+    "norm_act_conv3x3",
+    "projection_shortcut",
+]

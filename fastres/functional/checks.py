@@ -1,0 +1,141 @@
+"""Checks of arguments: each says which argument, what was expected and what it was, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastres.activations import IDENTITY, RELU, Activation
+from fastres.contract import ORDERS, Act, NormParams, Statistics, statistics_dtype
+from fastres.functional.prepare import autocast_dtype, is_cast
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: Tensor,
+    like: Tensor | None = None,
+    shape: torch.Size | None = None,
+    *,
+    any_dtype: bool = False,
+    dimensions: tuple[int, ...] = (4,),
+) -> None:
+    """A feature map [N, C, H, W], beside another one where `like` is given; `dimensions` allows other numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dim() not in dimensions:
+        expected = "4 dimensions [N, C, H, W]" if dimensions == (4,) else "2 to 5 dimensions [N, C, ...]"
+        raise ValueError(f"{name}: expected {expected}, got shape {tuple(value.shape)}")
+    if value.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.dtype == torch.float64 and value.device.type not in ("cpu", "meta"):
+        raise TypeError(f"{name}: float64 is served on the CPU only, got a tensor on {value.device}")
+    if like is not None:
+        if shape is not None and value.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+        if value.dtype != like.dtype and not any_dtype:
+            raise TypeError(f"{name}: expected dtype {like.dtype}, got {value.dtype}")
+
+
+def check_channels(name: str, value: Tensor | None, like: Tensor, channels: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor or None, got {type(value).__name__}")
+    if value.dim() != 1 or value.shape[0] != channels:
+        raise ValueError(f"{name}: expected shape ({channels},), one value a channel, got {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+
+
+def check_norm(prefix: str, norm: NormParams, like: Tensor, channels: int, training: bool) -> None:
+    check_channels(prefix + "running_mean", norm.running_mean, like, channels)
+    check_channels(prefix + "running_var", norm.running_var, like, channels)
+    check_channels(prefix + "weight", norm.weight, like, channels)
+    check_channels(prefix + "bias", norm.bias, like, channels)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var: expected both or neither, got one of them")
+    if not training and norm.running_mean is None:
+        raise ValueError(f"{prefix}running_mean: expected running statistics with training=False, got None")
+    for name, value in (("momentum", norm.momentum), ("eps", norm.eps)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{prefix}{name}: expected a number, got {type(value).__name__}")
+    if norm.eps < 0:
+        raise ValueError(f"{prefix}eps: expected at least 0, got {norm.eps}")
+
+
+def checked_act(relu: bool, activation: Activation | str | None, dropout_p: float, order: str = "add_act") -> Act:
+    """The activation, dropout and order that a call asks for."""
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu: expected a bool, got {type(relu).__name__}")
+    if activation is None:
+        chosen = RELU if relu else IDENTITY
+    else:
+        chosen = Activation.of(activation)
+        if not relu and chosen != IDENTITY:
+            raise ValueError(f"relu: expected True with an activation of another kind, got False with {chosen.kind!r}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if order not in ORDERS:
+        raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
+    return Act(*chosen, float(dropout_p), order)
+
+
+def check_training(training: bool, seed: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+    """`training`, the dropout seed beside `like`, and the shape that a batch is normalised in."""
+    if not isinstance(training, bool):
+        raise TypeError(f"training: expected a bool, got {type(training).__name__}")
+    if seed is not None:
+        if not isinstance(seed, Tensor):
+            raise TypeError(f"seed: expected an int64 Tensor of one element or None, got {type(seed).__name__}")
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: expected dtype torch.int64, got {seed.dtype}")
+        if seed.numel() != 1:
+            raise ValueError(f"seed: expected one element, got shape {tuple(seed.shape)}")
+        if seed.device != like.device:
+            raise ValueError(f"seed: expected a tensor on {like.device}, got one on {seed.device}")
+    if training and math.prod(shape) == shape[1]:
+        raise ValueError(f"x: expected more than 1 value a channel in training, got shape {shape}")
+
+
+def check_statistics(name: str, value: Statistics | None, like: Tensor, training: bool) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Statistics):
+        raise TypeError(f"{name}: expected Statistics or None, got {type(value).__name__}")
+    if not training:
+        raise ValueError(f"{name}: expected None with training=False, which takes the running ones, got Statistics")
+    dtype = statistics_dtype(like.dtype)
+    if value.count is not None:
+        raise ValueError(
+            f"{name}.count: expected None, which means the tensor's own, got a {type(value.count).__name__}"
+        )
+    for part in ("mean", "m2"):
+        vector = getattr(value, part)
+        if vector is None:
+            raise TypeError(f"{name}.{part}: expected a Tensor, got NoneType")
+        check_channels(f"{name}.{part}", vector, like, like.shape[1])
+        if vector.dtype != dtype:
+            raise TypeError(f"{name}.{part}: expected dtype {dtype}, got {vector.dtype}")
+
+
+def check_convolution(x: Tensor, weight: Tensor, algorithm: str | None) -> None:
+    check_tensor("x", x)
+    # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
+    casts = isinstance(weight, Tensor) and autocast_dtype(x.device) is not None and is_cast(x) and is_cast(weight)
+    check_tensor("weight", weight, x, any_dtype=casts)
+    if weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(
+            f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if algorithm is not None and not isinstance(algorithm, str):
+        raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")

@@ -1,0 +1,66 @@
+"""Making arguments ready for an operator: autocast, memory format, dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres.contract import NormParams
+
+
+def dense(x: Tensor, memory_format: torch.memory_format | None = None) -> Tensor:
+    """x as it is where memory is contiguous NCHW or channels_last (or as asked), otherwise the one explicit copy."""
+    if memory_format is None:
+        if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            return x
+        memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    return x.contiguous(memory_format=memory_format)
+
+
+def four_dimensional(x: Tensor) -> Tensor:
+    """x [N, C], [N, C, L] or [N, C, D, H, W] as [N, C, 1, 1], [N, C, L, 1] or [N, C, D, H * W], a view wherever memory
+    allows one: it does in every contiguous and channels_last format.
+    """
+    if x.dim() == 5:
+        return x.flatten(3)
+    return x[:, :, None, None] if x.dim() == 2 else x[..., None]
+
+
+def cast(norm: NormParams, dtype: torch.dtype) -> NormParams:
+    """The norm with parameters and statistics in `dtype`; running statistics of another dtype become copies."""
+    if all(t is None or t.dtype == dtype for t in norm[:4]):
+        return norm
+    mean, var, weight, bias = (None if t is None else t.to(dtype) for t in norm[:4])
+    return NormParams(mean, var, weight, bias, norm.momentum, norm.eps)
+
+
+def store_running(norm: NormParams, computed: NormParams) -> None:
+    for kept, new in ((norm.running_mean, computed.running_mean), (norm.running_var, computed.running_var)):
+        if kept is not None and new is not None and kept is not new:
+            kept.copy_(new)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # autocast does not know meta
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast touches a tensor like this: float64 stays what it is."""
+    return x.is_floating_point() and x.dtype != torch.float64
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast on its device would have it."""
+    autocast = autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    return x if autocast is None or not is_cast(x) else x.to(autocast)
+
+
+def served(weight: Tensor, x: Tensor) -> Tensor:
+    """A convolution's weight in a dtype that the kernels take beside x: float32, or that of x."""
+    return weight if weight.dtype in (torch.float32, x.dtype) else weight.to(x.dtype)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,163 @@
+"""projection_shortcut: a residual block's end, where its shortcut changes channels or resolution."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres import contract, reference
+from fastres.activations import IDENTITY, RELU, Activation
+from fastres.contract import Act, NormParams, Statistics
+from fastres.functional.checks import check_norm, check_statistics, check_tensor, check_training, checked_act
+from fastres.functional.norm import is_compiled, run
+from fastres.functional.prepare import autocast, cast, dense, needs_grad
+from fastres.ops import projection_shortcut as ops
+from fastres.ops.fallback import output_size
+from fastres.ordinary import why_not_ordinary
+
+
+class Branch(NamedTuple):
+    """The main branch of a block: what the shortcut is added to.
+
+    Attributes:
+        value: [N, Cout, ceil(H / stride), ceil(W / stride)].
+        norm: its normalisation, applied in the same pass; None: it is added as it is.
+        statistics: of the value, where they were taken already.
+    """
+
+    value: Tensor
+    norm: NormParams | None
+    statistics: Statistics | None = None
+
+
+def shortcut_act(
+    s: Tensor,
+    conv_weight: Tensor,
+    norm: NormParams,
+    branch: Branch | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    training: bool,
+    act: Act,
+    seed: Tensor | None = None,
+    readers: int = 1,
+) -> Any:
+    """`projection_shortcut` with grouped arguments; `act` and `readers` as `norm.norm_act`."""
+    s, conv_weight = autocast(s), autocast(conv_weight)
+    strides, shape = _checked_convolution(s, conv_weight, stride)
+    x, x_norm, x_statistics = (None, None, None) if branch is None else branch
+    if x is not None:
+        x = autocast(x)
+        check_tensor("x", x, s, shape)
+    for prefix, params in (("norm.", norm), ("x_norm.", x_norm)):
+        if params is None and prefix == "x_norm.":
+            continue
+        if not isinstance(params, NormParams):
+            raise TypeError(f"{prefix[:-1]}: expected NormParams, got {type(params).__name__}")
+        check_norm(prefix, params, s, shape[1], training)
+    if x is not None:
+        check_statistics("x_statistics", x_statistics, x, training)
+    check_training(training, seed, s, tuple(shape))
+    if s.numel() == 0 or not is_compiled(act) or why_not_ordinary() is not None:
+        y = reference.projection_shortcut(
+            s, conv_weight, norm, x, x_norm, stride=strides, training=training, activation=act.activation,
+            dropout_p=act.dropout_p if s.numel() > 0 else 0.0, seed=seed,
+        )  # fmt: skip
+        return y if readers == 1 else (y, y)
+    s = dense(s) if x is None else dense(s, contract.memory_format(dense(x)))
+    if not training and _is_one_pass(s, act, conv_weight, x, norm, x_norm):
+        dtype = contract.statistics_dtype(s.dtype)
+        other = None if x_norm is None else cast(x_norm, dtype)
+        y = ops.inference(
+            s, conv_weight, cast(norm, dtype), None if x is None else dense(x), other, strides, act.activation
+        )
+        return y if readers == 1 else (y, y)
+    product, mean, m2 = ops.Projection.apply(s, conv_weight, strides, training)
+    statistics = Statistics(mean, m2) if training else None
+    common: dict[str, Any] = {"act": act, "training": training, "seed": seed, "readers": readers}
+    if x is None or x_norm is None:
+        return run(product, norm, x, statistics=statistics, **common)
+    return run(x, x_norm, product, norm, statistics=x_statistics, residual_statistics=statistics, **common)
+
+
+def _checked_convolution(
+    s: Tensor, conv_weight: Tensor, stride: int | tuple[int, int]
+) -> tuple[tuple[int, int], torch.Size]:
+    """(strides of both axes, shape of the product)."""
+    check_tensor("s", s)
+    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    if len(strides) != 2 or not all(isinstance(v, int) for v in strides):
+        raise TypeError(f"stride: expected an int or two, got {stride!r}")
+    if min(strides) < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride!r}")
+    check_tensor("conv_weight", conv_weight, s)
+    if conv_weight.shape[1:] != (s.shape[1], 1, 1):
+        raise ValueError(
+            f"conv_weight: expected shape (Cout, {s.shape[1]}, 1, 1) for s of shape {tuple(s.shape)}, "
+            f"got {tuple(conv_weight.shape)}"
+        )
+    height, width = (output_size(size, step) for size, step in zip(s.shape[2:], strides, strict=True))
+    return strides, torch.Size((s.shape[0], conv_weight.shape[0], height, width))
+
+
+def _is_one_pass(
+    s: Tensor, act: Act, conv_weight: Tensor, x: Tensor | None, norm: NormParams, x_norm: NormParams | None
+) -> bool:
+    """Whether evaluation takes the operator that never writes the product."""
+    parameters = [t for p in (norm, x_norm) if p is not None for t in (p.weight, p.bias)]
+    if needs_grad(s, conv_weight, x, *parameters):
+        return False
+    # The CUDA kernel's epilogue knows these two.
+    return s.device.type == "cpu" or act.activation in (RELU, IDENTITY)
+
+
+def projection_shortcut(
+    s: Tensor,
+    conv_weight: Tensor,
+    norm: NormParams,
+    x: Tensor | None = None,
+    x_norm: NormParams | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    training: bool = False,
+    relu: bool = True,
+    activation: Activation | str | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    x_statistics: Statistics | None = None,
+) -> Tensor:
+    """The projection shortcut of a residual block, with the addition and the activation that follow it.
+
+        y = dropout(f(bn_x(x) + bn(conv1x1(s))))
+
+    In training the statistics of the product are gathered while the convolution writes it, and it enters
+    batch_norm_act as a residual with its own normalisation. In evaluation, where no gradient is asked for, the
+    product is never written.
+
+    Args:
+        s: [N, Cin, H, W], the block's input; dtypes and memory formats as in `batch_norm_act`.
+        conv_weight: [Cout, Cin, 1, 1], dtype of s.
+        norm: normalisation of the convolution's output, [Cout].
+        x: [N, Cout, ceil(H / stride), ceil(W / stride)], the main branch, or None (nothing is added).
+        x_norm: normalisation of x, applied in the same pass; None adds x as it is.
+        stride: of the convolution, one number or (rows, columns).
+        training, relu, activation, dropout_p, seed: as in `batch_norm_act`; `training` holds for both normalisations.
+        x_statistics: those of x, where they are known already, with x_norm and in training only.
+    Returns:
+        [N, Cout, ceil(H / stride), ceil(W / stride)], dtype of s and memory format of x, or of s where x is None.
+    Raises:
+        TypeError, ValueError: as `batch_norm_act`, and where conv_weight is not [Cout, Cin, 1, 1] or stride is not
+            positive.
+    Source: He et al. 2015, equation 2 and option B.
+    """
+    if x is None and x_norm is not None:
+        raise ValueError("x_norm: expected None without x, got NormParams")
+    if x_statistics is not None and (x is None or x_norm is None):
+        raise ValueError("x_statistics: expected None without x and x_norm, got Statistics")
+    y: Tensor = shortcut_act(
+        s, conv_weight, norm, None if x is None else Branch(x, x_norm, x_statistics), stride=stride, training=training,
+        act=checked_act(relu, activation, dropout_p), seed=seed,
+    )  # fmt: skip
+    return y

@@ -1,0 +1,163 @@
+"""Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's F(4x4, 3x3) ("winograd") or one matrix
+product over gathered rows ("gemm").
+
+`choose_algorithm` decides by arithmetic alone, from one `ConvProblem`. docs/convolution.md has the measurements behind
+the constants; `python -m benchmarks.convolutions` prints the choice beside the measured times of all three.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.contract import ConvProblem, rows_are_channels
+from fastres.ops.fallback import output_size
+
+ALGORITHMS = ("auto", "torch", "winograd")
+
+TILE = 4
+_POINTS = 36
+# Costs in floating-point operations of the products, as measured on one core with AVX-512: the transforms of a tile, a
+# channel; the transform of the weights, read from memory, a pair of channels; a call.
+_TILE_COST = 1600
+_WEIGHT_COST = 1200
+_CALL_COST = 1_000_000
+# Output positions up to which one product is faster than PyTorch's convolution, which reorders the weights first.
+_FEW_POSITIONS = 256
+# Winograd has to be this much cheaper, for its rounding errors are larger.
+_ADVANTAGE = 1.1
+
+
+class Choice(NamedTuple):
+    """An algorithm, "torch", "winograd" or "gemm", and why it is the one."""
+
+    algorithm: str
+    reason: str
+
+
+def requested_algorithm(algorithm: str | None) -> str:
+    """The argument, or where it is None the environment variable FASTRES_CONV, or "auto".
+
+    Raises:
+        ValueError: neither of "auto", "torch" and "winograd".
+    """
+    name, requested = "algorithm", algorithm
+    if requested is None:
+        name, requested = "FASTRES_CONV", os.environ.get("FASTRES_CONV") or "auto"
+    return known_algorithm(name, requested)
+
+
+def known_algorithm(name: str, algorithm: str) -> str:
+    """The algorithm of that name, an argument called `name`.
+
+    Raises:
+        ValueError: neither of "auto", "torch" and "winograd".
+    """
+    if algorithm == "direct":
+        warnings.warn(f'{name}: "direct" is called "torch" now', DeprecationWarning, stacklevel=3)
+        return "torch"
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{name}: expected one of {ALGORITHMS}, got {algorithm!r}")
+    return algorithm
+
+
+def problem_of(x: Tensor, outputs: int, kernel: int = 3, stride: int = 1, *, needs_grad: bool) -> ConvProblem:
+    """The problem of convolving x [N, C, H, W]."""
+    return ConvProblem(
+        x.dtype, (x.shape[0], x.shape[1], x.shape[2], x.shape[3]), outputs, kernel, stride, rows_are_channels(x),
+        needs_grad, _threads(), _capability() if x.device.type == "cpu" else x.device.type, _has_matrix_units(),
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _has_matrix_units() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def choose_algorithm(problem: ConvProblem, requested: str = "auto") -> Choice:
+    """The algorithm for a convolution in one group without bias whose padding is half its kernel.
+
+    Args:
+        requested: one of `ALGORITHMS`. "winograd" takes it wherever it serves the problem at all.
+    """
+    if requested == "torch":
+        return Choice("torch", "it was requested")
+    unserved = _why_not_served(problem)
+    if unserved is not None:
+        return Choice("torch", unserved)
+    if requested == "winograd":
+        if problem.stride == 1:
+            return Choice("winograd", "it was requested")
+        return Choice("torch", "Winograd's algorithm is for stride 1")
+    if problem.dtype == torch.bfloat16 and problem.matrix_units:
+        return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
+    if not problem.channels_last:
+        return Choice("torch", "the input is not in channels_last, which the kernels read")
+    if problem.stride == 1 and _winograd_pays(problem):
+        return Choice("winograd", "it saves more multiplications than its transforms cost")
+    if not problem.needs_grad and _holds(_positions(problem) <= _FEW_POSITIONS):
+        return Choice("gemm", "output positions are few: to read the weights is most of the work")
+    return Choice("torch", "output positions are too few for Winograd's transforms to pay")
+
+
+def is_served(problem: ConvProblem) -> bool:
+    """Whether kernels of our own take the problem's input at all, in channels_last."""
+    return _why_not_served(problem) is None
+
+
+def _why_not_served(problem: ConvProblem) -> str | None:
+    n, c, h, w = problem.shape
+    if problem.kernel != 3:
+        return "there is no kernel of our own for this size"
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return "there is no kernel of our own for this dtype"
+    if problem.capability not in ("avx2", "avx512"):
+        return f"there is no kernel of our own for {problem.capability}"
+    return "the input is empty" if n * c * h * w == 0 else None
+
+
+def _positions(problem: ConvProblem) -> int:
+    n, _, h, w = problem.shape
+    return n * output_size(h, problem.stride) * output_size(w, problem.stride)
+
+
+def _winograd_pays(problem: ConvProblem) -> bool:
+    """Whether Winograd's convolution is expected to be clearly faster than the direct sum.
+
+    Both are counted in operations of their inner loops, forward: the direct sum at 2 * 9 a pair of channels and
+    position; Winograd at 2 * 36 a pair of channels and tile, channels rounded up to whole vectors, and its transforms.
+    """
+    n, inputs, h, w = problem.shape
+    outputs = problem.outputs
+    tiles = n * ((h + TILE - 1) // TILE) * ((w + TILE - 1) // TILE)
+    direct = 2 * 9 * n * h * w * inputs * outputs
+    products = 2 * _POINTS * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
+    transforms = _TILE_COST * tiles * (inputs + outputs) + _WEIGHT_COST * inputs * outputs
+    # In whole numbers, which torch.export can reason about.
+    return _holds(100 * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
+
+
+def _holds(condition: bool) -> bool:
+    """The condition; for an exported graph, which serves a range of sizes, whether it is known to hold for all."""
+    if not torch.compiler.is_exporting():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
