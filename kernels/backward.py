@@ -88,6 +88,7 @@ def backward_reduce_kernel(
     tile: tl.constexpr = Tile(CHANNELS_LAST, INDEX_64, EVEN_S, EVEN_C, BLOCK_S, BLOCK_C)
     RECOMPUTES: tl.constexpr = PASSES is not None or GRADIENT is not None
     NORMED: tl.constexpr = residual_mean_ptr is not None
+    ADDED: tl.constexpr = residual_ptr is not None and RECOMPUTES and not ACT_ADD  # to f's input
     extent = Extent(positions, channels, image)
     block = program_channels(extent, tile)
     residual_norm = NormPointers(residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr)
@@ -114,16 +115,14 @@ def backward_reduce_kernel(
         z = centred
         if RECOMPUTES:
             z = centred * scale + bias
-        if residual_ptr is not None:
+        if ADDED:
             r = load_tile(residual_ptr, offset, mask, tile)
             if NORMED:
-                r -= load_channels(residual_mean_ptr, block, 0.0)
-            if RECOMPUTES and not ACT_ADD:
-                if NORMED:
-                    _, r_scale, r_bias = load_affine(residual_norm, block, 0.0, False)
-                    z += r * r_scale + r_bias
-                else:
-                    z += r
+                r_mean, r_scale, r_bias = load_affine(residual_norm, block, 0.0, False)
+                r -= r_mean
+                z += r * r_scale + r_bias
+            else:
+                z += r
         kept = None
         if bits_ptr is not None:
             kept = load_bits(bits_ptr, place, block, extent, tile)
@@ -136,6 +135,9 @@ def backward_reduce_kernel(
         sum_g += g
         sum_gx += g * centred
         if NORMED:
+            if not ADDED:
+                r = load_tile(residual_ptr, offset, mask, tile)
+                r -= load_channels(residual_mean_ptr, block, 0.0)
             if ACT_ADD:
                 sum_d += dy
                 sum_dr += dy * r
@@ -209,7 +211,7 @@ def backward_apply_kernel(
     NORMED: tl.constexpr = residual_mean_ptr is not None
     IN_LOOP: tl.constexpr = NORMED and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     READS_X: tl.constexpr = (TRAINING and dx_ptr is not None) or RECOMPUTES
-    ADDED: tl.constexpr = residual_ptr is not None and RECOMPUTES and not ACT_ADD
+    ADDED: tl.constexpr = residual_ptr is not None and RECOMPUTES and not ACT_ADD  # to f's input
     extent = Extent(positions, channels, image)
     block = program_channels(extent, tile)
     norm = NormPointers(mean_ptr, rstd_ptr, weight_ptr, bias_ptr)
