@@ -29,9 +29,7 @@ from .tile import (
 
 
 @triton.jit
-def _masked_gradient(
-    dy, z, kept, keep_scale, alpha, PASSES: tl.constexpr, GRADIENT: tl.constexpr, LEAKS: tl.constexpr
-):
+def _masked_gradient(dy, z, kept, keep_scale, alpha, PASSES: tl.constexpr, GRADIENT: tl.constexpr, LEAKS: tl.constexpr):
     """g. kept: the tile's bits, or None; z: f's input where PASSES or GRADIENT is given."""
     g = dy
     if GRADIENT is not None:

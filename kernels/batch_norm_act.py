@@ -115,7 +115,7 @@ def _batch_statistics(values: list[_Measured]) -> list[tuple[Tensor, Tensor]]:
     else:
         measured = None if other_given is not None else other
         _launch_statistics(x, measured, shape, (kept[0], None, *kept[1:], *others), floats)
-    for updated in (kept[2:] + other_kept[2:]):
+    for updated in kept[2:] + other_kept[2:]:
         if updated is not None:
             # A kernel writes past autograd, which has to know that the tensor is no longer what it was.
             torch.autograd.graph.increment_version(updated)

@@ -1,7 +1,7 @@
 """The forward pass by given statistics: normalisation, residual addition, activation and dropout at once.
 
-    xhat = (x - mean) * rstd        z = weight * xhat + bias
-    "add_act":  y = dropout(f(z + r))            "act_add":  y = dropout(f(z)) + r
+xhat = (x - mean) * rstd        z = weight * xhat + bias
+"add_act":  y = dropout(f(z + r))            "act_add":  y = dropout(f(z)) + r
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["positions", "eps", "residual_eps", "threshold", "keep_scale", "tiles", "splits", "alpha"])
+@triton.jit(
+    do_not_specialize=["positions", "eps", "residual_eps", "threshold", "keep_scale", "tiles", "splits", "alpha"]
+)
 def apply_kernel(
     x_ptr, residual_ptr, y_ptr,  # [M, C] or [N, C, HW]; residual_ptr may be None
     bits_ptr,  # uint8, the bit mask; or None where it is not kept

@@ -207,7 +207,9 @@ def statistics_kernel(
         else:
             blocks = tl.num_programs(1)
             other_partial_ptr = partial_ptr + blocks * splits * (2 * BLOCK_C + 1)
-            _statistics(other_ptr, other_partial_ptr, arrivals_ptr + blocks, other, extent, tiles, splits, tile, BLOCK_P)
+            _statistics(
+                other_ptr, other_partial_ptr, arrivals_ptr + blocks, other, extent, tiles, splits, tile, BLOCK_P
+            )
     else:
         if other_given_mean_ptr is not None:
             if tl.program_id(0) == 0:

@@ -202,33 +202,39 @@ def test_functions_keep_their_precision_over_their_whole_range(kind):
 
 if backend.NAME == "triton":
     import triton
+    import triton.language as tl
 
     @triton.jit
-    def _squared(z, alpha):
-        return z * z + alpha * z
+    def _softsign(z, alpha):
+        return z / (alpha + tl.abs(z))
 
     @triton.jit
-    def _squared_gradient(z, alpha):
-        return 2 * z + alpha
+    def _softsign_gradient(z, alpha):
+        return alpha / ((alpha + tl.abs(z)) * (alpha + tl.abs(z)))
 
 
 @pytest.mark.parametrize("residual", ["none", "plain", "normalised"])
 def test_an_activation_from_outside_the_package_needs_an_entry_in_two_tables(residual, monkeypatch):
     from fastres.kernels.activations import FUNCTIONS, Functions
 
-    monkeypatch.setitem(ALPHAS, "squared", 0.3)
-    monkeypatch.setitem(FUNCTIONS, "squared", Functions(_squared, _squared_gradient))
-    activations.register("squared", Kind(lambda z, a: z * z + a * z, lambda z, a: 2 * z + a, compiled=True))
+    definition = Kind(lambda z, a: z / (a + z.abs()), lambda z, a: a / (a + z.abs()).square(), compiled=True)
+    monkeypatch.setitem(ALPHAS, "softsign", 1.5)
+    monkeypatch.setitem(FUNCTIONS, "softsign", Functions(_softsign, _softsign_gradient))
+    activations.register("softsign", definition)
     try:
-        check(Case("squared", residual, "add_act", 0.3, False, True, SHAPES[1], "channels_last", torch.float32))
+        check(Case("softsign", residual, "add_act", 0.3, False, True, SHAPES[1], "channels_last", torch.float32))
     finally:
-        activations.unregister("squared")
+        activations.unregister("softsign")
 
 
 def test_a_kind_without_functions_is_refused_by_name():
     x, own = torch.zeros(1, 8, 2, 2), Norm(torch.zeros(8), torch.ones(8), None, None)
-    with pytest.raises(ValueError, match=r"kind: expected one of .*silu.*got 'squared'"):
-        launchers.apply(x, own, None, None, Act("squared", 0.0, 0.0, "add_act"), True)
+    activations.register("softsign", Kind(lambda z, _: F.softsign(z), lambda z, _: (1 + z.abs()) ** -2))
+    try:
+        with pytest.raises(ValueError, match=r"kind: expected one of .*silu.*got 'softsign'"):
+            launchers.apply(x, own, None, None, Act("softsign", 0.0, 0.0, "add_act"), True)
+    finally:
+        activations.unregister("softsign")
 
 
 # ----------------------------------------------------------------------------------------------- statistics in parts
