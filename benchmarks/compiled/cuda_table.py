@@ -1,4 +1,6 @@
-"""`python -m benchmarks.cuda_table`: what nvcc makes of csrc/cuda for each architecture, as docs/cuda-kernels.md.
+"""`python -m benchmarks.compiled.cuda_table`: what nvcc makes of csrc/cuda for each architecture.
+
+The table is written into docs/cuda-kernels.md.
 
 Registers and spills are ptxas's words, shared memory and threads those of the launch plan; from them follow the blocks
 that a multiprocessor holds. Nothing is run, so no GPU is needed. Ends with status 1 where a kernel spills, or where
