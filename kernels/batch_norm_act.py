@@ -205,15 +205,9 @@ def apply(
 
 
 def training(
-    x: Tensor,
-    norm: NormParams,
-    statistics: Statistics | None,
-    residual: Tensor | None,
-    residual_norm: NormParams | None,
-    residual_statistics: Statistics | None,
-    seed: Tensor | None,
-    act: Act,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, norm: NormParams, statistics: Statistics | None, residual: Tensor | None,
+    residual_norm: NormParams | None, residual_statistics: Statistics | None, seed: Tensor | None, act: Act,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_training: two launches."""
     values = [_Measured(x, norm, statistics)]
     if residual is not None and residual_norm is not None:
@@ -284,16 +278,9 @@ def backward_reduce(
 
 
 def backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    norm: Norm,
-    residual: Residual | None,
-    bits: Tensor | None,
-    sums: Sums | None,
-    count: Tensor | None,
-    act: Act,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, x: Tensor, norm: Norm, residual: Residual | None, bits: Tensor | None, sums: Sums | None,
+    count: Tensor | None, act: Act, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_backward_apply: one launch, or none where no gradient is needed."""
     value, *residual_norm = _read_residual(residual, act)
     through: tuple[Tensor | None, ...] = _NO_VECTORS if sums is None else sums
@@ -316,25 +303,17 @@ def backward_apply(
 
 
 def backward(
-    dy: Tensor,
-    dy2: Tensor | None,
-    x: Tensor,
-    norm: Norm,
-    residual: Residual | None,
-    bits: Tensor | None,
-    act: Act,
-    training: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, dy2: Tensor | None, x: Tensor, norm: Norm, residual: Residual | None, bits: Tensor | None, act: Act,
+    training: bool, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_backward: two launches, or one: sums alone, or input gradients in evaluation.
 
     With dy2 the gradient of a plain residual is the dz of the first launch, and nobody writes it again.
     """
-    none = tuple(_nothing(x) for _ in range(4))
-    found, sums, dz = none, None, None
+    found: Sequence[Tensor] = [_nothing(x) for _ in range(4)]
+    sums, dz = None, None
     if dy2 is not None or needs[2] or (training and (needs[0] or needs[1])):
-        *of_batch, dz = backward_reduce(dy, dy2, x, norm, residual, bits, act)
-        found = tuple(of_batch)
+        *found, dz = backward_reduce(dy, dy2, x, norm, residual, bits, act)
         if training:
             sums = Sums(*found) if _is_normed(residual) else Sums(*found[:2])
     if dy2 is None or dz is None:
@@ -343,7 +322,9 @@ def backward(
         if act.order == "add_act":
             act, bits = PLAIN, None
         is_dz = needs[1] and not _is_normed(residual)
-        rest = (needs[0], needs[1] and not is_dz)
-        dx, dr = backward_apply(dz, x, norm, residual, bits, sums, None, act, rest)
+        dx, dr = backward_apply(dz, x, norm, residual, bits, sums, None, act, (needs[0], needs[1] and not is_dz))
         dr = dz if is_dz else dr
-    return dx, dr, *(found if needs[2] else none)
+    if not needs[2]:
+        found = [_nothing(x) for _ in range(4)]
+    dweight, dbias, r_dweight, r_dbias = found
+    return dx, dr, dweight, dbias, r_dweight, r_dbias
