@@ -94,6 +94,9 @@ def backward_reduce_kernel(
     mean = load_channels(mean_ptr, block, 0.0)
     if RECOMPUTES:
         _, scale, bias = load_affine(NormPointers(mean_ptr, rstd_ptr, weight_ptr, bias_ptr), block, 0.0, False)
+    if ADDED and NORMED:
+        r_mean, r_scale, r_bias = load_affine(residual_norm, block, 0.0, False)
+        bias += r_bias
     row = tl.arange(0, BLOCK_S)[:, None]
     within = element_offsets(extent, tile)
     sum_g = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -116,9 +119,8 @@ def backward_reduce_kernel(
         if ADDED:
             r = load_tile(residual_ptr, offset, mask, tile)
             if NORMED:
-                r_mean, r_scale, r_bias = load_affine(residual_norm, block, 0.0, False)
                 r -= r_mean
-                z += r * r_scale + r_bias
+                z += r * r_scale
             else:
                 z += r
         kept = None
@@ -207,7 +209,8 @@ def backward_apply_kernel(
     RECOMPUTES: tl.constexpr = PASSES is not None or GRADIENT is not None
     TRAINING: tl.constexpr = dbias_ptr is not None
     NORMED: tl.constexpr = residual_mean_ptr is not None
-    IN_LOOP: tl.constexpr = NORMED and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    # With a smooth activation a thread has half as many channels (`plan.CROWDED_BYTES_A_THREAD`).
+    IN_LOOP: tl.constexpr = NORMED and GRADIENT is None and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     READS_X: tl.constexpr = (TRAINING and dx_ptr is not None) or RECOMPUTES
     ADDED: tl.constexpr = residual_ptr is not None and RECOMPUTES and not ACT_ADD  # to f's input
     extent = Extent(positions, channels, image)

@@ -10,6 +10,7 @@ tiles backwards, since what the first pass read last is what the second-level ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from .forward import apply_kernel
 from .launch import arrival_counters, geometry, launch, launch_over_channels
 from .plan import Geometry, Plan, apply_plan, reduce_plan
 from .statistics import finalise_kernel, statistics_kernel
+
+_CROWDED_REDUCE, _CROWDED_APPLY = (functools.partial(make, crowded=True) for make in (reduce_plan, apply_plan))
 
 
 def _image(shape: Geometry) -> int:
@@ -184,8 +187,10 @@ def _forward(
         # As a signed number, so that the argument has one type whatever its value.
         threshold - 2**32 if threshold >= 2**31 else threshold, _keep_scale(act.dropout_p),
     )  # fmt: skip
+    flags = forward_arguments(act)
+    crowded = flags["FORWARD"] is not None and norms.residual_norm[0] is not None
     launch(
-        apply_kernel, apply_plan, shape, x, lambda _: arguments, **forward_arguments(act),
+        apply_kernel, _CROWDED_APPLY if crowded else apply_plan, shape, x, lambda _: arguments, **flags,
         ACT_ADD=residual is not None and act.order == "act_add",
         VARIANCE=variance, FOURS=shape.channels % 4 == 0, WIDE=shape.positions * shape.channels >= 2**34,
     )  # fmt: skip
@@ -269,10 +274,11 @@ def backward_reduce(
             shape.positions, shape.channels, _image(shape), _keep_scale(act.dropout_p),
         )  # fmt: skip
 
+    flags = backward_arguments(act, bits is not None)
+    crowded = flags["GRADIENT"] is not None or dy2 is not None
     launch(
-        backward_reduce_kernel, reduce_plan, shape, x, arguments, partials=True,
-        **backward_arguments(act, bits is not None),
-        ACT_ADD=act.order == "act_add" and (normed or dy2 is not None),
+        backward_reduce_kernel, _CROWDED_REDUCE if crowded else reduce_plan, shape, x, arguments, partials=True,
+        ACT_ADD=act.order == "act_add" and (normed or dy2 is not None), **flags,
     )  # fmt: skip
     return dweight, dbias, r_dweight, r_dbias, dz
 
@@ -283,6 +289,7 @@ def backward_apply(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Operator batch_norm_act_backward_apply: one launch, or none where no gradient is needed."""
     value, *residual_norm = _read_residual(residual, act)
+    normed = _is_normed(residual)
     through: tuple[Tensor | None, ...] = _NO_VECTORS if sums is None else sums
     _check(x, [("dy", dy), ("residual", value)], (*norm, *residual_norm, *through), bits)
     _check_count("count", count)
@@ -295,8 +302,10 @@ def backward_apply(
         dy, x, value, bits, dx if needs[0] else None, dr if needs[1] else None, *norm, *residual_norm, *through, count,
         shape.positions, shape.channels, _image(shape), _keep_scale(act.dropout_p),
     )  # fmt: skip
+    flags = backward_arguments(act, bits is not None)
+    crowded = flags["GRADIENT"] is not None or (normed and bits is None)
     launch(
-        backward_apply_kernel, apply_plan, shape, x, lambda _: arguments, **backward_arguments(act, bits is not None),
+        backward_apply_kernel, _CROWDED_APPLY if crowded else apply_plan, shape, x, lambda _: arguments, **flags,
         ACT_ADD=act.order == "act_add" and (needs[1] or value is not None),
     )  # fmt: skip
     return dx, dr
