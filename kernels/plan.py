@@ -11,7 +11,8 @@ miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way a
   64 KB at best.
 - A pass that computes a smooth activation's input anew, or that reads a gradient in two parts, has up to six vectors
   and four tensors. At 8 channels a thread the compiler spills (16 to 184 bytes), at 4, as float32 has them, it does
-  not. So at 2 bytes an element a thread of such a pass holds 8 bytes of each tensor: with three of them 24 KB under way.
+  not. So at 2 bytes an element a thread of such a pass holds 8 bytes of each tensor, and with three of them 24 KB are
+  under way.
 - In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there
   are fewer. In NCHW it is as many positions of one image as fill a line or more.
 - The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
