@@ -188,7 +188,8 @@ def _forward(
         threshold - 2**32 if threshold >= 2**31 else threshold, _keep_scale(act.dropout_p),
     )  # fmt: skip
     flags = forward_arguments(act)
-    crowded = flags["FORWARD"] is not None and norms.residual_norm[0] is not None
+    besides = residual is not None and (act.dropout_p > 0 or norms.residual_norm[0] is not None)
+    crowded = flags["FORWARD"] is not None and besides
     launch(
         apply_kernel, _CROWDED_APPLY if crowded else apply_plan, shape, x, lambda _: arguments, **flags,
         ACT_ADD=residual is not None and act.order == "act_add",

@@ -50,7 +50,8 @@ def apply_kernel(
     norm = NormPointers(mean_ptr, rstd_ptr, weight_ptr, bias_ptr)
     residual_norm = NormPointers(residual_mean_ptr, residual_rstd_ptr, residual_weight_ptr, residual_bias_ptr)
     NORMED: tl.constexpr = residual_mean_ptr is not None
-    IN_LOOP: tl.constexpr = NORMED and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    # With a smooth activation a thread has half as many channels (`plan.CROWDED_BYTES_A_THREAD`).
+    IN_LOOP: tl.constexpr = NORMED and FORWARD is None and x_ptr.dtype.element_ty.primitive_bitwidth == 16
     # What is 0 where it does not pass needs no function, and shares dropout's selection.
     SELECTS: tl.constexpr = FORWARD is None and PASSES is not None
     if not IN_LOOP:
