@@ -1,7 +1,7 @@
 """Compiles the modules at install where torch is visible to the build; pyproject.toml says everything else.
 
 With build isolation torch is not visible, and one fetched for the build might not be the one that will run: then
-nothing is compiled here, and fastres/_extension.py compiles what is needed at first use.
+nothing is compiled here, and fastres/_build.py compiles what is needed at first use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_by_path(name: str, path: Path) -> Any:
-    # Not imported as fastres._extension: the package imports torch.
+    # Not imported as fastres._build: the package imports torch.
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -27,20 +27,20 @@ def load_by_path(name: str, path: Path) -> Any:
     return module
 
 
-def modules_to_build(extension: Any) -> tuple[list[Any], dict[str, str]]:
+def modules_to_build(build: Any) -> tuple[list[Any], dict[str, str]]:
     """The modules that can be compiled here, and why the CUDA module is not among them."""
     modules, errors = [], {}
     try:
-        extension.compiler()
-        modules += [extension.cpu_module(capability) for capability in extension.capabilities()]
+        build.compiler()
+        modules += [build.cpu_module(capability) for capability in build.capabilities()]
         try:
-            extension.check_cuda()
-            modules.append(extension.cuda_module())
-        except extension.Unavailable as e:
+            build.check_cuda()
+            modules.append(build.cuda_module())
+        except build.Unavailable as e:
             if os.environ.get("FORCE_CUDA") == "1":
                 raise SystemExit(f"FORCE_CUDA=1, but the CUDA module cannot be built: {e}") from e
             errors["_C_cuda"] = str(e)
-    except extension.Unavailable as e:
+    except build.Unavailable as e:
         warn(f"no compiled modules: {e}")
     return modules, errors
 
@@ -55,11 +55,11 @@ def build_arguments() -> dict[str, Any]:
         import torch  # noqa: F401
     except ImportError:
         return {}
-    extension = load_by_path("fastres_extension", ROOT / "fastres" / "_extension.py")
-    modules, errors = modules_to_build(extension)
+    build = load_by_path("fastres_build", ROOT / "fastres" / "_build.py")
+    modules, errors = modules_to_build(build)
     if not modules:
         return {}
-    with extension.toolchain(modules[0]) as cpp_extension:
+    with build.toolchain(modules[0]) as cpp_extension:
         base = cpp_extension.BuildExtension
 
     class BuildModules(base):  # type: ignore[misc, valid-type]
@@ -71,7 +71,7 @@ def build_arguments() -> dict[str, Any]:
             folders = {Path(self.get_ext_fullpath(f"fastres.{m.name}")).parent for m in built}
             for folder in folders | {Path(self.build_lib, "fastres")}:
                 folder.mkdir(parents=True, exist_ok=True)
-                extension.write_record(folder, built, errors)
+                build.write_record(folder, built, errors)
 
         def build_extensions(self) -> None:
             every = self.extensions
@@ -85,12 +85,12 @@ def build_arguments() -> dict[str, Any]:
             # The same sources with other flags: in one folder each module would overwrite the others' objects.
             self.build_temp = str(Path(temporary, module.name))
             try:
-                with extension.toolchain(module):
+                with build.toolchain(module):
                     super().build_extensions()
             except Exception as e:
                 if module.is_cuda and os.environ.get("FORCE_CUDA") == "1":
                     raise
-                errors[module.name] = extension.first_error(self.compiler_output(module) or str(e) or repr(e))
+                errors[module.name] = build.first_error(self.compiler_output(module) or str(e) or repr(e))
                 warn(f"{module.name} was not built: {errors[module.name]}")
             finally:
                 self.build_temp, self.compiler.compile = temporary, compile_method
@@ -99,20 +99,20 @@ def build_arguments() -> dict[str, Any]:
             """What the failed compilation printed: it went to the terminal, so what failed is run once more."""
             if not Path(self.build_temp, "build.ninja").is_file():
                 return ""
-            with extension.toolchain(module):
+            with build.toolchain(module):
                 run = subprocess.run(["ninja"], cwd=self.build_temp, capture_output=True, text=True, check=False)
             return run.stdout if run.returncode else ""
 
     def extension_of(module: Any) -> Any:
-        cxx_flags, nvcc_flags = extension.compile_flags(module)
-        with extension.toolchain(module):
+        cxx_flags, nvcc_flags = build.compile_flags(module)
+        with build.toolchain(module):
             make = cpp_extension.CUDAExtension if module.is_cuda else cpp_extension.CppExtension
             return make(
                 f"fastres.{module.name}",
                 [str(p.relative_to(ROOT)) for p in module.sources],
                 depends=[str(p.relative_to(ROOT)) for p in module.headers],
-                include_dirs=[str(extension.SOURCES)],
-                library_dirs=extension.library_folders(module),
+                include_dirs=[str(build.SOURCES)],
+                library_dirs=build.library_folders(module),
                 extra_compile_args={"cxx": cxx_flags, **({"nvcc": nvcc_flags} if module.is_cuda else {})},
                 optional=True,
             )

@@ -1,6 +1,6 @@
 """How figures are written down: numbers and rows of Markdown tables, JSON, the commit that was measured.
 
-Standard library only: benchmarks/gpu.py reads results where nothing of ours is installed yet.
+Standard library only: benchmarks/gpu/summary.py reads results where nothing of ours is installed yet.
 """
 
 from __future__ import annotations

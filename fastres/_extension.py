@@ -1,102 +1,29 @@
-"""Finds, builds and loads the compiled modules.
-
-One list of sources and flags serves both ways to a module:
-
-- at install, where torch is visible to the build (`pip install --no-build-isolation`), setup.py compiles a module for
-  each CPU capability, and the CUDA module, next to the package, and writes down what they were compiled from;
-- at first use, where no such module fits the torch that is running: the one module that is needed is compiled once
-  through `torch.utils.cpp_extension` and kept in torch's extension cache.
+"""Loads the compiled modules: those made at install where they fit, else what `fastres._build` compiles at first use.
 
 The modules register kernels for operators that `fastres.ops` defines; without them the library works on plain PyTorch.
 
 Environment:
     FASTRES_EXTENSION: `0` loads nothing compiled; `build` passes over the modules made at install.
     FASTRES_CUDA: `0` leaves the CUDA module out. FORCE_CUDA: `1` builds it where no GPU is present.
-    TORCH_CUDA_ARCH_LIST, TORCH_EXTENSIONS_DIR, CXX, MAX_JOBS, CUDA_HOME: as for every PyTorch extension.
-
-setup.py loads this file by its path, so nothing above the functions may import torch or the rest of the package.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import importlib.util
-import json
-import logging
 import os
-import platform
-import re
-import shlex
-import shutil
-import subprocess
 import sys
 import sysconfig
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
-# In a wheel the sources lie inside the package, in a checkout beside it.
-SOURCES = next((d for d in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if d.is_dir()), PACKAGE / "csrc")
-RECORD = "_C_build.json"
-
-# The last line takes back what Python's own build flags would add in setup.py and not at first use.
-CXX_FLAGS = (
-    *("-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"),
-    *("-DNDEBUG", "-g0", "-fno-wrapv", "-Wno-unknown-pragmas"),
-)
-# GCC makes statics of inline functions unique in the whole process, also across RTLD_LOCAL; Clang neither does so nor
-# knows the flag. OpenMP is not linked: its symbols come from the runtime that torch loaded, and its threads with them.
-GCC_FLAGS = ("-fno-gnu-unique", "-fopenmp")
-NVCC_FLAGS = ("-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
-CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-
-# What ATen compiles its own kernels with, for each capability.
-CAPABILITY_FLAGS = {
-    "default": ("-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
-    "avx2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
-    "avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-    ),
-}
+from fastres import _build
+from fastres._build import PACKAGE, Module, Unavailable
 
 _SPEED_ONLY = "fastres goes on with plain PyTorch: the results are the same, only slower."
-
-
-class Unavailable(RuntimeError):
-    """Why a backend cannot be had; the message is for the user."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """What one compiled module is made from. `name` is its name inside the package."""
-
-    name: str
-    sources: tuple[Path, ...]
-    headers: tuple[Path, ...]
-    cxx_flags: tuple[str, ...]
-    nvcc_flags: tuple[str, ...] = ()
-
-    @property
-    def is_cuda(self) -> bool:
-        return bool(self.nvcc_flags)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of sources, headers and flags. The compiler and torch are not in it."""
-        digest = hashlib.sha256(repr((self.name, self.cxx_flags, self.nvcc_flags)).encode())
-        for path in (*self.sources, *self.headers):
-            digest.update(f"\n{path.relative_to(SOURCES).as_posix()}\n".encode())
-            digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,376 +63,7 @@ class Status:
         return f"cpu: {self.cpu}; cuda: {self.cuda}"
 
 
-# --- What is built: read by setup.py and by the build at first use ------------------------------------------------
-
-
-def capabilities() -> tuple[str, ...]:
-    """The CPU capabilities that have a module on this kind of machine."""
-    return tuple(CAPABILITY_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ("default",)
-
-
-def cpu_module(capability: str) -> Module:
-    """The CPU module for "default", "avx2" or "avx512"."""
-    sources, headers = _sources("cpu")
-    return Module(f"_C_cpu_{capability}", sources, headers, CXX_FLAGS + CAPABILITY_FLAGS[capability])
-
-
-def cuda_module() -> Module:
-    """The CUDA module."""
-    sources, headers = _sources("cuda")
-    return Module("_C_cuda", sources, headers, CXX_FLAGS, NVCC_FLAGS)
-
-
-def _sources(folder: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    files = sorted(p for d in ("common", folder) for p in (SOURCES / d).glob("*") if p.is_file())
-    sources = tuple(p for p in files if p.suffix in (".cpp", ".cu"))
-    if not sources:
-        raise Unavailable(f"no sources in {SOURCES / folder}: the installation is incomplete")
-    return sources, tuple(p for p in files if p.suffix in (".h", ".cuh"))
-
-
-def compile_flags(module: Module) -> tuple[list[str], list[str]]:
-    """The flags for the C++ compiler and for nvcc, as the compilers found here need them."""
-    cxx = [*module.cxx_flags, *(GCC_FLAGS if _is_gcc() else ())]
-    nvcc = list(module.nvcc_flags)
-    if module.is_cuda:
-        for folder in _nvidia_folders("include"):
-            # After everything else: nvcc's own headers, where it has them, are the ones that fit it.
-            cxx += ["-idirafter", str(folder)]
-            nvcc += [f"-Xcompiler=-idirafter,{folder}"]
-    return cxx, nvcc
-
-
-def library_folders(module: Module) -> list[str]:
-    """Folders for the linker beyond those of torch."""
-    return [str(folder) for folder in _nvidia_folders("lib")] if module.is_cuda else []
-
-
-def compiler() -> list[str]:
-    """The C++ compiler's command, chosen as torch chooses it.
-
-    Raises:
-        Unavailable: there is none.
-    """
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    if shutil.which(command[0]) is None:
-        asked = f"{command[0]!r} from the environment variable CXX" if os.environ.get("CXX") else repr(command[0])
-        raise Unavailable(f"no C++ compiler: {asked} was not found (Debian and Ubuntu: apt install g++)")
-    return command
-
-
-@functools.cache
-def _version_text(*command: str) -> str:
-    run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    return run.stdout
-
-
-def compiler_version() -> str:
-    """First line of the compiler's --version.
-
-    Raises:
-        Unavailable: there is no compiler.
-    """
-    return next(iter(_version_text(*compiler()).splitlines()), "unknown")
-
-
-def _is_gcc() -> bool:
-    return "Free Software Foundation" in _version_text(*compiler())
-
-
-def nvcc_version() -> str | None:
-    """nvcc's release such as "13.0", or None where there is no nvcc."""
-    home = cuda_home()
-    if home is None:
-        return None
-    found = re.search(r"release (\d+\.\d+)", _version_text(str(home / "bin" / "nvcc")))
-    return found.group(1) if found else None
-
-
-@functools.cache
-def cuda_home() -> Path | None:
-    """The CUDA toolkit's folder: CUDA_HOME or CUDA_PATH where set, else what nvcc itself says.
-
-    The folder above the nvcc on PATH is only the last guess, since that nvcc may be a script that calls another.
-    """
-    guesses = [Path(v) for v in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if v]
-    nvcc = shutil.which("nvcc")
-    if not guesses and nvcc:
-        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-        dryrun = subprocess.run(command, capture_output=True, text=True, check=False)
-        said = re.search(r"^#\$ TOP=(.+)$", dryrun.stdout + dryrun.stderr, re.MULTILINE)
-        guesses += [Path(said.group(1).strip())] if said else []
-        guesses += [Path(nvcc).resolve().parent.parent]
-    guesses.append(Path("/usr/local/cuda"))
-    return next((g.resolve() for g in guesses if (g / "bin" / "nvcc").is_file()), None)
-
-
-def _nvidia_folders(kind: str) -> list[Path]:
-    """site-packages/nvidia/cu13/include and the like, beside the torch in use."""
-    import torch
-
-    spec = importlib.util.find_spec("nvidia")
-    roots = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
-    together = [root / f"cu{(torch.version.cuda or '').split('.')[0]}" / kind for root in roots]
-    # One folder for the whole toolkit since CUDA 13, one for each library before.
-    apart = [d for root in roots for d in sorted(root.glob(f"*/{kind}")) if not re.match(r"cu\d+$", d.parent.name)]
-    return [d for d in together if d.is_dir()] or apart
-
-
-def check_cuda() -> None:
-    """Check that the CUDA module can be compiled here.
-
-    Raises:
-        Unavailable: it cannot, or is not wanted; the message says why.
-    """
-    import torch
-
-    if os.environ.get("FASTRES_CUDA") == "0":
-        raise Unavailable("switched off by FASTRES_CUDA=0")
-    if torch.version.cuda is None:
-        raise Unavailable(f"torch {torch.__version__} is not a CUDA build")
-    if cuda_home() is None:
-        raise Unavailable("nvcc was not found (set CUDA_HOME to the CUDA toolkit's folder)")
-    release = nvcc_version() or "unknown"
-    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise Unavailable(f"nvcc is of CUDA {release}, torch was built with CUDA {torch.version.cuda}")
-
-
-def cuda_architectures() -> str:
-    """The value for TORCH_CUDA_ARCH_LIST: the user's, that of the GPUs present, or a default that nvcc can compile."""
-    import torch
-
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if asked:
-        return asked
-    if torch.cuda.is_available():
-        return "native"
-    command = [str((cuda_home() or Path()) / "bin" / "nvcc"), "--list-gpu-arch"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    known = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in listed.split()]
-    return ";".join(known or CUDA_ARCHITECTURES[:1]) + "+PTX"
-
-
-@contextlib.contextmanager
-def toolchain(module: Module) -> Iterator[ModuleType]:
-    """torch.utils.cpp_extension with ninja on PATH, and for CUDA the right toolkit and architectures."""
-    changes = {}
-    # A virtual environment's python may be called without the environment being activated.
-    changes["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    if module.is_cuda:
-        changes |= {"CUDA_HOME": str(cuda_home()), "TORCH_CUDA_ARCH_LIST": cuda_architectures()}
-    before = {name: os.environ.get(name) for name in changes}
-    # It warns at import about a toolkit without a GPU, which here is either known or of no interest.
-    log = logging.getLogger("torch.utils.cpp_extension")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    os.environ.update(changes)
-    try:
-        try:
-            from torch.utils import cpp_extension
-        except ImportError as e:
-            raise Unavailable(f"the Python package {e.name} is missing (pip install {e.name})") from e
-        if not cpp_extension.is_ninja_available():
-            raise Unavailable("ninja is missing (pip install ninja)")
-        guessed = cpp_extension.CUDA_HOME
-        # It was guessed when somebody first imported the module, perhaps before the environment was right.
-        cpp_extension.CUDA_HOME = changes.get("CUDA_HOME", guessed)
-        try:
-            yield cpp_extension
-        finally:
-            cpp_extension.CUDA_HOME = guessed
-    finally:
-        log.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def first_error(text: str) -> str:
-    """The first line of a compiler's output that reports an error, or the first line at all."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if re.search(r"\berror\b\s*:|fatal error|undefined reference", line)), lines[0])
-
-
-# --- Modules made at install ---------------------------------------------------------------------------------------
-
-
-def write_record(folder: Path, modules: list[Module], errors: dict[str, str]) -> None:
-    """Write beside the modules what they were compiled from, so that a stale one is never imported."""
-    import torch
-
-    record = {
-        "torch": str(torch.__version__),
-        "fingerprints": {m.name: m.fingerprint for m in modules},
-        "errors": errors,
-    }
-    temporary = folder / f"{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / RECORD)
-
-
-def _read_record() -> dict[str, Any]:
-    try:
-        record = json.loads((PACKAGE / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _installed(module: Module) -> Path:
-    """The file of a module made at install.
-
-    Raises:
-        Unavailable: there is none, or it does not fit the torch that is running or the sources.
-    """
-    import torch
-
-    path = PACKAGE / f"{module.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not path.is_file():
-        raise Unavailable("not compiled at install")
-    record = _read_record()
-    if record.get("torch") != str(torch.__version__):
-        raise Unavailable(f"compiled for torch {record.get('torch')}, this is torch {torch.__version__}")
-    if record.get("fingerprints", {}).get(module.name) != module.fingerprint:
-        raise Unavailable("compiled from other sources than those here")
-    return path
-
-
-# --- The build at first use ----------------------------------------------------------------------------------------
-
-
-def _say(text: str) -> None:
-    print(f"fastres: {text}", file=sys.stderr, flush=True)
-
-
-def _cache_folder(module: Module) -> Path:
-    import torch
-    import torch._appdirs
-
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if root is None:
-        root = str(torch._appdirs.user_cache_dir(appname="torch_extensions"))  # type: ignore[no-untyped-call]
-    facts: tuple[object, ...]
-    facts = (module.fingerprint, compile_flags(module), torch.__version__, sys.version, compiler(), compiler_version())
-    if module.is_cuda:
-        facts += (cuda_home(), nvcc_version(), _device_architectures())
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    return Path(root) / f"fastres{module.name}_{digest}"
-
-
-def _device_architectures() -> str | list[tuple[int, int]]:
-    import torch
-
-    asked = cuda_architectures()
-    devices = range(torch.cuda.device_count())
-    return [torch.cuda.get_device_capability(i) for i in devices] if asked == "native" else asked
-
-
-def _import(name: str, path: Path) -> ModuleType:
-    qualified = f"fastres.{name}"
-    spec = importlib.util.spec_from_file_location(qualified, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not an extension module of this Python")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[qualified] = module
-    return module
-
-
-def _built(module: Module) -> tuple[ModuleType, Path]:
-    """The module out of the cache, compiled first where it is not there.
-
-    Raises:
-        Unavailable: something that the build needs is missing.
-        Exception: whatever torch raises when the build or the import fails.
-    """
-    import filelock
-
-    folder = _cache_folder(module)
-    library = folder / f"{module.name}.so"
-    # Written last: a build that was cut short has none.
-    complete = folder / "complete"
-    if complete.is_file():
-        with contextlib.suppress(ImportError):
-            return _import(module.name, library), library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise Unavailable(f"the folder for compiled modules cannot be written: {e}") from e
-    lock = filelock.FileLock(folder / "fastres.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        _say(f"waiting for another process that compiles {module.name} in {folder}")
-        lock.acquire()
-    with contextlib.ExitStack() as stack:
-        stack.callback(lock.release)
-        if complete.is_file():
-            try:
-                return _import(module.name, library), library
-            except ImportError:
-                complete.unlink(missing_ok=True)
-        # A damaged library: ninja would take it for up to date.
-        library.unlink(missing_ok=True)
-        # torch before 2.14 waits for as long as this file exists, also after its maker was killed. Nobody else is here.
-        (folder / "lock").unlink(missing_ok=True)
-        return _compile(module, folder, library, complete), library
-
-
-def _compile(module: Module, folder: Path, library: Path, complete: Path) -> ModuleType:
-    cxx_flags, nvcc_flags = compile_flags(module)
-    start = time.monotonic()
-    with toolchain(module) as cpp_extension:
-        count = len(module.sources)
-        _say(f"compiling {module.name} ({count} files) with {compiler_version()}, once, into {folder}")
-        with _progress(folder, count):
-            loaded: ModuleType = cpp_extension.load(
-                name=module.name,
-                sources=[str(p) for p in module.sources],
-                extra_cflags=cxx_flags,
-                extra_cuda_cflags=nvcc_flags,
-                extra_ldflags=[f"-L{d}" for d in library_folders(module)],
-                extra_include_paths=[str(SOURCES)],
-                build_directory=str(folder),
-                with_cuda=module.is_cuda,
-                verbose=False,
-            )
-    complete.touch()
-    sys.modules[f"fastres.{module.name}"] = loaded
-    _say(f"compiled {module.name} in {time.monotonic() - start:.0f} s")
-    return loaded
-
-
-@contextlib.contextmanager
-def _progress(folder: Path, count: int) -> Iterator[None]:
-    """A bar over the object files, on a terminal only."""
-    from tqdm import tqdm
-
-    done = threading.Event()
-    began = time.time()
-
-    def poll(bar: tqdm[Any]) -> None:
-        while not done.wait(0.5):
-            bar.n = sum(p.stat().st_mtime >= began for p in folder.glob("*.o"))
-            bar.refresh()
-
-    form = "fastres: {n_fmt}/{total_fmt} files |{bar}| {elapsed}"
-    with tqdm(total=count, bar_format=form, leave=False, disable=None, file=sys.stderr) as bar:
-        thread = threading.Thread(target=poll, args=(bar,), daemon=True)
-        if not bar.disable:
-            thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if not bar.disable:
-                thread.join()
-
-
-# --- Loading -------------------------------------------------------------------------------------------------------
-
+# The first call for a backend decides for the process.
 _lock = threading.RLock()
 _loaded: dict[str, tuple[ModuleType | None, BackendStatus]] = {}
 
@@ -520,7 +78,7 @@ def cpu_capability() -> str:
     known = torch.backends.cpu.get_cpu_capability().lower()
     # A capability beyond AVX-512 includes it; anything else that ATen may name is served by the portable module.
     name = "avx512" if known.startswith("avx512") else known
-    return name if name in capabilities() else "default"
+    return name if name in _build.capabilities() else "default"
 
 
 def load_cpu() -> ModuleType | None:
@@ -530,7 +88,7 @@ def load_cpu() -> ModuleType | None:
         The module, or None where it cannot be had: one warning says why, and the operators run on plain PyTorch. The
         first call decides for the process.
     """
-    return _load("cpu", lambda: cpu_module(cpu_capability()), _check_cpu_build)
+    return _load("cpu", lambda: _build.cpu_module(cpu_capability()), _check_cpu_build)
 
 
 def load_cuda() -> ModuleType | None:
@@ -539,15 +97,18 @@ def load_cuda() -> ModuleType | None:
     Returns:
         The module, or None where it cannot be had. Where a GPU is present one warning says why.
     """
-    return _load("cuda", cuda_module, _check_cuda_build)
+    return _load("cuda", _build.cuda_module, _check_cuda_build)
 
 
 def status() -> Status:
     """What became of the backends so far. Loads nothing: call `load_cpu` and `load_cuda` first to know all."""
     unasked = BackendStatus(live=False, reason="not used yet")
     installed = {}
-    made: dict[str, Callable[[], Module]] = {f"cpu {c}": functools.partial(cpu_module, c) for c in capabilities()}
-    for name, make in (made | {"cuda": cuda_module}).items():
+    made: dict[str, Callable[[], Module]] = {
+        **{f"cpu {c}": functools.partial(_build.cpu_module, c) for c in _build.capabilities()},
+        "cuda": _build.cuda_module,
+    }
+    for name, make in made.items():
         try:
             _installed(make())
             installed[name] = ""
@@ -558,20 +119,39 @@ def status() -> Status:
     return Status(states["cpu"], states["cuda"], installed)
 
 
+def _installed(module: Module) -> Path:
+    """The file of a module made at install.
+
+    Raises:
+        Unavailable: there is none, or it does not fit the torch that is running or the sources.
+    """
+    import torch
+
+    path = PACKAGE / f"{module.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.is_file():
+        raise Unavailable("not compiled at install")
+    record = _build.read_record(PACKAGE)
+    if record.get("torch") != str(torch.__version__):
+        raise Unavailable(f"compiled for torch {record.get('torch')}, this is torch {torch.__version__}")
+    if record.get("fingerprints", {}).get(module.name) != module.fingerprint:
+        raise Unavailable("compiled from other sources than those here")
+    return path
+
+
 def _check_cpu_build() -> None:
     if sys.platform == "win32":
         raise Unavailable("the sources need GCC or Clang")
-    compiler()
+    _build.compiler()
 
 
 def _check_cuda_build() -> None:
     import torch
 
-    check_cuda()
+    _build.check_cuda()
     if not torch.cuda.is_available() and os.environ.get("FORCE_CUDA") != "1":
-        recorded = _read_record().get("errors", {}).get("_C_cuda")
+        recorded = _build.read_record(PACKAGE).get("errors", {}).get("_C_cuda")
         raise Unavailable(f"the build at install failed: {recorded}" if recorded else "no GPU is present")
-    compiler()
+    _build.compiler()
 
 
 def _load(backend: str, make: Callable[[], Module], check_build: Callable[[], None]) -> ModuleType | None:
@@ -600,10 +180,10 @@ def _find(
             if os.environ.get("FASTRES_EXTENSION") == "build":
                 raise Unavailable("passed over by FASTRES_EXTENSION=build")
             path, origin, reason = _installed(module), "install", ""
-            loaded = _import(module.name, path)
+            loaded = _build.import_file(module.name, path)
         except (Unavailable, ImportError) as e:
             check_build()
-            loaded, path = _built(module)
+            loaded, path = _build.built(module)
             origin, reason = "first use", f"module of the install: {e}"
         live = backend == "cpu" or _gpu_present()
         return loaded, BackendStatus(live, reason if live else "no GPU is present", path, origin, capability)
@@ -611,7 +191,7 @@ def _find(
         reason = str(e)
     except Exception as e:
         # Whatever goes wrong in compiling or loading must not take the library with it.
-        error = first_error(str(e) or repr(e))
+        error = _build.first_error(str(e) or repr(e))
         reason = f"the {'module does not load' if isinstance(e, ImportError) else 'build failed'}: {error}"
     finally:
         if flags is not None:

@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
     ),
     "leaky_relu": Kind(
         lambda z, alpha: F.leaky_relu(z, alpha),
-        lambda z, alpha: torch.where(z > 0, 1.0, alpha),
+        lambda z, alpha: torch.where(z > 0, torch.ones_like(z), alpha),
         alpha=0.01,
         passes=lambda z, _: z > 0,
         leaks=True,
@@ -93,7 +93,7 @@ KINDS: dict[str, Kind] = {
     "gelu_tanh": Kind(lambda z, _: F.gelu(z, approximate="tanh"), _gelu_tanh_gradient, compiled=True),
     "elu": Kind(
         lambda z, alpha: F.elu(z, alpha),
-        lambda z, alpha: torch.where(z > 0, 1.0, alpha * torch.exp(torch.clamp(z, max=0))),
+        lambda z, alpha: torch.where(z > 0, torch.ones_like(z), alpha * torch.exp(torch.clamp(z, max=0))),
         alpha=1.0,
         compiled=True,
     ),

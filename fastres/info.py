@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 import fastres
-from fastres import _extension, _triton
+from fastres import _build, _extension, _triton
 
 Rows = list[tuple[str, str]]
 
 
 def versions() -> Rows:
     """What is installed, and what there is to compile with."""
-    rows = [("fastres", f"{fastres.__version__} in {_extension.PACKAGE}"), ("python", platform.python_version())]
+    rows = [("fastres", f"{fastres.__version__} in {_build.PACKAGE}"), ("python", platform.python_version())]
     rows.append(("torch", torch.__version__))
     for package in ("torchvision", "triton", "numpy"):
         try:
@@ -26,11 +26,11 @@ def versions() -> Rows:
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
     try:
-        rows.append(("C++ compiler", _extension.compiler_version()))
-    except _extension.Unavailable as e:
+        rows.append(("C++ compiler", _build.compiler_version()))
+    except _build.Unavailable as e:
         rows.append(("C++ compiler", str(e)))
-    release = _extension.nvcc_version()
-    rows.append(("nvcc", f"{release} in {_extension.cuda_home()}" if release else "not found"))
+    release = _build.nvcc_version()
+    rows.append(("nvcc", f"{release} in {_build.cuda_home()}" if release else "not found"))
     return rows
 
 

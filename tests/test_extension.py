@@ -17,16 +17,16 @@ import pytest
 import torch
 
 import fastres
-from fastres import _extension
+from fastres import _build, _extension
 
-ROOT = _extension.SOURCES.parent
+ROOT = _build.SOURCES.parent
 
 # Loads the CPU module from the sources in argv[1] and says what became of it, as JSON.
 LOAD = """
 import dataclasses, json, pathlib, sys, warnings
-from fastres import _extension
+from fastres import _build, _extension
 if len(sys.argv) > 1:
-    _extension.SOURCES = pathlib.Path(sys.argv[1])
+    _build.SOURCES = pathlib.Path(sys.argv[1])
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     module = _extension.load_cpu()
@@ -65,7 +65,7 @@ def small_sources(tmp_path: Path) -> Path:
     """Sources that compile in a few seconds: the module without any operator."""
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
-    shutil.copy(_extension.SOURCES / "cpu" / "module.cpp", folder / "cpu")
+    shutil.copy(_build.SOURCES / "cpu" / "module.cpp", folder / "cpu")
     return folder
 
 
@@ -76,7 +76,7 @@ def cache(tmp_path: Path) -> dict[str, str]:
 
 
 def needs_nvcc(test):
-    missing = _extension.nvcc_version() is None or torch.version.cuda is None
+    missing = _build.nvcc_version() is None or torch.version.cuda is None
     return needs_compiler(pytest.mark.skipif(missing, reason="no nvcc, or torch for CPU")(test))
 
 
@@ -100,11 +100,11 @@ def test_every_capability_that_aten_names_has_a_module(machine, aten, expected, 
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: aten)
     assert _extension.cpu_capability() == expected
-    assert expected in _extension.capabilities()
+    assert expected in _build.capabilities()
 
 
 def machine_capabilities() -> list[str]:
-    known = _extension.capabilities()
+    known = _build.capabilities()
     return list(known[: known.index(_extension.cpu_capability()) + 1])
 
 
@@ -179,19 +179,19 @@ def test_the_modules_can_be_switched_off(cache):
 
 
 def write_module_of_the_install(folder: Path, **changes: object) -> Path:
-    module = _extension.cpu_module("default")
+    module = _build.cpu_module("default")
     path = folder / f"{module.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     path.touch()
-    _extension.write_record(folder, [module], {})
-    record = json.loads((folder / _extension.RECORD).read_text())
-    (folder / _extension.RECORD).write_text(json.dumps(record | changes))
+    _build.write_record(folder, [module], {})
+    record = json.loads((folder / _build.RECORD).read_text())
+    (folder / _build.RECORD).write_text(json.dumps(record | changes))
     return path
 
 
 def test_a_module_of_the_install_is_taken_where_torch_and_sources_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     path = write_module_of_the_install(tmp_path)
-    assert _extension._installed(_extension.cpu_module("default")) == path
+    assert _extension._installed(_build.cpu_module("default")) == path
 
 
 @pytest.mark.parametrize(
@@ -205,41 +205,41 @@ def test_a_module_of_the_install_is_taken_where_torch_and_sources_are_the_same(t
 def test_a_stale_module_of_the_install_is_not_imported(changes, words, tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     write_module_of_the_install(tmp_path, **changes)
-    with pytest.raises(_extension.Unavailable, match=words):
-        _extension._installed(_extension.cpu_module("default"))
+    with pytest.raises(_build.Unavailable, match=words):
+        _extension._installed(_build.cpu_module("default"))
 
 
 def test_a_module_of_the_install_without_its_record_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
     write_module_of_the_install(tmp_path)
-    (tmp_path / _extension.RECORD).write_text("{")
-    with pytest.raises(_extension.Unavailable, match="compiled for torch None"):
-        _extension._installed(_extension.cpu_module("default"))
+    (tmp_path / _build.RECORD).write_text("{")
+    with pytest.raises(_build.Unavailable, match="compiled for torch None"):
+        _extension._installed(_build.cpu_module("default"))
 
 
 def test_the_fingerprint_follows_sources_headers_and_flags(small_sources, monkeypatch):
     (small_sources / "common").mkdir()
     header = small_sources / "common" / "a.h"
     header.write_text("1")
-    monkeypatch.setattr(_extension, "SOURCES", small_sources)
-    before = _extension.cpu_module("default").fingerprint
-    assert before == _extension.cpu_module("default").fingerprint
-    assert before != _extension.cpu_module("avx2").fingerprint
+    monkeypatch.setattr(_build, "SOURCES", small_sources)
+    before = _build.cpu_module("default").fingerprint
+    assert before == _build.cpu_module("default").fingerprint
+    assert before != _build.cpu_module("avx2").fingerprint
     header.write_text("2")
-    after_header = _extension.cpu_module("default").fingerprint
+    after_header = _build.cpu_module("default").fingerprint
     (small_sources / "cpu" / "more.cpp").touch()
-    assert len({before, after_header, _extension.cpu_module("default").fingerprint}) == 3
+    assert len({before, after_header, _build.cpu_module("default").fingerprint}) == 3
 
 
 def test_a_wheel_carries_every_kind_of_source_file():
-    files = [p for p in _extension.SOURCES.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [p for p in _build.SOURCES.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert {p.suffix for p in files} <= {".cpp", ".h", ".cu", ".cuh"}
 
 
 def test_the_first_error_is_the_first_line_that_reports_one():
     text = "\n[1/2] c++ -Werror a.cpp\na.cpp:1: warning: odd\na.cpp:3:5: error: no 'x'\nb.h:1: fatal error: none.h\n"
-    assert _extension.first_error(text) == "a.cpp:3:5: error: no 'x'"
-    assert _extension.first_error("\nnothing known\nmore") == "nothing known"
+    assert _build.first_error(text) == "a.cpp:3:5: error: no 'x'"
+    assert _build.first_error("\nnothing known\nmore") == "nothing known"
 
 
 def test_the_toolkit_is_where_nvcc_itself_says(tmp_path, monkeypatch):
@@ -254,11 +254,11 @@ def test_the_toolkit_is_where_nvcc_itself_says(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    _extension.cuda_home.cache_clear()
+    _build.cuda_home.cache_clear()
     try:
-        assert _extension.cuda_home() == toolkit.resolve()
+        assert _build.cuda_home() == toolkit.resolve()
     finally:
-        _extension.cuda_home.cache_clear()
+        _build.cuda_home.cache_clear()
 
 
 @needs_nvcc
@@ -281,7 +281,7 @@ print(json.dumps([info, status.reason, status.error, kernels, plan]))
     (info, reason, error, kernels, plan), err = finish(start(code, **environment, **cache), timeout=900)
     assert info is not None, (reason, error, err)
     assert info["architectures"] == [800, 900]
-    assert str(info["cuda"] // 1000) == str(_extension.nvcc_version()).split(".")[0]
+    assert str(info["cuda"] // 1000) == str(_build.nvcc_version()).split(".")[0]
     assert kernels == [True] * 3
     # 512 x 16 x 16 positions in tiles of 128, 128 channels in tiles of 64.
     assert plan["grid"] == [2048, 1] and plan["vector_loads"] and plan["vector_stores"]
@@ -295,8 +295,8 @@ def test_a_failed_cuda_build_leaves_the_cpu_kernels_and_is_shown_by_info(small_s
     code = """
 import json, pathlib, sys, warnings
 import torch
-from fastres import _extension
-_extension.SOURCES = pathlib.Path(sys.argv[1])
+from fastres import _build, _extension
+_build.SOURCES = pathlib.Path(sys.argv[1])
 from fastres import functional, info
 shortcut = torch.ops.fastres.projection_shortcut_forward
 y = shortcut(torch.ones(1, 2, 2, 2), torch.ones(3, 2, 1, 1), [1, 1], False)[0]
@@ -314,8 +314,8 @@ print(json.dumps([float(y.sum()), rows, _extension.load_cuda() is None]))
 
 def test_the_cuda_module_can_be_left_out(monkeypatch):
     monkeypatch.setenv("FASTRES_CUDA", "0")
-    with pytest.raises(_extension.Unavailable, match="FASTRES_CUDA=0"):
-        _extension.check_cuda()
+    with pytest.raises(_build.Unavailable, match="FASTRES_CUDA=0"):
+        _build.check_cuda()
 
 
 @needs_compiler
@@ -338,8 +338,8 @@ def test_reusing_memory_spares_the_page_faults_of_later_buffers(small_sources, c
 import json, pathlib, resource, sys
 import torch
 import fastres
-from fastres import _extension
-_extension.SOURCES = pathlib.Path(sys.argv[1])
+from fastres import _build
+_build.SOURCES = pathlib.Path(sys.argv[1])
 torch.set_num_threads(1)
 def faults(buffers):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

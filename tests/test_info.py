@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from fastres import _extension
+from fastres import _build, _extension
 
 
 def info(**environment: str) -> str:
     run = subprocess.run(
         [sys.executable, "-m", "fastres.info"],
-        cwd=_extension.SOURCES.parent,
+        cwd=_build.SOURCES.parent,
         env=os.environ | {"COLUMNS": "300"} | environment,
         capture_output=True,
         text=True,

@@ -160,9 +160,6 @@ class BatchNormAct3d(_BatchNormAct):
 class _FusedBatchNormAct(Fused):
     """The faster way of the three classes below; each puts it before its plain twin."""
 
-    # Numbers of dimensions that torch's normalisation takes.
-    _dimensions = (4,)  # type: tuple[int, ...]
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise `x`, add `residual`, apply the activation and dropout.
 
@@ -181,7 +178,9 @@ class _FusedBatchNormAct(Fused):
 
     @torch.jit.unused
     def _leaves_for(self, residual: Tensor | None) -> bool:
-        return residual is not None and (why_not_ordinary(residual) is not None or not self._fits(residual))
+        return residual is not None and (
+            why_not_ordinary(residual, self._dimensions) is not None or not self._fits(residual)
+        )
 
     @torch.jit.unused
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -194,9 +193,9 @@ class _FusedBatchNormAct(Fused):
         norm = self.norm
         own: Tensor | None = norm.running_mean if norm.weight is None else norm.weight
         if own is None:
-            return x.dim() in self._dimensions
+            return True
         wider = own.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-        fits = x.dim() in self._dimensions and x.shape[1] == own.shape[0] and x.device == own.device
+        fits = x.shape[1] == own.shape[0] and x.device == own.device
         return fits and (x.dtype == own.dtype or wider)
 
     def why_not_fusable(self) -> str | None:

@@ -146,7 +146,7 @@ def activation_of(module: nn.Module) -> Activation:
     return found
 
 
-def why_not_ordinary(x: Tensor) -> str | None:
+def why_not_ordinary(x: Tensor, dimensions: tuple[int, ...] = (4,)) -> str | None:
     """Why this call has to be made of PyTorch's own operators; None for an ordinary one.
 
     Somebody looks at each operator (tracing, exporting, hooks on all modules), transforms it (torch.func) or gives it
@@ -154,7 +154,7 @@ def why_not_ordinary(x: Tensor) -> str | None:
     """
     if type(x) not in _TENSORS:
         return f"its input is a {type(x).__name__}"
-    if x.dim() != 4 or x.dtype not in _DTYPES or x.numel() == 0 or x.layout is not torch.strided:
+    if x.dim() not in dimensions or x.dtype not in _DTYPES or x.numel() == 0 or x.layout is not torch.strided:
         return "its input is not a batch of images in floating point"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks on all modules are registered"
@@ -182,6 +182,8 @@ class Fused(nn.Module):
 
     # Typed in comments: TorchScript reads a module class's annotations, and knows few types.
     exactly = {}  # type: Mapping[str, type[nn.Module]]  # noqa: RUF012
+    # Numbers of dimensions of an input that the faster way takes.
+    _dimensions = (4,)  # type: tuple[int, ...]
 
     if TYPE_CHECKING:
 
@@ -200,7 +202,7 @@ class Fused(nn.Module):
     @torch.jit.unused
     def _leaves(self, x: Tensor) -> bool:
         """Whether the call with the input x goes child by child."""
-        if why_not_ordinary(x) is not None:
+        if why_not_ordinary(x, self._dimensions) is not None:
             return True
         problem = self.why_not_fusable()
         if problem is None and not self._fits(x):

@@ -1,39 +1,29 @@
-"""The training loop: prepare everything that can fail, then write, train, evaluate, save."""
+"""The training loop: epochs of steps, an evaluation after each, checkpoints, Ctrl-C, the report."""
 
-import dataclasses
 import json
 import math
 import signal
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from fastres import _extension, models
-from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
-from fastres.train.config import TrainConfig, check_config, resolve, to_dict
-from fastres.train.data import ImageData, augment, batches, load_data, normalise, train_order
-from fastres.train.errors import DivergedError, InputError, RunError
-from fastres.train.optim import lr_factor, make_optimizer
+from fastres.train.config import TrainConfig, to_dict
+from fastres.train.data import ImageData, batches, train_order
+from fastres.train.engine import Engine
+from fastres.train.errors import DivergedError, InputError
+from fastres.train.optim import lr_factor
+from fastres.train.prepare import Run, configured_model, prepare
 from fastres.train.report import Summary, append_json, keep_rows, show_start, write_summary
-
-RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", "last.pt", "best.pt")
-SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
-                  "workers", "reuse_memory", "compile")  # fmt: skip
-"""Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 
 
 def train(
@@ -64,7 +54,7 @@ def train(
         DivergedError: the loss is no longer finite. The files hold the state before that.
     """
     console = console or Console()
-    run = _prepare(config, data, make_model or _make_model, console)
+    run = prepare(config, data, make_model or configured_model, console)
     return _Loop(run, console).run()
 
 
@@ -77,76 +67,15 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Mo
     file = ckpt.checkpoint_path(Path(path))
     state = ckpt.load_checkpoint(file)
     config = ckpt.saved_config(file)
-    model = _make_model(config, len(state["classes"]))
+    model = configured_model(config, len(state["classes"]))
     ckpt.load_state(model, state["model"], what=f"model {config.model}", path=file)
     return model.to(device).eval()
-
-
-@dataclasses.dataclass
-class _Run:
-    """Everything a run needs, made before anything is written."""
-
-    config: TrainConfig  # resolved
-    data: ImageData
-    device: torch.device
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # order and augmentation
-    resumed: dict[str, Any] | None  # the checkpoint
-    backend: str
-
-
-def _prepare(
-    config: TrainConfig,
-    data: ImageData | None,
-    make_model: Callable[[TrainConfig, int], nn.Module],
-    console: Console,
-) -> _Run:
-    check_config(config)
-    resumed = None
-    if config.resume is not None:
-        resumed = ckpt.load_checkpoint(config.resume)
-        config = _inherit(config, resumed["config"])
-    _check_output_dir(config)
-    device = _pick_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if data is None:
-        data = load_data(config, notify=lambda text: console.print(text, highlight=False, soft_wrap=True))
-    if len(data.train) < 2 or len(data.test) < 1:
-        raise InputError(
-            f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}"
-        )
-    config = resolve(config, dataset=data.name, image_size=data.image_size)
-    if resumed is not None:
-        _check_same_run(config, resumed, data)
-    if device.type == "cpu" and config.reuse_memory:
-        reuse_cpu_memory()
-    torch.manual_seed(config.seed)
-    model = make_model(config, len(data.classes)).to(device)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(model.parameters(), config)
-    generator = torch.Generator().manual_seed(config.seed)
-    if resumed is not None and config.resume is not None:
-        ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
-        ckpt.load_state(optimizer, resumed["optimizer"], what=f"optimizer {config.optimizer}", path=config.resume)
-        generator.set_state(resumed["generator"])
-        torch.set_rng_state(resumed["torch_rng"])
-        if device.type == "cuda" and resumed["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(resumed["cuda_rng"], device)
-    if config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=_default_output_dir(config))
-    if device.type == "cuda":
-        data = _to_device(data, device)
-    backend = _backend(config, device)
-    return _Run(config, data, device, model, optimizer, generator, resumed, backend)
 
 
 class _Loop:
     """The state that changes while training, and the steps that change it."""
 
-    def __init__(self, run: _Run, console: Console) -> None:
+    def __init__(self, run: Run, console: Console) -> None:
         self.config, self.data, self.device = run.config, run.data, run.device
         self.model, self.optimizer, self.generator = run.model, run.optimizer, run.generator
         self.backend, self.console = run.backend, console
@@ -160,9 +89,7 @@ class _Loop:
         self.total_steps = self.epochs * self.steps_per_epoch
         self.warmup_steps = round((config.warmup_epochs or 0.0) * self.steps_per_epoch)
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
-        self.compute = torch.compile(self.model) if config.compile else self.model
-        self.amp = torch.autocast(self.device.type, torch.bfloat16, enabled=config.amp == "bf16")
-        self.train_metrics, self.test_metrics = self._metrics(), self._metrics()
+        self.engine = Engine(run)
         self.rates: list[float] = []
         self.interrupted = False
         self.started = time.perf_counter()
@@ -173,13 +100,12 @@ class _Loop:
         self.best_accuracy: float | None = None
         self.best_epoch: int | None = None
         self.seconds_before = 0.0
-        self.resumed = run.resumed is not None
         if run.resumed is not None:
             for name in ("step", "epoch", "batch", "order", "best_accuracy", "best_epoch"):
                 setattr(self, name, run.resumed[name])
             self.seconds_before = run.resumed["seconds"]
-            self.train_metrics.load_state_dict(run.resumed["metrics"])
-            self.train_metrics.to(self.device)
+            self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
+            self.engine.train_metrics.to(self.device)
         if self.step >= self.stop_step and self.batch < self.steps_per_epoch:
             raise InputError(
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
@@ -209,7 +135,7 @@ class _Loop:
         if self.order is None:
             self.order = train_order(len(self.data.train), self.batch_size, self.generator)
             self.batch = 0
-            self.train_metrics.reset()
+            self.engine.train_metrics.reset()
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
         window = _Window(self.device)
         for images, labels in batches(
@@ -217,34 +143,20 @@ class _Loop:
         ):
             if self.step >= self.stop_step or self.interrupted:
                 break
-            window.add(self._train_step(images, labels), len(labels))
+            window.add(self.engine.train_step(images, labels, self._lr()), len(labels))
+            self.step += 1
+            self.batch += 1
             bar.update(len(labels))
             if window.full or self.step == self.stop_step or self.batch == self.steps_per_epoch:
                 self._log_steps(window, bar)
         if window.losses:
             self._log_steps(window, bar)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        x = augment(images, self.data.augmentation, self.generator)
-        x = self._input(x)
-        labels = labels.to(self.device)
-        factor = lr_factor(
+    def _lr(self) -> float:
+        """The learning rate of the coming step."""
+        return self.peak_lr * lr_factor(
             self.step, schedule=self.config.schedule, warmup_steps=self.warmup_steps, total_steps=self.total_steps
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_lr * factor
-        with self.amp:
-            logits = self.compute(x)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        loss = loss.detach()
-        self.train_metrics["loss"].update(loss.expand(len(labels)))
-        self.train_metrics["accuracy"].update(logits.detach(), labels)
-        self.step += 1
-        self.batch += 1
-        return loss
 
     def _log_steps(self, window: "_Window", bar: Any) -> None:
         """Write the losses of the steps since the last call, check them, and show where the run stands."""
@@ -257,18 +169,15 @@ class _Loop:
                 )
             append_json(self.directory / "steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
         self.rates.append(rate)
-        accuracy = self.train_metrics["accuracy"].compute().item()
+        accuracy = self.engine.train_metrics["accuracy"].compute().item()
         bar.set_postfix(loss=f"{losses[-1]:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
 
     def _evaluate_and_save(self, bar: Any) -> bool:
         """Evaluate, write the line of the epoch and the checkpoints. False where Ctrl-C came in between."""
-        test = self._evaluate()
+        test = self.engine.evaluate(lambda: self.interrupted)
         if test is None:
             return False
-        with warnings.catch_warnings():
-            # After a resume at the end of an epoch the metrics are all restored, which torchmetrics takes for unused.
-            warnings.filterwarnings("ignore", message=".*called before the ``update`` method")
-            train = {name: value.item() for name, value in self.train_metrics.compute().items()}
+        train = self.engine.trained()
         complete = self.batch == self.steps_per_epoch
         number = self.epoch + 1
         if complete:
@@ -305,39 +214,6 @@ class _Loop:
         bar.refresh()
         return True
 
-    @torch.no_grad()
-    def _evaluate(self) -> dict[str, float] | None:
-        """Mean cross-entropy and accuracy over the test images; None where Ctrl-C came in between."""
-        self.model.eval()
-        self.test_metrics.reset()
-        test = self.data.test
-        steps = batches(test, torch.arange(len(test)), self.config.eval_batch_size, workers=self.config.workers)
-        with tqdm(total=len(test), desc="evaluation", unit="img", leave=False, disable=None) as bar:
-            for images, labels in steps:
-                if self.interrupted:
-                    return None
-                labels = labels.to(self.device)
-                with self.amp:
-                    logits = self.compute(self._input(images))
-                    loss = F.cross_entropy(logits, labels)
-                self.test_metrics["loss"].update(loss.expand(len(labels)))
-                self.test_metrics["accuracy"].update(logits, labels)
-                bar.update(len(labels))
-        return {name: value.item() for name, value in self.test_metrics.compute().items()}
-
-    def _input(self, images: Tensor) -> Tensor:
-        return normalise(images.to(self.device), self.data.mean, self.data.std, channels_last=self.config.channels_last)
-
-    def _metrics(self) -> MetricCollection:
-        accuracy = MulticlassAccuracy(num_classes=len(self.data.classes), average="micro", validate_args=False)
-        # NaN is reported by the loop itself, with its step. MeanMetric without its check ignores weights, so a batch's
-        # mean loss is given once for each image.
-        metrics = MetricCollection(
-            {"loss": MeanMetric(nan_strategy="disable"), "accuracy": accuracy}, compute_groups=False
-        )
-        metrics.persistent(True)
-        return metrics.to(self.device)
-
     def _images_until(self, step: int) -> int:
         epochs, steps = divmod(step, self.steps_per_epoch)
         count = len(self.data.train) - (len(self.data.train) % self.batch_size == 1)
@@ -365,7 +241,7 @@ class _Loop:
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": cuda_rng,
-            "metrics": self.train_metrics.state_dict(),
+            "metrics": self.engine.train_metrics.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "seconds": self._seconds(),
@@ -451,94 +327,3 @@ class _Window:
         rate = self.images / (now - self.since)
         self.losses, self.images, self.since = [], 0, now
         return losses, rate
-
-
-def _make_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    return models.create(
-        config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
-        conv_algorithm=config.conv_algorithm,
-    )  # fmt: skip
-
-
-def _inherit(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
-    """Fields left to a default take the checkpoint's values, so that they resolve as they did then."""
-    open_fields = [
-        f.name for f in dataclasses.fields(config)
-        if f.name not in ("resume", "output_dir", "max_steps")
-        # "auto" is one of the algorithms, not a default.
-        and getattr(config, f.name) in ((None,) if f.name == "conv_algorithm" else (None, "auto"))
-    ]  # fmt: skip
-    changes = {name: saved[name] for name in open_fields if name in saved and name != "device"}
-    return dataclasses.replace(config, **changes)
-
-
-def _check_same_run(config: TrainConfig, resumed: dict[str, Any], data: ImageData) -> None:
-    now = to_dict(config)
-    differences = [
-        f"{name} was {resumed['config'].get(name)!r}, is {now[name]!r}"
-        for name in now
-        if name not in SITTING_FIELDS and now[name] != resumed["config"].get(name)
-    ]
-    if list(data.classes) != resumed["classes"]:
-        differences.append(f"classes were {resumed['classes'][:5]}..., are {list(data.classes)[:5]}...")
-    order = resumed["order"]
-    if order is not None and len(order) and int(order.max()) >= len(data.train):
-        differences.append(f"the training images are fewer than then ({len(data.train)})")
-    if differences:
-        raise InputError(f"resume: the checkpoint {config.resume} is of another run: {'; '.join(differences)}")
-
-
-def _check_output_dir(config: TrainConfig) -> None:
-    directory = config.output_dir
-    if directory is None:
-        return
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"output_dir: expected a folder, got the file {directory}")
-    if config.resume is not None and directory.resolve() == ckpt.checkpoint_path(config.resume).parent.resolve():
-        return
-    held = [name for name in RUN_FILES if (directory / name).exists()]
-    if held:
-        raise InputError(
-            f"output_dir: {directory} already holds a run ({', '.join(held)}); choose another, or --resume it"
-        )
-
-
-def _default_output_dir(config: TrainConfig) -> Path:
-    if config.resume is not None:
-        return ckpt.checkpoint_path(config.resume).parent
-    kind = "fused" if config.fused else "plain"
-    name = f"{config.dataset}-{config.model}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory, number = Path("runs") / name, 1
-    while directory.exists():
-        number += 1
-        directory = Path("runs") / f"{name}-{number}"
-    return directory
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"device: {name} is not there, {torch.cuda.device_count()} CUDA devices are available")
-    return device
-
-
-def _to_device(data: ImageData, device: torch.device) -> ImageData:
-    def moved(split: Any) -> Any:
-        if not isinstance(split.images, Tensor):
-            return split
-        return dataclasses.replace(split, images=split.images.to(device), labels=split.labels.to(device))
-
-    return dataclasses.replace(data, train=moved(data.train), test=moved(data.test))
-
-
-def _backend(config: TrainConfig, device: torch.device) -> str:
-    """What computes the blocks, in a few words."""
-    if not config.fused:
-        return "eager PyTorch"
-    if device.type == "cuda":
-        _extension.load_cuda()
-        return str(_extension.status().cuda)
-    _extension.load_cpu()
-    return str(_extension.status().cpu)

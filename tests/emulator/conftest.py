@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastres import _extension
+from fastres import _build
 from tests.emulator.machine import Machine, build
 
 
@@ -10,5 +10,5 @@ from tests.emulator.machine import Machine, build
 def machine() -> Machine:
     try:
         return Machine(build())
-    except _extension.Unavailable as e:
+    except _build.Unavailable as e:
         pytest.skip(str(e))

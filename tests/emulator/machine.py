@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastres import _extension, contract
-from fastres.ops.projection_shortcut import output_size
+from fastres import _build, contract
 from fastres.contract import NormParams
+from fastres.ops.fallback import output_size
 
 FOLDER = Path(__file__).resolve().parent
-CUDA_SOURCES = _extension.SOURCES / "cuda"
+CUDA_SOURCES = _build.SOURCES / "cuda"
 FLAGS = ("-O2", "-std=c++20", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-DFASTRES_EMULATOR")
 
 STEPS = ("forward", "inference", "input_gradient", "weight_gradient")
@@ -66,7 +66,7 @@ class Plan(ctypes.Structure):
 def build() -> Path:
     """The emulator's shared library, compiled where this version of the sources was not compiled before."""
     sources = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *CUDA_SOURCES.glob("*.*h")])
-    digest = hashlib.sha256(repr((FLAGS, _extension.compiler(), _extension.compiler_version())).encode())
+    digest = hashlib.sha256(repr((FLAGS, _build.compiler(), _build.compiler_version())).encode())
     for path in sources:
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"fastres-emulator-{os.getuid()}"
@@ -75,7 +75,7 @@ def build() -> Path:
     if not library.is_file():
         # Into a file of its own and moved: another process may be building the same.
         temporary = library.with_suffix(f".{os.getpid()}")
-        command = [*_extension.compiler(), *FLAGS, f"-I{CUDA_SOURCES}", f"-I{FOLDER}"]
+        command = [*_build.compiler(), *FLAGS, f"-I{CUDA_SOURCES}", f"-I{FOLDER}"]
         subprocess.run([*command, str(FOLDER / "library.cpp"), "-o", str(temporary)], check=True)
         temporary.replace(library)
     return library

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from benchmarks.kernel_table import is_good, label
-from benchmarks.launches import model_launches
+from benchmarks.compiled.launches import model_launches
+from benchmarks.compiled.triton_table import is_good, label
 from fastres.kernels.compiled import ARCHITECTURES, Compiled, compile_launch, distinct, signature
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter compiles nothing")

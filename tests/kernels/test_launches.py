@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from benchmarks.launches import evaluation, run_backward, training_step
+from benchmarks.compiled.launches import evaluation, run_backward, training_step
 from fastres.kernels import batch_norm_act
 from fastres.kernels.compiled import ARCHITECTURES
 from fastres.kernels.launch import recording

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.cuda_table`: what nvcc makes of csrc/cuda for each architecture, as docs/cuda-kernels.md.
+"""`python -m benchmarks.compiled.cuda_table`: what nvcc makes of csrc/cuda for each architecture.
+
+The table is written into docs/cuda-kernels.md.
 
 Registers and spills are ptxas's words, shared memory and threads those of the launch plan; from them follow the blocks
 that a multiprocessor holds. Nothing is run, so no GPU is needed. Ends with status 1 where a kernel spills, or where
@@ -24,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.records import ROOT, insert_table, row
-from fastres import _extension
+from fastres import _build
 from fastres.kernels.compiled import ARCHITECTURES, Architecture
 
 STEPS = ("forward", "inference", "input gradient", "weight gradient")
@@ -119,16 +121,16 @@ def compile_source(source: Path, architecture: str, folder: Path) -> tuple[list[
     Raises:
         RuntimeError: it does not compile; the message is the compiler's first error.
     """
-    home = _extension.cuda_home()
+    home = _build.cuda_home()
     if home is None:
         raise RuntimeError("nvcc was not found (set CUDA_HOME to the CUDA toolkit's folder)")
-    _, flags = _extension.compile_flags(_extension.cuda_module())
+    _, flags = _build.compile_flags(_build.cuda_module())
     output = folder / f"{source.stem}.{architecture}.cubin"
     command = [str(home / "bin" / "nvcc"), *flags, f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-o", str(output)]
     start = time.monotonic()
     run = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
     if run.returncode != 0:
-        raise RuntimeError(f"{source.name} for {architecture}: {_extension.first_error(run.stderr or run.stdout)}")
+        raise RuntimeError(f"{source.name} for {architecture}: {_build.first_error(run.stderr or run.stdout)}")
     return parse(run.stderr + run.stdout), time.monotonic() - start
 
 
@@ -137,8 +139,8 @@ def constants(folder: Path) -> dict[str, Any]:
     stages = ", ".join("{" + ", ".join(map(str, (*shape, cout))) + "}" for shape, cout in STAGES)
     source, program = folder / "constants.cpp", folder / "constants"
     source.write_text(CONSTANTS.replace("@STAGES@", stages), encoding="utf-8")
-    include = f"-I{_extension.SOURCES / 'cuda'}"
-    subprocess.run([*_extension.compiler(), "-std=c++20", include, str(source), "-o", str(program)], check=True)
+    include = f"-I{_build.SOURCES / 'cuda'}"
+    subprocess.run([*_build.compiler(), "-std=c++20", include, str(source), "-o", str(program)], check=True)
     said: dict[str, Any] = json.loads(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
     return said
 
@@ -208,7 +210,7 @@ def main(config: Config) -> int:
     for name in config.architectures:
         if name not in known:
             raise SystemExit(f"architectures: expected some of {', '.join(known)}, got {name}")
-    sources = sorted((_extension.SOURCES / "cuda").glob("projection_shortcut_*.cu"))
+    sources = sorted((_build.SOURCES / "cuda").glob("projection_shortcut_*.cu"))
     compiled: dict[str, dict[str, Compiled]] = {name: {} for name in config.architectures}
     jobs = [(source, name) for source in sources for name in config.architectures]
     seconds = 0.0
@@ -220,7 +222,7 @@ def main(config: Config) -> int:
             seconds += took
     rows, wrong = table(compiled, said, (known[name] for name in config.architectures))
     text = [
-        f"nvcc {_extension.nvcc_version()}; {len(jobs)} compilations, {seconds:.0f} s together. A cell: registers a "
+        f"nvcc {_build.nvcc_version()}; {len(jobs)} compilations, {seconds:.0f} s together. A cell: registers a "
         f"thread / blocks that a multiprocessor holds. A GEMM's block has {said['gemm'][0]} threads and "
         f"{said['gemm'][1] // 1024} KiB of shared memory."
         + ("" if wrong else " No kernel spills a register or uses a stack."),

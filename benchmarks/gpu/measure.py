@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_measure`: fastres on a GPU against eager, torch.compile and torch.compile with autotuning.
+"""`python -m benchmarks.gpu.measure`: fastres on a GPU against eager, torch.compile and torch.compile with autotuning.
 
 The workloads stand in the order of their importance; the run stops cleanly where `--budget-s` ends. After each one
 results.json is written whole, so that a run that is cut short leaves what it has.
@@ -38,14 +38,15 @@ from typing import Any
 import torch
 
 import fastres
-from benchmarks import gpu_report, records, workloads
+from benchmarks import records, workloads
+from benchmarks.gpu import report
+from benchmarks.gpu.stages import RESULTS
 from benchmarks.records import PUBLISHED, ROOT, write_text
 from benchmarks.sides import COMPILE, FUSED_COMPILE, FUSED_GRAPH, MAX_AUTOTUNE
 from benchmarks.workloads import Run, Workload
 from fastres.info import backends
 
 BATCHES = (512, 1024)
-RESULTS = "results.json"
 LEAST_ROUNDS = 3
 # Seconds that compiling a side takes before it can run, guessed high: a side is left out where less is left. A training
 # step is the whole network, with autotuning of every convolution.
@@ -389,7 +390,7 @@ def read(file: Path) -> dict[str, Any]:
     """
     try:
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        gpu_report.markdown(results)
+        report.markdown(results)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"from-json: {file} does not hold results of this script ({error})") from error
     return results
@@ -413,7 +414,7 @@ def publish(results: dict[str, Any], folder: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or read; write, print; 1 where a side failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_measure", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.gpu.measure", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "gpu", help=f"folder for {RESULTS}")
     parser.add_argument("--budget-s", type=float, default=1500.0, help="seconds after which nothing new is started")
@@ -424,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.from_json is not None:
         try:
             results = read(options.from_json)
-            print(gpu_report.markdown(results))
+            print(report.markdown(results))
             if options.publish:
                 print(f"published: {publish(results, PUBLISHED)}")
         except ValueError as error:
@@ -448,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {"machine": describe_machine(), "copy": copy_bandwidth(timer), "budget_s": options.budget_s}
     file = options.output_dir / RESULTS
     measure_all(tasks(batches), timer, budget, results, file)
-    print(gpu_report.markdown(results))
+    print(report.markdown(results))
     print(f"raw figures: {file}")
     failures = [why for entry in results["entries"] for why in entry["missing"].values() if why.startswith("failed")]
     if options.publish and results["entries"]:

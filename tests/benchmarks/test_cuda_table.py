@@ -8,7 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import cuda_table  # noqa: E402
+from benchmarks.compiled import cuda_table  # noqa: E402
 from fastres.kernels.compiled import ARCHITECTURES  # noqa: E402
 
 PTXAS = """

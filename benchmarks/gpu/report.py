@@ -1,4 +1,4 @@
-"""The results of benchmarks.gpu_measure in words: tables in Markdown, and how they stand to the targets.
+"""The results of benchmarks.gpu.measure in words: tables in Markdown, and how they stand to the targets.
 
 Standard library only, since benchmarks.gpu writes its summary where nothing of ours may be installed.
 """

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import gpu, gpu_measure, gpu_report, records, workloads
-from benchmarks.gpu import FAILED, OK, SKIPPED, STOPPED, Context, Output, Plan, Settings, Skip, Stage
+from benchmarks import records, workloads
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import driver, measure, report, stages
+from benchmarks.gpu.stages import FAILED, OK, SKIPPED, STOPPED, Context, Outcome, Output, Plan, Settings, Skip, Stage
 
 # Starts a process that ignores every polite signal, writes its id to argv[1], and waits.
 GRANDCHILD = """
@@ -44,8 +46,8 @@ def context(tmp_path: Path) -> Context:
     return Context(Settings(folder), tmp_path, {"cuda": False})
 
 
-def run_all(context: Context, *stages: Stage) -> list[gpu.Outcome]:
-    return gpu.run_all(stages, context, Console(quiet=True))
+def run_all(context: Context, *stages: Stage) -> list[Outcome]:
+    return driver.run_all(stages, context, Console(quiet=True))
 
 
 def alive(pid: int) -> bool:
@@ -61,7 +63,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_stage_is_killed_at_its_limit_with_a_grandchild_that_ignores_signals(context, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE_S", 0.3)
+    monkeypatch.setattr(driver, "GRACE_S", 0.3)
     pid_file = tmp_path / "pid"
     began = time.monotonic()
     outcomes = run_all(
@@ -73,7 +75,7 @@ def test_a_stage_is_killed_at_its_limit_with_a_grandchild_that_ignores_signals(c
     assert [o.state for o in outcomes] == [STOPPED, OK]
     assert "limit of 3 s" in outcomes[0].detail
     assert not alive(int(pid_file.read_text()))
-    assert gpu.failed(outcomes)
+    assert driver.failed(outcomes)
 
 
 def test_nothing_that_a_stage_started_outlives_it(context, tmp_path):
@@ -107,7 +109,7 @@ def test_a_failure_does_not_stop_what_comes_after(context):
 
 
 def test_the_deadline_ends_a_stage_and_skips_the_others(context, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST_S", 0.5)
+    monkeypatch.setattr(driver, "LEAST_S", 0.5)
     context.settings = Settings(context.settings.output_dir, deadline_s=2.0)
     began = time.monotonic()
     outcomes = run_all(context, stage("long", python("import time; time.sleep(99)")), stage("late", python("")))
@@ -129,7 +131,7 @@ def test_time_that_later_stages_need_is_kept_for_them(context):
 
 
 def test_a_log_that_runs_over_keeps_its_ends(context, monkeypatch):
-    monkeypatch.setattr(gpu, "LOG_BYTES", 1000)
+    monkeypatch.setattr(driver, "LOG_BYTES", 1000)
     code = "print('first'); print('x' * 100000); print('last')"
     run_all(context, stage("chatty", python(code)), stage("next", python("print('after')")))
     log = (context.settings.output_dir / "checks.log").read_text()
@@ -140,11 +142,12 @@ def test_a_log_that_runs_over_keeps_its_ends(context, monkeypatch):
 def test_sigterm_ends_the_stage_and_leaves_a_summary(tmp_path):
     code = """
 import sys
-from benchmarks import gpu
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.stages import Plan, Stage
 names = sys.argv[3:]
-gpu.STAGES = [gpu.Stage(n, "checks.log", 60, 0, lambda c: gpu.Plan([[sys.executable, "-c", sys.argv[2], sys.argv[1]]]))
-              for n in names]
-sys.exit(gpu.main(["--output-dir", sys.argv[1] + ".out"]))
+command.STAGES = [Stage(n, "checks.log", 60, 0, lambda c: Plan([[sys.executable, "-c", sys.argv[2], sys.argv[1]]]))
+                  for n in names]
+sys.exit(command.main(["--output-dir", sys.argv[1] + ".out"]))
 """
     pid_file = tmp_path / "pid"
     command = python(code, pid_file, GRANDCHILD, "waits", "later")
@@ -170,12 +173,12 @@ def test_a_run_without_a_gpu_says_of_every_stage_what_was_skipped_and_why(tmp_pa
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path / "results"
     asked = ["build", "tests", "case", "measure", "profile"]
-    assert gpu.main(["--output-dir", str(folder), "--skip", *asked]) == 0
+    assert command.main(["--output-dir", str(folder), "--skip", *asked]) == 0
     names = {path.name for path in folder.rglob("*")}
-    assert names <= set(gpu.FILES) and {"summary.json", "summary.md"} <= names
+    assert names <= set(stages.FILES) and {"summary.json", "summary.md"} <= names
     summary = json.loads((folder / "summary.json").read_text())
     reasons = {s["name"]: s["detail"] for s in summary["stages"] if s["state"] == SKIPPED}
-    assert list(reasons) == [s.name for s in gpu.STAGES[1:]]
+    assert list(reasons) == [s.name for s in stages.STAGES[1:]]
     assert all("--skip" in reasons[name] for name in asked)
     assert "--wheels" in reasons["wheels"]
     for name in ("memcheck", "racecheck", "initcheck", "ncu"):
@@ -188,10 +191,9 @@ def test_a_run_without_a_gpu_says_of_every_stage_what_was_skipped_and_why(tmp_pa
 
 
 def test_files_are_few_flat_and_named_for_every_file_system():
-    assert len(gpu.FILES) <= 8
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in gpu.FILES)
-    assert {s.log for s in gpu.STAGES} <= set(gpu.FILES)
-    assert gpu.RESULTS == gpu_measure.RESULTS
+    assert len(stages.FILES) <= 8
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in stages.FILES)
+    assert {s.log for s in stages.STAGES} <= set(stages.FILES)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_a_wrong_argument_is_named_before_anything_is_written(arguments, words, 
     if "--output-dir" not in arguments:
         arguments += ["--output-dir", str(tmp_path / "new")]
     with pytest.raises(SystemExit) as stopped:
-        gpu.main(arguments)
+        command.main(arguments)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
@@ -223,9 +225,9 @@ def test_the_driver_needs_nothing_that_has_to_be_built_and_the_commands_no_packa
 import sys
 for name in ("tyro", "torchmetrics", "sklearn", "hypothesis", "typer"):
     sys.modules[name] = None
-import benchmarks.gpu
+import benchmarks.gpu.__main__
 assert not {"torch", "numpy", "fastres", "matplotlib"} & set(sys.modules), sorted(sys.modules)
-import benchmarks.gpu_measure, benchmarks.gpu_case, benchmarks.gpu_profile
+import benchmarks.gpu.measure, benchmarks.gpu.case, benchmarks.gpu.profile
 """
     run = subprocess.run(python(code), cwd=records.ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -252,28 +254,28 @@ LACKS = "import package_that_is_not_there"
 
 
 def test_test_files_that_lack_a_package_are_named_and_are_no_failure(tmp_path):
-    words = gpu.judge_tests(*run_pytest(tmp_path, good=PASSES, lacking=LACKS), True)
+    words = stages.judge_tests(*run_pytest(tmp_path, good=PASSES, lacking=LACKS), True)
     assert words == "1 passed, 0 failed, 0 skipped; 1 files left out, package_that_is_not_there is missing"
 
 
 @pytest.mark.parametrize("bad", [FAILS, "import fastres_of_ours_that_broke", "raise ValueError('at import')"])
 def test_a_failing_test_or_module_is_a_failure(bad, tmp_path):
     with pytest.raises(RuntimeError, match="1 passed, 1 failed"):
-        gpu.judge_tests(*run_pytest(tmp_path, good=PASSES, bad=bad), False)
+        stages.judge_tests(*run_pytest(tmp_path, good=PASSES, bad=bad), False)
 
 
 @pytest.mark.parametrize("files", [{"unmarked": "def test_d(): pass"}, {"skipped": SKIPS}])
 def test_where_no_test_ran_the_stage_is_skipped_without_a_gpu_and_failed_with_one(files, tmp_path):
     output, report = run_pytest(tmp_path, **files)
     with pytest.raises(Skip, match=r"no test is marked gpu|no CUDA GPU"):
-        gpu.judge_tests(output, report, False)
+        stages.judge_tests(output, report, False)
     with pytest.raises(RuntimeError, match="0 passed"):
-        gpu.judge_tests(output, report, True)
+        stages.judge_tests(output, report, True)
 
 
 def test_the_sanitizers_findings_name_their_kernels():
     good = "========= COMPUTE-SANITIZER\nblock: fine\n========= ERROR SUMMARY: 0 errors\n"
-    assert gpu.judge_sanitizer(Output(0, good)) == "ERROR SUMMARY: 0 errors"
+    assert stages.judge_sanitizer(Output(0, good)) == "ERROR SUMMARY: 0 errors"
     bad = (
         "========= Invalid __global__ write of size 4 bytes\n"
         "=========     at void fastres::apply<float>(int)+0x50 in apply.cu:12\n"
@@ -281,31 +283,31 @@ def test_the_sanitizers_findings_name_their_kernels():
         "========= ERROR SUMMARY: 1 error\n"
     )
     with pytest.raises(RuntimeError, match=r"1 error; in fastres::apply$"):
-        gpu.judge_sanitizer(Output(gpu.SANITIZER_ERRORS, bad))
+        stages.judge_sanitizer(Output(stages.SANITIZER_ERRORS, bad))
     race = (
         "========= Error: Race reported between Write access at reduce_kernel+0x10 in k.py:3\n"
         "=========     and Read access at reduce_kernel+0x30 in k.py:5 [8 hazards]\n"
         "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
     )
     with pytest.raises(RuntimeError, match=r"1 hazard displayed .* in reduce_kernel$"):
-        gpu.judge_sanitizer(Output(gpu.SANITIZER_ERRORS, race))
+        stages.judge_sanitizer(Output(stages.SANITIZER_ERRORS, race))
     with pytest.raises(RuntimeError, match="exit status 1: Oops"):
-        gpu.judge_sanitizer(Output(1, "========= ERROR SUMMARY: 0 errors\nOops\n"))
+        stages.judge_sanitizer(Output(1, "========= ERROR SUMMARY: 0 errors\nOops\n"))
     with pytest.raises(RuntimeError, match="no summary"):
-        gpu.judge_sanitizer(Output(0, "nothing\n"))
+        stages.judge_sanitizer(Output(0, "nothing\n"))
     with pytest.raises(Skip, match="Device not supported"):
-        gpu.judge_sanitizer(Output(1, "========= Error: Device not supported. Please refer to the list\n"))
+        stages.judge_sanitizer(Output(1, "========= Error: Device not supported. Please refer to the list\n"))
 
 
 def test_ncu_names_the_kernels_or_says_why_it_cannot():
     text = "==PROF== Connected\n[7] python3@127.0.0.1\n"
     text += "  _stats_kernel (132, 1, 1)x(128, 1, 1), Context 1, Stream 7, Device 0, CC 9.0\n"
     text += "  void at::copy<float>(int) (8, 1, 1)x(64, 1, 1), Context 1, Stream 7, Device 0, CC 9.0\n"
-    assert gpu.judge_ncu(Output(0, text)) == "2 kernels: _stats_kernel, void at::copy<float>(int)"
+    assert stages.judge_ncu(Output(0, text)) == "2 kernels: _stats_kernel, void at::copy<float>(int)"
     with pytest.raises(Skip, match="ERR_NVGPUCTRPERM"):
-        gpu.judge_ncu(Output(1, "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n"))
+        stages.judge_ncu(Output(1, "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission\n"))
     with pytest.raises(RuntimeError, match="no kernel"):
-        gpu.judge_ncu(Output(0, "==WARNING== No kernels were profiled.\n"))
+        stages.judge_ncu(Output(0, "==WARNING== No kernels were profiled.\n"))
 
 
 # ------------------------------------------------------------------------------------------------ the measuring command
@@ -319,7 +321,7 @@ class Clock:
         return self.now
 
 
-def task(clock: Clock, key: str, seconds: float = 1.0, sides: tuple[str, ...] = ("eager", "fused")) -> gpu_measure.Task:
+def task(clock: Clock, key: str, seconds: float = 1.0, sides: tuple[str, ...] = ("eager", "fused")) -> measure.Task:
     """A task whose every run takes `seconds` of the clock; the side "broken" cannot be set up."""
 
     def set_up(side: str) -> workloads.Run:
@@ -333,7 +335,7 @@ def task(clock: Clock, key: str, seconds: float = 1.0, sides: tuple[str, ...] = 
 
     workload = workloads.Workload("op", key, key, images=4, rounds=5, set_up=set_up, sides=sides, shape=(4, 2, 2, 2),
                                   bytes=1000)  # fmt: skip
-    return gpu_measure.Task(workload, sides, key)
+    return measure.Task(workload, sides, key)
 
 
 @pytest.fixture
@@ -358,15 +360,15 @@ def test_the_budget_ends_the_run_with_valid_partial_results(results, tmp_path):
                 states.append([e["key"] for e in json.loads(file.read_text())["entries"]])
             yield task(clock, key)
 
-    gpu_measure.measure_all(todo(), gpu_measure.HostTimer(), gpu_measure.Budget(30.0, clock), results, file)
+    measure.measure_all(todo(), measure.HostTimer(), measure.Budget(30.0, clock), results, file)
     found = json.loads(file.read_text())
     # A task takes two sides x (2 runs to set up, 5 rounds), so b begins at 14 and c at 28. That leaves c one side, with
     # the least number of rounds, and d nothing.
     assert states == [[], ["a"], ["a", "b"], ["a", "b", "c"]]
     counts = [{side: len(seen["seconds"]) for side, seen in e["sides"].items()} for e in found["entries"]]
-    assert counts == [{"eager": 5, "fused": 5}, {"eager": 5, "fused": 5}, {"eager": gpu_measure.LEAST_ROUNDS}]
+    assert counts == [{"eager": 5, "fused": 5}, {"eager": 5, "fused": 5}, {"eager": measure.LEAST_ROUNDS}]
     assert found["left_out"] == ["d"] and found["complete"] is False
-    assert "d" in gpu_report.markdown(found)
+    assert "d" in report.markdown(found)
     assert "left out" in found["entries"][2]["missing"]["fused"]
     assert not list(tmp_path.glob(".*"))
 
@@ -379,15 +381,15 @@ def test_an_interrupted_run_leaves_what_it_had(results, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gpu_measure.measure_all(todo(), gpu_measure.HostTimer(), gpu_measure.Budget(99.0, clock), results, file)
-    found = gpu_measure.read(file)
+        measure.measure_all(todo(), measure.HostTimer(), measure.Budget(99.0, clock), results, file)
+    found = measure.read(file)
     assert [e["key"] for e in found["entries"]] == ["a"] and found["complete"] is False
 
 
 def test_a_side_that_fails_does_not_take_the_others_with_it(results, tmp_path, capsys):
     clock, file = Clock(), tmp_path / "results.json"
     todo = [task(clock, "a", sides=("eager", "broken", "fused"))]
-    gpu_measure.measure_all(todo, gpu_measure.HostTimer(), gpu_measure.Budget(99.0, clock), results, file)
+    measure.measure_all(todo, measure.HostTimer(), measure.Budget(99.0, clock), results, file)
     (entry,) = json.loads(file.read_text())["entries"]
     assert set(entry["sides"]) == {"eager", "fused"}
     assert entry["missing"] == {"broken": "failed: ValueError: first line"}
@@ -397,9 +399,7 @@ def test_a_side_that_fails_does_not_take_the_others_with_it(results, tmp_path, c
 def test_compiled_sides_are_not_begun_without_the_time_they_take():
     clock = Clock()
     todo = task(clock, "a", seconds=0.0, sides=("eager", "compile", "max-autotune"))
-    entry = gpu_measure.measure(
-        todo, gpu_measure.HostTimer(), gpu_measure.Budget(gpu_measure.COMPILE_S["compile"], clock)
-    )
+    entry = measure.measure(todo, measure.HostTimer(), measure.Budget(measure.COMPILE_S["compile"], clock))
     assert set(entry["sides"]) == {"eager", "compile"} and set(entry["missing"]) == {"max-autotune"}
 
 
@@ -438,14 +438,12 @@ def test_device_time_is_taken_from_a_queue_that_was_full_or_said_not_to_be(host_
         clock.now += host_s
         event.free_at = max(clock.now, event.free_at) + 0.00025
 
-    monkeypatch.setattr(gpu_measure.torch.cuda, "Event", event)
-    monkeypatch.setattr(gpu_measure.torch.cuda, "_sleep", spin)
-    monkeypatch.setattr(
-        gpu_measure.torch.cuda, "synchronize", lambda: setattr(clock, "now", max(clock(), event.free_at))
-    )
-    monkeypatch.setattr(gpu_measure.time, "perf_counter", clock)
-    timer = gpu_measure.CudaTimer()
-    side = gpu_measure.Timed(run, 0.0, 0.0)
+    monkeypatch.setattr(measure.torch.cuda, "Event", event)
+    monkeypatch.setattr(measure.torch.cuda, "_sleep", spin)
+    monkeypatch.setattr(measure.torch.cuda, "synchronize", lambda: setattr(clock, "now", max(clock(), event.free_at)))
+    monkeypatch.setattr(measure.time, "perf_counter", clock)
+    timer = measure.CudaTimer()
+    side = measure.Timed(run, 0.0, 0.0)
     seconds = timer.device(side, 8)
     assert side.kept_busy is kept_busy
     assert seconds == pytest.approx(0.00025 if kept_busy else 10.0, rel=0.01)
@@ -469,7 +467,7 @@ def test_targets_are_judged_at_the_weakest_place(results):
         op_entry(512, 0.1, eager=6.0, compile=3.0, fused=2.0),
         op_entry(1024, 0.1, eager=6.0),
     ]
-    found = {t.words: t.worst(results) for t in gpu_report.TARGETS}
+    found = {t.words: t.worst(results) for t in report.TARGETS}
     value, where = found["operator without dropout, over eager"]
     assert value == pytest.approx(3.1) and where == "op 512 0.0"
     value, where = found["operator without dropout, over torch.compile"]
@@ -478,7 +476,7 @@ def test_targets_are_judged_at_the_weakest_place(results):
     value, where = found["operator at the largest shape, time over byte budget"]
     assert value == pytest.approx(2.0) and where == "op 1024 0.0"
     assert found["training step, over torch.compile"] is None
-    text = gpu_report.markdown(results)
+    text = report.markdown(results)
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
     assert rows["operator without dropout, over eager"].endswith("aim reached |")
     assert rows["operator without dropout, over torch.compile"].endswith("| reached |")
@@ -491,21 +489,21 @@ def test_figures_of_a_gpu_are_published_and_those_of_a_rehearsal_never(results, 
     results |= {"entries": [], "left_out": [], "complete": True}
     for flag in ("rehearsal", "quick"):
         with pytest.raises(ValueError, match=r"publish: .*rehearsal"):
-            gpu_measure.publish({**results, "machine": {**results["machine"], flag: True}}, tmp_path)
+            measure.publish({**results, "machine": {**results["machine"], flag: True}}, tmp_path)
     assert not list(tmp_path.iterdir())
-    file = gpu_measure.publish(results, tmp_path)
+    file = measure.publish(results, tmp_path)
     assert file.name == "nvidia-pretend-9000-2026-01-02.json"
-    assert gpu_measure.read(file) == results
+    assert measure.read(file) == results
     monkeypatch.setattr(workloads, "QUICK", True)
     with pytest.raises(SystemExit):
-        gpu_measure.main(["--publish", "--output-dir", str(tmp_path / "new")])
+        measure.main(["--publish", "--output-dir", str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()
 
 
 def test_without_a_gpu_only_a_rehearsal_measures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(workloads, "QUICK", False)
     with pytest.raises(SystemExit):
-        gpu_measure.main(["--output-dir", str(tmp_path / "new")])
+        measure.main(["--output-dir", str(tmp_path / "new")])
     assert "FASTRES_BENCH_QUICK" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -515,6 +513,6 @@ def test_a_file_that_holds_no_results_is_refused(tmp_path):
     for text in ("", "[]", "{}", '{"machine": {}}'):
         file.write_text(text)
         with pytest.raises(ValueError, match="from-json"):
-            gpu_measure.read(file)
+            measure.read(file)
     with pytest.raises(ValueError, match="from-json"):
-        gpu_measure.read(Path(os.devnull) / "none")
+        measure.read(Path(os.devnull) / "none")

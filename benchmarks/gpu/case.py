@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_case`: what compute-sanitizer and ncu watch.
+"""`python -m benchmarks.gpu.case`: what compute-sanitizer and ncu watch.
 
 Without arguments: small residual blocks with a projection and dropout, forward, backward and evaluation, in both memory
 formats and both precisions, at sizes that are no multiples of any tile. With `--op`: one forward + backward of the
@@ -57,7 +57,7 @@ def op() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one of the two."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_case", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.case", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--op", action="store_true", help="the operator in the profiler's range, not the blocks")
     if parser.parse_args(arguments).op:
         op()

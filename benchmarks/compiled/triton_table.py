@@ -1,4 +1,6 @@
-"""`python -m benchmarks.kernel_table`: what the compilers make of the Triton kernels, as a table in docs/kernels.md.
+"""`python -m benchmarks.compiled.triton_table`: what the compilers make of the Triton kernels.
+
+The table is written into docs/kernels.md.
 
 Every launch of a ResNet-18 and of the article's network, in training and evaluation, is compiled for every
 architecture, on any machine. Ends with status 1 where a kernel uses local memory, or where fewer than half of a
@@ -17,10 +19,10 @@ import triton
 import tyro
 from tqdm import tqdm
 
-from benchmarks.launches import model_launches, training_step
+from benchmarks.compiled.launches import model_launches, training_step
 from benchmarks.records import ROOT, insert_table, row
-from benchmarks.roofline_kernels import kernels_of
-from benchmarks.roofline_trace import Step
+from benchmarks.roofline.kernels import kernels_of
+from benchmarks.roofline.trace import Step
 from benchmarks.workloads import EAGER
 from fastres.kernels.compiled import ARCHITECTURES, Architecture, Compiled, compile_launch, distinct
 from fastres.kernels.launch import Launch
@@ -97,7 +99,7 @@ def table(architectures: list[Architecture], dtypes: list[str]) -> tuple[str, bo
 
 
 def launch_table() -> str:
-    """Launches of the steps of a ResNet-18, ours and eager PyTorch's as benchmarks/roofline_kernels.py counts them."""
+    """Launches of the steps of a ResNet-18, ours and eager PyTorch's as benchmarks/roofline/kernels.py counts them."""
     lines = [
         row("ResNet-18 training step", "fastres: forward", "backward", "eager, the same layers: forward", "backward"),
         row("---", *["---:"] * 4),

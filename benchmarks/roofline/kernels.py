@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.roofline_trace import (
+from benchmarks.roofline.trace import (
     Call,
     Kernel,
     Rule,

@@ -31,7 +31,7 @@ from benchmarks.accuracy import (
     table,
 )
 from fastres.train import Split, TrainConfig
-from fastres.train.loop import _Loop
+from fastres.train.engine import Engine
 
 needs_kernels = pytest.mark.skipif(not accuracy.has_winograd_kernels(), reason="needs the compiled Winograd kernels")
 CLASSES = ("dark", "light")
@@ -109,7 +109,7 @@ def test_both_sides_are_trained_alike_and_written_down(config, trained):
 @pytest.mark.parametrize("model", ["resnet18", "resnet20"])
 def test_only_the_fused_side_runs_winograds_kernels(config, monkeypatch, model):
     called = {}
-    real = _Loop._train_step
+    real = Engine.train_step
 
     def profiled(self, *batch):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -117,7 +117,7 @@ def test_only_the_fused_side_runs_winograds_kernels(config, monkeypatch, model):
         called.setdefault(self.config.fused, set()).update(event.key for event in profile.key_averages())
         return loss
 
-    monkeypatch.setattr(_Loop, "_train_step", profiled)
+    monkeypatch.setattr(Engine, "train_step", profiled)
     main(dataclasses.replace(config, seeds=1, epochs=1, train_images=8, model=model), "")
     ours = {fused: {name for name in names if name.startswith("fastres::")} for fused, names in called.items()}
     assert any("conv3x3" in name for name in ours[True])
@@ -145,7 +145,7 @@ def test_interrupted_study_goes_on_as_if_nothing_had_been(config, monkeypatch, t
     main(config, "")
     whole = json.loads((config.output_dir / "accuracy-resnet20.json").read_text())["runs"]
     config = dataclasses.replace(config, output_dir=tmp_path / "parts")
-    real, count = _Loop._train_step, 0
+    real, count = Engine.train_step, 0
 
     def press(self, *batch):
         nonlocal count
@@ -154,7 +154,7 @@ def test_interrupted_study_goes_on_as_if_nothing_had_been(config, monkeypatch, t
             signal.raise_signal(signal.SIGINT)
         return real(self, *batch)
 
-    monkeypatch.setattr(_Loop, "_train_step", press)
+    monkeypatch.setattr(Engine, "train_step", press)
     assert not main(config, "")
     assert main(config, "")
     assert count == 20

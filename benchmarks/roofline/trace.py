@@ -1,7 +1,7 @@
 """One step of a network as a list of kernels, without a GPU.
 
 The real model runs under FakeTensorMode, where tensors have shapes and no data. Module hooks say which layer is at
-work, autograd's node numbers say it in backward, and a rule for each operator (benchmarks/roofline_kernels.py) says
+work, autograd's node numbers say it in backward, and a rule for each operator (benchmarks/roofline/kernels.py) says
 which kernels a GPU would launch for it, and which tensors each of them reads and writes.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_profile --trace FILE`: torch.profiler over one training step of FusedResNet18.
+"""`python -m benchmarks.gpu.profile --trace FILE`: torch.profiler over one training step of FusedResNet18.
 
 Prints where the time goes, operator by operator, and writes the step as a Chrome trace (chrome://tracing, Perfetto).
 """
@@ -19,7 +19,7 @@ from benchmarks.workloads import CUDA
 def main(arguments: Sequence[str] | None = None) -> None:
     """Profile one step, after the warm-up."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_profile", description=(__doc__ or "").split("\n")[0]
+        prog="python -m benchmarks.gpu.profile", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--trace", type=Path, required=True, help="the trace's file; .gz compresses it")
     options = parser.parse_args(arguments)

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 # The command draws; `pip install -e ".[test]"` alone does not bring what it draws with.
 pytest.importorskip("matplotlib")
 
-from benchmarks import roofline
-from benchmarks.roofline import GPUS, Config, Gpu, dram_bytes, find_gpu, main, predict
-from benchmarks.roofline_kernels import kernels_of
-from benchmarks.roofline_trace import Kernel, Step
+from benchmarks.roofline.__main__ import main
+from benchmarks.roofline.kernels import kernels_of
+from benchmarks.roofline.model import GPUS, Config, Gpu, dram_bytes, find_gpu, predict
+from benchmarks.roofline.report import PREDICTION
+from benchmarks.roofline.trace import Kernel, Step
 from benchmarks.workloads import COMPILE, EAGER, FUSED, SIDES
 from fastres import models
 
@@ -240,4 +241,4 @@ def test_tracing_leaves_no_hooks_behind():
     kernels_of(FUSED, SMALL)
     after = len(torch.nn.modules.module._global_forward_pre_hooks), len(torch.nn.modules.module._global_forward_hooks)
     assert before == after
-    assert roofline.PREDICTION.startswith("PREDICTION")
+    assert PREDICTION.startswith("PREDICTION")

@@ -1,0 +1,182 @@
+"""What a run needs, made and checked before anything is written: data, network, optimizer, the state to go on from."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from fastres import _extension, models
+from fastres.memory import reuse_cpu_memory
+from fastres.train import checkpoint as ckpt
+from fastres.train.config import TrainConfig, check_config, resolve, to_dict
+from fastres.train.data import ImageData, load_data
+from fastres.train.errors import InputError, RunError
+from fastres.train.optim import make_optimizer
+
+RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", "last.pt", "best.pt")
+SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
+                  "workers", "reuse_memory", "compile")  # fmt: skip
+"""Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run needs, made before anything is written."""
+
+    config: TrainConfig  # resolved
+    data: ImageData
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # order and augmentation
+    resumed: dict[str, Any] | None  # the checkpoint
+    backend: str
+
+
+def prepare(
+    config: TrainConfig,
+    data: ImageData | None,
+    make_model: Callable[[TrainConfig, int], nn.Module],
+    console: Console,
+) -> Run:
+    """Make everything that can fail. Seeds torch's global generators, and sets the number of threads.
+
+    Raises:
+        TypeError, InputError, RunError: as `fastres.train.train`.
+    """
+    check_config(config)
+    resumed = None
+    if config.resume is not None:
+        resumed = ckpt.load_checkpoint(config.resume)
+        config = _inherit(config, resumed["config"])
+    _check_output_dir(config)
+    device = _pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if data is None:
+        data = load_data(config, notify=lambda text: console.print(text, highlight=False, soft_wrap=True))
+    if len(data.train) < 2 or len(data.test) < 1:
+        raise InputError(
+            f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}"
+        )
+    config = resolve(config, dataset=data.name, image_size=data.image_size)
+    if resumed is not None:
+        _check_same_run(config, resumed, data)
+    if device.type == "cpu" and config.reuse_memory:
+        reuse_cpu_memory()
+    torch.manual_seed(config.seed)
+    model = make_model(config, len(data.classes)).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(model.parameters(), config)
+    generator = torch.Generator().manual_seed(config.seed)
+    if resumed is not None and config.resume is not None:
+        ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
+        ckpt.load_state(optimizer, resumed["optimizer"], what=f"optimizer {config.optimizer}", path=config.resume)
+        generator.set_state(resumed["generator"])
+        torch.set_rng_state(resumed["torch_rng"])
+        if device.type == "cuda" and resumed["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(resumed["cuda_rng"], device)
+    if config.output_dir is None:
+        config = dataclasses.replace(config, output_dir=_default_output_dir(config))
+    if device.type == "cuda":
+        data = _to_device(data, device)
+    backend = _backend(config, device)
+    return Run(config, data, device, model, optimizer, generator, resumed, backend)
+
+
+def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network that a resolved configuration names."""
+    return models.create(
+        config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
+        conv_algorithm=config.conv_algorithm,
+    )  # fmt: skip
+
+
+def _inherit(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+    """Fields left to a default take the checkpoint's values, so that they resolve as they did then."""
+    open_fields = [
+        f.name for f in dataclasses.fields(config)
+        if f.name not in ("resume", "output_dir", "max_steps")
+        # "auto" is one of the algorithms, not a default.
+        and getattr(config, f.name) in ((None,) if f.name == "conv_algorithm" else (None, "auto"))
+    ]  # fmt: skip
+    changes = {name: saved[name] for name in open_fields if name in saved and name != "device"}
+    return dataclasses.replace(config, **changes)
+
+
+def _check_same_run(config: TrainConfig, resumed: dict[str, Any], data: ImageData) -> None:
+    now = to_dict(config)
+    differences = [
+        f"{name} was {resumed['config'].get(name)!r}, is {now[name]!r}"
+        for name in now
+        if name not in SITTING_FIELDS and now[name] != resumed["config"].get(name)
+    ]
+    if list(data.classes) != resumed["classes"]:
+        differences.append(f"classes were {resumed['classes'][:5]}..., are {list(data.classes)[:5]}...")
+    order = resumed["order"]
+    if order is not None and len(order) and int(order.max()) >= len(data.train):
+        differences.append(f"the training images are fewer than then ({len(data.train)})")
+    if differences:
+        raise InputError(f"resume: the checkpoint {config.resume} is of another run: {'; '.join(differences)}")
+
+
+def _check_output_dir(config: TrainConfig) -> None:
+    directory = config.output_dir
+    if directory is None:
+        return
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"output_dir: expected a folder, got the file {directory}")
+    if config.resume is not None and directory.resolve() == ckpt.checkpoint_path(config.resume).parent.resolve():
+        return
+    held = [name for name in RUN_FILES if (directory / name).exists()]
+    if held:
+        raise InputError(
+            f"output_dir: {directory} already holds a run ({', '.join(held)}); choose another, or --resume it"
+        )
+
+
+def _default_output_dir(config: TrainConfig) -> Path:
+    if config.resume is not None:
+        return ckpt.checkpoint_path(config.resume).parent
+    kind = "fused" if config.fused else "plain"
+    name = f"{config.dataset}-{config.model}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory, number = Path("runs") / name, 1
+    while directory.exists():
+        number += 1
+        directory = Path("runs") / f"{name}-{number}"
+    return directory
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(f"device: {name} is not there, {torch.cuda.device_count()} CUDA devices are available")
+    return device
+
+
+def _to_device(data: ImageData, device: torch.device) -> ImageData:
+    def moved(split: Any) -> Any:
+        if not isinstance(split.images, Tensor):
+            return split
+        return dataclasses.replace(split, images=split.images.to(device), labels=split.labels.to(device))
+
+    return dataclasses.replace(data, train=moved(data.train), test=moved(data.test))
+
+
+def _backend(config: TrainConfig, device: torch.device) -> str:
+    """What computes the blocks, in a few words."""
+    if not config.fused:
+        return "eager PyTorch"
+    if device.type == "cuda":
+        _extension.load_cuda()
+        return str(_extension.status().cuda)
+    _extension.load_cpu()
+    return str(_extension.status().cpu)
