@@ -40,10 +40,12 @@ def report(rule: str, offenders: Sequence[str]) -> str:
 
 LONG_SIGNATURES = {
     "fastres/functional: batch_norm_act": "public; the arguments of F.batch_norm, and ours",
+    "fastres/functional: norm_act_conv3x3": "public; keyword arguments of batch_norm_act and of conv3x3",
     "fastres/functional: projection_shortcut": "public; the arguments of F.conv2d and F.batch_norm, and ours",
     "fastres/models/resnet: FusedResNet.__init__": "stands for torchvision's ResNet; its arguments, and ours",
-    "fastres/nn/norm: BatchNormAct2d.__init__": "stands for torch.nn.BatchNorm2d; its arguments, and ours",
+    "fastres/nn/norm: _BatchNormAct.__init__": "stands for torch.nn.BatchNorm2d; its arguments, and ours",
     "fastres/reference: batch_norm_act": "says what the public function of this name means, argument by argument",
+    "fastres/reference: projection_shortcut": "says what the public function of this name means, argument by argument",
     "@triton.jit": "a kernel's signature is its launch ABI: pointers, sizes, and the flags that it is compiled for",
 }
 """Functions that may have more than ten parameters, each with its reason: room and qualified name, or a decorator.
