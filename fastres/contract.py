@@ -65,7 +65,7 @@ class Statistics(NamedTuple):
         count = torch.stack(counts)  # type: ignore[arg-type]
         # As differences from the first, so that a mean far from 0 costs no precision.
         difference = means - means[0]
-        shift = (difference * (count / count.sum(0))).sum(0)
+        shift = (difference * (count.to(means.dtype) / count.sum(0))).sum(0)
         m2 = (m2s + count * (difference - shift) ** 2).sum(0)
         return cls(means[0] + shift, m2, count.sum(0))
 

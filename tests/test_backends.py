@@ -50,7 +50,8 @@ def test_the_parity_tests_pass_on(backend):
         pytest.skip(interpreter_obstacle())
     environment = os.environ | ENVIRONMENT[backend]
     environment |= {"FASTRES_TEST_BACKEND": backend, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    selected = [TESTS / "test_functional.py", TESTS / "ops" / "test_batch_norm_act.py"]
+    names = ("batch_norm_act", "activations", "two_gradients", "shared_statistics")
+    selected = [TESTS / "test_functional.py", *[TESTS / "ops" / f"test_{name}.py" for name in names]]
     if backend == "triton":
         selected.append(TESTS / "kernels" / "test_interpreted.py")
     else:

@@ -126,7 +126,7 @@ def backward_reduce(
         dz: what the second stage takes in dy's place where there are two parts, and else empty. In the order "add_act"
             it is g, and the second stage has `PLAIN` for act and no bits; in the order "act_add" dy + dy2.
     """
-    whole = dy if dy2 is None else dy + dy2
+    whole = dy if dy2 is None else dy.to(norm.mean.dtype) + dy2
     g = masked_gradient(whole, x, norm, residual, act, _mask(bits, x))
     dr = g if act.order == "add_act" else whole.to(g.dtype)
     sums = sums_of(g, dr, x, norm, residual)
