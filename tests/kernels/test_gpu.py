@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres import FusedResNet18, functional, reference
+from fastres import FusedResNet18, contract, functional, reference
 from fastres.functional import batch_norm_act
 
 pytestmark = pytest.mark.gpu
@@ -178,8 +178,8 @@ def test_a_tensor_beyond_2_to_the_31_elements():
     tail = slice(shape[0] - 2, shape[0])
     z = (x[tail].float() - mean[:, None, None]) * (1 / (1 + 1e-5) ** 0.5)
     start = (shape[0] - 2) * 64 * 1024
-    words = reference.philox_4x32(seed, torch.arange(start // 4, (start + 2 * 64 * 1024) // 4, device="cuda"))
-    keep = (words.reshape(-1) >= reference.dropout_threshold(0.5)).view(2, 32, 32, 64).permute(0, 3, 1, 2)
+    words = contract.philox_4x32(seed, torch.arange(start // 4, (start + 2 * 64 * 1024) // 4, device="cuda"))
+    keep = (words.reshape(-1) >= contract.dropout_threshold(0.5)).view(2, 32, 32, 64).permute(0, 3, 1, 2)
     expected = torch.where(keep & (z > 0), 2 * z, 0)
     sure = z.abs() > 0.02
     assert ((y[tail].float() - expected).abs()[sure] <= 0.02 * expected.abs()[sure] + 0.01).all()
