@@ -205,40 +205,6 @@ inline ChannelNorm<acc_t<T>> finalise(
   return Saved<A>(channels, mean, rstd, norm.weight, norm.bias).norm();
 }
 
-// The same with the arguments one by one.
-template <typename A>
-inline ChannelNorm<A> running_norm(
-    int64_t channels,
-    const OptionalTensor& mean,
-    const OptionalTensor& var,
-    const OptionalTensor& weight,
-    const OptionalTensor& bias,
-    double eps) {
-  return mean.has_value() ? running_norm<A>(channels, NormParams{mean, var, weight, bias, 0.0, eps}) : ChannelNorm<A>();
-}
-template <typename T>
-inline ChannelNorm<acc_t<T>> finalise(
-    const Tensor& x,
-    const Rows& rows,
-    const OptionalTensor& known_mean,
-    const OptionalTensor& known_m2,
-    const OptionalTensor& weight,
-    const OptionalTensor& bias,
-    const OptionalTensor& running_mean,
-    const OptionalTensor& running_var,
-    double momentum,
-    double eps,
-    Tensor& mean,
-    Tensor& rstd) {
-  const OptionalTensor no_count;
-  std::optional<Statistics> statistics;
-  if (known_mean.has_value() && known_m2.has_value()) {
-    statistics.emplace(Statistics{*known_mean, *known_m2, no_count});
-  }
-  return finalise<T>(
-      x, rows, NormParams{running_mean, running_var, weight, bias, momentum, eps}, statistics, mean, rstd);
-}
-
 // Streaming stores pay where the output is larger than what the caches can keep for its reader.
 template <typename T>
 inline bool should_stream(const T* p, const Rows& rows) {

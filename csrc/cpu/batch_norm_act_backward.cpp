@@ -7,7 +7,8 @@
 //
 // Passes over memory: the sums read dy and x (and r where it has its own normalisation, or where z is computed again
 // from it); the second stage reads them again and writes dx and dr. Each reads the bits once. Where dy comes in two
-// parts the first stage reads both and writes dz, which the second reads in dy's place and which is dr already.
+// parts the first stage reads both and writes dz, which the second reads in dy's place: g, or in the order "act_add"
+// the sum of the parts. That is dr already where the residual has no normalisation.
 #include "batch_norm_act.h"
 #include "norm_act_sums.h"
 
@@ -87,14 +88,14 @@ public:
     return other_.exists();
   }
 
-  // (dweight, dbias, residual_dweight, residual_dbias, dz)
-  std::array<Tensor, kSums + 1> reduce() const {
+  // (dweight, dbias, residual_dweight, residual_dbias, dz); dz only where `writes_dz`.
+  std::array<Tensor, kSums + 1> reduce(bool writes_dz) const {
     BackwardParams<T> params = params_;
     std::array<Tensor, kSums + 1> out;
-    out[4] = dy2_.defined() ? at::empty_like(x_) : nothing_like(x_);
-    if (dy2_.defined()) {
+    out[4] = writes_dz ? at::empty_like(x_) : nothing_like(x_);
+    if (writes_dz) {
       params.general = true;
-      params.dy2 = dy2_.const_data_ptr<T>();
+      params.dy2 = dy2_.defined() ? dy2_.const_data_ptr<T>() : nullptr;
       params.dz = out[4].mutable_data_ptr<T>();
       params.stream = should_stream<T>(params.dz, rows_);
     }
@@ -113,7 +114,7 @@ public:
     return out;
   }
 
-  // The second stage reads dz, which `reduce` made of two gradients of y: behind f where the residual was added before.
+  // The second stage reads dz, which `reduce` wrote, in dy's place.
   void read_instead(const Tensor& dz) {
     dy_ = dz;
     params_.dy = dy_.const_data_ptr<T>();
@@ -160,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_reduce(
     const Act& act) {
   std::array<Tensor, kSums + 1> out;
   FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_reduce", [&] {
-    out = Backward<scalar_t>(dy, dy2, x, norm, residual, bits, pointwise(act)).reduce();
+    out = Backward<scalar_t>(dy, dy2, x, norm, residual, bits, pointwise(act)).reduce(dy2.has_value());
   });
   return std::tuple_cat(out);
 }
@@ -208,20 +209,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Act& act,
     bool training,
     std::array<bool, 3> needs) {
+  const Pointwise parsed = pointwise(act);
   Tensor dx, dr;
   std::array<Tensor, kSums + 1> sums;
   FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward", [&] {
     using A = acc_t<scalar_t>;
-    Backward<scalar_t> backward(dy, dy2, x, norm, residual, bits, pointwise(act));
+    Backward<scalar_t> backward(dy, dy2, x, norm, residual, bits, parsed);
+    // f' of a smooth activation costs more than a pass over memory, and g is what a plain residual gets in any case. In
+    // 16 bits g would be rounded on the way.
+    const bool keeps_g =
+        std::is_same_v<scalar_t, A> && training && needs[0] && parsed.recomputes(true) && !parsed.act_add;
+    const bool writes_dz = dy2.has_value() || keeps_g;
     std::array<const A*, kSums> pointers{};
-    if (dy2.has_value() || needs[2] || (training && (needs[0] || needs[1]))) {
-      sums = backward.reduce();
+    if (writes_dz || needs[2] || (training && (needs[0] || needs[1]))) {
+      sums = backward.reduce(writes_dz);
       for (int i = 0; training && i < (backward.dual() ? kSums : 2); ++i) {
         pointers[i] = sums[i].template const_data_ptr<A>();
       }
     }
-    const bool dr_is_dz = dy2.has_value() && !backward.dual();
-    if (dy2.has_value()) {
+    const bool dr_is_dz = writes_dz && !backward.dual();
+    if (writes_dz) {
       backward.read_instead(sums[4]);
     }
     const double count = static_cast<double>(backward.rows().count());

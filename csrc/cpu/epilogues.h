@@ -1,73 +1,26 @@
-// What becomes of a convolution's outputs while a tile of them is in registers.
+// The epilogues of the convolutions: pointwise operations and reductions on outputs that are in registers.
 //
-// An epilogue's chunk(slot) is the epilogue of one chunk of tiles, which one thread goes through; its vector(c, count)
-// is called for every tile and vector of channels, from channel c on. What that returns is shown the outputs, all of
-// the chunk's first tile, begin(visit, outputs), and then takes every one, operator()(pixel, at, value), `at` being the
-// element's place in a tensor of the outputs' shape, and end(). for_each_read(f) calls f with what is read at these
-// places.
+// epilogue.chunk(slot) is the epilogue of one chunk of tiles, which one thread goes through. Its vector(c, count) is
+// called for every tile and vector of channels c ... c + count - 1. Of the result these are called: for the first tile
+// of a chunk begin(visit, outputs), where visit(f) calls f with each of the tile's outputs; operator()(pixel, at,
+// value) for every output, `at` being the element's offset in a tensor of the outputs' shape; and end().
+// for_each_read(f) calls f with the tensors that are read at these offsets, which are prefetched.
+//
+// Activations: the identity and ReLU are compiled into the loops; where kGeneral, any other is chosen at run time.
 #pragma once
 
+#include "norm_act.h"
 #include "statistics.h"
-#include "winograd.h"
+#include "winograd_tiles.h"
 
+#include <utility>
 #include <vector>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
 namespace fastres {
 inline namespace CPU_CAPABILITY {
-namespace winograd {
-
-// `count` is a compile-time constant where the vector is whole.
-template <typename T, typename Count>
-inline Lanes load_counted(const T* p, Count count) {
-  if constexpr (std::is_same_v<Count, int64_t>) {
-    return load(p, count);
-  } else {
-    return load(p);
-  }
-}
-template <typename T, typename Count>
-inline void store_counted(T* p, Lanes v, Count count) {
-  if constexpr (std::is_same_v<Count, int64_t>) {
-    store(p, v, count);
-  } else {
-    store(p, v);
-  }
-}
-
-// A store of an output. Past the caches where `streaming`, which may be where every vector fills a line of the cache.
-template <typename T, typename Count>
-inline void put(T* p, Lanes v, Count count, bool streaming) {
-  if constexpr (std::is_same_v<T, float> && !std::is_same_v<Count, int64_t>) {
-    if (streaming) {
-      stream_vector(p, v);
-      return;
-    }
-  }
-  store_counted(p, v, count);
-}
-
-// The tiles cut into shares, and each share into chunks. A slot is the place of a chunk; a last one may be empty.
-struct Chunks {
-  Tiles tiles;
-  int64_t share; // tiles, the last share may have fewer
-  int64_t size;  // tiles of a chunk
-
-  int64_t in_share() const {
-    return (share + size - 1) / size;
-  }
-  int64_t slots() const {
-    return (tiles.count() + share - 1) / share * in_share();
-  }
-  int64_t first(int64_t slot) const {
-    return slot / in_share() * share + slot % in_share() * size;
-  }
-  int64_t count(int64_t slot) const {
-    const int64_t end = std::min(tiles.count(), (slot / in_share() + 1) * share);
-    return std::clamp<int64_t>(end - first(slot), 0, size);
-  }
-};
+namespace conv {
 
 // Three vectors of channels a chunk, each written by the thread that goes through it.
 class ChunkSums {
@@ -231,14 +184,15 @@ struct WriteMeasured {
   }
 };
 
-// y = relu(bn(value) + residual), bn by constants
-template <typename T>
+// y = f(bn(value) + residual), bn by constants
+template <typename T, bool kGeneral>
 struct Normalise {
   T* y;
   bool streaming;
   const ChannelNorm<float>* norm;
   const T* residual; // or null
   bool relu;
+  ActivationOf<float> activation; // where kGeneral
 
   Normalise chunk(int64_t) const {
     return *this;
@@ -255,6 +209,7 @@ struct Normalise {
     bool streaming;
     const T* residual;
     bool relu;
+    ActivationOf<float> activation;
     Count count;
     Lanes mean, scale, bias;
 
@@ -265,7 +220,12 @@ struct Normalise {
       if (residual != nullptr) {
         z = z + load_counted(residual + at, count);
       }
-      put(y + at, relu ? Lanes(rectify(Vec<float>(z))) : z, count, streaming);
+      if constexpr (kGeneral) {
+        z = activation.forward(Vec<float>(z));
+      } else if (relu) {
+        z = rectify(Vec<float>(z));
+      }
+      put(y + at, z, count, streaming);
     }
     void end() {}
   };
@@ -276,6 +236,7 @@ struct Normalise {
         streaming,
         residual,
         relu,
+        activation,
         count,
         load_counted(norm->mean.data() + c, count),
         load_counted(norm->scale.data() + c, count),
@@ -283,20 +244,20 @@ struct Normalise {
   }
 };
 
-// Where the value is the gradient of what a normalisation and its activation made of x: the gradient g that reaches the
-// normalisation, and its sums of g and of g * (x - mean).
-template <typename T>
+// Backward through a prologue. The value is da, the gradient of what the prologue made of x; g is the gradient of the
+// normalisation's output, whose sums of g and of g * (x - mean) are kept.
+template <typename T, bool kGeneral>
 struct MaskedGradient {
   const ApplyParams<T, float>* act;
   T* g;
-  T* value; // the value itself as well, or null
+  T* da; // the value itself as well, or null
   bool streaming;
   int64_t channels;
   ChunkSums* sums;
   float* of_chunk = nullptr; // the first of the three is not used
 
   MaskedGradient chunk(int64_t slot) const {
-    return {act, g, value, streaming, channels, sums, sums->data(slot)};
+    return {act, g, da, streaming, channels, sums, sums->data(slot)};
   }
   template <typename F>
   void for_each_read(const F& f) const {
@@ -315,17 +276,21 @@ struct MaskedGradient {
     }
     void operator()(int64_t pixel, int64_t at, Lanes v) {
       const ApplyParams<T, float>& act = *of.act;
-      if (of.value != nullptr) {
-        put(of.value + at, v, count, of.streaming);
+      if (of.da != nullptr) {
+        put(of.da + at, v, count, of.streaming);
       }
       const Lanes centred = load_counted(act.x + at, count) - mean;
-      if (act.relu) {
+      if (kGeneral || act.relu) {
         // The very expression of the forward pass, so that its sign is the same.
         Lanes z = multiply_add(centred, scale, bias);
         if (act.residual != nullptr && !act.act_add) {
           z = z + load_counted(act.residual + at, count);
         }
-        v = gate(Vec<float>(v), Vec<float>(z));
+        if constexpr (kGeneral) {
+          v = act.activation.backward(Vec<float>(v), Vec<float>(z));
+        } else {
+          v = gate(Vec<float>(v), Vec<float>(z));
+        }
       }
       if (act.kept != nullptr) {
         const uint8_t* kept = act.kept + pixel * bitmask_row_bytes(of.channels) + c / 8;
@@ -370,7 +335,33 @@ struct MaskedGradient {
   }
 };
 
-} // namespace winograd
+// y = f(bn(value) + residual) by an epilogue of its own for the activations that are compiled in: f(epilogue).
+template <typename T, typename F>
+inline void with_normalise(const Normalise<T, false>& fixed, const F& f) {
+  if (fixed.activation.general()) {
+    f(Normalise<T, true>{fixed.y, fixed.streaming, fixed.norm, fixed.residual, fixed.relu, fixed.activation});
+  } else {
+    f(fixed);
+  }
+}
+
+// The same for the backward of a prologue; the sums are those of `fixed`.
+template <typename T, typename F>
+inline void with_masked_gradient(const MaskedGradient<T, false>& fixed, const F& f) {
+  if (fixed.act->activation.general()) {
+    f(MaskedGradient<T, true>{fixed.act, fixed.g, fixed.da, fixed.streaming, fixed.channels, fixed.sums});
+  } else {
+    f(fixed);
+  }
+}
+
+// X(T, epilogue) for every epilogue of evaluation, and for every one.
+#define FASTRES_INFERENCE_EPILOGUES(X, T) X(T, Write<T>) X(T, Normalise<T, false>) X(T, Normalise<T, true>)
+#define FASTRES_EPILOGUES(X, T) \
+  FASTRES_INFERENCE_EPILOGUES(X, T) \
+  X(T, WriteAdded<T>) X(T, WriteMeasured<T>) X(T, MaskedGradient<T, false>) X(T, MaskedGradient<T, true>)
+
+} // namespace conv
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 

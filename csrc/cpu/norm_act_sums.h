@@ -63,7 +63,10 @@ void sum_columns(const BackwardParams<T>& p, const Variant& variant, int64_t beg
   using A = acc_t<T>;
   constexpr int64_t width = Pair<A>::size();
   const int64_t channels = p.rows.channels;
-  const int64_t block_rows = block_rows_of(channels, sizeof(T));
+  // The pages of a block's rows, of all tensors that are read or written, are to fit into the translation buffer.
+  const int tensors = 2 + (p.residual != nullptr) + (p.dy2 != nullptr) + (p.dz != nullptr);
+  const int64_t most_rows = block_rows_of(channels, sizeof(T));
+  const int64_t block_rows = Variant::general ? std::max<int64_t>(8, 2 * most_rows / tensors) : most_rows;
   const ChannelLanes<A, true> lanes{0};
   for (int64_t first = begin; first < end; first += block_rows) {
     const int64_t last = std::min(end, first + block_rows);

@@ -1,102 +1,27 @@
-// The 3x3 convolution as one matrix product, where output positions are few, in evaluation.
-//
-//   y[p][k] = sum over tap, c of operand[p][tap, c] * weights[tap, c][k]
-//
-// operand is the input gathered under every position, zeros where a tap lies outside, laid out as winograd.h's products
-// read it, with channels padded to kPanel. The weights are read once, in the order of their memory: packed ones as they
-// lie, those of a network a block at a time, which is transposed into the L1 cache and multiplied from there.
-#pragma once
+// The convolution as one matrix product over gathered rows: gather, products, epilogue. Every output is one sum in one
+// order, whatever the number of threads.
+#include "gathered_gemm.h"
 
 #include "epilogues.h"
-#include "winograd.h"
+#include "workspace.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
 namespace fastres {
 inline namespace CPU_CAPABILITY {
-namespace winograd {
+namespace conv {
 
-// Output positions of a 3x3 convolution with padding 1, and the input under them.
-struct Positions {
-  int64_t images, height, width; // of the input
-  int64_t stride;
+namespace {
 
-  int64_t out_height() const {
-    return (height - 1) / stride + 1;
-  }
-  int64_t out_width() const {
-    return (width - 1) / stride + 1;
-  }
-  int64_t count() const {
-    return images * out_height() * out_width();
-  }
-  // The input pixel under a position and tap, -1 where it lies outside.
-  int64_t pixel(int64_t position, int64_t tap) const {
-    const int64_t image = position / (out_height() * out_width());
-    const int64_t y = position / out_width() % out_height() * stride + tap / kTaps - 1;
-    const int64_t x = position % out_width() * stride + tap % kTaps - 1;
-    return y < 0 || y >= height || x < 0 || x >= width ? -1 : (image * height + y) * width + x;
-  }
-};
-
-inline int64_t direct_depth(const Kernel& kernel) {
-  return kTaps * kTaps * round_up(kernel.inputs, kPanel);
-}
-
-// Weights in other orders have to be copied first.
-inline bool product_reads(const Kernel& kernel) {
-  return kernel.is_packed() || kernel.inputs_are_adjacent() || kernel.taps_are_adjacent();
-}
-
-// A block of weights for kColumns outputs, `depth` rows of kPanel for the first ones and then as many for the second.
-class PanelBlock {
-public:
-  // from[k][i] for i < rows, a multiple of kWidth; of outputs `columns` and of rows `count` are there, others zero.
-  void transpose(const Kernel& kernel, const float* from, int64_t columns, int64_t rows, int64_t count) {
-    depth_ = rows;
-    for (int64_t half = 0; half < kColumns; half += kWidth) {
-      float* to = half == 0 ? low() : high();
-      const float* block = from + half * kernel.output_stride;
-      const int64_t there = std::clamp<int64_t>(columns - half, 0, kWidth);
-      const int64_t whole = there == kWidth ? count / kWidth : 0;
-      for (int64_t i = 0; i < whole; ++i) {
-        for (int64_t k = 0; k < kWidth; ++k) {
-          __builtin_prefetch(block + k * kernel.output_stride + i * kWidth + kAhead, 0, 3);
-        }
-        transpose_rows(block + i * kWidth, kernel.output_stride, 1, to + i * kWidth * kPanel, kPanel);
-      }
-      for (int64_t i = whole * kWidth; i < rows; ++i) {
-        for (int64_t k = 0; k < kWidth; ++k) {
-          to[i * kPanel + k] = i < count && k < there ? block[k * kernel.output_stride + i] : 0.0f;
-        }
-      }
-    }
-  }
-  float* low() {
-    return data_.data();
-  }
-  float* high() {
-    return low() + high_vector(depth_);
-  }
-
-  // Channels under one tap, where those lie together.
-  static constexpr int64_t kRun = 128;
-
-private:
-  // Floats, of every output's row, that are fetched before they are needed.
-  static constexpr int64_t kAhead = 64;
-
-  alignas(64) std::array<float, std::max<int64_t>(kRun, kTaps * kTaps * kWidth) * kColumns> data_;
-  int64_t depth_ = 0;
-};
+// Gathered elements that are worth a thread's start.
+constexpr int64_t kThreadElements = 64 * 1024;
 
 // product [p][kColumns] = `count` positions of operand times the weights of outputs from ... from + kColumns - 1.
-inline void multiply_positions(
-    const Kernel& kernel,
-    int64_t from,
-    const float* operand,
-    int64_t count,
-    float* product) {
+void multiply_positions(const Kernel& kernel, int64_t from, const float* operand, int64_t count, float* product) {
   constexpr int taps = kTaps * kTaps;
   const int64_t padded = round_up(kernel.inputs, kPanel), depth = taps * padded;
   const int64_t columns = std::min(kColumns, kernel.outputs - from);
@@ -149,7 +74,7 @@ inline void multiply_positions(
 
 // Positions first ... first + count - 1 of x [images, height, width, channels], `first` a multiple of kRows.
 template <typename T>
-inline void gather_positions(
+void gather_positions(
     const Positions& positions,
     const T* x,
     int64_t channels,
@@ -177,7 +102,7 @@ inline void gather_positions(
 
 // The outputs of positions first ... first + count - 1 and one column group go to the epilogue.
 template <typename Epilogue>
-inline void finish_positions(
+void finish_positions(
     const float* product,
     int64_t first,
     int64_t count,
@@ -201,7 +126,41 @@ inline void finish_positions(
   }
 }
 
-} // namespace winograd
+} // namespace
+
+template <typename T, typename Epilogue>
+void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel, const Epilogue& epilogue) {
+  const int64_t count = positions.count(), depth = kTaps * kTaps * round_up(kernel.inputs, kPanel),
+                groups = groups_of(kernel.outputs);
+  const int64_t row_groups = (count + kRows - 1) / kRows;
+  const Workspace operand(row_groups * kRows * depth);
+  at::parallel_for(
+      0, row_groups, std::max<int64_t>(1, kThreadElements / (depth * kRows)), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kRows;
+        gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
+      });
+  // A group's weights go through the caches once for all positions; with more threads than groups several share one.
+  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / groups, 1, row_groups);
+  const int64_t share = (row_groups + shares - 1) / shares * kRows;
+  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+    const Workspace product(share * kColumns);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / shares, first = task % shares * share, size = std::min(share, count - first);
+      if (size > 0) {
+        multiply_positions(kernel, g * kColumns, operand.data() + first * depth, size, product.data());
+        finish_positions(product.data(), first, size, kernel.outputs, g * kColumns, epilogue);
+      }
+    }
+  });
+}
+
+#define FASTRES_INSTANTIATE(T, ...) \
+  template void gathered_gemm(const Positions&, const T*, const Kernel&, const __VA_ARGS__&);
+FASTRES_INFERENCE_EPILOGUES(FASTRES_INSTANTIATE, float)
+FASTRES_INFERENCE_EPILOGUES(FASTRES_INSTANTIATE, at::BFloat16)
+#undef FASTRES_INSTANTIATE
+
+} // namespace conv
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 

@@ -1,0 +1,199 @@
+// The operators conv3x3_*: the 3x3 convolution with padding 1, in training with the batch statistics of its output, in
+// evaluation with the normalisation, residual and activation that follow, as its epilogue.
+//
+// The default module has none of them: there the operators are PyTorch's convolution.
+#include "conv3x3.h"
+#include "gathered_gemm.h"
+
+#include <torch/library.h>
+
+#include <string_view>
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace conv {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics) {
+  check_operands(x, weight);
+  TORCH_CHECK_VALUE(!statistics || x.numel() > 0, "x: expected at least one element to measure, got shape ", x.sizes());
+  if (x.numel() == 0 || weight.numel() == 0) {
+    return {empty_output(x, weight).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
+  }
+  const Tensor in = channels_last(x);
+  return with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    return convolve_measured<T>(in, {in.const_data_ptr<T>()}, weight, statistics);
+  });
+}
+
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& weight,
+    const OptionalTensor& added,
+    std::array<bool, 2> needs) {
+  check_operands(x, weight);
+  check_gradient(dy, x, weight);
+  TORCH_CHECK_VALUE(
+      !added.has_value() || (added->sizes() == x.sizes() && added->scalar_type() == x.scalar_type()),
+      "added: expected shape and dtype of x");
+  Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : nothing_like(x);
+  Tensor dweight = nothing_like(weight);
+  const Tensor gradient = channels_last(dy), in = channels_last(x), w = weight.to(at::kFloat);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    if (needs[0] && weight.numel() == 0) {
+      dx.zero_();
+      if (added.has_value()) {
+        dx.add_(*added);
+      }
+    } else if (needs[0] && x.numel() > 0) {
+      const Kernel kernel = turned(kernel_of(w));
+      const Chunks chunks = chunks_of(tiles_of(x), kernel);
+      const Source<T> source{gradient.const_data_ptr<T>()};
+      T* to = dx.mutable_data_ptr<T>();
+      if (added.has_value()) {
+        const Tensor other = channels_last(*added);
+        convolve(chunks, source, kernel, WriteAdded<T>{to, other.const_data_ptr<T>(), streams(dx)});
+      } else {
+        convolve(chunks, source, kernel, Write<T>{to, streams(dx)});
+      }
+    }
+    if (needs[1]) {
+      dweight = weight_gradient_of<T>(in, {in.const_data_ptr<T>()}, gradient, weight);
+    }
+  });
+  return {dx, dweight};
+}
+
+// --- evaluation
+
+enum class Algorithm { winograd, gemm };
+
+Algorithm parse_algorithm(std::string_view name, int64_t stride) {
+  TORCH_CHECK_VALUE(
+      name == "winograd" || name == "gemm", "algorithm: expected \"winograd\" or \"gemm\", got \"", name, "\"");
+  TORCH_CHECK_VALUE(
+      stride >= 1 && (stride == 1 || name == "gemm"), "stride: expected 1, or more with \"gemm\", got ", stride);
+  return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
+}
+
+// The output. fill(y, an element of its type, convolve_to) has to call convolve_to with an epilogue that writes y.
+template <typename F>
+Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, Algorithm algorithm, const F& fill) {
+  const Positions positions{x.size(0), x.size(2), x.size(3), stride};
+  const bool empty = x.size(2) == 0 || x.size(3) == 0;
+  Tensor y = empty_channels_last(
+      {x.size(0), kernel.outputs, empty ? 0 : positions.out_height(), empty ? 0 : positions.out_width()}, x);
+  if (y.numel() == 0) {
+    return y;
+  }
+  const Tensor in = channels_last(x);
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    fill(y, zero, [&](const auto& epilogue) {
+      const T* from = in.const_data_ptr<T>();
+      if (algorithm == Algorithm::gemm) {
+        gathered_gemm(positions, from, kernel, epilogue);
+      } else {
+        convolve(chunks_of(tiles_of(x), kernel), Source<T>{from}, kernel, epilogue);
+      }
+    });
+  });
+  return y;
+}
+
+// Calls convolve_to with the epilogue y = f(bn(value) + residual).
+template <typename T, typename F>
+void normalise_to(
+    Tensor& y,
+    const ChannelNorm<float>& norm,
+    const OptionalTensor& residual,
+    const Activation& activation,
+    const F& convolve_to) {
+  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+  const Pointwise act = pointwise(activation);
+  const Normalise<T, false> epilogue{
+      y.mutable_data_ptr<T>(),
+      streams(y),
+      &norm,
+      r.defined() ? r.const_data_ptr<T>() : nullptr,
+      act.kind == Kind::ReLU,
+      act.activation<float>()};
+  with_normalise(epilogue, convolve_to);
+}
+
+Tensor inference(
+    const Tensor& x,
+    const Tensor& conv_weight,
+    const std::optional<NormParams>& norm,
+    const OptionalTensor& residual,
+    const Activation& activation,
+    int64_t stride,
+    std::string_view algorithm) {
+  check_operands(x, conv_weight);
+  const Algorithm parsed = parse_algorithm(algorithm, stride);
+  Tensor w = conv_weight.to(at::kFloat);
+  if (parsed == Algorithm::gemm && !gemm_reads(kernel_of(w))) {
+    w = w.contiguous();
+  }
+  return infer(x, kernel_of(w), stride, parsed, [&](Tensor& y, auto zero, const auto& convolve_to) {
+    using T = decltype(zero);
+    if (norm.has_value()) {
+      normalise_to<T>(y, running_norm<float>(y.size(1), *norm), residual, activation, convolve_to);
+    } else {
+      convolve_to(Write<T>{y.mutable_data_ptr<T>(), streams(y)});
+    }
+  });
+}
+
+// packed: as fastres.ops.packed.pack makes it.
+Tensor packed_inference(
+    const Tensor& x,
+    const Tensor& packed,
+    int64_t outputs,
+    const OptionalTensor& bias,
+    const OptionalTensor& residual,
+    const Activation& activation,
+    int64_t stride,
+    std::string_view algorithm) {
+  check_input(x);
+  const Algorithm parsed = parse_algorithm(algorithm, stride);
+  const int64_t depth = round_up(x.size(1), kPanel), groups = round_up((outputs + kPanel - 1) / kPanel, 2);
+  const std::array<int64_t, 3> sizes = {groups, kTaps * kTaps * depth, kPanel};
+  const at::IntArrayRef shape(sizes);
+  TORCH_CHECK_VALUE(outputs >= 1, "outputs: expected at least 1, got ", outputs);
+  TORCH_CHECK_VALUE(packed.sizes() == shape, "packed: expected shape ", shape, ", got ", packed.sizes());
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kFloat, "packed: expected dtype float32, got ", packed.scalar_type());
+  const Tensor w = packed.contiguous();
+  ChannelNorm<float> norm; // adds the bias
+  norm.mean.assign(outputs, 0.0f);
+  norm.scale.assign(outputs, 1.0f);
+  norm.bias.assign(outputs, 0.0f);
+  if (bias.has_value()) {
+    const float* values = channel_data<float>("bias", bias, outputs);
+    norm.bias.assign(values, values + outputs);
+  }
+  return infer(
+      x, packed_kernel(w, outputs, x.size(1)), stride, parsed, [&](Tensor& y, auto zero, const auto& convolve_to) {
+        normalise_to<decltype(zero)>(y, norm, residual, activation, convolve_to);
+      });
+}
+
+} // namespace
+} // namespace conv
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  using namespace fastres;
+  m.impl("conv3x3_forward", conv::forward);
+  m.impl("conv3x3_backward", conv::backward);
+  m.impl("conv3x3_inference", grouped<&conv::inference>);
+  m.impl("conv3x3_packed", grouped<&conv::packed_inference>);
+}
+
+#endif

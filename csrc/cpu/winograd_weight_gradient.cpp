@@ -1,0 +1,355 @@
+// The weight gradient of Winograd's convolution: 36 products over tiles of the transformed x and dy, in one of two
+// orders:
+//   by shares     Each thread has its share of the tiles, puts them through transforms and products a chunk at a time,
+//                 and keeps sums of its own; those are added up and transformed back at the end.
+//   at once       Where the tiles are few: all are transformed, and each thread has its share of the channels.
+// Tiles beyond the transforms' range are zero in the products; their part of the gradient is a direct sum.
+//
+// Sums by shares depend on the number of threads, and on nothing else.
+#include "winograd.h"
+#include "workspace.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <iterator>
+#include <vector>
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace conv {
+
+namespace {
+
+// Tiles over which a weight gradient is summed in registers, where there are many, and its threads' sums in all.
+constexpr int64_t kGradientTiles = 128;
+constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
+// Output channels whose products are computed together where there are few tiles.
+constexpr int64_t kGradientRows = 48;
+
+// The operands, and the sizes of the transformed tiles and their products.
+template <typename T>
+struct Problem : WeightGradient<T> {
+  using WeightGradient<T>::inputs, WeightGradient<T>::outputs;
+
+  int64_t groups() const {
+    return groups_of(inputs);
+  }
+  // Rows of dy a multiple of 2 KiB apart would fall into the same few lines of
+  // the L1 cache.
+  int64_t row() const {
+    return round_up(outputs, kWidth) + kSkew;
+  }
+  int64_t tile_bytes() const {
+    return kPoints * (row() + groups() * kColumns) * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t gradient_plane() const {
+    return groups() * outputs * kColumns + kSkew;
+  }
+  int64_t gradient_bytes() const {
+    return kPoints * gradient_plane() * static_cast<int64_t>(sizeof(float));
+  }
+};
+
+// A tile of x and of dy whose share in dW is summed directly.
+struct DirectPair {
+  DirectTile x, dy;
+};
+
+// Up to `most` transformed tiles of x and dy. Those that are summed directly are zero.
+template <typename T>
+class GradientTiles {
+public:
+  GradientTiles(const Problem<T>& w, int64_t most)
+      : most_(most),
+        column_plane_(w.groups() * most * kColumns + kSkew),
+        row_plane_(most * w.row() + kSkew),
+        columns_(kPoints * column_plane_),
+        rows_(kPoints * row_plane_) {
+    if (w.inputs % kColumns != 0) {
+      // The part of a column group that no vector of channels fills.
+      std::fill_n(columns_.data(), kPoints * column_plane_, 0.0f);
+    }
+  }
+
+  // What a thread transforms tiles with.
+  struct Readers {
+    InputReader<T> x;
+    TileReader<GradientTransform, 0, T> dy;
+
+    explicit Readers(const Problem<T>& w)
+        : x(w.tiles, w.x.data, w.inputs, w.x.prologue), dy(w.tiles, w.dy, w.outputs) {}
+  };
+
+  // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these. Returns those of
+  // them that are summed directly.
+  std::vector<DirectPair> transform(const Problem<T>& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
+    const int64_t most = most_, row = w.row();
+    std::vector<int64_t> beyond;
+    const auto note = [&](int64_t p) { beyond.push_back(p); };
+    const auto column_place = [most](int64_t p, int64_t c) {
+      return c / kColumns * most * kColumns + p * kColumns + c % kColumns;
+    };
+    const auto row_place = [row](int64_t p, int64_t k) { return p * row + k; };
+    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, column_place, note);
+    readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
+    for (int64_t p = 0; p < count; ++p) {
+      // Of a tile with a single block of 2x2 pixels some taps read less than that block.
+      if (w.tiles.pixels_down(first + p) <= kOut / 2 && w.tiles.pixels_across(first + p) <= kOut / 2 &&
+          !(even(readers.x.read(first + p), w.inputs) && even(readers.dy.read(first + p), w.outputs))) {
+        beyond.push_back(p);
+      }
+    }
+    std::sort(beyond.begin(), beyond.end());
+    beyond.erase(std::unique(beyond.begin(), beyond.end()), beyond.end());
+    std::vector<DirectPair> direct;
+    for (const int64_t p : beyond) {
+      direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
+          std::fill_n(columns_.data() + point * column_plane_ + column_place(at + p, c), kColumns, 0.0f);
+        }
+        std::fill_n(rows_.data() + point * row_plane_ + row_place(at + p, 0), w.outputs, 0.0f);
+      }
+    }
+    return direct;
+  }
+
+  // gradient (+)= the product of one point and tiles first ... first + count - 1 for output channels begin ... begin
+  // + size - 1 and a group of input channels.
+  void multiply(
+      const Problem<T>& w,
+      int64_t point,
+      int64_t group,
+      int64_t begin,
+      int64_t size,
+      int64_t first,
+      int64_t count,
+      float* gradient,
+      bool accumulate) const {
+    const float* rows = rows_.data() + point * row_plane_ + first * w.row() + begin;
+    const float* columns = columns_.data() + point * column_plane_ + (group * most_ + first) * kColumns;
+    with_rows(size, [&](auto r) { gradient_product<r>(rows, w.row(), columns, gradient, count, accumulate); });
+  }
+
+private:
+  int64_t most_, column_plane_, row_plane_;
+  Workspace columns_, rows_;
+};
+
+// The inverse transform of `size` output channels from `begin` on and a group
+// of input channels: the sum of `parts` products, each with planes of
+// [size][kColumns].
+template <typename T>
+void transform_gradient(
+    const Problem<T>& w,
+    int64_t group,
+    int64_t begin,
+    int64_t size,
+    const std::vector<const float*>& parts,
+    int64_t plane) {
+  for (int64_t k = 0; k < size; ++k) {
+    for (int64_t half = 0; half < kColumns && group * kColumns + half < w.inputs; half += kWidth) {
+      const int64_t c = group * kColumns + half, at = k * kColumns + half;
+      float* out = w.dw + (begin + k) * kTaps * kTaps * w.inputs + c;
+      const int64_t lanes = std::min(kWidth, w.inputs - c);
+      transform_square<WeightGradientTransform>(
+          [&](int i) {
+            Lanes sum = load(parts[0] + i * plane + at);
+            for (size_t part = 1; part < parts.size(); ++part) {
+              sum = sum + load(parts[part] + i * plane + at);
+            }
+            return sum;
+          },
+          [&](int i, Lanes v) { store(out + i * w.inputs, v, lanes); });
+    }
+  }
+}
+
+// dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
+// Every input meets the outputs that it is under, of those inside the image.
+template <typename T>
+void add_directly(
+    const Problem<T>& w,
+    const std::vector<DirectPair>& tiles,
+    int64_t group,
+    int64_t begin,
+    int64_t size,
+    float* dw) {
+  if (tiles.empty()) {
+    return;
+  }
+  constexpr int taps = kTaps * kTaps;
+  for (int64_t c = group * kColumns; c < std::min(w.inputs, (group + 1) * kColumns); c += kWidth) {
+    const int64_t lanes = std::min(kWidth, w.inputs - c);
+    for (int64_t k = begin; k < begin + size; ++k) {
+      float* to = dw + k * taps * w.inputs + c;
+      Lanes sums[taps];
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; ++t) {
+        sums[t] = load(to + t * w.inputs, lanes);
+      }
+      for (const DirectPair& tile : tiles) {
+#pragma GCC unroll 6
+        for (int y = 0; y < kIn; ++y) {
+#pragma GCC unroll 6
+          for (int x = 0; x < kIn; ++x) {
+            if (!tile.x.has(y * kIn + x)) {
+              continue;
+            }
+            const Lanes value = load(tile.x.values.data() + (y * kIn + x) * w.inputs + c, lanes);
+#pragma GCC unroll 3
+            for (int u = 0; u < kTaps; ++u) {
+#pragma GCC unroll 3
+              for (int v = 0; v < kTaps; ++v) {
+                const int i = y - u, j = x - v;
+                if (i >= 0 && i < kOut && j >= 0 && j < kOut && tile.dy.has(i * kOut + j)) {
+                  const Lanes factor = broadcast(tile.dy.values[(i * kOut + j) * w.outputs + k]);
+                  sums[u * kTaps + v] = multiply_add(factor, value, sums[u * kTaps + v]);
+                }
+              }
+            }
+          }
+        }
+      }
+#pragma GCC unroll 9
+      for (int t = 0; t < taps; ++t) {
+        store(to + t * w.inputs, sums[t], lanes);
+      }
+    }
+  }
+}
+
+// Few tiles: all are transformed, and each product is transformed back as soon
+// as it is there.
+template <typename T>
+void gradient_at_once(const Problem<T>& w) {
+  const int64_t count = w.tiles.count();
+  GradientTiles<T> transformed(w, count);
+  std::vector<std::vector<DirectPair>> direct_from(count); // by the first tile of a thread's share
+  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+    typename GradientTiles<T>::Readers readers(w);
+    direct_from[begin] = transformed.transform(w, readers, begin, end - begin, begin);
+  });
+  std::vector<DirectPair> direct;
+  for (auto& part : direct_from) {
+    std::move(part.begin(), part.end(), std::back_inserter(direct));
+  }
+  const RowGroups rows{w.outputs};
+  // Row groups that go through one group of columns while that is in the L1 cache, and fill whole lines of rows.
+  constexpr int64_t together = kGradientRows / kRows, plane = kGradientRows * kColumns + kSkew;
+  const int64_t blocks = (rows.count() + together - 1) / together;
+  at::parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
+    const Workspace product(kPoints * plane);
+    const std::vector<const float*> parts{product.data()};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / blocks, first_group = task % blocks * together;
+      const int64_t last_group = std::min(rows.count(), first_group + together);
+      const int64_t first = rows.begin(first_group), size = rows.begin(last_group) - first;
+      for (int64_t point = 0; point < kPoints; ++point) {
+        for (int64_t from = 0; from < count; from += kGradientTiles) {
+          const int64_t depth = std::min(kGradientTiles, count - from);
+          for (int64_t r = first_group; r < last_group; ++r) {
+            float* to = product.data() + point * plane + (rows.begin(r) - first) * kColumns;
+            transformed.multiply(w, point, group, rows.begin(r), rows.size(r), from, depth, to, from > 0);
+          }
+        }
+      }
+      transform_gradient(w, group, first, size, parts, plane);
+      add_directly(w, direct, group, first, size, w.dw);
+    }
+  });
+}
+
+// Many tiles: every thread takes a share of them through its caches, a chunk at
+// a time, and the shares are added up.
+template <typename T>
+void gradient_by_shares(const Problem<T>& w) {
+  const int64_t count = w.tiles.count(), plane = w.gradient_plane();
+  const int64_t chunks = (count + kGradientTiles - 1) / kGradientTiles;
+  const int64_t shares =
+      std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, at::get_num_threads()));
+  const Workspace gradients(shares * kPoints * plane);
+  std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
+  const RowGroups rows{w.outputs};
+  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    GradientTiles<T> transformed(w, std::min(count, kGradientTiles));
+    typename GradientTiles<T>::Readers readers(w);
+    Prefetch prefetch;
+    for (int64_t share = begin; share < end; ++share) {
+      float* gradient = gradients.data() + share * kPoints * plane;
+      const int64_t start = chunks * share / shares;
+      for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
+        const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
+        const std::vector<DirectPair> direct = transformed.transform(w, readers, first, size, 0);
+        if (!direct.empty()) {
+          summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
+          for (int64_t group = 0; group < w.groups(); ++group) {
+            add_directly(w, direct, group, 0, w.outputs, summed[share].data());
+          }
+        }
+        prefetch.clear();
+        if (chunk + 1 < chunks * (share + 1) / shares) {
+          const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
+          w.x.for_each_read([&](const T* p) { add_tiles(prefetch, w.tiles, p, w.inputs, next, next_size); });
+          add_tiles(prefetch, w.tiles, w.dy, w.outputs, next, next_size);
+        }
+        for (int64_t point = 0; point < kPoints; ++point) {
+          prefetch.fetch(kPoints);
+          for (int64_t group = 0; group < w.groups(); ++group) {
+            for (int64_t r = 0; r < rows.count(); ++r) {
+              float* to = gradient + point * plane + (group * w.outputs + rows.begin(r)) * kColumns;
+              transformed.multiply(w, point, group, rows.begin(r), rows.size(r), 0, size, to, chunk > start);
+            }
+          }
+        }
+      }
+    }
+  });
+  at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
+    std::vector<const float*> parts(shares);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
+      const int64_t size = rows.size(task % rows.count());
+      for (int64_t share = 0; share < shares; ++share) {
+        parts[share] = gradients.data() + share * kPoints * plane + (group * w.outputs + first) * kColumns;
+      }
+      transform_gradient(w, group, first, size, parts, plane);
+      const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
+      for (const auto& part : summed) {
+        for (int64_t row = first * kTaps * kTaps; !part.empty() && row < (first + size) * kTaps * kTaps; ++row) {
+          const int64_t start = row * w.inputs + group * kColumns;
+          for (int64_t at = start; at < start + inputs; ++at) {
+            w.dw[at] += part[at];
+          }
+        }
+      }
+    }
+  });
+}
+
+} // namespace
+
+template <typename T>
+void weight_gradient(const WeightGradient<T>& given) {
+  const Problem<T> w{given};
+  // At once where the transformed tiles are no larger than what would be added
+  // up otherwise.
+  const int64_t bytes = w.tiles.count() * w.tile_bytes();
+  if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 2 * w.gradient_bytes())) {
+    gradient_at_once(w);
+  } else {
+    gradient_by_shares(w);
+  }
+}
+
+template void weight_gradient(const WeightGradient<float>&);
+template void weight_gradient(const WeightGradient<at::BFloat16>&);
+
+} // namespace conv
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+#endif
