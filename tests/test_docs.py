@@ -22,7 +22,7 @@ SCREEN = 75
 FOLDERS = ("fastres", "kernels", "csrc", "benchmarks", "tests", "docs")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\.\w+")
-DOTTED = re.compile(r"(?<![\w./-])(?:fastres|benchmarks)(?:\.[A-Za-z_]\w*)+(?!\w*[/-])")
+DOTTED = re.compile(r"(?<![\w./-])(?:fastres|benchmarks)(?:\.(?!md\b)[A-Za-z_]\w*)+(?!\w*[/-])")
 
 
 def name_of(page: Path) -> str:
