@@ -1,10 +1,10 @@
 """How benchmarks.results writes its figures down: the page with all of them, and the README's selection."""
 
 import itertools
-import random
 from pathlib import Path
 
 import pytest
+import torch
 
 # The command draws; `pip install -e ".[test]"` alone does not bring what it draws with.
 pytest.importorskip("matplotlib")
@@ -12,6 +12,7 @@ pytest.importorskip("matplotlib")
 from benchmarks.records import PUBLISHED, ROOT
 from benchmarks.results import COPY, Config, Measurement, Results, from_json, main, selection, table, to_json
 from benchmarks.workloads import COMPILE, EAGER, FUSED
+from tests.oracle import generator
 
 SAVED = "ResNet-18 training step, saved for backward, dropout 0.1"
 PAGES = {"README.md": selection, "docs/benchmarks.md": table}
@@ -30,9 +31,10 @@ def rows(text):
     return {name: rest for name, *rest in cells if name != "---"}
 
 
-def seconds(*sides):
+def seconds(name, sides):
     """Three rounds a side, whose median is neither the first, the last nor the mean."""
-    medians = {side: random.uniform(0.01, 1.0) for side in sides}
+    times = torch.empty(len(sides), dtype=torch.float64).uniform_(0.01, 1.0, generator=generator(name)).tolist()
+    medians = dict(zip(sides, times, strict=True))
     return medians, {side: [0.5 * m, m, 9 * m] for side, m in medians.items()}
 
 
@@ -42,7 +44,7 @@ def results():
     entries, medians = [], {}
 
     def add(group, name, images, sides=(EAGER, COMPILE, FUSED), shape=None, dropout=0.0):
-        medians[name], rounds = seconds(*sides, *([COPY] if shape else []))
+        medians[name], rounds = seconds(name, [*sides, *([COPY] if shape else [])])
         entries.append(Measurement(group, name, images, shape, 40 if shape else None, 8, dropout, rounds))
 
     for size in (32, 16):
