@@ -85,7 +85,7 @@ def _same_pass(actual: nn.Module, expected: nn.Module, x: Tensor, when: str, tim
             assert torch.equal(b, buffers[name]), f"{name}, {when}: {b}, expected {buffers[name]}"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """For whole networks on tiny images: a second thread costs more than it brings, far more where cores are busy."""
     threads = torch.get_num_threads()
