@@ -290,3 +290,8 @@ def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics, parameters and sums are float32 whatever the input's dtype; float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def output_size(size: int, stride: int) -> int:
+    """Output positions along one axis of a convolution whose padding is half its kernel."""
+    return (size - 1) // stride + 1
