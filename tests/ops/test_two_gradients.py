@@ -67,7 +67,7 @@ def make(shape, dtype, layout, kind, residual, order, dropout_p, training=True) 
         y = torch.where(contract.dropout_keep(shape, seed, dropout_p), y / (1 - dropout_p), 0)
     y = y + added if order == "act_add" else y
     doubtful = near_zero(z.detach(), dtype) | near_zero(z.detach() - 6, dtype)
-    dy, dy2 = (t.masked_fill(doubtful, 0) for t in (dy, dy2))
+    dy, dy2 = (t.masked_fill(doubtful, 0).contiguous(memory_format=LAYOUTS[layout]) for t in (dy, dy2))
 
     names = ["x", "r", "weight", "bias"] if residual != "none" else ["x", "weight", "bias"]
     names += ["r_weight", "r_bias"] if residual == "normalised" else []
