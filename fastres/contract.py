@@ -65,7 +65,7 @@ class Statistics(NamedTuple):
         count = torch.stack(counts)  # type: ignore[arg-type]
         # As differences from the first, so that a mean far from 0 costs no precision.
         difference = means - means[0]
-        shift = (difference * (count / count.sum(0))).sum(0)
+        shift = (difference * (count.to(means.dtype) / count.sum(0))).sum(0)
         m2 = (m2s + count * (difference - shift) ** 2).sum(0)
         return cls(means[0] + shift, m2, count.sum(0))
 
@@ -290,3 +290,8 @@ def unpack_bits(bits: Tensor, like: Tensor) -> Tensor:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics, parameters and sums are float32 whatever the input's dtype; float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def output_size(size: int, stride: int) -> int:
+    """Output positions along one axis of a convolution whose padding is half its kernel."""
+    return (size - 1) // stride + 1

@@ -22,8 +22,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastres.kernels.launch import Launch, launch_options
-from fastres.kernels.plan import Device, register_limit
+from .launch import Launch, launch_options
+from .plan import Device, register_limit
 
 
 @dataclasses.dataclass(frozen=True)

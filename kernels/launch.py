@@ -19,8 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastres import reference
-from fastres.kernels.plan import Device, Geometry, Plan, register_limit
+from fastres import contract
+
+from .plan import Device, Geometry, Plan, register_limit
 
 # For tensors that no GPU holds: the interpreter's, where a few programs of every kind show whether they cooperate, and
 # those of a trace.
@@ -60,7 +61,7 @@ def recording(device: Device = TRACED) -> Iterator[list[Launch]]:
 def geometry(x: Tensor) -> Geometry:
     """The geometry of a dense [N, C, H, W] tensor."""
     n, c, h, w = x.shape
-    return Geometry(reference.rows_are_channels(x), n * h * w, c, h * w, x.element_size())
+    return Geometry(contract.rows_are_channels(x), n * h * w, c, h * w, x.element_size())
 
 
 @functools.cache
@@ -196,7 +197,7 @@ def launch(
         depth: the grid's third axis.
         partials: whether the kernel combines partial sums.
         restore: names of arguments that a launch updates; autotuning puts them back after every trial.
-        flags: compile-time arguments.
+        flags: further arguments by name, compile-time ones among them.
     """
     recorder = _recorder.get()
     plan = make(shape, device_of(x))

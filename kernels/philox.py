@@ -31,10 +31,7 @@ def _words(seed, first, offset, WIDE: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(
-    seed, index, channels, threshold, FOURS: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
+def dropout_keep(seed, index, channels, threshold, FOURS: tl.constexpr, WIDE: tl.constexpr, tile: tl.constexpr):
     """Whether each element of a tile is kept, bool [BLOCK_S, BLOCK_C].
 
     Args:
@@ -45,14 +42,14 @@ def dropout_keep(
         WIDE: whether the tensor has 2^34 elements or more.
     """
     least = threshold.to(tl.uint32, bitcast=True)
-    s = tl.arange(0, BLOCK_S)[:, None]
+    s = tl.arange(0, tile.BLOCK_S)[:, None]
     if FOURS:
-        a, b, c, d = _words(seed, index // 4, s * (channels // 4) + tl.arange(0, BLOCK_C // 4)[None, :], WIDE)
+        a, b, c, d = _words(seed, index // 4, s * (channels // 4) + tl.arange(0, tile.BLOCK_C // 4)[None, :], WIDE)
         even = tl.join(a >= least, c >= least)
         odd = tl.join(b >= least, d >= least)
-        return tl.reshape(tl.join(even, odd), (BLOCK_S, BLOCK_C))
+        return tl.reshape(tl.join(even, odd), (tile.BLOCK_S, tile.BLOCK_C))
     else:
-        element = (index % 4).to(tl.int32) + s * channels + tl.arange(0, BLOCK_C)[None, :]
+        element = (index % 4).to(tl.int32) + s * channels + tl.arange(0, tile.BLOCK_C)[None, :]
         a, b, c, d = _words(seed, index // 4, element >> 2, WIDE)
         word = element & 3
         return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)) >= least

@@ -9,6 +9,10 @@ miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way a
   what a multiprocessor of 2048 threads holds, are resident. An element-wise pass over two
   tensors then has 32 KB under way. The reductions unroll their loop, four times over one tensor and twice over two:
   64 KB at best.
+- A pass that computes a smooth activation's input anew, or that reads a gradient in two parts, has up to six vectors
+  and four tensors. At 8 channels a thread the compiler spills (16 to 184 bytes), at 4, as float32 has them, it does
+  not. So at 2 bytes an element a thread of such a pass holds 8 bytes of each tensor, and with three of them 24 KB are
+  under way.
 - In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there
   are fewer. In NCHW it is as many positions of one image as fill a line or more.
 - The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
@@ -26,6 +30,7 @@ import functools
 
 LINE_BYTES = 128
 BYTES_A_THREAD = 16
+CROWDED_BYTES_A_THREAD = 8
 INDEX_32_LIMIT = 2**31
 REDUCE_POSITIONS_BYTES = 533
 APPLY_POSITIONS_BYTES = 384
@@ -122,12 +127,13 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _tile(geometry: Geometry, threads: int) -> tuple[int, int]:
-    """(block_s, block_c) of a tile that gives each of `threads` threads its 32 bytes.
+def _tile(geometry: Geometry, threads: int, crowded: bool) -> tuple[int, int]:
+    """(block_s, block_c) of a tile that gives each of `threads` threads its bytes.
 
     Both are at least 8, so that a byte of the bit mask never belongs to two programs.
     """
-    elements = threads * BYTES_A_THREAD // geometry.itemsize
+    bytes_a_thread = CROWDED_BYTES_A_THREAD if crowded and geometry.itemsize == 2 else BYTES_A_THREAD
+    elements = threads * bytes_a_thread // geometry.itemsize
     line = LINE_BYTES // geometry.itemsize
     if geometry.channels_last:
         block_c = max(8, min(line, _power_of_two(geometry.channels)))
@@ -137,8 +143,8 @@ def _tile(geometry: Geometry, threads: int) -> tuple[int, int]:
     return block_s, max(8, min(elements // block_s, _power_of_two(geometry.channels)))
 
 
-def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int) -> Plan:
-    block_s, block_c = _tile(geometry, threads)
+def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int, crowded: bool) -> Plan:
+    block_s, block_c = _tile(geometry, threads, crowded)
     if geometry.channels_last:
         tiles = -(-geometry.positions // block_s)
         even_s = geometry.positions % block_s == 0
@@ -170,14 +176,18 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
 
 
 @functools.lru_cache(maxsize=1024)
-def reduce_plan(geometry: Geometry, device: Device, threads: int | None = None) -> Plan:
-    """For the passes that sum over positions: large programs, since each costs a row of partial sums."""
+def reduce_plan(geometry: Geometry, device: Device, threads: int | None = None, crowded: bool = False) -> Plan:
+    """For the passes that sum over positions: large programs, since each costs a row of partial sums.
+
+    Args:
+        crowded: whether 8 elements of each tensor and vector are more than a thread has registers for.
+    """
     if threads is None:
         threads = 512 if device.resident % 512 == 0 else 256
-    return _plan(geometry, device, threads, REDUCE_POSITIONS_BYTES)
+    return _plan(geometry, device, threads, REDUCE_POSITIONS_BYTES, crowded)
 
 
 @functools.lru_cache(maxsize=1024)
-def apply_plan(geometry: Geometry, device: Device, threads: int = 256) -> Plan:
+def apply_plan(geometry: Geometry, device: Device, threads: int = 256, crowded: bool = False) -> Plan:
     """For the element-wise passes."""
-    return _plan(geometry, device, threads, APPLY_POSITIONS_BYTES)
+    return _plan(geometry, device, threads, APPLY_POSITIONS_BYTES, crowded)

@@ -11,130 +11,186 @@ serves all tensors of a pass. It has 32 bits where the tensor allows it: 64 woul
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def locate(
-    tile, first_channel, positions, channels, image, CHANNELS_LAST: tl.constexpr, INDEX_64: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
+class Extent(NamedTuple):
+    """The size of an activation, three scalars: M = N * H * W, C and H * W."""
+
+    positions: Any
+    channels: Any
+    image: Any
+
+
+class Tile(NamedTuple):
+    """What a kernel knows of its tiles when it is compiled; `plan.Plan` explains the choice."""
+
+    CHANNELS_LAST: Any
+    INDEX_64: Any
+    EVEN_S: Any
+    EVEN_C: Any
+    BLOCK_S: Any
+    BLOCK_C: Any
+
+
+class Block(NamedTuple):
+    """The channels of a program: its first, all of them, [BLOCK_C], and which of these there are."""
+
+    first: Any
+    channel: Any
+    real: Any
+
+
+class Place(NamedTuple):
     """Where a tile begins: four scalars, the first three of 64 bits where INDEX_64 says that they need them.
 
-    Returns:
-        offset of its first element in memory; offset of its first byte in the bit mask; index of its first element in
-        N, H, W, C order; how many positions there are from its first on, in channels_last to the end of the batch and
-        in NCHW to the end of the image, BLOCK_S at most.
+    Attributes:
+        element: offset of its first element in memory.
+        byte: offset of its first byte in the bit mask.
+        index: index of its first element in N, H, W, C order.
+        left: how many positions there are from its first on, in channels_last to the end of the batch and in NCHW to
+            the end of the image, BLOCK_S at most.
     """
-    if INDEX_64:
-        tile = tl.cast(tile, tl.int64)
-    if CHANNELS_LAST:
-        first = tile * BLOCK_S
-        element = first * channels + first_channel
-        byte = first * tl.cdiv(channels, 8) + first_channel // 8
-        index = element
-        left = positions - first
-    else:
-        tiles_per_image = tl.cdiv(image, BLOCK_S)
-        n = tile // tiles_per_image
-        first = (tile % tiles_per_image) * BLOCK_S
-        row = n * channels + first_channel
-        element = row * image + first
-        byte = row * tl.cdiv(image, 8) + first // 8
-        index = (n * image + first) * channels + first_channel
-        left = image - first
-    return element, byte, index, tl.minimum(left, BLOCK_S)
+
+    element: Any
+    byte: Any
+    index: Any
+    left: Any
+
+
+class NormPointers(NamedTuple):
+    """A normalisation by given statistics, pointers to [C] of float32; weight and bias may be None."""
+
+    mean: Any
+    rstd: Any
+    weight: Any
+    bias: Any
 
 
 @triton.jit
-def element_offsets(channels, image, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets of a tile's elements from its first, [BLOCK_S, BLOCK_C] of 32 bits, the same for every tile."""
-    s, c = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    if CHANNELS_LAST:
-        offset = s * channels + c
+def program_channels(extent, tile: tl.constexpr):
+    """The channels of this program, the grid's second axis."""
+    first = tl.program_id(1) * tile.BLOCK_C
+    channel = first + tl.arange(0, tile.BLOCK_C)
+    return Block(first, channel, channel < extent.channels)
+
+
+@triton.jit
+def locate(index, block, extent, tile: tl.constexpr):
+    """The `Place` of a tile, counted along the positions."""
+    if tile.INDEX_64:
+        index = tl.cast(index, tl.int64)
+    if tile.CHANNELS_LAST:
+        first = index * tile.BLOCK_S
+        element = first * extent.channels + block.first
+        byte = first * tl.cdiv(extent.channels, 8) + block.first // 8
+        of_element = element
+        left = extent.positions - first
     else:
-        offset = c * image + s
+        tiles_per_image = tl.cdiv(extent.image, tile.BLOCK_S)
+        n = index // tiles_per_image
+        first = (index % tiles_per_image) * tile.BLOCK_S
+        row = n * extent.channels + block.first
+        element = row * extent.image + first
+        byte = row * tl.cdiv(extent.image, 8) + first // 8
+        of_element = (n * extent.image + first) * extent.channels + block.first
+        left = extent.image - first
+    return Place(element, byte, of_element, tl.minimum(left, tile.BLOCK_S))
+
+
+@triton.jit
+def element_offsets(extent, tile: tl.constexpr):
+    """Offsets of a tile's elements from its first, [BLOCK_S, BLOCK_C] of 32 bits, the same for every tile."""
+    s, c = tl.arange(0, tile.BLOCK_S)[:, None], tl.arange(0, tile.BLOCK_C)[None, :]
+    if tile.CHANNELS_LAST:
+        offset = s * extent.channels + c
+    else:
+        offset = c * extent.image + s
     return offset
 
 
 @triton.jit
-def load_tile(x_ptr, offset, mask, MASKED: tl.constexpr):
+def load_tile(x_ptr, offset, mask, tile: tl.constexpr):
     """A tile in float32; 0 where it does not exist."""
-    if MASKED:
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0)
-    else:
+    if tile.EVEN_S and tile.EVEN_C:
         x = tl.load(x_ptr + offset)
+    else:
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0)
     return x.to(tl.float32)
 
 
 @triton.jit
-def store_tile(x_ptr, offset, x, mask, MASKED: tl.constexpr):
+def store_tile(x_ptr, offset, x, mask, tile: tl.constexpr):
     """Round a float32 tile to the tensor's dtype and store it."""
     x = x.to(x_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(x_ptr + offset, x, mask=mask)
-    else:
+    if tile.EVEN_S and tile.EVEN_C:
         tl.store(x_ptr + offset, x)
+    else:
+        tl.store(x_ptr + offset, x, mask=mask)
 
 
 @triton.jit
-def load_channels(v_ptr, channel, mask, OTHER: tl.constexpr):
+def load_channels(v_ptr, block, OTHER: tl.constexpr):
     """[1, BLOCK_C] of a vector with one float32 value a channel; OTHER where there is no vector or no channel."""
     if v_ptr is not None:
-        v = tl.load(v_ptr + channel, mask=mask, other=OTHER)
+        v = tl.load(v_ptr + block.channel, mask=block.real, other=OTHER)
     else:
-        v = tl.full(channel.shape, OTHER, tl.float32)
+        v = tl.full(block.channel.shape, OTHER, tl.float32)
     return v[None, :]
 
 
 @triton.jit
-def _byte_offsets(
-    left, first_channel, channels, image, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def load_affine(norm, block, eps, VARIANCE: tl.constexpr):
+    """(mean, weight * rstd, bias), [1, BLOCK_C] each; rstd from the variance where that is what is stored."""
+    rstd = load_channels(norm.rstd, block, 1.0)
+    if VARIANCE:
+        rstd = tl.rsqrt(rstd + eps)
+    mean = load_channels(norm.mean, block, 0.0)
+    return mean, rstd * load_channels(norm.weight, block, 1.0), load_channels(norm.bias, block, 0.0)
+
+
+@triton.jit
+def _byte_offsets(place, block, extent, tile: tl.constexpr):
     """Offsets of a tile's bytes in the bit mask from its first, and which exist.
 
     [BLOCK_S, BLOCK_C / 8] in channels_last, [BLOCK_S / 8, BLOCK_C] in NCHW.
     """
-    if CHANNELS_LAST:
-        s, byte = tl.arange(0, BLOCK_S)[:, None], tl.arange(0, BLOCK_C // 8)[None, :]
-        offset = s * tl.cdiv(channels, 8) + byte
-        mask = (s < left) & (byte * 8 < channels - first_channel)
+    if tile.CHANNELS_LAST:
+        s, byte = tl.arange(0, tile.BLOCK_S)[:, None], tl.arange(0, tile.BLOCK_C // 8)[None, :]
+        offset = s * tl.cdiv(extent.channels, 8) + byte
+        mask = (s < place.left) & (byte * 8 < extent.channels - block.first)
     else:
-        byte, c = tl.arange(0, BLOCK_S // 8)[:, None], tl.arange(0, BLOCK_C)[None, :]
-        offset = c * tl.cdiv(image, 8) + byte
-        mask = (byte * 8 < left) & (c < channels - first_channel)
+        byte, c = tl.arange(0, tile.BLOCK_S // 8)[:, None], tl.arange(0, tile.BLOCK_C)[None, :]
+        offset = c * tl.cdiv(extent.image, 8) + byte
+        mask = (byte * 8 < place.left) & (c < extent.channels - block.first)
     return offset, mask
 
 
 @triton.jit
-def store_bits(
-    bits_ptr, at, passed, left, first_channel, channels, image,
-    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Pack the tile's booleans, false outside the tensor, and store them from byte `at` on: csrc/common/bitmask.h."""
+def store_bits(bits_ptr, place, passed, block, extent, tile: tl.constexpr):
+    """Pack the tile's booleans, false outside the tensor, and store them: csrc/common/bitmask.h."""
     weight = 1 << tl.arange(0, 8)
-    if CHANNELS_LAST:
-        eights = tl.reshape(passed.to(tl.int32), (BLOCK_S, BLOCK_C // 8, 8))
+    if tile.CHANNELS_LAST:
+        eights = tl.reshape(passed.to(tl.int32), (tile.BLOCK_S, tile.BLOCK_C // 8, 8))
         byte = tl.sum(eights * weight[None, None, :], axis=2)
     else:
-        eights = tl.reshape(passed.to(tl.int32), (BLOCK_S // 8, 8, BLOCK_C))
+        eights = tl.reshape(passed.to(tl.int32), (tile.BLOCK_S // 8, 8, tile.BLOCK_C))
         byte = tl.sum(eights * weight[None, :, None], axis=1)
-    offset, mask = _byte_offsets(left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
-    tl.store(bits_ptr + (at + offset), byte.to(tl.uint8), mask=mask)
+    offset, mask = _byte_offsets(place, block, extent, tile)
+    tl.store(bits_ptr + (place.byte + offset), byte.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def load_bits(
-    bits_ptr, at, left, first_channel, channels, image,
-    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The tile's booleans from the bit mask, one byte loaded for eight of them; they begin at byte `at`."""
-    offset, mask = _byte_offsets(left, first_channel, channels, image, CHANNELS_LAST, BLOCK_S, BLOCK_C)
-    byte = tl.load(bits_ptr + (at + offset), mask=mask, other=0).to(tl.int32)
+def load_bits(bits_ptr, place, block, extent, tile: tl.constexpr):
+    """The tile's booleans from the bit mask, one byte loaded for eight of them."""
+    offset, mask = _byte_offsets(place, block, extent, tile)
+    byte = tl.load(bits_ptr + (place.byte + offset), mask=mask, other=0).to(tl.int32)
     shift = tl.arange(0, 8)
-    if CHANNELS_LAST:
+    if tile.CHANNELS_LAST:
         bits = (byte[:, :, None] >> shift[None, None, :]) & 1
     else:
         bits = (byte[:, None, :] >> shift[None, :, None]) & 1
-    return tl.reshape(bits, (BLOCK_S, BLOCK_C)) != 0
+    return tl.reshape(bits, (tile.BLOCK_S, tile.BLOCK_C)) != 0

@@ -9,9 +9,12 @@ cuda                    the Triton kernels on a GPU
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from fastres.ops.arguments import Arguments
 
 NAME = os.environ.get("FASTRES_TEST_BACKEND")
 DEVICE = torch.device("cuda" if NAME == "cuda" else "cpu")
@@ -30,13 +33,21 @@ def prepare(name: str | None) -> None:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if name != "triton" or _registered:
         return
-    from fastres.kernels import batch_norm_act
+    from fastres.kernels import batch_norm_act as launchers
+    from fastres.ops import batch_norm_act as operators
 
+    _patch_once()
     _round_to_nearest_even()
     library = torch.library.Library("fastres", "IMPL")
-    for operator in ("stats", "apply", "training", "inference", "backward_reduce", "backward_apply", "backward"):
-        library.impl(f"batch_norm_act_{operator}", getattr(batch_norm_act, operator), "CPU")
+    for name in ("stats", "apply", "training", "inference", "backward_reduce", "backward_apply", "backward"):
+        library.impl(
+            f"batch_norm_act_{name}", _flat(getattr(launchers, name), getattr(operators, name).arguments), "CPU"
+        )
     _registered.append(library)
+
+
+def _flat(launcher: Callable[..., Any], arguments: Arguments) -> Callable[..., Any]:
+    return lambda *flat: launcher(**arguments.group(flat))
 
 
 def _round_to_nearest_even() -> None:
@@ -54,3 +65,29 @@ def _round_to_nearest_even() -> None:
         return interpreter.TensorHandle(rounded.view(torch.uint16).numpy().reshape(source.data.shape), tl.bfloat16)
 
     interpreter.InterpreterBuilder.cast_impl = cast
+
+
+def _patch_once() -> None:
+    """Make the interpreter prepare triton.language once a launch, not again at every call of a helper.
+
+    Each preparation looks through all names of the language, which takes longer than what most helpers compute.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    scopes: dict[tuple[bool, bool], Any] = {}
+
+    def prepare_once(function: Any) -> Any:
+        names = list(map(id, function.__globals__.values()))
+        seen = id(tl) in names, id(tl.core) in names
+        if seen not in scopes:
+            scopes[seen] = prepare(function)
+        return scopes[seen]
+
+    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> None:
+        scopes.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang = prepare_once
+    interpreter.GridExecutor.__call__ = launch_afresh

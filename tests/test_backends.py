@@ -50,9 +50,10 @@ def test_the_parity_tests_pass_on(backend):
         pytest.skip(interpreter_obstacle())
     environment = os.environ | ENVIRONMENT[backend]
     environment |= {"FASTRES_TEST_BACKEND": backend, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    selected = [TESTS / "test_functional.py", TESTS / "ops" / "test_batch_norm_act.py"]
+    names = ("batch_norm_act", "activations", "two_gradients", "shared_statistics")
+    selected = [TESTS / "test_functional.py", *[TESTS / "ops" / f"test_{name}.py" for name in names]]
     if backend == "triton":
-        selected.append(TESTS / "kernels" / "test_interpreted.py")
+        selected += [TESTS / "kernels" / f"test_{name}.py" for name in ("parity", "interpreted")]
     else:
         selected.append(TESTS / "ops" / "test_projection_shortcut.py")
     if backend not in ("default", "triton", "cuda"):
@@ -69,6 +70,10 @@ def test_the_parity_tests_pass_on(backend):
         selected += [TESTS / "ops" / f"test_{name}.py" for name in names]
     # Compilation and hypothesis take long and do not depend on the backend.
     skip = "not compiles and not any_shape and not opcheck and not threads"
+    if backend == "triton":
+        # The interpreter is slow. kernels/test_parity.py has in few cases what these have in many.
+        for name in ("agrees_with_float64", "shapes_that_fit", "million", "gradients_that_are_needed", "projection"):
+            skip += f" and not {name}"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", skip, *map(str, selected)]
     # A GPU's kernels are compiled one by one, so several processes share them; elsewhere the cores are busy with one.
     shards = min(8, os.cpu_count() or 1) if backend == "cuda" else 1

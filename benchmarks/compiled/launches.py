@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.workloads import CLASSES
-from fastres import models, reference
-from fastres.kernels import batch_norm_act
+from fastres import contract, models
+from fastres.kernels import batch_norm_act as launchers
 from fastres.kernels.launch import TRACED, Launch, recording
 from fastres.kernels.plan import Device
+from fastres.ops import batch_norm_act as operators
 
 _PREFIX = "fastres::batch_norm_act_"
 _WITHOUT_KERNEL = ("aten::detach", "aten::empty", "aten::new_empty", "prim::", "profiler::")
@@ -59,7 +60,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.operators[name] += 1
         if name.startswith(_PREFIX):
             with recording(self.device) as launches:
-                launched = getattr(batch_norm_act, name.removeprefix(_PREFIX))(*args)
+                operator = name.removeprefix(_PREFIX)
+                grouped = getattr(operators, operator).arguments.group(args)
+                launched = getattr(launchers, operator)(**grouped)
             self.trace.launches += launches
             for i, (ours, fake) in enumerate(zip(tree_leaves(launched), tree_leaves(out), strict=True)):
                 if _described(ours) != _described(fake):
@@ -71,7 +74,7 @@ def _as_cudnn(x: Tensor, out: Any) -> Any:
     """A convolution's results in the memory format of x, as cuDNN gives them and a fake one without a GPU does not."""
     if not isinstance(out, Tensor):
         return tuple(t if t is None or t.dim() != 4 else _as_cudnn(x, t) for t in out)
-    return out.contiguous(memory_format=reference.memory_format(x))
+    return out.contiguous(memory_format=contract.memory_format(x))
 
 
 def _described(t: Tensor) -> tuple[Any, ...]:

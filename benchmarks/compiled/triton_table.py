@@ -24,6 +24,7 @@ from benchmarks.records import ROOT, insert_table, row
 from benchmarks.roofline.kernels import kernels_of
 from benchmarks.roofline.trace import Step
 from benchmarks.workloads import EAGER
+from fastres.kernels.activations import FUNCTIONS
 from fastres.kernels.compiled import ARCHITECTURES, Architecture, Compiled, compile_launch, distinct
 from fastres.kernels.launch import Launch
 
@@ -58,11 +59,22 @@ def label(launch: Launch) -> str:
         words.append("dropout")
     if "ACT_ADD" in given:
         words.append("act_add")
-    if launch.arguments.get("RELU") is False:
-        words.append("no relu")
+    kind = _kind(launch)
     if launch.name.startswith("backward"):
-        words.append("bits" if "bits_ptr" in given else "relu recomputed" if "RELU" in given else "no bits")
-    return ", ".join(words)
+        words += ["dy in two parts"] * ("dy2_ptr" in given) + ["bits"] * ("bits_ptr" in given)
+        words.append(f"{kind} recomputed" if kind else "leaking" if "LEAKS" in given else "")
+        if not kind and "bits_ptr" not in given:
+            words.append("no bits")
+    elif launch.name == "apply_kernel" and kind != "relu":
+        words.append(kind or "no relu")
+    return ", ".join(filter(None, words))
+
+
+def _kind(launch: Launch) -> str:
+    """Of the activation whose functions a kernel calls; "" where it calls none."""
+    called = [launch.arguments.get(name) for name in ("FORWARD", "GRADIENT", "PASSES")]
+    function = next((f for f in called if f is not None), None)
+    return next((kind for kind, of_kind in FUNCTIONS.items() if function is not None and function in of_kind), "")
 
 
 def is_good(compiled: Compiled) -> bool:

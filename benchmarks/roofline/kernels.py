@@ -227,11 +227,15 @@ _EAGER: dict[str, Rule] = {
 
 def _apply_flops(call: Call, x: Tensor) -> int:
     residual = 0 if call.args["residual"] is None else 1 + NORMALISE * _residual_is_normed(call)
-    return (NORMALISE + 1 + residual + DROPOUT * bool(call.args.get("dropout_p"))) * x.numel()
+    return (NORMALISE + 1 + residual + DROPOUT * _drops(call)) * x.numel()
+
+
+def _drops(call: Call) -> bool:
+    return bool(call.args["act_dropout_p"] > 0) and "inference" not in call.op
 
 
 def _residual_is_normed(call: Call) -> bool:
-    return bool(call.args.get("residual_norm")) or call.args.get("residual_mean") is not None
+    return call.args.get("residual_norm_eps") is not None or call.args.get("residual_mean") is not None
 
 
 def _fused_training(call: Call) -> list[Kernel]:
@@ -241,8 +245,8 @@ def _fused_training(call: Call) -> list[Kernel]:
     """
     a, (y, *_, bits) = call.args, call.out
     x, residual = a["x"], a["residual"]
-    measured = [x] if a["x_mean"] is None else []
-    if a["residual_norm"] and a["residual_mean"] is None:
+    measured = [x] if a["statistics_mean"] is None else []
+    if _residual_is_normed(call) and a["residual_statistics_mean"] is None:
         measured.append(residual)
     name = "batch_norm_act, statistics"
     kernels = [call.kernel(name, "norm", [tensor], [], STATISTICS * tensor.numel()) for tensor in measured]
@@ -253,13 +257,27 @@ def _fused_training(call: Call) -> list[Kernel]:
 def _fused_backward(call: Call) -> list[Kernel]:
     """Sums over dy and x, then dx and dr from dy and x, the bits in both: 5 T, with a residual 6 T.
 
-    A residual with its own normalisation is read by both passes as well: 8 T.
+    A residual with its own normalisation, or that is part of a smooth activation's input, is read by both passes as
+    well: 8 T. A gradient in two parts is added by the first pass, which writes what the second reads in its place, and
+    which is a plain residual's gradient: 7 T with a residual.
     """
     a, (dx, dr, *_) = call.args, call.out
-    reads, count, normed = [a["dy"], a["x"], a["residual"], a["bits"]], a["x"].numel(), 1 + _residual_is_normed(call)
+    dy, x, residual, bits = a["dy"], a["x"], a["residual_value"], a["bits"]
+    normed = 1 + _residual_is_normed(call)
+    names = "batch_norm_act backward, sums", "batch_norm_act backward, apply"
+    sums, apply = BACKWARD_SUMS * normed * x.numel(), BACKWARD_APPLY * normed * x.numel()
+    if a["dy2"] is None:
+        reads = [dy, x, residual, bits]
+        return [
+            call.kernel(names[0], "norm", reads, [], sums),
+            call.kernel(names[1], "norm", reads, [dx, dr], apply),
+        ]
+    is_dr = normed == 1 and dr.numel() > 0
+    dz: Traffic = ((storage(dr) if is_dr else ("dz", storage(x)), traffic(x)[1]),)
+    second = [x, residual if normed == 2 else None, bits if a["act_order"] == "act_add" else None]
     return [
-        call.kernel("batch_norm_act backward, sums", "norm", reads, [], BACKWARD_SUMS * normed * count),
-        call.kernel("batch_norm_act backward, apply", "norm", reads, [dx, dr], BACKWARD_APPLY * normed * count),
+        call.kernel(names[0], "norm", [dy, a["dy2"], x, residual, bits], [], sums, more_writes=dz),
+        call.kernel(names[1], "norm", second, [dx] if is_dr else [dx, dr], apply, more_reads=dz),
     ]
 
 
@@ -307,7 +325,7 @@ def _inductor_statistics(call: Call, x: Tensor) -> Kernel:
 def _dropped(call: Call) -> Traffic:
     """The mask of bytes, where there is dropout."""
     x = call.args["x"]
-    return ((("mask", storage(x)), x.numel()),) if call.args["dropout_p"] > 0 else ()
+    return ((("mask", storage(x)), x.numel()),) if _drops(call) else ()
 
 
 def _inductor_training(call: Call) -> list[Kernel]:
@@ -315,7 +333,7 @@ def _inductor_training(call: Call) -> list[Kernel]:
     a, y = call.args, call.out[0]
     x, residual = a["x"], a["residual"]
     call.recorder.y_of_x[storage(x)] = y
-    measured = [x, residual] if a["residual_norm"] else [x]
+    measured = [x, residual] if _residual_is_normed(call) else [x]
     name, flops = "inductor, normalise and activate", _apply_flops(call, x)
     return [
         *(_inductor_statistics(call, tensor) for tensor in measured),
@@ -326,9 +344,9 @@ def _inductor_training(call: Call) -> list[Kernel]:
 def _inductor_backward(call: Call) -> list[Kernel]:
     """A reduction and a pointwise kernel: 7 T, with a projection 10 T; one more a gradient that joins at a fork."""
     a, (dx, dr, *_) = call.args, call.out
-    dy, x, residual = a["dy"], a["x"], a["residual"]
+    x, residual, gradients = a["x"], a["residual_value"], [a["dy"], a["dy2"]]
     dropped, count, normed = _dropped(call), x.numel(), 1 + _residual_is_normed(call)
-    mask = call.recorder.y_of_x[storage(x)] if a["relu"] and not dropped else None
+    mask = call.recorder.y_of_x[storage(x)] if a["act_kind"] == "relu" and not dropped else None
     sums, apply = BACKWARD_SUMS * normed * count, BACKWARD_APPLY * normed * count
     names = "inductor, backward sums", "inductor, backward apply"
     if dr.numel():
@@ -336,9 +354,9 @@ def _inductor_backward(call: Call) -> list[Kernel]:
         reads, more = [x, residual], gradient
         written, second = gradient, [dx, dr] if normed == 2 else [dx]
     else:
-        reads, more, written, second = [dy, x, mask], dropped, (), [dx]
+        reads, more, written, second = [*gradients, x, mask], dropped, (), [dx]
     first = call.kernel(
-        names[0], "norm", [dy, x, residual, mask], [], sums, launches=2, more_reads=dropped, more_writes=written
+        names[0], "norm", [*gradients, x, residual, mask], [], sums, launches=2, more_reads=dropped, more_writes=written
     )  # fmt: skip
     return [first, call.kernel(names[1], "norm", reads, second, apply, more_reads=more)]
 

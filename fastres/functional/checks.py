@@ -1,4 +1,6 @@
-"""Checks of arguments: each says which argument, what was expected and what it was, before anything is computed."""
+"""Checks of arguments, as autocast has them: each says which argument, what was expected and what it was, before
+anything is computed.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,26 @@ import torch
 from torch import Tensor
 
 from fastres.activations import IDENTITY, RELU, Activation
-from fastres.contract import ORDERS, Act, NormParams, Statistics, statistics_dtype
-from fastres.functional.prepare import autocast_dtype, is_cast
+from fastres.contract import ORDERS, Act, NormParams, Statistics, output_size, statistics_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # autocast does not know meta
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast touches a tensor like this: float64 stays what it is."""
+    return x.is_floating_point() and x.dtype != torch.float64
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as autocast on its device would have it."""
+    autocast = autocast_dtype(x.device) if isinstance(x, Tensor) else None
+    return x if autocast is None or not is_cast(x) else x.to(autocast)
 
 
 def check_tensor(
@@ -139,3 +157,23 @@ def check_convolution(x: Tensor, weight: Tensor, algorithm: str | None) -> None:
         )
     if algorithm is not None and not isinstance(algorithm, str):
         raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")
+
+
+def checked_projection(
+    s: Tensor, conv_weight: Tensor, stride: int | tuple[int, int]
+) -> tuple[tuple[int, int], torch.Size]:
+    """(strides of both axes, shape of the product)."""
+    check_tensor("s", s)
+    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
+    if len(strides) != 2 or not all(isinstance(v, int) for v in strides):
+        raise TypeError(f"stride: expected an int or two, got {stride!r}")
+    if min(strides) < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride!r}")
+    check_tensor("conv_weight", conv_weight, s)
+    if conv_weight.shape[1:] != (s.shape[1], 1, 1):
+        raise ValueError(
+            f"conv_weight: expected shape (Cout, {s.shape[1]}, 1, 1) for s of shape {tuple(s.shape)}, "
+            f"got {tuple(conv_weight.shape)}"
+        )
+    height, width = (output_size(size, step) for size, step in zip(s.shape[2:], strides, strict=True))
+    return strides, torch.Size((s.shape[0], conv_weight.shape[0], height, width))

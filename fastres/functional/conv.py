@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastres import contract, reference
 from fastres.activations import IDENTITY, Activation
-from fastres.contract import NormParams, Statistics
+from fastres.contract import NormParams, Statistics, output_size
 from fastres.functional.checks import (
+    autocast,
     check_convolution,
     check_norm,
     check_statistics,
@@ -20,11 +21,10 @@ from fastres.functional.checks import (
     checked_act,
 )
 from fastres.functional.norm import batch_norm_act, is_compiled
-from fastres.functional.prepare import autocast, cast, dense, needs_grad, served, store_running
+from fastres.functional.prepare import cast, dense, needs_grad, served, store_running
 from fastres.ops import conv3x3 as ops
 from fastres.ops import norm_act_conv3x3 as norm_act_ops
 from fastres.ops.algorithms import choose_algorithm, problem_of, requested_algorithm
-from fastres.ops.fallback import output_size
 from fastres.ordinary import why_not_ordinary
 
 

@@ -9,8 +9,16 @@ from torch import Tensor
 from fastres import contract, reference
 from fastres.activations import KINDS, Activation
 from fastres.contract import Act, NormParams, Statistics
-from fastres.functional.checks import check_norm, check_statistics, check_tensor, check_training, checked_act
-from fastres.functional.prepare import autocast_dtype, cast, dense, four_dimensional, is_cast, needs_grad, store_running
+from fastres.functional.checks import (
+    autocast_dtype,
+    check_norm,
+    check_statistics,
+    check_tensor,
+    check_training,
+    checked_act,
+    is_cast,
+)
+from fastres.functional.prepare import cast, dense, four_dimensional, needs_grad, store_running
 from fastres.ops import batch_norm_act as ops
 from fastres.ordinary import why_not_ordinary
 

@@ -1,4 +1,4 @@
-"""Making arguments ready for an operator: autocast, memory format, dtype."""
+"""Making checked arguments ready for an operator: memory format, dtype of parameters, dropout's seed."""
 
 from __future__ import annotations
 
@@ -38,23 +38,6 @@ def store_running(norm: NormParams, computed: NormParams) -> None:
     for kept, new in ((norm.running_mean, computed.running_mean), (norm.running_var, computed.running_var)):
         if kept is not None and new is not None and kept is not new:
             kept.copy_(new)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # autocast does not know meta
-        return torch.get_autocast_dtype(device.type)
-    return None
-
-
-def is_cast(x: Tensor) -> bool:
-    """Whether autocast touches a tensor like this: float64 stays what it is."""
-    return x.is_floating_point() and x.dtype != torch.float64
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x as autocast on its device would have it."""
-    autocast = autocast_dtype(x.device) if isinstance(x, Tensor) else None
-    return x if autocast is None or not is_cast(x) else x.to(autocast)
 
 
 def served(weight: Tensor, x: Tensor) -> Tensor:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastres import contract, reference
 from fastres.activations import IDENTITY, RELU, Activation
 from fastres.contract import Act, NormParams, Statistics
-from fastres.functional.checks import check_norm, check_statistics, check_tensor, check_training, checked_act
+from fastres.functional.checks import (
+    autocast,
+    check_norm,
+    check_statistics,
+    check_tensor,
+    check_training,
+    checked_act,
+    checked_projection,
+)
 from fastres.functional.norm import is_compiled, run
-from fastres.functional.prepare import autocast, cast, dense, needs_grad
+from fastres.functional.prepare import cast, dense, needs_grad
 from fastres.ops import projection_shortcut as ops
-from fastres.ops.fallback import output_size
 from fastres.ordinary import why_not_ordinary
 
 
@@ -46,7 +52,7 @@ def shortcut_act(
 ) -> Any:
     """`projection_shortcut` with grouped arguments; `act` and `readers` as `norm.norm_act`."""
     s, conv_weight = autocast(s), autocast(conv_weight)
-    strides, shape = _checked_convolution(s, conv_weight, stride)
+    strides, shape = checked_projection(s, conv_weight, stride)
     x, x_norm, x_statistics = (None, None, None) if branch is None else branch
     if x is not None:
         x = autocast(x)
@@ -67,7 +73,10 @@ def shortcut_act(
         )  # fmt: skip
         return y if readers == 1 else (y, y)
     s = dense(s) if x is None else dense(s, contract.memory_format(dense(x)))
-    if not training and _is_one_pass(s, act, conv_weight, x, norm, x_norm):
+    gradients = needs_grad(s, conv_weight, x, *norm[2:4], *(() if x_norm is None else x_norm[2:4]))
+    # The CUDA kernel's epilogue has no other activations.
+    in_epilogue = s.device.type == "cpu" or act.activation in (RELU, IDENTITY)
+    if in_epilogue and not training and not gradients:
         dtype = contract.statistics_dtype(s.dtype)
         other = None if x_norm is None else cast(x_norm, dtype)
         y = ops.inference(
@@ -80,37 +89,6 @@ def shortcut_act(
     if x is None or x_norm is None:
         return run(product, norm, x, statistics=statistics, **common)
     return run(x, x_norm, product, norm, statistics=x_statistics, residual_statistics=statistics, **common)
-
-
-def _checked_convolution(
-    s: Tensor, conv_weight: Tensor, stride: int | tuple[int, int]
-) -> tuple[tuple[int, int], torch.Size]:
-    """(strides of both axes, shape of the product)."""
-    check_tensor("s", s)
-    strides = (stride, stride) if isinstance(stride, int) else tuple(stride)
-    if len(strides) != 2 or not all(isinstance(v, int) for v in strides):
-        raise TypeError(f"stride: expected an int or two, got {stride!r}")
-    if min(strides) < 1:
-        raise ValueError(f"stride: expected at least 1, got {stride!r}")
-    check_tensor("conv_weight", conv_weight, s)
-    if conv_weight.shape[1:] != (s.shape[1], 1, 1):
-        raise ValueError(
-            f"conv_weight: expected shape (Cout, {s.shape[1]}, 1, 1) for s of shape {tuple(s.shape)}, "
-            f"got {tuple(conv_weight.shape)}"
-        )
-    height, width = (output_size(size, step) for size, step in zip(s.shape[2:], strides, strict=True))
-    return strides, torch.Size((s.shape[0], conv_weight.shape[0], height, width))
-
-
-def _is_one_pass(
-    s: Tensor, act: Act, conv_weight: Tensor, x: Tensor | None, norm: NormParams, x_norm: NormParams | None
-) -> bool:
-    """Whether evaluation takes the operator that never writes the product."""
-    parameters = [t for p in (norm, x_norm) if p is not None for t in (p.weight, p.bias)]
-    if needs_grad(s, conv_weight, x, *parameters):
-        return False
-    # The CUDA kernel's epilogue knows these two.
-    return s.device.type == "cpu" or act.activation in (RELU, IDENTITY)
 
 
 def projection_shortcut(

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from fastres import functional
 from fastres.activations import IDENTITY, RELU, Activation
-from fastres.contract import Act
+from fastres.contract import Act, output_size
 from fastres.functional import Convolved, NormParams, Statistics
 from fastres.functional.norm import norm_act as act_of_norm
 from fastres.functional.shortcut import Branch, shortcut_act
 from fastres.nn.trust import why_not_children, why_not_exactly
 from fastres.ops.algorithms import choose_algorithm, is_served, known_algorithm, problem_of, requested_algorithm
-from fastres.ops.fallback import output_size
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.contract import ConvProblem, rows_are_channels
-from fastres.ops.fallback import output_size
+from fastres.contract import ConvProblem, output_size, rows_are_channels
 
 ALGORITHMS = ("auto", "torch", "winograd")
 

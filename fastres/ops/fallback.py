@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres import contract
 from fastres.activations import Activation
-from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums
+from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums, output_size
 from fastres.ops.arguments import Ints2, Needs2, Needs3
 from fastres.ops.formulas import activate, input_gradient, keep_rows, masked_gradient, sums_of, unpack_keep
 from fastres.ops.packed import unpack
@@ -126,7 +126,7 @@ def backward_reduce(
         dz: what the second stage takes in dy's place where there are two parts, and else empty. In the order "add_act"
             it is g, and the second stage has `PLAIN` for act and no bits; in the order "act_add" dy + dy2.
     """
-    whole = dy if dy2 is None else dy + dy2
+    whole = dy if dy2 is None else dy.to(norm.mean.dtype) + dy2
     g = masked_gradient(whole, x, norm, residual, act, _mask(bits, x))
     dr = g if act.order == "add_act" else whole.to(g.dtype)
     sums = sums_of(g, dr, x, norm, residual)
@@ -199,11 +199,6 @@ def backward(
 
 
 # ---------------------------------------------------------------------------------------------------------- convolution
-
-
-def output_size(size: int, stride: int) -> int:
-    """Output positions along one axis of a convolution whose padding is half its kernel."""
-    return (size - 1) // stride + 1
 
 
 def empty_output(x: Tensor, outputs: int, stride: Sequence[int], memory_format: torch.memory_format) -> Tensor:

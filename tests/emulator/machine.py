@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fastres import _build, contract
-from fastres.contract import NormParams
-from fastres.ops.fallback import output_size
+from fastres.contract import NormParams, output_size
 
 FOLDER = Path(__file__).resolve().parent
 CUDA_SOURCES = _build.SOURCES / "cuda"

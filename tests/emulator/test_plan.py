@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from fastres.ops.fallback import output_size
+from fastres.contract import output_size
 from tests.emulator.machine import ARITHMETIC, STEPS, Problem
 from tests.oracle import generator
 

@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from benchmarks.compiled.launches import evaluation, run_backward, training_step
+from fastres import contract
+from fastres.contract import Act, Norm, NormParams, Statistics
 from fastres.kernels import batch_norm_act
 from fastres.kernels.compiled import ARCHITECTURES
 from fastres.kernels.launch import recording
@@ -75,14 +77,30 @@ def test_known_statistics_take_a_launch_that_touches_no_activation(given):
     with recording() as launches:
         x = torch.empty(4, 300, 5, 5, device="meta")
         v = torch.empty(300, device="meta")
-        r, r_given = (x, (v, v)) if given == "both" else (None, (None, None))
-        batch_norm_act.training(
-            x, v, v, v.clone(), v.clone(), r, None, None, None, None, v, v, *r_given, None, given == "both", 0.1, 1e-5,
-            0.1, 1e-5, True, 0.0, "add_act",
-        )  # fmt: skip
+        statistics = Statistics(v, v, torch.empty(1, dtype=torch.int64, device="meta"))
+        residual = (x, NormParams(None, None), statistics) if given == "both" else (None, None, None)
+        own = NormParams(v.clone(), v.clone(), v, v)
+        batch_norm_act.training(x, own, statistics, *residual, None, Act("relu", 0.0, 0.0, "add_act"))
     assert [launch.name for launch in launches] == ["finalise_kernel", "apply_kernel"]
     assert launches[0].grid == (1, 3, 1)
-    assert all(t.numel() == 300 for t in launches[0].arguments.values() if isinstance(t, torch.Tensor))
+    assert all(t.numel() in (1, 300) for t in launches[0].arguments.values() if isinstance(t, torch.Tensor))
+
+
+def test_a_gradient_in_two_parts_takes_no_more_launches_than_one():
+    with recording() as launches:
+        x, dy, dy2 = (torch.empty(4, 300, 5, 5, device="meta") for _ in range(3))
+        v = torch.empty(300, device="meta")
+        bits = torch.empty(contract.bits_size(x), dtype=torch.uint8, device="meta")
+        act = Act("relu", 0.0, 0.0, "add_act")
+        _, dr, *_ = batch_norm_act.backward(
+            dy, dy2, x, Norm(v, v, v, v), None, bits, act, True, [True, True, True]
+        )  # fmt: skip
+    first, second = launches
+    assert (first.name, second.name) == ("backward_reduce_kernel", "backward_apply_kernel")
+    # The gradient of a plain residual is what the first wrote, and all that the second knows of y's gradient.
+    assert first.arguments["dz_ptr"] is second.arguments["dy_ptr"] is dr
+    assert first.arguments["dy2_ptr"] is dy2
+    assert second.arguments["dresidual_ptr"] is second.arguments["bits_ptr"] is second.arguments["PASSES"] is None
 
 
 def test_the_engine_of_the_trace_computes_gradients():

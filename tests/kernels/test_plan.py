@@ -21,10 +21,13 @@ DEVICES = [Device(132), Device(128, 1536, 32, 72), Device(304, 2048, 64), Device
     itemsize=st.sampled_from([2, 4]),
     device=st.sampled_from(DEVICES),
     plan=st.sampled_from([reduce_plan, apply_plan]),
+    crowded=st.booleans(),
 )
-def test_a_plan_covers_everything_once_and_fits(channels_last, images, channels, image, itemsize, device, plan):
+def test_a_plan_covers_everything_once_and_fits(
+    channels_last, images, channels, image, itemsize, device, plan, crowded
+):
     shape = Geometry(channels_last, images * image, channels, image, itemsize)
-    p = plan(shape, device)
+    p = plan(shape, device, crowded=crowded)
     for block in (p.block_s, p.block_c, p.block_p):
         assert block & (block - 1) == 0
     # A byte of the bit mask belongs to one program, philox's groups of four to one tile.
@@ -45,13 +48,14 @@ def test_a_plan_covers_everything_once_and_fits(channels_last, images, channels,
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_partial_sums_cost_at_most_three_percent_of_a_pass(itemsize, channels_last):
+@pytest.mark.parametrize("crowded", [False, True])
+def test_partial_sums_cost_at_most_three_percent_of_a_pass(itemsize, channels_last, crowded):
     for stage in range(4):
         for batch in (8, 128, 512):
             image = (32 >> stage) ** 2
             shape = Geometry(channels_last, batch * image, 64 << stage, image, itemsize)
             for device in DEVICES:
-                p = reduce_plan(shape, device)
+                p = reduce_plan(shape, device, crowded=crowded)
                 partials = 2 * p.splits * p.channel_blocks * p.block_c * 8
                 # One program is the least there can be, however small the tensor.
                 assert p.splits == 1 or partials <= 0.03 * shape.positions * shape.channels * itemsize

@@ -1,0 +1,103 @@
+"""The choice of a convolution's algorithm, from its problem alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastres import functional, fuse
+from fastres.contract import ConvProblem
+from fastres.nn import FusedBasicBlock
+from fastres.ops.algorithms import ALGORITHMS, choose_algorithm, is_served, problem_of, requested_algorithm
+
+LARGE = ConvProblem(torch.float32, (128, 64, 32, 32), 64, 3, 1, True, True, 2, "avx512", False)
+FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "avx512"])
+@pytest.mark.parametrize(
+    ("problem", "algorithm", "reason"),
+    [
+        (LARGE, "winograd", "saves more multiplications"),
+        (LARGE._replace(needs_grad=False), "winograd", "saves more multiplications"),
+        (LARGE._replace(dtype=torch.bfloat16), "winograd", "saves more multiplications"),
+        (LARGE._replace(dtype=torch.bfloat16, matrix_units=True), "torch", "bfloat16 matrices"),
+        (LARGE._replace(dtype=torch.float64), "torch", "this dtype"),
+        (LARGE._replace(dtype=torch.float16), "torch", "this dtype"),
+        (LARGE._replace(kernel=1), "torch", "this size"),
+        (LARGE._replace(kernel=7), "torch", "this size"),
+        (LARGE._replace(stride=2), "torch", "too few"),
+        (LARGE._replace(channels_last=False), "torch", "not in channels_last"),
+        (LARGE._replace(shape=(0, 64, 32, 32)), "torch", "empty"),
+        (FEW, "gemm", "few"),
+        (FEW._replace(stride=2), "gemm", "few"),
+        (FEW._replace(needs_grad=True), "torch", "too few"),
+        (FEW._replace(channels_last=False), "torch", "not in channels_last"),
+    ],
+)
+def test_the_choice_and_its_reason(problem, algorithm, reason, capability):
+    choice = choose_algorithm(problem._replace(capability=capability))
+    assert choice.algorithm == algorithm
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize("capability", ["default", "cuda", "meta", "xpu"])
+def test_where_no_kernel_of_ours_serves_it_is_pytorchs(capability):
+    problem = LARGE._replace(capability=capability)
+    assert not is_served(problem)
+    for requested in ALGORITHMS:
+        assert choose_algorithm(problem, requested).algorithm == "torch"
+
+
+@pytest.mark.parametrize(
+    ("problem", "requested", "algorithm"),
+    [
+        (LARGE, "torch", "torch"),
+        (FEW, "torch", "torch"),
+        (FEW, "winograd", "winograd"),
+        (FEW._replace(stride=2), "winograd", "torch"),
+        (LARGE._replace(channels_last=False), "winograd", "winograd"),
+        (LARGE._replace(dtype=torch.bfloat16, matrix_units=True), "winograd", "winograd"),
+        (LARGE._replace(dtype=torch.float64), "winograd", "torch"),
+    ],
+)
+def test_what_is_requested_is_chosen_wherever_it_serves(problem, requested, algorithm):
+    assert choose_algorithm(problem, requested).algorithm == algorithm
+
+
+def test_the_problem_of_a_tensor():
+    x = torch.randn(2, 5, 7, 9).contiguous(memory_format=torch.channels_last)
+    problem = problem_of(x, 11, 3, 2, needs_grad=True)
+    assert problem[:7] == (torch.float32, (2, 5, 7, 9), 11, 3, 2, True, True)
+    assert problem.threads == torch.get_num_threads()
+    assert problem.capability == torch.backends.cpu.get_cpu_capability().lower()
+    assert problem_of(x.contiguous(), 11, needs_grad=False)[3:7] == (3, 1, False, False)
+    assert problem_of(x.to("meta"), 11, needs_grad=False).capability == "meta"
+
+
+def test_the_environment_decides_where_nobody_else_does(monkeypatch):
+    monkeypatch.delenv("FASTRES_CONV", raising=False)
+    assert requested_algorithm(None) == "auto"
+    for value in ALGORITHMS:
+        monkeypatch.setenv("FASTRES_CONV", value)
+        assert requested_algorithm(None) == value
+        assert requested_algorithm("auto") == "auto"
+    monkeypatch.setenv("FASTRES_CONV", "fft")
+    with pytest.raises(ValueError, match=r"FASTRES_CONV: expected one of \('auto', 'torch', 'winograd'\), got 'fft'"):
+        requested_algorithm(None)
+
+
+def test_the_old_name_of_pytorchs_algorithm_works_and_says_so(monkeypatch):
+    with pytest.warns(DeprecationWarning, match='algorithm: "direct" is called "torch" now'):
+        assert requested_algorithm("direct") == "torch"
+    monkeypatch.setenv("FASTRES_CONV", "direct")
+    with pytest.warns(DeprecationWarning, match='FASTRES_CONV: "direct" is called "torch" now'):
+        assert requested_algorithm(None) == "torch"
+    with pytest.warns(DeprecationWarning, match="conv_algorithm"):
+        block = FusedBasicBlock(8, 8, conv_algorithm="direct")
+    assert block.conv_algorithm == "torch"
+    with pytest.warns(DeprecationWarning, match="conv_algorithm"):
+        assert fuse(FusedBasicBlock(8, 8), conv_algorithm="direct").conv_algorithm == "torch"
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3)
+    with pytest.warns(DeprecationWarning, match="algorithm"):
+        assert torch.equal(functional.conv3x3(x, w, algorithm="direct"), functional.conv3x3(x, w, algorithm="torch"))
