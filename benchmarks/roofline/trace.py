@@ -286,7 +286,7 @@ def record(step: Step, *, fused: bool, rule_of: Callable[[Any], Rule]) -> list[K
     # The CPU stands for the GPU: where there is none, the autograd engine refuses tensors that claim to be on it.
     with FakeTensorMode():
         # The CPU's own convolutions are not what a GPU runs.
-        algorithm = "direct" if fused else None
+        algorithm = "torch" if fused else None
         network = models.create(
             step.model, num_classes=CLASSES, dropout=step.dropout, fused=fused, conv_algorithm=algorithm
         )

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import triton
 
 from benchmarks.compiled.launches import model_launches
 from benchmarks.compiled.triton_table import is_good, label
@@ -94,6 +95,33 @@ def test_every_activation_compiles_into_registers(kind, residual, dropout_p, ord
     assert len(launches) == 4
     for launch in launches[1:]:
         check(launch, architecture)
+
+
+class NoGPU:
+    """What Triton's runtime asks a driver for before it launches."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        return H100.target
+
+
+def test_the_runtime_keeps_a_kernel_of_its_own_for_every_activation(monkeypatch):
+    """Functions are arguments of the compiler's: the runtime's cache has to tell them apart, and to know them again."""
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGPU())
+    x, v = torch.empty(4, 64, 8, 8), torch.empty(64)
+    with recording() as launches:
+        for kind in ("silu", "gelu", "relu", "silu"):
+            batch_norm_act.apply(x, Norm(v, v, v, v), None, None, Act(kind, 0.0, 0.0, "add_act"), False)
+    compiled = [
+        launch.kernel.warmup(**launch.arguments, grid=launch.grid, num_warps=launch.num_warps) for launch in launches
+    ]
+    assert compiled[0] is compiled[3]
+    assert len({kernel.asm["ptx"] for kernel in compiled}) == 3
 
 
 def test_activations_are_never_loaded_in_pieces():
