@@ -1,8 +1,9 @@
 """`python -m benchmarks.results`: every workload with all its sides interleaved in one process.
 
-Writes the raw figures as JSON and the README's plot to docs/results/, and the table to the README, between the lines
-`<!-- results -->` and `<!-- /results -->`, where it has them. Interleaved means: each round runs every side once, so
-that a machine whose speed drifts slows all sides alike. Figures are medians over the rounds.
+Writes the raw figures as JSON and the README's plot to docs/results/, all tables to docs/benchmarks.md, and a selection
+of at most ten rows to the README: in both between the lines `<!-- results -->` and `<!-- /results -->`, where they are.
+Interleaved means: each round runs every side once, so that a machine whose speed drifts slows all sides alike. Figures
+are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Config:
     output_dir: Path = PUBLISHED
     """Folder for the JSON file and results.png."""
     readme: Path = ROOT / "README.md"
-    """File that takes the table; left as it is by a quick run, or where it lacks the two marker lines."""
+    """File for the selection; left as it is by a quick run, or where it lacks the two marker lines."""
+    page: Path = ROOT / "docs" / "benchmarks.md"
+    """File for all tables; likewise."""
     rounds: float = 2.0
     """Rounds of each workload, as a multiple of those that pytest runs."""
     from_json: Path | None = None
@@ -218,13 +221,47 @@ def from_json(path: Path) -> Results:
         raise ValueError(f"from_json: {path} does not hold results of this script ({error})") from error
 
 
-def table(results: Results) -> str:
-    """The results in Markdown."""
-    machine = results.machine
-    lines = [
+def _conditions(machine: dict[str, Any]) -> str:
+    return (
         f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']};"
         f" {machine['dtype']}, {machine['memory_format']}; {machine['date']}. Allocator, for all sides:"
-        f" {machine['allocator']}. Medians of interleaved rounds.",
+        f" {machine['allocator']}. Medians of interleaved rounds."
+    )
+
+
+def selection(results: Results) -> str:
+    """What a reader asks about first, in at most ten rows of Markdown: the networks in training and evaluation, what a
+    training step with dropout keeps, a block, the operator at its largest shape, and a convolution.
+    """
+    batch, saved = _batch(results), results.saved_bytes_per_image
+    by_group: dict[str, list[Measurement]] = {}
+    for entry in results.measurements:
+        by_group.setdefault(entry.group, []).append(entry)
+    lines = [
+        _conditions(results.machine),
+        "",
+        "| | unit | eager | torch.compile | fastres | over eager | over compile |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in by_group["model-train-step"] + by_group["model-inference"]:
+        cells = [number(entry.images / entry.median(side)) for side in workloads.SIDES]
+        lines.append(row(entry.name, "images/s", *cells, *_ratios(entry)))
+    setting = list(saved)[len(workloads.DROPOUTS) - 1]
+    eager, fused = (saved[setting][side] for side in (EAGER, FUSED))
+    sizes = [number(eager / 2**20), "", number(fused / 2**20), number(eager / fused, "x"), ""]
+    lines.append(row(f"ResNet-18 training step, saved for backward, {setting}", "MiB/image", *sizes))
+    operators = [e for e in by_group["op"] if e.shape == by_group["op"][0].shape]
+    convolutions = [e for e in by_group.get("conv", []) if e.images == batch]
+    for entry in by_group["block"][:1] + operators + convolutions[:1]:
+        cells = [number(1e3 * entry.median(side)) for side in workloads.SIDES]
+        lines.append(row(entry.name, "ms", *cells, *_ratios(entry)))
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Results) -> str:
+    """All results in Markdown."""
+    lines = [
+        _conditions(results.machine),
         "",
         "| forward + backward, ms (less is better) | eager | torch.compile | fastres | over eager | over compile |"
         " fastres / byte floor |",
@@ -257,7 +294,7 @@ def table(results: Results) -> str:
             lines.append(row(entry.name, *cells, *_ratios(entry)))
     lines += [
         "",
-        "| kept for backward by a ResNet-18 training step, MiB an image | eager | fastres | eager / fastres |",
+        "| saved for backward by a ResNet-18 training step, MiB an image | eager | fastres | eager / fastres |",
         "| --- | ---: | ---: | ---: |",
     ]
     for setting, saved in results.saved_bytes_per_image.items():
@@ -371,8 +408,9 @@ def main(config: Config) -> None:
     plot(results, picture)
     print(f"plot: {picture}")
     if not results.machine["quick"]:
-        inserted = insert_table(config.readme, text)
-        print(f"table {'written to' if inserted else 'not written, the marker lines are missing in'} {config.readme}")
+        for file, part in ((config.readme, selection(results)), (config.page, text)):
+            inserted = insert_table(file, part)
+            print(f"table {'written to' if inserted else 'not written, the marker lines are missing in'} {file}")
 
 
 if __name__ == "__main__":

@@ -61,10 +61,11 @@ def test_the_parity_tests_pass_on(backend):
         names = (
             "conv3x3",
             "conv3x3_bfloat16",
-            "conv3x3_product",
+            "conv3x3_gemm",
             "conv3x3_range",
             "conv3x3_packed",
             "norm_act_conv3x3",
+            "norm_act_conv3x3_activations",
         )
         selected += [TESTS / "ops" / f"test_{name}.py" for name in names]
     # Compilation and hypothesis take long and do not depend on the backend.

@@ -17,7 +17,7 @@ from fastres.functional import NormParams
 from fastres.fuse import unfuse
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, ResidualBlock
 from tests.oracle import LAYOUTS, Case, activation, assert_close, generator, keep_off_zero, norm, output_length
-from tests.parity import scramble
+from tests.parity import one_thread, scramble  # noqa: F401
 
 SHAPE = (3, 8, 6, 5)
 

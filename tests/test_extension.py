@@ -333,13 +333,11 @@ def test_parallel_regions_run_on_the_threads_of_torch():
 
 @needs_compiler
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
-def test_reusing_memory_spares_the_page_faults_of_later_buffers(small_sources, cache):
+def test_reusing_memory_spares_the_page_faults_of_later_buffers():
     code = """
-import json, pathlib, resource, sys
+import json, resource
 import torch
 import fastres
-from fastres import _build
-_build.SOURCES = pathlib.Path(sys.argv[1])
 torch.set_num_threads(1)
 def faults(buffers):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -351,7 +349,7 @@ done = fastres.reuse_cpu_memory()
 faults(30); kept = faults(10)
 print(json.dumps([done, fresh, kept]))
 """
-    (done, fresh, kept), _ = finish(start(code, small_sources, **cache))
+    (done, fresh, kept), _ = finish(start(code))
     assert done is True
     assert kept < fresh / 4
 

@@ -16,6 +16,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from fastres import ArticleResNet18, FusedResNet18, freeze, fuse, unfuse
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, ResidualBlock, SkipConnection
 from tests.oracle import LAYOUTS, activation, generator
+from tests.parity import one_thread  # noqa: F401
 
 HERE = freeze.__module__
 LOW = torch.bfloat16

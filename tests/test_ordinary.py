@@ -23,6 +23,7 @@ from fastres.functional import NormParams
 from fastres.ordinary import why_not_ordinary
 from tests import backend
 from tests.oracle import LAYOUTS, activation, generator, near_zero
+from tests.parity import one_thread  # noqa: F401
 
 pytestmark = pytest.mark.skipif(backend.NAME in ("triton", "cuda"), reason="the functions' own logic, on the CPU")
 

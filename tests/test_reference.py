@@ -122,3 +122,14 @@ def test_the_oracle_of_the_convolution_s_neighbours_agrees_with_torch_s_own_oper
     dy = torch.randn(y.shape, generator=gen, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 2), (1, 3, 1, 5), (1, 3, 4, 1), (2, 3, 1, 2)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_through_dropout_are_right_for_single_images_and_lines(shape, layout):
+    gen, seed = generator(shape, layout), torch.tensor([3])
+    x, dy = (activation(shape, torch.float64, layout, gen) for _ in range(2))
+    bias = torch.zeros(shape[1], dtype=torch.float64, requires_grad=True)
+    y = reference.batch_norm_act(x, None, None, None, bias, training=True, relu=False, dropout_p=0.25, seed=seed)
+    kept = dy * contract.dropout_keep(shape, seed, 0.25) / 0.75
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], kept.sum((0, 2, 3)))

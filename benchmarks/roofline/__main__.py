@@ -40,4 +40,4 @@ def main(config: Config, console: Console | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, prog="python -m benchmarks.roofline", description=__doc__))

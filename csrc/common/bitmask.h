@@ -2,8 +2,8 @@
 //
 // Memory is rows: M rows of C in channels_last, N * C rows of H * W in NCHW. Element k of a row is bit k % 8 of the
 // row's byte k / 8, and every row starts on a byte of its own, so that two rows never share a byte and may be written
-// by two threads. A bit is set where the element was kept by dropout and its ReLU input was not <= 0 (NaN passes, as in
-// ReLU).
+// by two threads. A bit is set where the element was kept by dropout and, where the activation is piecewise linear with
+// the slopes 1 and 0 (or 1 and alpha), passed by it: ReLU passes what is not <= 0, NaN included.
 #pragma once
 
 #include <cstdint>

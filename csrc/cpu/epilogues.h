@@ -209,7 +209,7 @@ struct Normalise {
     bool streaming;
     const T* residual;
     bool relu;
-    ActivationOf<float> activation;
+    const ActivationOf<float>* activation;
     Count count;
     Lanes mean, scale, bias;
 
@@ -221,11 +221,10 @@ struct Normalise {
         z = z + load_counted(residual + at, count);
       }
       if constexpr (kGeneral) {
-        z = activation.forward(Vec<float>(z));
-      } else if (relu) {
-        z = rectify(Vec<float>(z));
+        put(y + at, activation->forward(Vec<float>(z)), count, streaming);
+      } else {
+        put(y + at, relu ? Lanes(rectify(Vec<float>(z))) : z, count, streaming);
       }
-      put(y + at, z, count, streaming);
     }
     void end() {}
   };
@@ -236,7 +235,7 @@ struct Normalise {
         streaming,
         residual,
         relu,
-        activation,
+        &activation,
         count,
         load_counted(norm->mean.data() + c, count),
         load_counted(norm->scale.data() + c, count),

@@ -14,7 +14,6 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
-
 namespace {
 
 // Gathered elements that are worth a thread's start.
@@ -130,8 +129,8 @@ void finish_positions(
 
 template <typename T, typename Epilogue>
 void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel, const Epilogue& epilogue) {
-  const int64_t count = positions.count(), depth = kTaps * kTaps * round_up(kernel.inputs, kPanel),
-                groups = groups_of(kernel.outputs);
+  const int64_t count = positions.count(), groups = groups_of(kernel.outputs);
+  const int64_t depth = kTaps * kTaps * round_up(kernel.inputs, kPanel);
   const int64_t row_groups = (count + kRows - 1) / kRows;
   const Workspace operand(row_groups * kRows * depth);
   at::parallel_for(

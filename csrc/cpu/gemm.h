@@ -126,8 +126,7 @@ inline void with_rows(int64_t rows, const F& f) {
   }
 }
 
-// `tiles` tiles of an operand, a column group of weights: product
-// [p][kColumns]. depth is a multiple of kWidth.
+// product [p][kColumns] = `tiles` rows of operand times one column group of weights. depth is a multiple of kWidth.
 inline void multiply_outputs(const float* operand, const float* weights, float* product, int64_t tiles, int64_t depth) {
   for (int64_t p = 0; p < tiles; p += kRows) {
     with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
@@ -144,8 +143,7 @@ inline void multiply_outputs(const float* operand, const float* weights, float* 
   }
 }
 
-// Groups of at most kRows, as even as can be: a short last one would leave the
-// multipliers waiting.
+// Groups of at most kRows, as even as can be: a short last one would leave the multipliers waiting.
 struct RowGroups {
   int64_t rows;
 

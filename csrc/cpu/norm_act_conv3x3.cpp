@@ -1,8 +1,8 @@
 // The operators norm_act_conv3x3_*: the 3x3 convolution of a = dropout(f(bn(x) + r)), or of dropout(f(bn(x))) + r.
 //
 // Forward and the weight gradient compute a in their prologue. The input gradient's epilogue has da in registers, makes
-// g = da * f' * keep / (1 - p) of it and takes the sums of the normalisation's backward; the second stage is that of
-// batch_norm_act.
+// g = da * f' * keep / (1 - p) of it and accumulates the sums of the normalisation's backward; the second stage is that
+// of batch_norm_act.
 #include "conv3x3.h"
 #include "norm_act_backward.h"
 

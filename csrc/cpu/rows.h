@@ -35,7 +35,8 @@ struct Rows {
   }
 };
 
-// Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win; fastres.reference says the same.
+// Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win, as contract.rows_are_channels has
+// it.
 inline Rows rows_of(const at::Tensor& x) {
   const int64_t pixels = x.size(2) * x.size(3);
   const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && (!x.is_contiguous() || pixels == 1);

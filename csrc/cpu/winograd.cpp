@@ -25,7 +25,6 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
-
 namespace {
 
 // What a thread's chunk may have of its L2 cache, transformed input and products together.
@@ -33,8 +32,8 @@ constexpr int64_t kChunkBytes = 448 * 1024;
 // Pairs of channels whose weights are worth a thread's start.
 constexpr int64_t kThreadPairs = 2 * 1024;
 
-// to: [36][group of columns] and as transform_weights writes them. Returns whether the weights
-// are within the transforms' range.
+// to: [36][group of columns] and as transform_weights writes them. Returns whether the weights are within the
+// transforms' range.
 bool transform_all_weights(const Kernel& kernel, float* to) {
   const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth), vectors = depth / kWidth;
   std::vector<float> energies(groups * vectors); // of each stretch of inputs, at its first vector

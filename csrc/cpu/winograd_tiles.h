@@ -17,8 +17,8 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
-// The 4x4 tiles of [images, height, width] outputs, in the order of memory. The
-// last ones of a line or column may reach over the edge.
+// The 4x4 tiles of [images, height, width] outputs, in the order of memory. The last ones of a line or column may reach
+// over the edge.
 struct Tiles {
   int64_t images, height, width;
 

@@ -11,7 +11,6 @@
 //   G rows     [1 0 0]            [1 +-a 1/2] / -3/2     [1 +-b 2] / 6            [0 0 1]
 //   A^T rows   [1 1 1 1 1 0]      [0 a -a b -b 0]        [0 1/2 1/2 2 2 0]        [0 a/2 -a/2 2b -2b 1]
 //
-//
 // Each of the 36 points of what is transformed is a plane of its own, laid out as the products read it (gemm.h).
 //
 // The transforms mix the values of a tile, so that rounding errors of its largest spread to all of its outputs, and

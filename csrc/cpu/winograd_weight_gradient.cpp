@@ -20,7 +20,6 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
-
 namespace {
 
 // Tiles over which a weight gradient is summed in registers, where there are many, and its threads' sums in all.
@@ -37,8 +36,7 @@ struct Problem : WeightGradient<T> {
   int64_t groups() const {
     return groups_of(inputs);
   }
-  // Rows of dy a multiple of 2 KiB apart would fall into the same few lines of
-  // the L1 cache.
+  // Rows of dy a multiple of 2 KiB apart would fall into the same few lines of the L1 cache.
   int64_t row() const {
     return round_up(outputs, kWidth) + kSkew;
   }
@@ -139,9 +137,8 @@ private:
   Workspace columns_, rows_;
 };
 
-// The inverse transform of `size` output channels from `begin` on and a group
-// of input channels: the sum of `parts` products, each with planes of
-// [size][kColumns].
+// The inverse transform of `size` output channels from `begin` on and a group of input channels: the sum of `parts`
+// products, each with planes of [size][kColumns].
 template <typename T>
 void transform_gradient(
     const Problem<T>& w,
@@ -222,8 +219,7 @@ void add_directly(
   }
 }
 
-// Few tiles: all are transformed, and each product is transformed back as soon
-// as it is there.
+// Few tiles: all are transformed, and each product is transformed back at once.
 template <typename T>
 void gradient_at_once(const Problem<T>& w) {
   const int64_t count = w.tiles.count();
@@ -263,8 +259,7 @@ void gradient_at_once(const Problem<T>& w) {
   });
 }
 
-// Many tiles: every thread takes a share of them through its caches, a chunk at
-// a time, and the shares are added up.
+// Many tiles: every thread computes a share of them, a chunk at a time in its caches, and the shares are added up.
 template <typename T>
 void gradient_by_shares(const Problem<T>& w) {
   const int64_t count = w.tiles.count(), plane = w.gradient_plane();
@@ -335,8 +330,7 @@ void gradient_by_shares(const Problem<T>& w) {
 template <typename T>
 void weight_gradient(const WeightGradient<T>& given) {
   const Problem<T> w{given};
-  // At once where the transformed tiles are no larger than what would be added
-  // up otherwise.
+  // At once where the transformed tiles are no larger than what would be added up otherwise.
   const int64_t bytes = w.tiles.count() * w.tile_bytes();
   if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 2 * w.gradient_bytes())) {
     gradient_at_once(w);

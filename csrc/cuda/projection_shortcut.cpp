@@ -20,7 +20,8 @@
 namespace fastres::shortcut {
 namespace {
 
-// Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win; fastres.reference says the same.
+// Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win, as contract.rows_are_channels has
+// it.
 bool is_channels_last(const Tensor& s) {
   const bool last =
       s.is_contiguous(at::MemoryFormat::ChannelsLast) && (!s.is_contiguous() || s.size(2) * s.size(3) == 1);

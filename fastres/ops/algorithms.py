@@ -78,16 +78,24 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
+def _processor() -> tuple[str, bool]:
+    """`ConvProblem`'s capability, of a CPU, and matrix_units."""
+    return (
+        torch.backends.cpu.get_cpu_capability().lower(),
+        bool(torch.cpu.get_capabilities().get("amx_bf16", False)),
+    )
+
+
+# Dynamo traces through the cache itself, so it does not go on these.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability() -> str:
-    return torch.backends.cpu.get_cpu_capability().lower()
+    return _processor()[0]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _has_matrix_units() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return _processor()[1]
 
 
 def choose_algorithm(problem: ConvProblem, requested: str = "auto") -> Choice:

@@ -244,7 +244,9 @@ class BatchNormAct(torch.autograd.Function):
             dx, dr, *sums = _plain_backward(ctx, dy, x, norm, residual, bits)
             dy2 = None
         else:
-            dy, dy2 = (None if g is None else g.contiguous(memory_format=ctx.memory_format) for g in (dy, dy2))
+            dy = dy.contiguous(memory_format=ctx.memory_format)
+            if dy2 is not None:
+                dy2 = dy2.contiguous(memory_format=ctx.memory_format)
             needs_dr = needed[3] and (dy2 is not None or not ctx.residual_gradient_is_dy)
             # Where they are taken in any case, returning them costs less than making empty ones.
             needs_sums = needed[1] or needed[2] or needed[4] or needed[5] or ctx.training

@@ -119,12 +119,12 @@ def in_strides_of(weight: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
 
 
-def needs_plain_formula(*gradients: Tensor | None) -> bool:
+def needs_plain_formula(dy: Tensor, dy2: Tensor | None = None) -> bool:
     """Whether a backward has to be PyTorch's own operators, since it is to be differentiated again, or batched."""
     if torch.compiler.is_compiling():
         return False
     # torch.autograd.grad(is_grads_batched=True) has batches of its own, beside torch.func's.
-    batched = any(g is not None and _is_batched(g) for g in gradients)
+    batched = _is_batched(dy) or (dy2 is not None and _is_batched(dy2))
     return torch.is_grad_enabled() or batched or why_not_ordinary() is not None
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from benchmarks.accuracy import (
 )
 from fastres.train import Split, TrainConfig
 from fastres.train.engine import Engine
+from tests.parity import one_thread  # noqa: F401
 
 needs_kernels = pytest.mark.skipif(not accuracy.has_winograd_kernels(), reason="needs the compiled Winograd kernels")
 CLASSES = ("dark", "light")
@@ -50,11 +52,21 @@ def images(tmp_path_factory):
     return root
 
 
+def study_in(folder, images, seeds=2):
+    return Config(images, folder, seeds, epochs=2, train_images=40, test_images=12, model="resnet20", batch_size=8)
+
+
 @pytest.fixture
 def config(images, tmp_path):
-    return Config(
-        images, tmp_path / "out", seeds=2, epochs=2, train_images=40, test_images=12, model="resnet20", batch_size=8
-    )
+    return study_in(tmp_path / "out", images)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """The folder of a study of one seed, made by the command "first"; to be copied, not written to."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert main(study_in(folder, images, seeds=1), "first")
+    return folder
 
 
 @pytest.fixture
@@ -125,26 +137,23 @@ def test_only_the_fused_side_runs_winograds_kernels(config, monkeypatch, model):
 
 
 @needs_kernels
-def test_what_is_written_is_not_done_again_and_seeds_can_be_added(config, trained):
-    main(dataclasses.replace(config, seeds=1), "first")
-    first = json.loads((config.output_dir / "accuracy-resnet20.json").read_text())["runs"]
-    main(config, "second")
-    assert trained == [(True, 0), (False, 0), (True, 1), (False, 1)]
+def test_what_is_written_is_not_done_again_and_seeds_can_be_added(config, whole, trained):
+    shutil.copytree(whole, config.output_dir)
+    first = json.loads((whole / "accuracy-resnet20.json").read_text())["runs"]
+    assert main(config, "second")
+    assert trained == [(True, 1), (False, 1)]
     runs = json.loads((config.output_dir / "accuracy-resnet20.json").read_text())["runs"]
     assert runs[:2] == first
     assert [run["command"] for run in runs] == ["first", "first", "second", "second"]
     assert main(config, "third")
-    assert len(trained) == 4
+    assert len(trained) == 2
 
 
 @needs_kernels
 @pytest.mark.parametrize("step", [3, 10, 14])
-def test_interrupted_study_goes_on_as_if_nothing_had_been(config, monkeypatch, tmp_path, step):
+def test_interrupted_study_goes_on_as_if_nothing_had_been(config, whole, monkeypatch, step):
     """Ctrl-C in the first run, at its end, and in the second."""
     config = dataclasses.replace(config, seeds=1)
-    main(config, "")
-    whole = json.loads((config.output_dir / "accuracy-resnet20.json").read_text())["runs"]
-    config = dataclasses.replace(config, output_dir=tmp_path / "parts")
     real, count = Engine.train_step, 0
 
     def press(self, *batch):
@@ -158,9 +167,11 @@ def test_interrupted_study_goes_on_as_if_nothing_had_been(config, monkeypatch, t
     assert not main(config, "")
     assert main(config, "")
     assert count == 20
-    parts = json.loads((config.output_dir / "accuracy-resnet20.json").read_text())["runs"]
-    assert [run["losses"] for run in parts] == [run["losses"] for run in whole]
-    assert [run["test_accuracy"] for run in parts] == [run["test_accuracy"] for run in whole]
+    parts, uninterrupted = (
+        json.loads((folder / "accuracy-resnet20.json").read_text())["runs"] for folder in (config.output_dir, whole)
+    )
+    assert [run["losses"] for run in parts] == [run["losses"] for run in uninterrupted]
+    assert [run["test_accuracy"] for run in parts] == [run["test_accuracy"] for run in uninterrupted]
 
 
 @needs_kernels
@@ -189,11 +200,11 @@ def test_leftovers_of_a_run_without_a_checkpoint_are_cleared(config):
 
 @needs_kernels
 @pytest.mark.parametrize("change", [{"epochs": 3}, {"train_images": 38}, {"lr": 0.1}, {"batch_size": 9}])
-def test_results_of_other_settings_are_not_mixed(config, change):
-    main(dataclasses.replace(config, seeds=1, epochs=1), "")
+def test_results_of_other_settings_are_not_mixed(config, whole, change):
+    shutil.copytree(whole, config.output_dir)
     before = {path.name: path.read_bytes() for path in config.output_dir.iterdir()}
     with pytest.raises(ValueError, match=rf"^output_dir: .*other settings: .*{next(iter(change))} was"):
-        main(dataclasses.replace(config, **{"seeds": 1, "epochs": 1, **change}), "")
+        main(dataclasses.replace(config, seeds=1, **change), "")
     assert {path.name: path.read_bytes() for path in config.output_dir.iterdir()} == before
 
 

@@ -1,5 +1,6 @@
 """The roofline model: its FLOPs and bytes against independent counts, its arithmetic against limits."""
 
+import functools
 import json
 import math
 import random
@@ -14,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # The command draws; `pip install -e ".[test]"` alone does not bring what it draws with.
 pytest.importorskip("matplotlib")
 
+from benchmarks.roofline import kernels as rules
 from benchmarks.roofline.__main__ import main
-from benchmarks.roofline.kernels import kernels_of
 from benchmarks.roofline.model import GPUS, Config, Gpu, dram_bytes, find_gpu, predict
 from benchmarks.roofline.report import PREDICTION
 from benchmarks.roofline.trace import Kernel, Step
@@ -24,6 +25,9 @@ from fastres import models
 
 MODELS = ("resnet18", "resnet50")
 SMALL = Step(batch=2, image=16)
+
+# A step is traced once for all tests that look at it.
+kernels_of = functools.cache(rules.kernels_of)
 
 
 def matrix_flops(kernels, *phases):
@@ -37,7 +41,8 @@ def passes(kernels, row, phase, size):
 
 
 def counted(model, step, training):
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+    """What PyTorch's counter says; it asks for shapes alone, so nothing is computed."""
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training), torch.device("meta"):
         logits = model(torch.randn(step.batch, 3, step.image, step.image))
         if training:
             F.cross_entropy(logits, torch.randint(10, (step.batch,))).backward()
@@ -48,7 +53,8 @@ def counted(model, step, training):
 @pytest.mark.parametrize("name", MODELS)
 def test_flops_are_those_of_pytorchs_counter(name, side):
     step = Step(model=name, batch=random.randint(1, 3), image=16)
-    plain = models.create(name, num_classes=10, fused=False)
+    with torch.device("meta"):
+        plain = models.create(name, num_classes=10, fused=False)
     kernels = kernels_of(side, step)
     assert matrix_flops(kernels, "forward") == counted(plain.eval(), step, False)
     assert matrix_flops(kernels, "forward", "backward") == counted(plain.train(), step, True)
@@ -239,7 +245,7 @@ def test_the_command_writes_what_it_prints(tmp_path):
 
 def test_tracing_leaves_no_hooks_behind():
     before = len(torch.nn.modules.module._global_forward_pre_hooks), len(torch.nn.modules.module._global_forward_hooks)
-    kernels_of(FUSED, SMALL)
+    rules.kernels_of(FUSED, SMALL)
     after = len(torch.nn.modules.module._global_forward_pre_hooks), len(torch.nn.modules.module._global_forward_hooks)
     assert before == after
     assert PREDICTION.startswith("PREDICTION")

@@ -20,7 +20,7 @@ from fastres.activations import KINDS, Activation
 from fastres.contract import Act, Norm, NormParams, Residual
 from fastres.ops import batch_norm_act as ops
 from tests import backend
-from tests.oracle import DTYPES, LAYOUTS, Case, activation, check_case, generator, norm, saved_bytes
+from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, norm, saved_bytes
 
 
 class Expected(NamedTuple):
@@ -158,6 +158,27 @@ def test_shapes_that_fit_vectors_and_shapes_that_do_not(shape, layout):
 @pytest.mark.parametrize("kind", ["relu6", "silu"])
 def test_a_tensor_that_is_larger_than_the_caches(kind, layout):
     check((16, 64, 48, 48), torch.float32, layout, kind, dropout_p=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(backend.NAME in ("triton", "cuda"), reason="on a GPU the operator has ReLU and the identity alone")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_the_projection_shortcut_in_evaluation(kind, layout):
+    for dtype in DTYPES:
+        gen = generator("projection", kind, layout, dtype)
+        s, x = activation((2, 5, 7, 5), dtype, layout, gen), activation((2, 13, 4, 3), dtype, layout, gen)
+        # Small integers, whose products are exact in every dtype.
+        s, weight = s.round(), torch.randint(-2, 3, (13, 5, 1, 1), generator=gen).to(dtype)
+        own, other = (norm(13, dtype, gen) for _ in range(2))
+        y = functional.projection_shortcut(
+            s, weight, own, x, other, stride=2, activation=Activation(kind, EXPECTED[kind].alpha)
+        )
+        of_s, of_x = (
+            F.batch_norm(t, *(v.double() for v in n[:4]), eps=n.eps)
+            for t, n in ((F.conv2d(s.double(), weight.double(), stride=2), own), (x.double(), other))
+        )
+        assert_close(y, EXPECTED[kind].function(of_s + of_x), f"y of {dtype}")
 
 
 # ------------------------------------------------------------------------------------------------------- single points

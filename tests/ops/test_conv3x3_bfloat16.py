@@ -27,10 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fastres import functional, reference
+from fastres import contract, functional, reference
+from fastres.activations import IDENTITY, RELU, Activation
+from fastres.contract import Act, Norm
 from fastres.functional import NormParams, Statistics
 from fastres.nn import FusedBasicBlock
+from fastres.ops import algorithms
 from fastres.ops import conv3x3 as ops
+from fastres.ops import norm_act_conv3x3 as norm_act_ops
+from tests.operators import flat
 from tests.ops.test_conv3x3 import COMPILED, layout_of, needs_kernels
 from tests.oracle import (
     LAYOUTS,
@@ -172,7 +177,7 @@ def check_measured(shape: Shape, weight_dtype: torch.dtype, layout: str = "chann
     assert y.dtype == LOW and torch.equal(same, x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1]), noise=exact.y_noise())
-    assert_statistics(*statistics, y.detach(), "y")
+    assert_statistics(*statistics[:2], y.detach(), "y")
 
     dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
     both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
@@ -276,7 +281,7 @@ def check_norm_act(
     xhat, rstd, z = normed(x.double())
     passed = (z > 0) if relu else torch.ones_like(z, dtype=torch.bool)
     if dropout_p > 0:
-        passed = passed & reference.dropout_keep(x.shape, seed, dropout_p)
+        passed = passed & contract.dropout_keep(x.shape, seed, dropout_p)
     gate = passed / (1 - torch.tensor(dropout_p, dtype=torch.float64))
     exact = Convolution(z * gate + after, weight, dy, rounds_a=not COMPILED)
     running = [0.8 * n.running_mean.double() + 0.2 * x.double().mean(channels)]
@@ -292,7 +297,7 @@ def check_norm_act(
         )  # fmt: skip
     assert y.dtype == LOW and y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1]), noise=exact.y_noise())
-    assert_statistics(*found, y.detach(), "y")
+    assert_statistics(*found[:2], y.detach(), "y")
     for value, wanted in zip(n[:2], running, strict=True):
         assert_close(value, wanted, "running statistics", length=count)
 
@@ -363,28 +368,30 @@ def test_any_shape_behind_a_normalisation_agrees_with_float64(
 
 def check_end(
     shape: Shape, weight_dtype: torch.dtype, *, layout: str = "channels_last", with_residual: bool = True,
-    relu: bool = True, stride: int = 1, product: bool = False,
+    relu: bool = True, stride: int = 1, gemm: bool = False,
 ) -> None:  # fmt: skip
     """The convolution alone, and with the normalisation that follows it, by Winograd's algorithm or as one product."""
-    x, weight, _ = tensors(shape, weight_dtype, "end", stride, product, layout=layout)
+    x, weight, _ = tensors(shape, weight_dtype, "end", stride, gemm, layout=layout)
     gen = generator(shape, weight_dtype, stride, relu)
     n = norm(shape[2], torch.float32, gen)
     y = F.conv2d(x.double(), weight.double(), padding=1, stride=stride)
     residual = activation(y.shape, LOW, layout, gen) if with_residual else None
-    length = 9 * shape[1] if product else output_length(shape[1])
+    length = 9 * shape[1] if gemm else output_length(shape[1])
     noise = torch.zeros_like(y)
     if not COMPILED and weight_dtype == torch.float32:
         noise = together(HALF**2 * F.conv2d(x.double().square(), weight.double().square(), padding=1, stride=stride))
+
+    algorithm = "gemm" if gemm else "winograd"
 
     def found(n: NormParams | None) -> list[Tensor]:
         """What the operator gives, and what the function that calls it does."""
         with torch.no_grad(), unrounded(weight_dtype):
             if n is None:
-                own = OPS.conv3x3_inference(x, weight, *[None] * 5, 0.0, False, stride, product)
-                return [own] if product else [own, functional.conv3x3(x, weight, algorithm="winograd")]
-            own = OPS.conv3x3_inference(x, weight, *n[:4], residual, n.eps, relu, stride, product)
+                own = ops.inference(x, weight, None, None, IDENTITY, stride, algorithm)
+                return [own] if gemm else [own, functional.conv3x3(x, weight, algorithm="winograd")]
+            own = ops.inference(x, weight, n, residual, RELU if relu else IDENTITY, stride, algorithm)
             options = {"residual": residual, "relu": relu, "algorithm": "winograd"}
-            return [own] if product else [own, functional.conv3x3_norm_act(x, weight, n, **options)]
+            return [own] if gemm else [own, functional.conv3x3_norm_act(x, weight, n, **options)]
 
     for result in found(None):
         assert_close(result, y, "y", length=length, noise=noise)
@@ -415,9 +422,7 @@ def test_one_product_in_evaluation_agrees_with_float64(shape, stride):
     for weight_dtype, layout, (with_residual, relu) in itertools.product(
         WEIGHTS, LAYOUTS, [(True, True), (False, False)]
     ):
-        check_end(
-            shape, weight_dtype, layout=layout, with_residual=with_residual, relu=relu, stride=stride, product=True
-        )
+        check_end(shape, weight_dtype, layout=layout, with_residual=with_residual, relu=relu, stride=stride, gemm=True)
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=False)
@@ -427,7 +432,7 @@ def test_one_product_in_evaluation_agrees_with_float64(shape, stride):
     st.sampled_from([(1, False), (1, True), (2, True), (3, True)]),
 )  # fmt: skip
 def test_any_shape_in_evaluation_agrees_with_float64(shape, weight_dtype, layout, with_residual, relu, way):
-    check_end(shape, weight_dtype, layout=layout, with_residual=with_residual, relu=relu, stride=way[0], product=way[1])
+    check_end(shape, weight_dtype, layout=layout, with_residual=with_residual, relu=relu, stride=way[0], gemm=way[1])
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
@@ -478,17 +483,17 @@ def test_the_end_of_a_block_with_gradients_is_the_same_function(relu, weight_dty
 
 
 @needs_kernels
-@pytest.mark.parametrize("product", [False, True])
-def test_outputs_are_made_of_the_weight_unrounded(product):
+@pytest.mark.parametrize("algorithm", ["winograd", "gemm"])
+def test_outputs_are_made_of_the_weight_unrounded(algorithm):
     """A weight beside its own rounding, and an input beside its negative: what is left is the rounding error."""
-    x, weight, _ = tensors((2, 9, 21, 5, 6), torch.float32, "unrounded", product)
+    x, weight, _ = tensors((2, 9, 21, 5, 6), torch.float32, "unrounded", algorithm)
     rounded = weight.bfloat16()
     error = weight.double() - rounded.double()
     both, x2 = torch.cat([weight, rounded.float()], 1), torch.cat([x, -x], 1)
     wanted = F.conv2d(x.double(), error, padding=1)
-    length = 9 * 18 if product else output_length(18)
-    results = [OPS.conv3x3_inference(x2, w, *[None] * 5, 0.0, False, 1, product) for w in (both, both.bfloat16())]
-    if not product:
+    length = 9 * 18 if algorithm == "gemm" else output_length(18)
+    results = [ops.inference(x2, w, None, None, IDENTITY, 1, algorithm) for w in (both, both.bfloat16())]
+    if algorithm == "winograd":
         results += [OPS.conv3x3_forward(x2, w, False)[0] for w in (both, both.bfloat16())]
     for of_float32, of_bfloat16 in zip(results[::2], results[1::2], strict=True):
         assert_close(of_float32, wanted, "y", length=length)
@@ -546,36 +551,41 @@ def operator_calls(weight_dtype: torch.dtype, layout: str) -> list[tuple[object,
         *((OPS.conv3x3_forward, (x, weight, statistics)) for statistics in (True, False)),
         *((OPS.conv3x3_backward, (dy, x, weight, r, [True, True])) for r in (None, residual)),
         *((OPS.conv3x3_backward, (dy, x, weight, None, needs)) for needs in ([True, False], [False, True])),
-        *((OPS.conv3x3_inference, (x, weight, *[None] * 5, 0.0, False, 1, way)) for way in (False, True)),
-        *((OPS.conv3x3_inference, (x, weight, *of_y, dy, 0.05, True, 1, way)) for way in (False, True)),
+        *(
+            (ops.inference.overload, flat(ops.inference, x, weight, *end, 1, algorithm))
+            for end in ((None, None, IDENTITY), (NormParams(*of_y, eps=0.05), dy, RELU))
+            for algorithm in ("winograd", "gemm")
+        ),
     ]
     # norm_act_conv3x3 brings its arguments to channels_last.
     x, residual = (t.contiguous(memory_format=torch.channels_last) for t in (x, residual))
     for order, r in ((None, None), *((order, residual) for order in functional.ORDERS)):
-        act = (True, 0.25, order or "add_act")
-        forward = (x, None, None, n[2], n[3], *n[:2], r, torch.tensor([17]), weight, 0.1, 1e-3, *act, True)
-        _, _, _, mean, rstd, keep = OPS.norm_act_conv3x3_forward(
-            *(t.clone() if isinstance(t, Tensor) else t for t in forward)
-        )
-        calls.append((OPS.norm_act_conv3x3_forward, forward))
-        for needs in ([True, r is not None, True], [True, False, False], [False, False, True]):
-            calls.append((OPS.norm_act_conv3x3_backward, (dy, x, mean, rstd, n[2], n[3], r, keep, weight, *act, needs)))
+        for kind in ("relu", "silu"):
+            act = Act(*Activation.of(kind), 0.25, order or "add_act")
+            params = NormParams(*(t.clone() for t in n), eps=1e-3)
+            forward = (x, params, None, r, torch.tensor([17]), weight, act, True)
+            calls.append((norm_act_ops.forward.overload, flat(norm_act_ops.forward, *forward)))
+            _, _, _, mean, rstd, keep = norm_act_ops.forward(*forward)
+            own = Norm(mean, rstd, n[2], n[3])
+            for needs in ([True, r is not None, True], [True, False, False], [False, False, True]):
+                for op in (norm_act_ops.backward, norm_act_ops.backward_reduce):
+                    calls.append((op.overload, flat(op, dy, x, own, r, keep, weight, act, needs)))
     return calls
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
 def test_opcheck_passes_on_every_operator(weight_dtype):
     for op, arguments in operator_calls(weight_dtype, "channels_last"):
-        torch.library.opcheck(op.default, arguments)
+        torch.library.opcheck(op if isinstance(op, torch._ops.OpOverload) else op.default, arguments)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
-def test_fake_kernels_foretell_shapes_strides_and_dtypes(weight_dtype, layout):
+def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(weight_dtype, layout):
     for op, arguments in operator_calls(weight_dtype, layout):
         on_meta = [t.to("meta") if isinstance(t, Tensor) else t for t in arguments]
-        results, foretold = ([r] if isinstance(r, Tensor) else r for r in (op(*arguments), op(*on_meta)))
-        for real, fake in zip(results, foretold, strict=True):
+        results, fakes = ([r] if isinstance(r, Tensor) else r for r in (op(*arguments), op(*on_meta)))
+        for real, fake in zip(results, fakes, strict=True):
             assert layout_of(real) == layout_of(fake)
 
 
@@ -588,7 +598,7 @@ def test_several_threads_agree_with_float64(count):
             check_measured(shape, torch.float32)
             check_norm_act(shape, torch.float32, order="add_act", dropout_p=0.2)
             check_end(shape, torch.float32)
-        check_end((1, 64, 200, 8, 8), torch.float32, product=True)
+        check_end((1, 64, 200, 8, 8), torch.float32, gemm=True)
 
 
 @needs_kernels
@@ -597,18 +607,18 @@ def test_results_are_the_same_in_every_run_by_as_many_threads(shape):
     x, weight, dy = tensors(shape, torch.float32, "threads")
     n = [t.detach() for t in norm(shape[1], torch.float32, generator(shape))[:4]]
     residual, seed = activation(x.shape, LOW, "channels_last", generator(shape, "threads")), torch.tensor([17])
-    act = (True, 0.1, "add_act")
+    act = Act(*RELU, 0.1, "add_act")
 
     def run() -> list[Tensor]:
-        behind = OPS.norm_act_conv3x3_forward(
-            x, None, None, *n[2:], None, None, residual, seed, weight, 0.1, 1e-3, *act, True
-        )
+        params = NormParams(None, None, *n[2:], eps=1e-3)
+        behind = norm_act_ops.forward(x, params, None, residual, seed, weight, act, True)
+        own = Norm(*behind[3:5], *n[2:])
         return [
             *OPS.conv3x3_forward(x, weight, True),
             *OPS.conv3x3_backward(dy, x, weight, x, [True, True]),
             *behind,
-            *OPS.norm_act_conv3x3_backward(dy, x, *behind[3:5], *n[2:], residual, behind[5], weight, *act, [True] * 3),
-            OPS.conv3x3_inference(x[:1], weight, *[None] * 5, 0.0, False, 1, True),
+            *norm_act_ops.backward(dy, x, own, residual, behind[5], weight, act, [True] * 3),
+            ops.inference(x[:1], weight, None, None, IDENTITY, 1, "gemm"),
         ]
 
     results = []
@@ -635,16 +645,17 @@ def test_auto_leaves_bfloat16_to_pytorch_where_there_are_tiles(monkeypatch):
     n, end = (norm(64, torch.float32, generator()) for _ in range(2))
     few = x[:1, :, :8, :8].contiguous(memory_format=torch.channels_last)
     for tiles in (True, False):
-        monkeypatch.setattr(ops, "has_bfloat16_tiles", lambda tiles=tiles: tiles)
-        for asked, taken in ((None, not tiles), ("auto", not tiles), ("winograd", True), ("direct", False)):
+        monkeypatch.setattr(algorithms, "_has_matrix_units", lambda tiles=tiles: tiles)
+        for asked, taken in ((None, not tiles), ("auto", not tiles), ("winograd", True), ("torch", False)):
             with torch.autocast("cpu", LOW):
                 assert (functional.norm_act_conv3x3(x, n, weight, algorithm=asked)[1] is not None) == taken
                 assert (functional.measured_conv3x3(x, weight, algorithm=asked).statistics is not None) == taken
-        assert ops.takes_product(few, 64, 2, "auto") is not tiles
+        problem = algorithms.problem_of(few, 64, 3, 2, needs_grad=False)
+        assert (algorithms.choose_algorithm(problem).algorithm == "gemm") is not tiles
         with torch.no_grad(), torch.autocast("cpu", LOW):
             y = functional.conv3x3_norm_act(few, weight, end, stride=2)
         vectors = [t.detach() for t in end[:4]]
-        product = OPS.conv3x3_inference(few, weight, *vectors, None, end.eps, True, 2, True)
+        product = ops.inference(few, weight, NormParams(*vectors, eps=end.eps), None, RELU, 2, "gemm")
         assert not COMPILED or torch.equal(y, product) is not tiles
 
 
@@ -664,7 +675,7 @@ def make_block(*key: object) -> tuple[FusedBasicBlock, FusedBasicBlock]:
         with torch.no_grad():
             conv.weight.copy_(activation(conv.weight.shape, torch.float32, "nchw", gen, mean=0.02, std=180**-0.5))
     exact = copy.deepcopy(block).double()
-    exact.conv_algorithm = "direct"
+    exact.conv_algorithm = "torch"
     return block, exact
 
 

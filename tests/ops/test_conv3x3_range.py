@@ -281,7 +281,7 @@ def test_statistics_are_those_of_the_output(shape, dtype, value):
     y, statistics, _ = functional.measured_conv3x3(x, weight, algorithm="winograd")
     assert statistics is not None
     if value in (1e3, 1e6):
-        assert_statistics(*statistics, y, "y")
+        assert_statistics(*statistics[:2], y, "y")
     else:
         bad = ~y.isfinite().all(3).all(2).all(0)
         assert torch.equal(~statistics.mean.isfinite(), bad)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from fastres import functional
+from fastres.activations import Activation
+from fastres.ops import projection_shortcut as ops
+from tests.operators import opcheck
 from tests.oracle import LAYOUTS, activation, generator, norm
 
 OPS = torch.ops.fastres
@@ -14,19 +17,19 @@ OPS = torch.ops.fastres
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stride", [[1, 1], [2, 2], [2, 3]])
 def test_opcheck_passes_on_every_operator(layout, stride):
-    check = torch.library.opcheck
     gen = generator(layout, stride)
     s, weight = activation((2, 5, 6, 7), torch.float32, layout, gen), torch.randn(9, 5, 1, 1, generator=gen)
     for statistics in (True, False):
-        check(OPS.projection_shortcut_forward.default, (s, weight, stride, statistics))
+        opcheck(ops.forward, s, weight, stride, statistics)
     product = OPS.projection_shortcut_forward(s, weight, stride, False)[0]
     dproduct = torch.randn_like(product)
     for needs in ([True, True], [True, False], [False, True]):
-        check(OPS.projection_shortcut_backward.default, (dproduct, s, weight, stride, needs))
-    own, other = ([t.detach() for t in norm(9, torch.float32, gen)[:4]] for _ in range(2))
+        opcheck(ops.backward, dproduct, s, weight, stride, needs)
+    norms = [norm(9, torch.float32, gen) for _ in range(2)]
+    own, other = (n._replace(weight=n.weight.detach(), bias=n.bias.detach()) for n in norms)
     x = torch.randn_like(product)
-    check(OPS.projection_shortcut_inference.default, (s, weight, *own, x, *other, stride, 1e-5, 1e-3, True))
-    check(OPS.projection_shortcut_inference.default, (s, weight, *own, None, *[None] * 4, stride, 1e-5, 1e-3, False))
+    opcheck(ops.inference, s, weight, own, x, other, stride, Activation("relu"))
+    opcheck(ops.inference, s, weight, own, None, None, stride, Activation("silu"))
 
 
 def test_statistics_are_those_of_the_product_as_it_is_stored():

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastres import models
 from fastres.train import Augmentation, ImageData, Split, Summary, TrainConfig, train
+from tests.parity import one_thread  # noqa: F401
 
 CLASSES = ("left", "right", "both")
 

@@ -1,6 +1,9 @@
-"""The 3x3 convolution as one product, which serves few output positions in evaluation."""
+"""The 3x3 convolution as one matrix product over gathered rows, which serves few output positions in evaluation."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional
+from fastres.activations import IDENTITY, KINDS, RELU, Activation
 from fastres.functional import NormParams
 from fastres.ops import conv3x3 as ops
+from fastres.ops.algorithms import choose_algorithm, problem_of
+from fastres.ops.fallback import output_size
+from tests.operators import opcheck
 from tests.oracle import LAYOUTS, SEED, activation, assert_close, generator
-
-OPS = torch.ops.fastres
 
 # images, inputs, outputs, height, width, stride: odd channels and sizes, one position, more than a group of rows.
 SHAPES = [
@@ -39,7 +44,7 @@ def data(
     weight = activation((k, c, 3, 3), torch.float32, layout, gen, mean=0.02, std=(9 * c) ** -0.5)
     vectors = [torch.randn(k, generator=gen) for _ in range(2)] + [torch.rand(k, generator=gen) + 0.5 for _ in range(2)]
     mean, bias, var, scale = vectors
-    size = (n, k, ops.output_size(h, stride), ops.output_size(w, stride))
+    size = (n, k, output_size(h, stride), output_size(w, stride))
     return x, weight, NormParams(mean, var, scale, bias, eps=1e-3), activation(size, torch.float32, layout, gen)
 
 
@@ -47,21 +52,22 @@ def exact(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return F.conv2d(x.double(), weight.double(), stride=stride, padding=1)
 
 
-def product(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    return OPS.conv3x3_inference(x, weight, None, None, None, None, None, 0.0, False, stride, True)
+def gemm(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    return ops.inference(x, weight, None, None, IDENTITY, stride, "gemm")
 
 
-def check(shape: tuple[int, ...], layout: str) -> None:
+def check(shape: tuple[int, ...], layout: str, kinds: Iterable[str] = ("relu", "identity")) -> None:
     _, c, _, _, _, stride = shape
     x, weight, norm, residual = data(shape, layout, layout=layout)
     y = exact(x, weight, stride)
-    assert_close(product(x, weight, stride), y, "y", length=9 * c)
+    assert_close(gemm(x, weight, stride), y, "y", length=9 * c)
     vectors = [v.double() for v in norm[:4]]
-    for r, relu in ((residual, True), (None, False)):
+    for kind, r in itertools.product(kinds, (residual, None)):
+        f = Activation.of(kind)
         z = F.batch_norm(y, *vectors, eps=norm.eps)
-        z = z if r is None else z + r
-        got = OPS.conv3x3_inference(x, weight, *norm[:4], r, norm.eps, relu, stride, True)
-        assert_close(got, F.relu(z) if relu else z, "normalised", length=9 * c)
+        z = z if r is None else z + r.double()
+        got = ops.inference(x, weight, norm, r, f, stride, "gemm")
+        assert_close(got, f.forward(z), f"normalised, {kind}", length=9 * c)
         assert got.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -69,6 +75,11 @@ def check(shape: tuple[int, ...], layout: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_values_are_those_of_float64(shape, layout):
     check(shape, layout)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 96, 4, 4, 1), (1, 20, 33, 7, 9, 2)], ids=str)
+def test_every_activation_agrees_with_float64(shape):
+    check(shape, "channels_last", KINDS)
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=False)
@@ -95,7 +106,7 @@ def test_threads_change_no_bit():
         results = []
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            results.append(product(x, weight, 1))
+            results.append(gemm(x, weight, 1))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -104,7 +115,7 @@ def test_threads_change_no_bit():
 
 def test_opcheck_passes():
     x, weight, norm, residual = data((2, 17, 33, 5, 6, 2))
-    torch.library.opcheck(OPS.conv3x3_inference.default, (x, weight, *norm[:4], residual, 0.05, True, 2, True))
+    opcheck(ops.inference, x, weight, norm, residual, RELU, 2, "gemm")
 
 
 @pytest.mark.parametrize("channels", [(32, 48), (21, 37)], ids=str)
@@ -121,32 +132,33 @@ def test_weights_of_any_strides_are_read_as_they_are(channels):
         "expanded": weight[:1].expand_as(weight),
     }
     for name, view in views.items():
-        assert_close(product(x, view, 1), exact(x, view, 1), name, length=9 * c)
+        assert_close(gemm(x, view, 1), exact(x, view, 1), name, length=9 * c)
 
 
 def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
     monkeypatch.delenv("FASTRES_CONV", raising=False)
-    seen: list[bool] = []
+    seen: list[str] = []
+    inference = ops.inference
 
-    def inference(*args):
+    def noted(*args):
         seen.append(args[-1])
-        return OPS.conv3x3_inference(*args)
+        return inference(*args)
 
-    monkeypatch.setattr(ops, "inference", inference)
+    monkeypatch.setattr(ops, "inference", noted)
     x, weight, norm, residual = data((1, 256, 256, 8, 8, 1))
     functional.conv3x3(x, weight)
     functional.conv3x3_norm_act(x, weight, norm, residual=residual)
-    assert seen == [True, True]
+    assert seen == ["gemm"] * 2
     functional.conv3x3_norm_act(
         x.repeat(4, 1, 1, 1).contiguous(memory_format=torch.channels_last), weight, norm, stride=2
     )
-    assert seen == [True] * 3
-    for algorithm in ("direct", "winograd"):
+    assert seen == ["gemm"] * 3
+    for algorithm in ("torch", "winograd"):
         functional.conv3x3(x, weight, algorithm=algorithm)
     functional.conv3x3(x.contiguous(), weight)
     functional.conv3x3(x.double(), weight.double())
     functional.conv3x3(x, weight.clone().requires_grad_())
-    assert seen == [True, True, True, False]
+    assert seen == ["gemm"] * 3 + ["winograd"]
     # More positions than are few; and few ones, of which Winograd's algorithm still makes more.
     for shape, stride, outputs, taken in (
         ((1, 64, 64, 17, 16, 1), 1, 64, False),
@@ -155,7 +167,8 @@ def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
         ((1, 128, 128, 16, 16, 1), 2, 128, True),
         ((1, 64, 128, 33, 32, 1), 2, 128, False),
     ):
-        assert ops.takes_product(data(shape)[0], outputs, stride, "auto") is taken
+        problem = problem_of(data(shape)[0], outputs, 3, stride, needs_grad=False)
+        assert (choose_algorithm(problem).algorithm == "gemm") is taken
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -182,4 +195,4 @@ def test_the_operator_refuses_a_stride_that_winograd_cannot_serve():
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastres::conv3x3_inference", "CPU"):
         pytest.skip("the plain fallback serves any stride")
     with pytest.raises(ValueError, match="stride: expected 1"):
-        OPS.conv3x3_inference(x, weight, None, None, None, None, None, 0.0, False, 2, False)
+        ops.inference(x, weight, None, None, IDENTITY, 2, "winograd")
