@@ -78,7 +78,7 @@ def batch_norm_act(
         if seed is None:
             seed = contract.draw_seed(x.device)
         keep = contract.dropout_keep((*x.shape[:2], x.shape[2:].numel(), 1), seed, dropout_p).reshape(x.shape)
-        # With the strides that a mask of one image and one line has here, F.batch_norm's backward misreads the gradient.
+        # With the strides that the mask of one image and one line has, F.batch_norm's backward misreads the gradient.
         keep = keep.contiguous()
         z = torch.where(keep, z / (1 - dropout_p), 0)
     if order == "act_add" and r is not None:
