@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1
 
@@ -24,10 +23,10 @@ class PlainNormAct(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm, self.act = nn.BatchNorm2d(channels), nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(x))
+        return self.act(self.norm(x))
 
 
 class PlainResidual(nn.Module):

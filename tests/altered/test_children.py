@@ -731,7 +731,7 @@ DROPPING = tuple(
 
 # Off the faster way dropout is PyTorch's own, and the same seed gives the same mask.
 for name, act in {
-    "relu -> SiLU": lambda m: replace(m, nn.ReLU, lambda old: nn.SiLU()),
+    "relu -> Tanh": lambda m: replace(m, nn.ReLU, lambda old: nn.Tanh()),
     "norms -> GroupNorm": lambda m: replace(m, nn.BatchNorm2d, NORMS["GroupNorm"]),
     "a hook on conv1": lambda m: m.conv1.register_forward_hook(lambda m, args, y: y * 2),
     "convolutions biased, a norm frozen": lambda m: [replace(m, nn.Conv2d, other_conv(bias=True)), m.bn2.eval()],
