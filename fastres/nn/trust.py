@@ -51,20 +51,15 @@ def _functions() -> tuple[Any, ...]:
 _FUNCTIONS = _functions()
 
 
-def _of_activations() -> dict[type[nn.Module], tuple[Any, ...]]:
-    """The same for activations other than ReLU: by class, so that a call asks about its own alone."""
-    return {
-        nn.LeakyReLU: (nn.LeakyReLU.__call__, nn.LeakyReLU.forward, F.leaky_relu),
-        nn.ReLU6: (nn.ReLU6.__call__, nn.ReLU6.forward, F.hardtanh),
-        nn.Hardswish: (nn.Hardswish.__call__, nn.Hardswish.forward, F.hardswish),
-        nn.SiLU: (nn.SiLU.__call__, nn.SiLU.forward, F.silu),
-        nn.GELU: (nn.GELU.__call__, nn.GELU.forward, F.gelu),
-        nn.ELU: (nn.ELU.__call__, nn.ELU.forward, F.elu),
-        nn.Identity: (nn.Identity.__call__, nn.Identity.forward),
-    }
+def _called_by(activation: type[nn.Module]) -> tuple[Any, ...]:
+    """The same for a class of activations: its call, its forward, and the functions of torch.nn.functional in there."""
+    code = getattr(activation.forward, "__code__", None)
+    names = () if code is None else code.co_names
+    return (activation.__call__, activation.forward, *[getattr(F, name) for name in names if hasattr(F, name)])
 
 
-_ACTIVATION_FUNCTIONS = _of_activations()
+# By class, so that a call asks about its own alone; `_functions` has ReLU's.
+_CALLED_BY = {activation: _called_by(activation) for activation in module_classes() if activation is not nn.ReLU}
 
 
 class AnyActivation(nn.Module):
@@ -132,7 +127,7 @@ def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]])
         if expected is AnyActivation:
             # A replaced activation is as good as ReLU where the kernels know it.
             expected = nn.ReLU if child is None or type(child) not in module_classes() else type(child)
-            if expected in _ACTIVATION_FUNCTIONS and _of_activations()[expected] != _ACTIVATION_FUNCTIONS[expected]:
+            if expected in _CALLED_BY and _called_by(expected) != _CALLED_BY[expected]:
                 return f"its {name} calls a function that somebody replaced in torch"
         if not is_exactly(child, expected):
             return f"its {name} {why_not_exactly(child, expected)}"

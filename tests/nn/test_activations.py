@@ -167,6 +167,27 @@ def test_nothing_is_saved_that_relu_would_not_save_but_the_residual_itself(kind,
     assert masks == [2 * 16 * 5] * has_bits  # rows of 36 elements are 5 bytes
 
 
+@pytest.mark.parametrize(
+    ("kind", "where", "name"),
+    [
+        ("silu", nn.functional, "silu"), ("gelu_tanh", nn.functional, "gelu"), ("relu6", nn.functional, "hardtanh"),
+        ("elu", nn.ELU, "forward"), ("leaky_relu", nn.functional, "leaky_relu"),
+        ("hardswish", nn.Hardswish, "__call__"),
+    ],
+)  # fmt: skip
+def test_a_function_of_torchs_that_somebody_replaced_is_called(kind, where, name, monkeypatch):
+    """As for ReLU: profilers and tools that put functions in these places see what they see in plain PyTorch."""
+    norm, x = FusedBatchNormAct2d(4, act=kind), torch.randn(3, 4, 5, 5)
+    assert "" in fuse_report(norm).swapped
+    own, calls = getattr(where, name), []
+    monkeypatch.setattr(where, name, lambda *args, **kwargs: calls.append(args) or own(*args, **kwargs))
+    assert "somebody replaced" in fuse_report(norm).left[""]
+    norm(x)
+    assert calls
+    monkeypatch.undo()
+    assert "" in fuse_report(norm).swapped
+
+
 class Squash(nn.Module):
     """z / (1 + |z|): torch.nn.Softsign, under a name of the test's own."""
 
