@@ -22,7 +22,8 @@ from fastres import contract
 from fastres.contract import NormParams, statistics_dtype
 from tests import backend
 
-SEED = int(os.environ.get("FASTRES_TEST_SEED", random.SystemRandom().randrange(2**31)))
+# In the environment, so that processes side by side collect the same tests.
+SEED = int(os.environ.setdefault("FASTRES_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 """Fresh at every run, printed in pytest's header."""
 
 DTYPES = backend.DTYPES

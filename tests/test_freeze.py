@@ -262,7 +262,7 @@ def _hooked_norm(block: nn.Module) -> None:
 
 
 def _other_activation(block: nn.Module) -> None:
-    block.relu = nn.SiLU()
+    block.relu = nn.Tanh()
 
 
 def _other_norm(block: nn.Module) -> None:

@@ -158,7 +158,10 @@ def test_tensors_beyond_32_bit_offsets_compile_with_wide_accesses(memory_format)
     wide = [launch for launch in launches if launch.arguments.get("INDEX_64")]
     assert {launch.name for launch in wide} >= {"statistics_kernel", "apply_kernel", "backward_reduce_kernel"}
     for launch in wide[:: 1 if memory_format == torch.channels_last else 4]:
-        assert compile_launch(launch, architecture).load_bytes == 16, label(launch)
+        # Where a pass holds more vectors, as over two parts of a gradient, a thread may have half as much of each
+        # (kernels/plan.py).
+        least = 8 if launch.arguments.get("dy2_ptr") is not None else 16
+        assert compile_launch(launch, architecture).load_bytes >= least, label(launch)
 
 
 def test_launches_differ_where_their_machine_code_does():
