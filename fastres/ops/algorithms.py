@@ -67,9 +67,11 @@ def known_algorithm(name: str, algorithm: str) -> str:
 
 def problem_of(x: Tensor, outputs: int, kernel: int = 3, stride: int = 1, *, needs_grad: bool) -> ConvProblem:
     """The problem of convolving x [N, C, H, W]."""
+    n, c, h, w = x.shape
+    capability = _capability() if x.is_cpu else x.device.type
     return ConvProblem(
-        x.dtype, (x.shape[0], x.shape[1], x.shape[2], x.shape[3]), outputs, kernel, stride, rows_are_channels(x),
-        needs_grad, _threads(), _capability() if x.device.type == "cpu" else x.device.type, _has_matrix_units(),
+        x.dtype, (n, c, h, w), outputs, kernel, stride, rows_are_channels(x), needs_grad, _threads(), capability,
+        _has_matrix_units(),
     )  # fmt: skip
 
 
@@ -104,6 +106,16 @@ def choose_algorithm(problem: ConvProblem, requested: str = "auto") -> Choice:
     Args:
         requested: one of `ALGORITHMS`. "winograd" takes it wherever it serves the problem at all.
     """
+    # A compiler's sizes may be symbols, which are not hashed.
+    return _choose(problem, requested) if torch.compiler.is_compiling() else _chosen(problem, requested)
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(problem: ConvProblem, requested: str) -> Choice:
+    return _choose(problem, requested)
+
+
+def _choose(problem: ConvProblem, requested: str) -> Choice:
     if requested == "torch":
         return Choice("torch", "it was requested")
     unserved = _why_not_served(problem)

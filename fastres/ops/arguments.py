@@ -81,11 +81,16 @@ class Arguments:
                 flat.append(f"{type_name} {full}")
         self.schema = ", ".join(flat)
 
-    def caller(self, target: Callable[..., Any]) -> Callable[..., Any]:
+    def caller(
+        self, target: Callable[..., Any], guard: Callable[[], Any] | None = None, unguarded: Any = None
+    ) -> Callable[..., Any]:
         """A function of the grouped parameters that calls `target` with the flat ones.
 
-        It is compiled from its source, as a NamedTuple's constructor is: a loop over the groups would cost every call
-        of an operator more than a microsecond.
+        It is compiled from its source, as a NamedTuple's constructor is: a loop over the groups, or one more function
+        of flat arguments, would cost every call of an operator a microsecond.
+
+        Args:
+            guard: what it makes exists while `target` runs, but for where `unguarded` returns True.
         """
         flat = []
         for name, group, size, optional in self.parameters:
@@ -95,9 +100,15 @@ class Arguments:
                 flat.append(f"*(({'None, ' * size}) if {name} is None else {name})")
             else:
                 flat.append(f"*{name}")
-        names = ", ".join(p.name for p in self.parameters)
-        space: dict[str, Any] = {"_target": target}
-        exec(f"def call({names}):\n    return _target({', '.join(flat)})", space)
+        names, call = ", ".join(p.name for p in self.parameters), f"return _target({', '.join(flat)})"
+        source = f"def call({names}):\n    {call}"
+        if guard is not None:
+            source = (
+                f"def call({names}):\n    if _unguarded():\n        {call}\n    guard = _guard()\n"
+                f"    try:\n        {call}\n    finally:\n        del guard"
+            )
+        space: dict[str, Any] = {"_target": target, "_guard": guard, "_unguarded": unguarded}
+        exec(source, space)
         return space["call"]  # type: ignore[no-any-return]
 
     def group(self, flat: Sequence[Any]) -> dict[str, Any]:

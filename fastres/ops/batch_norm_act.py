@@ -255,8 +255,9 @@ class BatchNormAct(torch.autograd.Function):
             )
         if ctx.residual_gradient_is_dy and dy2 is None:
             dr = dy
-        grads = (dx, sums[0], sums[1], dr, sums[2], sums[3])
-        return *[g if n else None for g, n in zip(grads, needed, strict=False)], None
+        dweight, dbias, r_dweight, r_dbias = sums
+        grads = (dx, dweight, dbias, dr, r_dweight, r_dbias, None)
+        return tuple([g if n else None for g, n in zip(grads, needed, strict=True)])
 
 
 def _constants(norm: NormParams) -> tuple[Tensor, Tensor]:

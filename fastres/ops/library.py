@@ -71,16 +71,6 @@ def define(
             )
         return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
-    def below_autograd(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return overload(*args)
-        # The guard holds for as long as it exists: a with statement would cost another 0.3 us a call.
-        guard = torch._C._AutoDispatchBelowAutograd()
-        try:
-            return overload(*args)
-        finally:
-            del guard
-
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     LIBRARY.impl(name, refuse_gradients, "Autograd", with_keyset=True)
     if launcher is not None:
@@ -90,7 +80,8 @@ def define(
         register_flop_formula(getattr(torch.ops.fastres, name))(
             lambda *args, out_shape, **_: flops(**arguments.group(args), out_shape=out_shape)
         )
-    call: Any = arguments.caller(below_autograd)
+    # The guard holds for as long as it exists: a with statement would cost another 0.3 us a call.
+    call: Any = arguments.caller(overload, torch._C._AutoDispatchBelowAutograd, torch.compiler.is_compiling)
     call.overload, call.arguments = overload, arguments
     return call
 
