@@ -26,8 +26,12 @@ _POINTS = 36
 _TILE_COST = 1600
 _WEIGHT_COST = 1200
 _CALL_COST = 1_000_000
-# Output positions up to which one product is faster than PyTorch's convolution, which reorders the weights first.
+# The pass over an element of the output that normalises and activates it, which the kernels' epilogues spare.
+_PASS_COST = 200
+# Output positions up to which one product is faster than PyTorch's convolution, which reorders the weights first; and
+# those of one image, and input channels, with which it is faster in batches as well.
 _FEW_POSITIONS = 256
+_SMALL_IMAGE, _MANY_INPUTS = 16, 256
 # Winograd has to be this much cheaper, for its rounding errors are larger.
 _ADVANTAGE = 1.1
 
@@ -131,8 +135,12 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         return Choice("torch", "the input is not in channels_last, which the kernels read")
     if problem.stride == 1 and _winograd_pays(problem):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
-    if not problem.needs_grad and _holds(_positions(problem) <= _FEW_POSITIONS):
-        return Choice("gemm", "output positions are few: to read the weights is most of the work")
+    if not problem.needs_grad:
+        images, positions = problem.shape[0], _positions_of_image(problem)
+        if _holds(images * positions <= _FEW_POSITIONS):
+            return Choice("gemm", "output positions are few: to read the weights is most of the work")
+        if problem.shape[1] >= _MANY_INPUTS and _holds(positions <= _SMALL_IMAGE):
+            return Choice("gemm", "an image has few output positions, which PyTorch's tiles do not fill")
     return Choice("torch", "output positions are too few for Winograd's transforms to pay")
 
 
@@ -152,9 +160,9 @@ def _why_not_served(problem: ConvProblem) -> str | None:
     return "the input is empty" if n * c * h * w == 0 else None
 
 
-def _positions(problem: ConvProblem) -> int:
-    n, _, h, w = problem.shape
-    return n * output_size(h, problem.stride) * output_size(w, problem.stride)
+def _positions_of_image(problem: ConvProblem) -> int:
+    _, _, h, w = problem.shape
+    return output_size(h, problem.stride) * output_size(w, problem.stride)
 
 
 def _winograd_pays(problem: ConvProblem) -> bool:
@@ -162,11 +170,12 @@ def _winograd_pays(problem: ConvProblem) -> bool:
 
     Both are counted in operations of their inner loops, forward: the direct sum at 2 * 9 a pair of channels and
     position; Winograd at 2 * 36 a pair of channels and tile, channels rounded up to whole vectors, and its transforms.
+    In evaluation a normalisation follows, which is a pass of its own after the direct sum.
     """
     n, inputs, h, w = problem.shape
     outputs = problem.outputs
     tiles = n * ((h + TILE - 1) // TILE) * ((w + TILE - 1) // TILE)
-    direct = 2 * 9 * n * h * w * inputs * outputs
+    direct = (2 * 9 * inputs + (0 if problem.needs_grad else _PASS_COST)) * n * h * w * outputs
     products = 2 * _POINTS * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
     transforms = _TILE_COST * tiles * (inputs + outputs) + _WEIGHT_COST * inputs * outputs
     # In whole numbers, which torch.export can reason about.
