@@ -19,7 +19,7 @@ OLDEST = (8, 0)
 
 
 @functools.cache
-def obstacle(device: int) -> str:
+def why_not_served(device: int) -> str:
     """Why the GPU of this index is served by plain PyTorch; "" where the Triton kernels serve it."""
     if os.environ.get("FASTRES_TRITON") == "0":
         return "switched off by FASTRES_TRITON=0"
@@ -53,7 +53,7 @@ def on_gpu(
 
     def run(*args: Any) -> Any:
         x = next(a for a in args if isinstance(a, Tensor))
-        if x.dtype == torch.float64 or obstacle(x.get_device()):
+        if x.dtype == torch.float64 or why_not_served(x.get_device()):
             return fallback(**group(args))
         return launcher()(**group(args))
 

@@ -51,7 +51,7 @@ def processors() -> Rows:
                 f" memory a block, {limits['l2_bytes'] / 2**20:.0f} MiB L2"
             )
         rows.append((f"GPU {index}", words))
-        rows.append((f"GPU {index} is served by", _served_by(_triton.obstacle(index))))
+        rows.append((f"GPU {index} is served by", _served_by(_triton.why_not_served(index))))
     return rows
 
 
@@ -74,8 +74,8 @@ def backends() -> Rows:
     return rows
 
 
-def _served_by(obstacle: str) -> str:
-    return f"plain PyTorch: {obstacle}" if obstacle else "the Triton kernels"
+def _served_by(problem: str) -> str:
+    return f"plain PyTorch: {problem}" if problem else "the Triton kernels"
 
 
 def _cpu_model() -> str:

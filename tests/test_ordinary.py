@@ -87,9 +87,9 @@ FUNCTIONS: dict[str, Function] = {
         lambda t, b: functional.conv3x3(t["x"], t["k3"], **WINOGRAD),
         lambda t, b: reference.conv3x3(t["x"], t["k3"]),
     ),
-    "measured_conv3x3": Function(
+    "conv3x3_with_statistics": Function(
         ("x", "k3"),
-        lambda t, b: functional.measured_conv3x3(t["x"], t["k3"], **WINOGRAD).y,
+        lambda t, b: functional.conv3x3_with_statistics(t["x"], t["k3"], **WINOGRAD).y,
         lambda t, b: reference.conv3x3(t["x"], t["k3"]),
     ),
     "norm_act_conv3x3": Function(

@@ -5,7 +5,14 @@ fastres.reference: derivatives of any order and kind, the batched form and a por
 """
 
 from fastres.contract import ORDERS, NormParams, Statistics
-from fastres.functional.conv import Convolved, conv3x3, conv3x3_norm_act, measured_conv3x3, norm_act_conv3x3
+from fastres.functional.conv import (
+    Convolved,
+    conv3x3,
+    conv3x3_norm_act,
+    conv3x3_with_statistics,
+    measured_conv3x3,
+    norm_act_conv3x3,
+)
 from fastres.functional.norm import batch_norm_act
 from fastres.functional.shortcut import projection_shortcut
 
@@ -17,6 +24,7 @@ __all__ = [
     "batch_norm_act",
     "conv3x3",
     "conv3x3_norm_act",
+    "conv3x3_with_statistics",
     "measured_conv3x3",
     "norm_act_conv3x3",
     "projection_shortcut",

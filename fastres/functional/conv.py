@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -34,13 +35,19 @@ class Convolved(NamedTuple):
     Attributes:
         y: [N, K, H, W].
         statistics: those of y where the convolution took them, for the normalisation that follows; or None.
-        x: the convolution's input, for whatever else reads it (a residual, say). A gradient that comes back through it
-            is added where the convolution writes its own, instead of in a pass over three tensors.
+        input: the convolution's input, for whatever else reads it (a residual, say). A gradient that comes back through
+            it is added where the convolution writes its own, instead of in a pass over three tensors.
     """
 
     y: Tensor
     statistics: Statistics | None
-    x: Tensor
+    input: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """The old name of `input`."""
+        warnings.warn("Convolved.x is called Convolved.input now", DeprecationWarning, stacklevel=2)
+        return self.input
 
 
 def _algorithm(x: Tensor, weight: Tensor, requested: str, *, needs_grad: bool, stride: int = 1) -> str:
@@ -95,7 +102,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     return ops.inference(x, weight, None, None, IDENTITY, 1, chosen)  # type: ignore[no-any-return]
 
 
-def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
+def conv3x3_with_statistics(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
     """`conv3x3` in training, with the batch statistics of its output, and its input for other readers.
 
     Args, Raises, Source: as `conv3x3`.
@@ -110,6 +117,12 @@ def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None)
     y, mean, m2, same = ops.Conv3x3.apply(x, served(weight, x), True)
     # Otherwise x would ask for a gradient that nobody reads, where only the weight does.
     return Convolved(y, Statistics(mean, m2), same if x.requires_grad else x)
+
+
+def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
+    """The old name of `conv3x3_with_statistics`."""
+    warnings.warn("measured_conv3x3 is called conv3x3_with_statistics now", DeprecationWarning, stacklevel=2)
+    return conv3x3_with_statistics(x, weight, algorithm=algorithm)
 
 
 def norm_act_conv3x3(

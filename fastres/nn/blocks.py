@@ -4,7 +4,7 @@ before its last convolution.
 A fused block owns nothing that it changes. Its children are torchvision's, with torch's own meaning; where each is what
 its class says and no more (`fastres.nn.trust`) forward takes the fused steps, and otherwise torchvision's own runs.
 
-Where torchvision's blocks take a dropout rate, it stands between the convolutions: after the ReLU that comes before
+Where torchvision's blocks take a dropout rate, it is applied between the convolutions: after the ReLU that comes before
 the block's last convolution (Zagoruyko and Komodakis 2016, "Wide residual networks", section 2.4). That is after bn1's
 ReLU in a basic block and after bn2's in a bottleneck. It acts where the block is in training mode; freezing a
 normalisation (`block.bn1.eval()`) does not stop it.
@@ -27,8 +27,8 @@ from fastres.nn.steps import (
     check_conv_algorithm,
     check_dropout,
     conv_alone,
-    conv_measured,
     conv_norm,
+    conv_with_statistics,
     fits_convolution,
     gains_by_channels_last,
     gives_channels_last,
@@ -236,7 +236,7 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
     def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
         algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.relu)
         if uses_batch_statistics(bn1):
-            out, statistics, same = conv_measured(self.conv1, x, algorithm)
+            out, statistics, same = conv_with_statistics(self.conv1, x, algorithm)
             # The convolution adds the shortcut's gradient to its own, where it can.
             shortcut = shortcut if same is x else same
             out, statistics = norm_act_conv(
@@ -364,7 +364,7 @@ class ResidualBlock(FusedBlock, PlainResidualBlock):
     def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
         algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.relu)
         if uses_batch_statistics(bn1):
-            out, statistics, same = conv_measured(self.conv1, x, algorithm)
+            out, statistics, same = conv_with_statistics(self.conv1, x, algorithm)
             shortcut = shortcut if same is x else same
             out, statistics = norm_act_conv(
                 bn1, self.conv2, out, self.shortcut(shortcut), activation=f, dropout=self._dropout_now(),

@@ -149,10 +149,10 @@ def _strides(conv: nn.Conv2d) -> tuple[int, int]:
     return cast("tuple[int, int]", torch.nn.modules.utils._pair(conv.stride))  # users set a single number as well
 
 
-def conv_measured(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
+def conv_with_statistics(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
     """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
     if is_conv3x3(conv):
-        return functional.measured_conv3x3(x, conv.weight, algorithm=algorithm)
+        return functional.conv3x3_with_statistics(x, conv.weight, algorithm=algorithm)
     return Convolved(conv(x), None, x)
 
 

@@ -109,7 +109,7 @@ def once(
     if different:
         with Operators() as seen:
             outcome(row, exact_model(row, subject), Draw(subject, key, torch.float64))
-        # In low precision rounding flips a ReLU here and there. An error of ours shows with every draw, a flip does not.
+        # In low precision rounding flips a ReLU here and there. Errors of ours show with every draw, a flip does not.
         doubt = row.low_precision or in_doubt(seen.relu_inputs)
     return different, doubt
 

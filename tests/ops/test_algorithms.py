@@ -104,5 +104,9 @@ def test_the_old_name_of_pytorchs_algorithm_works_and_says_so(monkeypatch):
     with pytest.warns(DeprecationWarning, match="conv_algorithm"):
         assert fuse(FusedBasicBlock(8, 8), conv_algorithm="direct").conv_algorithm == "torch"
     x, w = torch.randn(1, 4, 5, 5), torch.randn(3, 4, 3, 3)
+    with pytest.warns(DeprecationWarning, match="conv3x3_with_statistics"):
+        convolved = functional.measured_conv3x3(x, w)
+    with pytest.warns(DeprecationWarning, match=r"Convolved\.input"):
+        assert convolved.x is x
     with pytest.warns(DeprecationWarning, match="algorithm"):
         assert torch.equal(functional.conv3x3(x, w, algorithm="direct"), functional.conv3x3(x, w, algorithm="torch"))

@@ -85,7 +85,7 @@ def exact(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor
 def check(shape: tuple[int, int, int, int, int], x: Tensor, weight: Tensor, dy: Tensor) -> None:
     """y, its statistics, and both gradients, with another use of x and without."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y, statistics, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+    y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
     other = activation(x.shape, torch.float32, "channels_last", generator(shape, "other"))
     dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
     both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
@@ -219,7 +219,7 @@ def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
         return functional.conv3x3(x, weight, algorithm=algorithm)
 
     def measure(x, weight):
-        y, statistics, same = functional.measured_conv3x3(x, weight, algorithm=algorithm)
+        y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm=algorithm)
         running = torch.zeros(64), torch.ones(64)
         return functional.batch_norm_act(y, *running, training=True, statistics=statistics, residual=same, relu=False)
 
@@ -380,7 +380,7 @@ def test_every_use_of_the_input_sends_its_gradient_back(algorithm, asked, used):
     _, dx, dweight = exact(x, weight, dy)
     x.requires_grad_(asked != "weight")
     weight.requires_grad_(asked != "x")
-    y, _, same = functional.measured_conv3x3(x, weight, algorithm=algorithm)
+    y, _, same = functional.conv3x3_with_statistics(x, weight, algorithm=algorithm)
     loss = torch.zeros((), requires_grad=True)
     if used != "x":
         loss = loss + (y * dy).sum()
@@ -401,7 +401,7 @@ def test_gradients_of_sums_have_no_strides_and_are_taken():
     x, weight, dy = data((2, 9, 20, 5, 6))
     x.requires_grad_()
     weight.requires_grad_()
-    y, _, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+    y, _, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
     (y.sum() + same.sum()).backward()
     _, dx, dweight = exact(x, weight, torch.ones_like(dy))
     assert_close(x.grad, dx + 1, "gradient of x", length=output_length(20))
@@ -637,7 +637,7 @@ def test_other_dtypes_are_pytorch_s_convolution():
     for dtype in (torch.float64, torch.float16):
         a, w = x.to(dtype), weight.to(dtype)
         assert torch.equal(functional.conv3x3(a, w, algorithm="winograd"), reference.conv3x3(a, w))
-        assert functional.measured_conv3x3(a, w, algorithm="winograd").statistics is None
+        assert functional.conv3x3_with_statistics(a, w, algorithm="winograd").statistics is None
         if COMPILED:
             with pytest.raises(TypeError, match=r"x: expected dtype float32 or bfloat16"):
                 OPS.conv3x3_forward(a, w, False)
@@ -655,7 +655,7 @@ def test_empty_batches_pass_through():
     assert y.shape == (0, 4, 5, 5)
     y.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
-    y, statistics, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+    y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
     assert y.shape == (0, 4, 5, 5) and statistics is None and same.shape == x.shape
     n = norm(4, torch.float32, generator())
     for gradients in (True, False):
@@ -679,7 +679,7 @@ BAD_CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("function", [functional.conv3x3, functional.measured_conv3x3])
+@pytest.mark.parametrize("function", [functional.conv3x3, functional.conv3x3_with_statistics])
 @pytest.mark.parametrize(("change", "error", "message"), BAD_CONVOLUTIONS)
 def test_bad_arguments_are_named(function, change, error, message):
     arguments = {"x": torch.zeros(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3)} | change

@@ -162,7 +162,7 @@ def tensors(shape: Shape, weight_dtype: torch.dtype, *key: object, layout: str =
     return x, weight, activation((n, k, h, w), LOW, layout, gen, mean=0.1, std=1.0)
 
 
-# ------------------------------------------------------------------------------------------------- measured_conv3x3
+# ---------------------------------------------------------------------------------------------- conv3x3_with_statistics
 
 
 def check_measured(shape: Shape, weight_dtype: torch.dtype, layout: str = "channels_last") -> None:
@@ -173,7 +173,7 @@ def check_measured(shape: Shape, weight_dtype: torch.dtype, layout: str = "chann
     x.requires_grad_()
     weight.requires_grad_()
     with unrounded(weight_dtype):
-        y, statistics, same = functional.measured_conv3x3(x, weight, algorithm="winograd")
+        y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
     assert y.dtype == LOW and torch.equal(same, x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1]), noise=exact.y_noise())
@@ -649,7 +649,7 @@ def test_auto_leaves_bfloat16_to_pytorch_where_there_are_tiles(monkeypatch):
         for asked, taken in ((None, not tiles), ("auto", not tiles), ("winograd", True), ("torch", False)):
             with torch.autocast("cpu", LOW):
                 assert (functional.norm_act_conv3x3(x, n, weight, algorithm=asked)[1] is not None) == taken
-                assert (functional.measured_conv3x3(x, weight, algorithm=asked).statistics is not None) == taken
+                assert (functional.conv3x3_with_statistics(x, weight, algorithm=asked).statistics is not None) == taken
         problem = algorithms.problem_of(few, 64, 3, 2, needs_grad=False)
         assert (algorithms.choose_algorithm(problem).algorithm == "gemm") is not tiles
         with torch.no_grad(), torch.autocast("cpu", LOW):

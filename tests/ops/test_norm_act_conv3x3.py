@@ -491,7 +491,7 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
 def block(case: Case, algorithm: str) -> Tensor:
     """A basic block in training, each convolution with its neighbours."""
     t, first, second = case.tensors, case.norms["first"], case.norms["second"]
-    y, statistics, x = functional.measured_conv3x3(t["x"], t["up"], algorithm=algorithm)
+    y, statistics, x = functional.conv3x3_with_statistics(t["x"], t["up"], algorithm=algorithm)
     y, statistics = functional.norm_act_conv3x3(y, first, t["down"], statistics=statistics, algorithm=algorithm)
     return functional.batch_norm_act(
         y, *second[:4], training=True, momentum=second.momentum, eps=second.eps, residual=x, statistics=statistics
