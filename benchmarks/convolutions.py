@@ -139,7 +139,9 @@ def sides(conv: Convolution) -> Iterator[tuple[str, Callable[[], object]]]:
 def measure(conv: Convolution, rounds: int) -> Measured:
     """Time every algorithm of a convolution, interleaved."""
     x = torch.empty(conv.shape).contiguous(memory_format=torch.channels_last)
-    problem = problem_of(x, conv.outputs, conv.kernel, conv.stride, needs_grad=conv.training)
+    problem = problem_of(
+        x, conv.outputs, conv.kernel, conv.stride, needs_grad=conv.training, followed=not conv.training
+    )
     choice, runs = choose_algorithm(problem), dict(sides(conv))
     if not is_served(problem):
         runs = {"torch": runs["torch"]}

@@ -67,12 +67,11 @@ FORWARD = (
     "fastres/nn/steps.py",
     "fastres/functional/norm.py",
     "fastres/ops/batch_norm_act.py",
-    "fastres/ops/library.py",
     "csrc/cpu/batch_norm_act.cpp",
 )
 """The end of a block, f(bn2(x) + shortcut), on the CPU: the files from FusedBasicBlock.forward to the kernel."""
 
-BACKWARD = ("fastres/ops/batch_norm_act.py", "fastres/ops/library.py", "csrc/cpu/batch_norm_act_backward.cpp")
+BACKWARD = ("fastres/ops/batch_norm_act.py", "csrc/cpu/batch_norm_act_backward.cpp")
 """Its backward, which autograd calls in the operator's file."""
 
 WIDTH, MARGIN, TEXT, CHIP, GAP, LINE = 1180, 16, 250, 28, 14, 22
@@ -155,8 +154,8 @@ def draw() -> str:
             chips.append(_text(box.x + 2, box.y + 4, str(number), 11, "white", centred))
     legend = []
     for i, (colour, text) in enumerate((
-        (BLUE, "forward: 1 to 6, from FusedBasicBlock.forward to the CPU's kernel"),
-        (ORANGE, "backward: autograd calls it in 4, and it ends in 7"),
+        (BLUE, "forward: 1 to 5, from FusedBasicBlock.forward to the CPU's kernel"),
+        (ORANGE, "backward: autograd calls it in 4, and it ends in 6"),
     )):  # fmt: skip
         x = MARGIN + 14.0 + 520 * i
         legend.append(f'<circle cx="{x + 6:g}" cy="{y:g}" r="7" fill="{colour}"/>')

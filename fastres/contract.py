@@ -169,6 +169,7 @@ class ConvProblem(NamedTuple):
         threads: of the CPU.
         capability: "default", "avx2" or "avx512", or "cuda".
         matrix_units: the CPU multiplies bfloat16 matrices (AMX).
+        followed: a normalisation by running statistics follows, which kernels of our own apply in their epilogue.
     """
 
     dtype: torch.dtype
@@ -181,6 +182,7 @@ class ConvProblem(NamedTuple):
     threads: int
     capability: str
     matrix_units: bool
+    followed: bool = False
 
 
 # -------------------------------------------------------------------------------------------------------------- dropout

@@ -173,7 +173,7 @@ class FrozenConv3x3(_FrozenLayer):
                 x = x.to(torch.get_autocast_dtype("cpu"))
             x = x.contiguous(memory_format=torch.channels_last)
             stride = self.stride[0]
-            problem = problem_of(x, self.outputs, 3, stride, needs_grad=False)
+            problem = problem_of(x, self.outputs, 3, stride, needs_grad=False, followed=True)
             algorithm = choose_algorithm(problem, requested_algorithm(self.algorithm)).algorithm
             if algorithm != "torch" and KINDS[self.activation.kind].compiled:
                 if residual is not None:
@@ -221,7 +221,7 @@ def _packs(conv: nn.Conv2d, algorithm: str | None) -> bool:
         return False
     # Not this machine's capability: what is frozen here may be loaded elsewhere.
     large = ConvProblem(
-        torch.float32, (64, conv.in_channels, 32, 32), conv.out_channels, 3, 1, True, False, 1, "avx512", False
+        torch.float32, (64, conv.in_channels, 32, 32), conv.out_channels, 3, 1, True, False, 1, "avx512", False, True
     )
     return choose_algorithm(large, algorithm or "auto").algorithm == "winograd"
 

@@ -155,7 +155,7 @@ class Stacks(TorchDispatchMode):
 
 
 def test_a_training_step_goes_the_way_that_is_drawn(drawing):
-    """Seven files, kernels included; what is drawn is what is on the stack when the operators are called."""
+    """Six files, kernels included; what is drawn is what is on the stack when the operators are called."""
     block = FusedBasicBlock(8, 8)
     with Stacks() as stacks:
         block(torch.randn(2, 8, 4, 4, requires_grad=True)).sum().backward()

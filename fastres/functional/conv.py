@@ -50,11 +50,13 @@ class Convolved(NamedTuple):
         return self.input
 
 
-def _algorithm(x: Tensor, weight: Tensor, requested: str, *, needs_grad: bool, stride: int = 1) -> str:
+def _algorithm(
+    x: Tensor, weight: Tensor, requested: str, *, needs_grad: bool, stride: int = 1, followed: bool = False
+) -> str:
     """What computes this call; "torch" where it is not an ordinary one."""
     if why_not_ordinary() is not None:
         return "torch"
-    problem = problem_of(x, weight.shape[0], weight.shape[2], stride, needs_grad=needs_grad)
+    problem = problem_of(x, weight.shape[0], weight.shape[2], stride, needs_grad=needs_grad, followed=followed)
     return choose_algorithm(problem, requested).algorithm
 
 
@@ -235,7 +237,7 @@ def conv3x3_norm_act(
     act = checked_act(relu, activation, 0.0)
     requested = requested_algorithm(algorithm)
     gradients = needs_grad(x, weight, norm.weight, norm.bias, residual)
-    chosen = _algorithm(x, weight, requested, needs_grad=gradients, stride=stride)
+    chosen = _algorithm(x, weight, requested, needs_grad=gradients, stride=stride, followed=not gradients)
     if gradients or chosen == "torch" or not is_compiled(act):
         if chosen == "winograd":
             y = ops.Conv3x3.apply(dense(x, torch.channels_last), served(weight, x), False)[0]

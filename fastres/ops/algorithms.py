@@ -69,13 +69,15 @@ def known_algorithm(name: str, algorithm: str) -> str:
     return algorithm
 
 
-def problem_of(x: Tensor, outputs: int, kernel: int = 3, stride: int = 1, *, needs_grad: bool) -> ConvProblem:
+def problem_of(
+    x: Tensor, outputs: int, kernel: int = 3, stride: int = 1, *, needs_grad: bool, followed: bool = False
+) -> ConvProblem:
     """The problem of convolving x [N, C, H, W]."""
     n, c, h, w = x.shape
     capability = _capability() if x.is_cpu else x.device.type
     return ConvProblem(
         x.dtype, (n, c, h, w), outputs, kernel, stride, rows_are_channels(x), needs_grad, _threads(), capability,
-        _has_matrix_units(),
+        _has_matrix_units(), followed,
     )  # fmt: skip
 
 
@@ -170,12 +172,12 @@ def _winograd_pays(problem: ConvProblem) -> bool:
 
     Both are counted in operations of their inner loops, forward: the direct sum at 2 * 9 a pair of channels and
     position; Winograd at 2 * 36 a pair of channels and tile, channels rounded up to whole vectors, and its transforms.
-    In evaluation a normalisation follows, which is a pass of its own after the direct sum.
+    Where a normalisation follows, it is a pass of its own after the direct sum.
     """
     n, inputs, h, w = problem.shape
     outputs = problem.outputs
     tiles = n * ((h + TILE - 1) // TILE) * ((w + TILE - 1) // TILE)
-    direct = (2 * 9 * inputs + (0 if problem.needs_grad else _PASS_COST)) * n * h * w * outputs
+    direct = (2 * 9 * inputs + (_PASS_COST if problem.followed else 0)) * n * h * w * outputs
     products = 2 * _POINTS * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
     transforms = _TILE_COST * tiles * (inputs + outputs) + _WEIGHT_COST * inputs * outputs
     # In whole numbers, which torch.export can reason about.
