@@ -343,19 +343,34 @@ def norm_act_conv3x3_backward_reduce(
         dz: g, channels_last.
         dresidual: in the order "act_add"; in the order "add_act" it is dz and this is empty.
     """
-    added = None if residual is None else Residual(residual)
-    mask = unpack_keep(keep, x)
-    a, mask = activate(x, norm, added, act, mask)
-    a = torch.empty_like(x).copy_(a)
-    results = empty_gradients(x, weight, (needs[0], needs[2]), torch.channels_last)
-    da, dweight = _convolution_gradients(dy, a, weight, [1, 1], results, (needs[0], needs[2]))
-    dz, dr, sums = _nothing(x), _nothing(x), Sums(_nothing(norm.mean), _nothing(norm.mean))
+    g, da, dweight, sums = _norm_act_conv3x3_sums(dy, x, norm, residual, keep, weight, act, needs)
+    dz, dr = _nothing(x), _nothing(x)
     if needs[0]:
-        g = masked_gradient(da, x, norm, added, act, mask)
-        sums = sums_of(g, g, x, norm, None)
         dz = torch.empty_like(x, memory_format=torch.channels_last).copy_(g)
         dr = da if needs[1] and act.order == "act_add" else dr
     return dz, dr, dweight, sums.dweight, sums.dbias
+
+
+def _norm_act_conv3x3_sums(
+    dy: Tensor,
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    keep: Tensor,
+    weight: Tensor,
+    act: Act,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Sums]:
+    """(g in the dtype of the statistics, da, dweight, sums); all but dweight empty where dx is not needed."""
+    added = None if residual is None else Residual(residual)
+    a, mask = activate(x, norm, added, act, unpack_keep(keep, x))
+    a = torch.empty_like(x).copy_(a)
+    results = empty_gradients(x, weight, (needs[0], needs[2]), torch.channels_last)
+    da, dweight = _convolution_gradients(dy, a, weight, [1, 1], results, (needs[0], needs[2]))
+    if not needs[0]:
+        return da, da, dweight, Sums(_nothing(norm.mean), _nothing(norm.mean))
+    g = masked_gradient(da, x, norm, added, act, mask)
+    return g, da, dweight, sums_of(g, g, x, norm, None)
 
 
 def norm_act_conv3x3_backward(
@@ -374,16 +389,14 @@ def norm_act_conv3x3_backward(
         needs: dx, dresidual, dweight; what is not needed is empty, and so are the sums without dx. dresidual without dx
             is not served.
     """
-    dz, dr, dweight, dnorm_weight, dnorm_bias = norm_act_conv3x3_backward_reduce(
-        dy, x, norm, residual, keep, weight, act, needs
-    )
-    dx = dz
+    g, da, dweight, sums = _norm_act_conv3x3_sums(dy, x, norm, residual, keep, weight, act, needs)
+    dx, dr = _nothing(x), _nothing(x)
     if needs[0]:
-        sums = Sums(dnorm_weight, dnorm_bias)
-        dx = backward_apply(dz, x, norm, None, None, sums, None, PLAIN, (True, False))[0]
-        dx = dx.contiguous(memory_format=torch.channels_last)
-        dr = dz if needs[1] and act.order == "add_act" else dr
-    return dx, dr, dweight, dnorm_weight, dnorm_bias
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        dx.copy_(input_gradient(g, x, norm, sums[:2], _count(x)))
+    if needs[1]:
+        dr = torch.empty_like(x, memory_format=torch.channels_last).copy_(g if act.order == "add_act" else da)
+    return dx, dr, dweight, sums.dweight, sums.dbias
 
 
 # -------------------------------------------------------------------------------------------------- projection_shortcut
