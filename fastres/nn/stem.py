@@ -20,7 +20,7 @@ from torchvision.models.resnet import ResNet
 from fastres.nn.blocks import FusedBlock
 from fastres.nn.norm import AbsorbedReLU, take_over_norm
 from fastres.nn.steps import gives_channels_last, is_channels_last, norm_act
-from fastres.nn.trust import AnyActivation, Fused, activation_of, has_hooks, renamed
+from fastres.nn.trust import AnyActivation, Fused, activation_of, has_hooks, is_exactly, renamed
 from fastres.ops.algorithms import is_served, problem_of, requested_algorithm
 
 # Layers, beside blocks, whose results do not depend on the memory format of their input.
@@ -36,8 +36,7 @@ def through_stages(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
     """
     row: list[nn.Module] = []
     for stage in stages:
-        plain = type(stage) is nn.Sequential and not has_hooks(stage) and "forward" not in stage.__dict__
-        row += stage if plain else [stage]  # type: ignore[arg-type]
+        row += stage if is_exactly(stage, nn.Sequential) and stage._compiled_call_impl is None else [stage]
     shortcut = x
     for block, following in itertools.zip_longest(row, row[1:]):
         if _hands_over(block):
@@ -49,7 +48,11 @@ def through_stages(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
 
 
 def _hands_over(block: nn.Module) -> bool:
-    return isinstance(block, FusedBlock) and not has_hooks(block) and "forward" not in block.__dict__
+    """Whether calling the block is its fused steps and no more: a subclass may have a forward or a call of its own."""
+    own = (FusedBlock.forward, nn.Module.__call__, None)
+    return is_exactly(block, type(block)) and own == (
+        type(block).forward, type(block).__call__, block._compiled_call_impl
+    )  # fmt: skip
 
 
 class FusedTrunk(Fused):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18, resnet50
 
 from fastres import ArticleResNet18, fuse, unfuse
+from fastres.nn import FusedBottleneck
 from tests.operators import Operators
 from tests.parity import close, scramble
 
@@ -113,3 +114,41 @@ def test_without_gradients_and_in_evaluation_it_is_the_same_network():
         plain.train(mode), fused.train(mode)
         with torch.no_grad():
             close(fused(x), unfuse(plain)(x), 4096, times=64)
+
+
+class Doubling(FusedBottleneck):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Counting(FusedBottleneck):
+    calls = 0
+
+    def __call__(self, *args, **kwargs):
+        Counting.calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_subclass_with_a_forward_or_a_call_of_its_own_leaves_the_row():
+    plain, fused = network(resnet50, "torch", torch.float64)
+    plain = unfuse(plain)
+    fused.layer2[1].__class__, fused.layer3[2].__class__ = Doubling, Counting
+    plain.layer2[1].register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    before = Counting.calls
+    close(fused(x), plain(x), x.numel() * 16, times=64)
+    assert Counting.calls == before + 1
+
+
+@pytest.mark.parametrize("where", ["block", "stage"])
+def test_a_block_or_stage_that_was_compiled_is_called(where):
+    _, fused = network(resnet18, "torch")
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    (fused.layer2[1] if where == "block" else fused.layer2).compile(backend=backend)
+    fused(torch.randn(2, 3, 16, 16))
+    assert calls
