@@ -15,6 +15,7 @@ from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
 from fastres.train.data import ImageData, load_data
+from fastres.train.distributed import SINGLE, Group
 from fastres.train.errors import InputError, RunError
 from fastres.train.optim import make_optimizer
 
@@ -36,6 +37,7 @@ class Run:
     generator: torch.Generator  # order and augmentation
     resumed: dict[str, Any] | None  # the checkpoint
     backend: str
+    group: Group = SINGLE
 
 
 def prepare(
