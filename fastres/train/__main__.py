@@ -7,6 +7,7 @@ import tyro
 
 from fastres.train.checkpoint import saved_config
 from fastres.train.config import TrainConfig, check_config
+from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
 from fastres.train.loop import train
 
@@ -27,10 +28,16 @@ def main(args: Sequence[str] | None = None) -> int:
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
         summary = train(config)
     except (InputError, RunError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        report_failure(PROGRAM, error)
         return 1 if isinstance(error, DivergedError) else 2
+    except RuntimeError as error:
+        lost = lost_peer(error)
+        if lost is None:
+            raise
+        report_failure(PROGRAM, lost)
+        return 2
     return 0 if summary.finished else 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(recorded(main)())

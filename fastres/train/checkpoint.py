@@ -76,6 +76,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
         state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
+        for name in ("sync_bn", "fsdp"):
+            state["config"].setdefault(name, False)
     return state
 
 

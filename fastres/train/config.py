@@ -75,6 +75,10 @@ class TrainConfig:
         reuse_memory: On the CPU, let the C library keep large buffers instead of returning them to the system at each
             free: faster, and the process keeps its peak memory until it ends.
         compile: Pass the network through torch.compile.
+        sync_bn: In several processes (torchrun), batch statistics of all their images; else each normalises by those of
+            its own share. On a CPU it needs the fused blocks.
+        fsdp: In several processes, shard weights, gradients and optimizer state over them (FSDP2), where else each
+            holds them whole (DistributedDataParallel).
     """
 
     fused: bool = True
@@ -106,6 +110,8 @@ class TrainConfig:
     channels_last: bool = True
     reuse_memory: bool = True
     compile: bool = False
+    sync_bn: bool = False
+    fsdp: bool = False
 
 
 def check_config(config: TrainConfig) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from fastres.train.config import Dataset, TrainConfig
+from fastres.train.distributed import SINGLE, Group
 from fastres.train.errors import InputError, RunError
 
 MEMORY_LIMIT = 2 * 2**30
@@ -191,7 +192,7 @@ def decode_image(path: Path, size: int) -> Tensor:
 
 
 def batches(
-    split: Split, order: Tensor, batch_size: int, *, start: int = 0, workers: int = 0
+    split: Split, order: Tensor, batch_size: int, *, start: int = 0, workers: int = 0, group: Group = SINGLE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of uint8 images [B, 3, H, W] and labels [B] in a given order.
 
@@ -199,8 +200,9 @@ def batches(
         order: int64 [N], indices into the split.
         start: number of the first batch to give.
         workers: processes that decode, for a split that is not in memory.
+        group: of images that are not in memory only this process's share is decoded; the others are undefined.
     """
-    parts = list(torch.split(order, batch_size))[start:]
+    parts = list(torch.split(order, batch_size))[start:] if len(order) else []
     if isinstance(split.images, Tensor):
         for part in parts:
             part = part.to(split.images.device)
@@ -208,30 +210,43 @@ def batches(
         return
     loader = torch.utils.data.DataLoader(
         split.images,
-        batch_sampler=[part.tolist() for part in parts],
+        batch_sampler=[part[group.share(len(part))].tolist() for part in parts],
         num_workers=workers,
         # Without a generator of its own the loader would draw from the global one, which belongs to the dropout.
         generator=torch.Generator(),
     )
-    for part, images in zip(parts, loader, strict=True):
+    for part, decoded in zip(parts, loader, strict=True):
+        images = decoded
+        if group.size > 1:
+            images = decoded.new_empty(len(part), *decoded.shape[1:])
+            images[group.share(len(part))] = decoded
         yield images, split.labels[part]
 
 
-def train_order(count: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """A random order of `count` images. A last batch of one image is left out: it has no batch statistics."""
+def left_out(count: int, batch_size: int, smallest: int = 2) -> int:
+    """How many of `count` images an epoch leaves out: those of a last batch below `smallest`, which has no batch
+    statistics."""
+    last = count % batch_size
+    return last if last < smallest else 0
+
+
+def train_order(count: int, batch_size: int, generator: torch.Generator, smallest: int = 2) -> Tensor:
+    """A random order of `count` images, without those that an epoch leaves out."""
     order = torch.randperm(count, generator=generator)
-    return order[:-1] if count % batch_size == 1 else order
+    return order[: count - left_out(count, batch_size, smallest)]
 
 
-def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, how: Augmentation, generator: torch.Generator, share: slice = slice(None)) -> Tensor:
     """Crop each image at random out of its zero-padded self, and flip it with probability one half.
 
     Args:
         images: uint8 [B, 3, H, W].
         generator: CPU generator; draws are the same whatever the images' device.
+        share: the part of the batch to augment; draws are made for all of it, so that a process gets what it would
+            have got of the whole.
 
     Returns:
-        uint8 [B, 3, H, W], channels_last.
+        uint8 [share of B, 3, H, W], channels_last.
     """
     count, _, height, width = images.shape
     top = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
@@ -240,9 +255,10 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     if how.flip:
         flipped = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
+    images, top, left, rows, columns = (values[share] for values in (images, top, left, rows, columns))
     rows, columns = (rows + top).to(images.device), (columns + left).to(images.device)
     padded = F.pad(images, (how.padding,) * 4)
-    picture = torch.arange(count, device=images.device)
+    picture = torch.arange(len(images), device=images.device)
     # Indices apart from each other put their dimensions first: the result is [B, H, W, 3] in memory.
     return padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 

@@ -1,9 +1,14 @@
-"""The processes of one training job: who they are, and the few things that they tell each other.
+"""The processes of one training job: who they are, what they tell each other, and who reports when one fails.
 
 torchrun starts the processes and names each in its environment. A job of one process never touches torch.distributed.
 """
 
 import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +23,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others: longer than the slowest evaluation or download, which one does for all."""
+DEATH_SECONDS = 2.0
+"""How long a process may take from closing its connections to being gone."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,24 @@ class Group:
         # dist.barrier chooses a device of its own, and with NCCL would make a context on it.
         self.any(False)
 
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Let an InputError or RunError of one process inside the block be raised by all, so that none waits in vain.
+
+        Nothing inside the block may communicate. The message names the ranks unless the error is everybody's.
+        """
+        found: InputError | RunError | None = None
+        try:
+            yield
+        except (InputError, RunError) as error:
+            found = error
+        errors = self.gather(None if found is None else (type(found), str(found)))
+        if found is not None and all(error == errors[0] for error in errors):
+            raise found
+        for kind, text in dict.fromkeys(error for error in errors if error is not None):
+            ranks = [str(rank) for rank, error in enumerate(errors) if error == (kind, text)]
+            raise kind(f"{text} (rank {', '.join(ranks)} of {self.size} processes)") from found
+
     def close(self) -> None:
         """Leave the process group that `start_group` made."""
         if self.size > 1 and dist.is_initialized():
@@ -86,6 +111,14 @@ class Group:
 
 
 SINGLE = Group()
+
+
+class _Job:
+    """What `start_group` found out, for the report of a failure: the job's store, and where each process runs."""
+
+    group = SINGLE
+    store: Any = None  # torch.distributed.Store
+    processes: tuple[tuple[str, int], ...] = ()  # host and process number, by rank
 
 
 def start_group(device: torch.device) -> Group:
@@ -110,11 +143,112 @@ def start_group(device: torch.device) -> Group:
     if rank >= size:
         raise InputError(f"RANK: expected a number below WORLD_SIZE = {size}, got {rank}")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    from torch.distributed.rendezvous import rendezvous
+
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=size)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank} of {size} cannot reach the others: {error}") from error
-    return Group(rank, size, local_rank)
+    group = Group(rank, size, local_rank)
+    _Job.group, _Job.store = group, store
+    _Job.processes = tuple(group.gather((socket.gethostname(), os.getpid())))
+    return group
+
+
+def rank_device(device: torch.device, group: Group) -> torch.device:
+    """The device of this process: with several on CUDA a GPU each, by local rank.
+
+    Raises:
+        InputError: one GPU is named for all.
+        RunError: there are fewer GPUs than processes on this machine.
+    """
+    if group.size == 1 or device.type != "cuda":
+        return device
+    if device != torch.device("cuda"):
+        raise InputError(f"device: each process takes a GPU of its own, expected auto or cuda, got {device}")
+    if group.local_rank >= torch.cuda.device_count():
+        raise RunError(
+            f"device: cuda:{group.local_rank} is not there for local rank {group.local_rank}, "
+            f"{torch.cuda.device_count()} CUDA devices are available"
+        )
+    torch.cuda.set_device(group.local_rank)
+    return torch.device("cuda", group.local_rank)
+
+
+def restarts_left() -> bool:
+    """Whether torchrun would start the job again after a failure."""
+    return _number("TORCHELASTIC_MAX_RESTARTS", 0, low=0) > _number("TORCHELASTIC_RESTART_COUNT", 0, low=0)
+
+
+def was_restarted() -> bool:
+    """Whether torchrun has started this job again after a failure."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0, low=0) > 0
+
+
+def recorded(main: Callable[[], int]) -> Callable[[], int | None]:
+    """`main` with its exceptions written where torchrun's summary of a failure looks for them; itself elsewhere."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)
+
+
+def report_failure(program: str, error: BaseException) -> None:
+    """Say on standard error why the run ends, in one line for the whole job, and tell torchrun's summary.
+
+    The processes of a job fail one after the other, each because of the one before. The first to come here speaks.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    group = _Job.group
+    if group.size == 1:
+        first = os.environ.get("RANK", "0") == "0"  # all read the same arguments
+    else:
+        try:
+            first = _Job.store.add("fastres/failures", 1) == 1
+        except RuntimeError:  # the process that keeps the store is gone
+            first = True
+    if first:
+        label = "" if group.size == 1 else f"rank {group.rank} of {group.size}: "
+        print(f"{program}: error: {label}{error}", file=sys.stderr, flush=True)
+
+
+def lost_peer(error: BaseException) -> RunError | None:
+    """What an error means that came out of a collective: which process is gone. None where that is not its cause."""
+    if _Job.group.size == 1 or not isinstance(error, RuntimeError) or isinstance(error, RunError):
+        return None
+    reason = str(error).strip().splitlines()
+    network = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
+    deadline = time.monotonic() + (DEATH_SECONDS if network else 0.0)
+    while True:
+        gone = [
+            f"rank {rank} (process {number})"
+            for rank, (host, number) in enumerate(_Job.processes)
+            if host == socket.gethostname() and rank != _Job.group.rank and not _is_alive(number)
+        ]
+        if gone:
+            return RunError(f"{' and '.join(gone)} of {_Job.group.size} has died, the job ends")
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
+    if not network:
+        return None
+    return RunError(f"the connection to another rank is lost, the job ends: {reason[0] if reason else error!r}")
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; one that has ended and was not yet waited for does not."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (ProcessLookupError, FileNotFoundError):
+        return not os.path.isdir("/proc/self")
+    except OSError:
+        return True
 
 
 def _number(name: str, default: int, *, low: int) -> int:

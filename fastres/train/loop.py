@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, to_dict
-from fastres.train.data import ImageData, batches, train_order
+from fastres.train.data import ImageData, batches, left_out, train_order
 from fastres.train.engine import Engine
 from fastres.train.errors import DivergedError, InputError
 from fastres.train.optim import lr_factor
+from fastres.train.parallel import by_rank, smallest_batch, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, prepare
 from fastres.train.report import Summary, append_json, keep_rows, show_start, write_summary
 
@@ -55,6 +56,8 @@ def train(
     """
     console = console or Console()
     run = prepare(config, data, make_model or configured_model, console)
+    if not run.group.is_main:
+        console = Console(quiet=True)
     return _Loop(run, console).run()
 
 
@@ -78,14 +81,19 @@ class _Loop:
     def __init__(self, run: Run, console: Console) -> None:
         self.config, self.data, self.device = run.config, run.data, run.device
         self.model, self.optimizer, self.generator = run.model, run.optimizer, run.generator
-        self.backend, self.console = run.backend, console
+        self.backend, self.console, self.group = run.backend, console, run.group
+        self.hide_bar = None if run.group.is_main else True
         config = self.config
         if config.output_dir is None or config.batch_size is None or config.epochs is None or config.lr is None:
             raise ValueError("config: expected a resolved one")
         self.directory, self.batch_size = config.output_dir, config.batch_size
         self.epochs, self.peak_lr = config.epochs, config.lr
         count = len(self.data.train)
-        self.steps_per_epoch = math.ceil(count / self.batch_size) - (count % self.batch_size == 1)
+        self.smallest_batch = smallest_batch(run.group, sync_bn=config.sync_bn)
+        self.epoch_images = count - left_out(count, self.batch_size, self.smallest_batch)
+        if not self.epoch_images:
+            raise InputError(f"data: expected {self.smallest_batch} training images for {run.group.size} processes")
+        self.steps_per_epoch = math.ceil(self.epoch_images / self.batch_size)
         self.total_steps = self.epochs * self.steps_per_epoch
         self.warmup_steps = round((config.warmup_epochs or 0.0) * self.steps_per_epoch)
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
@@ -117,7 +125,7 @@ class _Loop:
         self._open_output()
         show_start(self.console, self.config, self.data, self.backend)
         total, done = self._images_until(self.stop_step), self._images_until(self.step)
-        bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=None)
+        bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=self.hide_bar)
         with bar, self._catch_interrupt():
             while not self.interrupted:
                 self._train_epoch(bar)
@@ -133,14 +141,17 @@ class _Loop:
         """Train to the end of the epoch, to max_steps, or to Ctrl-C; starts where the checkpoint stopped."""
         self.model.train()
         if self.order is None:
-            self.order = train_order(len(self.data.train), self.batch_size, self.generator)
+            self.order = train_order(len(self.data.train), self.batch_size, self.generator, self.smallest_batch)
             self.batch = 0
             self.engine.train_metrics.reset()
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
         window = _Window(self.device)
         for images, labels in batches(
-            self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers
-        ):
+            self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
+            group=self.group,
+        ):  # fmt: skip
+            # A signal reaches the processes between different steps; all stop after the same one.
+            self.interrupted = self.group.any(self.interrupted)
             if self.step >= self.stop_step or self.interrupted:
                 break
             window.add(self.engine.train_step(images, labels, self._lr()), len(labels))
@@ -167,7 +178,8 @@ class _Loop:
                 raise DivergedError(
                     f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); try an lr below {self.peak_lr:g}"
                 )
-            append_json(self.directory / "steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
+            if self.group.is_main:
+                append_json(self.directory / "steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
         self.rates.append(rate)
         accuracy = self.engine.train_metrics["accuracy"].compute().item()
         bar.set_postfix(loss=f"{losses[-1]:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
@@ -176,6 +188,7 @@ class _Loop:
         """Evaluate, write the line of the epoch and the checkpoints. False where Ctrl-C came in between."""
         test = self.engine.evaluate(lambda: self.interrupted)
         if test is None:
+            self.interrupted = True
             return False
         train = self.engine.trained()
         complete = self.batch == self.steps_per_epoch
@@ -198,7 +211,8 @@ class _Loop:
             "images_per_second": self._rate(),
             "seconds": self._seconds(),
         }
-        append_json(self.directory / "metrics.jsonl", row)
+        if self.group.is_main:
+            append_json(self.directory / "metrics.jsonl", row)
         self._save("last.pt")
         if best:
             self._save("best.pt")
@@ -216,8 +230,7 @@ class _Loop:
 
     def _images_until(self, step: int) -> int:
         epochs, steps = divmod(step, self.steps_per_epoch)
-        count = len(self.data.train) - (len(self.data.train) % self.batch_size == 1)
-        return epochs * count + min(steps * self.batch_size, count)
+        return epochs * self.epoch_images + min(steps * self.batch_size, self.epoch_images)
 
     def _rate(self) -> float | None:
         """Training images a second: the median, without the first measurement, which builds and warms up."""
@@ -232,24 +245,27 @@ class _Loop:
             "format": ckpt.FORMAT,
             "config": to_dict(self.config),
             "classes": list(self.data.classes),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole_model(self.model),
+            "optimizer": whole_optimizer(self.model, self.optimizer),
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
             "order": self.order,
             "generator": self.generator.get_state(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": cuda_rng,
+            "torch_rng": by_rank(torch.get_rng_state(), self.group),
+            "cuda_rng": by_rank(cuda_rng, self.group),
             "metrics": self.engine.train_metrics.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "seconds": self._seconds(),
         }
-        ckpt.save_checkpoint(self.directory / name, state)
+        if self.group.is_main:
+            ckpt.save_checkpoint(self.directory / name, state)
 
     def _open_output(self) -> None:
         """The first writes of a run."""
+        if not self.group.is_main:
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "steps.jsonl"):
             keep_rows(self.directory / name, self.step)
@@ -265,7 +281,9 @@ class _Loop:
 
         def stop(signum: int, frame: Any) -> None:
             self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # torchrun passes a Ctrl-C on to processes that the terminal has told already.
+            if self.group.size == 1:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
         signal.signal(signal.SIGINT, stop)
         try:
@@ -293,7 +311,8 @@ class _Loop:
             seconds=self._seconds(),
             output_dir=str(self.directory),
         )
-        write_summary(self.console, summary, self.data)
+        if self.group.is_main:
+            write_summary(self.console, summary, self.data)
         if self.interrupted:
             self.console.print(
                 f"Interrupted; go on with: python -m fastres.train --resume {self.directory}",

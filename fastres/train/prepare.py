@@ -15,9 +15,10 @@ from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
 from fastres.train.data import ImageData, load_data
-from fastres.train.distributed import SINGLE, Group
+from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
 from fastres.train.optim import make_optimizer
+from fastres.train.parallel import OptimizerState, check_job, of_rank, shard
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", "last.pt", "best.pt")
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
@@ -52,16 +53,20 @@ def prepare(
         TypeError, InputError, RunError: as `fastres.train.train`.
     """
     check_config(config)
-    resumed = None
-    if config.resume is not None:
-        resumed = ckpt.load_checkpoint(config.resume)
-        config = _inherit(config, resumed["config"])
-    _check_output_dir(config)
     device = _pick_device(config.device)
+    group = start_group(device)
+    with group.agreed():
+        device = rank_device(device, group)
+        config = _after_restart(config)
+        resumed = None
+        if config.resume is not None:
+            resumed = ckpt.load_checkpoint(config.resume)
+            config = _inherit(config, resumed["config"])
+        _check_output_dir(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if data is None:
-        data = load_data(config, notify=lambda text: console.print(text, highlight=False, soft_wrap=True))
+        data = _load(config, group, console)
     if len(data.train) < 2 or len(data.test) < 1:
         raise InputError(
             f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}"
@@ -69,27 +74,37 @@ def prepare(
     config = resolve(config, dataset=data.name, image_size=data.image_size)
     if resumed is not None:
         _check_same_run(config, resumed, data)
+    check_job(config, group, resumed)
     if device.type == "cpu" and config.reuse_memory:
         reuse_cpu_memory()
     torch.manual_seed(config.seed)
     model = make_model(config, len(data.classes)).to(device)
-    if config.channels_last:
+    if config.channels_last and not config.fsdp:  # FSDP2 refuses parameters that are not contiguous
         model = model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(model.parameters(), config)
-    generator = torch.Generator().manual_seed(config.seed)
+    if config.sync_bn and group.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     if resumed is not None and config.resume is not None:
         ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
-        ckpt.load_state(optimizer, resumed["optimizer"], what=f"optimizer {config.optimizer}", path=config.resume)
+    if config.fsdp:
+        model = shard(model, group, device)
+    optimizer = make_optimizer(model.parameters(), config)
+    generator = torch.Generator().manual_seed(config.seed)
+    if group.size > 1:
+        torch.manual_seed(config.seed + group.rank)
+    if resumed is not None and config.resume is not None:
+        optimizer_state = OptimizerState(model, optimizer)
+        ckpt.load_state(optimizer_state, resumed["optimizer"], what=f"optimizer {config.optimizer}", path=config.resume)
         generator.set_state(resumed["generator"])
-        torch.set_rng_state(resumed["torch_rng"])
-        if device.type == "cuda" and resumed["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(resumed["cuda_rng"], device)
+        torch.set_rng_state(of_rank(resumed["torch_rng"], group))
+        cuda_rng = of_rank(resumed["cuda_rng"], group)
+        if device.type == "cuda" and cuda_rng is not None:
+            torch.cuda.set_rng_state(cuda_rng, device)
     if config.output_dir is None:
-        config = dataclasses.replace(config, output_dir=_default_output_dir(config))
+        config = dataclasses.replace(config, output_dir=group.broadcast(_default_output_dir(config)))
     if device.type == "cuda":
         data = _to_device(data, device)
     backend = _backend(config, device)
-    return Run(config, data, device, model, optimizer, generator, resumed, backend)
+    return Run(config, data, device, model, optimizer, generator, resumed, backend, group)
 
 
 def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -98,6 +113,34 @@ def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
         config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
         conv_algorithm=config.conv_algorithm,
     )  # fmt: skip
+
+
+def _after_restart(config: TrainConfig) -> TrainConfig:
+    """The same command again, by torchrun after a failure, goes on from the last checkpoint where there is one.
+
+    Raises:
+        InputError: torchrun may restart the job, and no folder is named that it would find again.
+    """
+    if config.output_dir is None and config.resume is None and (was_restarted() or restarts_left()):
+        raise InputError("output_dir: torchrun --max-restarts needs one, in which a restarted job finds its checkpoint")
+    folder = config.output_dir or config.resume
+    if not was_restarted() or folder is None or not (folder / "last.pt").is_file():
+        return config
+    return dataclasses.replace(config, resume=folder)
+
+
+def _load(config: TrainConfig, group: Group, console: Console) -> ImageData:
+    """The data set, for each process; one on each machine is first where there may be something to download."""
+    data: ImageData | None = None
+
+    def load() -> ImageData:
+        return load_data(config, notify=lambda text: console.print(text, highlight=False, soft_wrap=True))
+
+    if group.size > 1 and config.dataset in ("auto", "cifar10", "cifar100"):
+        with group.agreed():
+            data = load() if group.local_rank == 0 else None
+    with group.agreed():
+        return load() if data is None else data
 
 
 def _inherit(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
@@ -132,6 +175,8 @@ def _check_output_dir(config: TrainConfig) -> None:
     directory = config.output_dir
     if directory is None:
         return
+    if was_restarted() and config.resume is None:
+        return  # the failed attempt's, which had no checkpoint yet
     if directory.exists() and not directory.is_dir():
         raise InputError(f"output_dir: expected a folder, got the file {directory}")
     if config.resume is not None and directory.resolve() == ckpt.checkpoint_path(config.resume).parent.resolve():

@@ -1,15 +1,26 @@
+import io
+import json
 import os
+import re
 import socket
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
 
+from fastres.train import TrainConfig, load_checkpoint, parallel, train
 from fastres.train.distributed import SINGLE, Group, start_group
-from fastres.train.errors import InputError
+from fastres.train.errors import InputError, RunError
+from tests.train.conftest import make_data
 
 CPU = torch.device("cpu")
 
@@ -105,3 +116,208 @@ def test_wrong_environment_is_named(name: str, value: str, monkeypatch: pytest.M
         monkeypatch.setenv(key, number)
     with pytest.raises(InputError, match=rf"^{name}: .*{value}"):
         start_group(CPU)
+
+
+# --- Training in several processes ---
+
+
+class Plain(nn.Sequential):
+    """Without normalisation over the batch, so that the shares do not show in what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(),
+            nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
+        )  # fmt: skip
+
+
+class Normed(Plain):
+    """The same with batch normalisation and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self[2].insert(0, nn.BatchNorm2d(8))
+        self.insert(5, nn.Dropout(0.3))
+
+
+def settings(**fields: Any) -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "batch_size": 8,
+        "epochs": 2,
+        "warmup_epochs": 0.0,
+        "lr": 0.05,
+        "reuse_memory": False,
+        **fields,
+    }
+
+
+def train_here(group: Group, kind: type[nn.Module], fields: dict[str, Any], counts: tuple[int, int]) -> Any:
+    """Train, and give what went out of this process."""
+    made: list[nn.Module] = []
+    seen: list[int] = []
+
+    def make_model(config: TrainConfig, classes: int) -> nn.Module:
+        made.append(kind())
+        made[0].register_forward_hook(lambda module, args, output: seen.append((module.training, len(output))))
+        return made[0]
+
+    console = Console(file=io.StringIO(), width=200)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary = train(TrainConfig(**fields), data=make_data(*counts), make_model=make_model, console=console)
+    return {
+        "accuracy": summary.last_accuracy,
+        "finished": summary.finished,
+        "text": console.file.getvalue(),
+        "seen": seen,
+        "warnings": [str(warning.message) for warning in caught],
+    }
+
+
+def job(size: int, kind: type[nn.Module], folder: Path, counts: tuple[int, int] = (45, 13), **fields: Any) -> list[Any]:
+    return in_processes(size, train_here, kind, settings(output_dir=folder, **fields), counts)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_checkpoint(folder)["model"]
+
+
+def logged(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": True}, {"optimizer": "adamw", "fsdp": True}], ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_train_as_one(size: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Batches, the last one of an epoch, and 13 test images have uneven shares."""
+    one = {name: value for name, value in options.items() if name != "fsdp"}
+    if size == 3:
+        options, one = {**options, "batch_size": 10}, {**one, "batch_size": 10}
+    counts = (45 if size == 2 else 48, 13)
+    job(1, Plain, tmp_path / "one", counts, **one)
+    ranks = job(size, Plain, tmp_path / "more", counts, **options)
+    for name, expected in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "more")[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+    for mine, theirs in zip(logged(tmp_path / "more"), logged(tmp_path / "one"), strict=True):
+        for key in ("train_loss", "test_loss"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5)
+        for key in ("step", "train_accuracy", "test_accuracy"):
+            assert mine[key] == theirs[key]
+    losses = [[row["loss"] for row in logged(tmp_path / name, "steps.jsonl")] for name in ("more", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len({rank["accuracy"] for rank in ranks}) == 1
+    assert all(not rank["text"] for rank in ranks[1:]) and "Training finished" in ranks[0]["text"]
+    for rank in ranks:
+        assert not rank["warnings"]
+
+
+@pytest.mark.parametrize("test_images", [1, 2, 3, 13])
+def test_each_test_image_is_evaluated_once(test_images: int, tmp_path: Path) -> None:
+    ranks = job(3, Plain, tmp_path / "run", (12, test_images), batch_size=6, epochs=1, eval_batch_size=2)
+    evaluated = [sum(count for training, count in rank["seen"] if not training) for rank in ranks]
+    assert sum(evaluated) == test_images and max(evaluated) - min(evaluated) <= 1
+
+
+def test_last_batch_too_small_for_the_processes_is_left_out(tmp_path: Path) -> None:
+    """19 = 8 + 8 + 3, and two processes need two images each."""
+    ranks = job(2, Normed, tmp_path / "run", (19, 4), epochs=1)
+    for rank in ranks:
+        assert [count for training, count in rank["seen"] if training] == [4, 4]
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_resumed_job_ends_with_the_same_weights(fsdp: bool, tmp_path: Path) -> None:
+    """With statistics and dropout of each process's own, stopped in the middle of an epoch."""
+    job(2, Normed, tmp_path / "whole", fsdp=fsdp, optimizer="adam")
+    job(2, Normed, tmp_path / "parts", fsdp=fsdp, optimizer="adam", max_steps=3)
+    job(2, Normed, tmp_path / "parts", fsdp=fsdp, optimizer="adam", resume=tmp_path / "parts")
+    for name, expected in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "parts")[name], expected), name
+
+
+def test_processes_draw_dropout_of_their_own(tmp_path: Path) -> None:
+    job(2, Normed, tmp_path / "run", epochs=1)
+    first, second = load_checkpoint(tmp_path / "run")["torch_rng"]
+    assert not torch.equal(first, second)
+
+
+def refusal(group: Group, fields: dict[str, Any]) -> str:
+    try:
+        train_here(group, Plain, fields, (45, 13))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 3}, r"^batch_size: expected at least 2 images for each of 2 processes, got 3"),
+        ({"resume": Path("run")}, r"^resume: .*job of 3 processes.*this job has 2"),
+        ({"sync_bn": True, "fused": False}, r"^sync_bn: expected --fused on a CPU"),
+        ({"resume": Path("nowhere")}, r"^resume: no checkpoint"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_several_processes_is_refused_by_all(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    job(3, Plain, tmp_path / "run", max_steps=1)
+    paths = {"resume": tmp_path / fields["resume"]} if "resume" in fields else {}
+    for text in in_processes(2, refusal, settings(**{**fields, **paths, "output_dir": tmp_path / "other"})):
+        assert re.search(message, text)
+    assert not (tmp_path / "other").exists()
+
+
+def test_sharding_needs_several_processes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^fsdp: .*got one"):
+        train_here(SINGLE, Plain, settings(fsdp=True, output_dir=tmp_path / "run"), (45, 13))
+
+
+def disagree(group: Group) -> tuple[str, str]:
+    try:
+        with group.agreed():
+            if group.rank == 1:
+                raise RunError("no space")
+    except RunError as error:
+        first = str(error)
+    try:
+        with group.agreed():
+            raise InputError("lr: too high")
+    except InputError as error:
+        return first, str(error)
+
+
+def test_an_error_of_one_process_is_raised_by_all() -> None:
+    assert in_processes(3, disagree) == [("no space (rank 1 of 3 processes)", "lr: too high")] * 3
+
+
+def accumulate(group: Group, fsdp: bool) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    model = Plain().double()
+    images, labels = torch.rand(6, 3, 8, 8).double(), torch.arange(6) % 3
+    if fsdp:
+        model = parallel.shard(model, group, CPU)
+    compute = parallel.spread(model, group, CPU, static_graph=False)
+    for part, last in ((slice(0, 3), False), (slice(3, 6), True)):
+        share = group.share(3)
+        x, y = images[part][share], labels[part][share]
+        with nullcontext() if last else parallel.without_reduction(compute):
+            loss = F.cross_entropy(compute(x), y) * parallel.loss_weight(group, 3) / 2
+            loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {name: (g.full_tensor() if hasattr(g, "full_tensor") else g).clone() for name, g in gradients.items()}
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_accumulated_gradients_are_those_of_the_joined_batches(fsdp: bool) -> None:
+    """In float64; the shares of 3 images are 2 and 1."""
+    torch.manual_seed(3)
+    model = Plain().double()
+    images, labels = torch.rand(6, 3, 8, 8).double(), torch.arange(6) % 3
+    F.cross_entropy(model(images), labels).backward()
+    for gradients in in_processes(2, accumulate, fsdp):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12, msg=name)
