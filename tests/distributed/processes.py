@@ -33,10 +33,12 @@ def run_processes(work: Callable[..., Any], count: int, *args: Any, timeout: flo
     Raises:
         AssertionError: a rank failed, with its traceback; the other ranks are stopped at once.
     """
-    spawn = multiprocessing.get_context("spawn")
+    # Forked from one that has imported torch and the test, and has no threads: a start takes no time, and is safe.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", work.__module__])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ranks = [spawn.Process(target=_run, args=(rank, count, name, timeout, work, args)) for rank in range(count)]
+        ranks = [server.Process(target=_run, args=(rank, count, name, timeout, work, args)) for rank in range(count)]
         for process in ranks:
             process.start()
         try:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
@@ -20,30 +19,19 @@ from torch import Tensor, nn
 from fastres.train import TrainConfig, load_checkpoint, parallel, train
 from fastres.train.distributed import SINGLE, Group, start_group
 from fastres.train.errors import InputError, RunError
+from tests.distributed.processes import run_processes
 from tests.train.conftest import make_data
 
 CPU = torch.device("cpu")
 
 
-def start(rank: int, size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port)
-    )
-    group = start_group(CPU)
-    results[rank] = work(group, *args)
-    group.close()
+def with_group(rank: int, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return work(start_group(CPU), *args)
 
 
 def in_processes(size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """What work(group, *args) gives in each of `size` processes, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.start_processes(start, (size, port, work, args, results), nprocs=size, start_method="fork")
-        return [results[rank] for rank in range(size)]
+    return run_processes(with_group, size, work, args)
 
 
 # --- Group ---
@@ -69,7 +57,14 @@ def test_one_process_needs_no_process_group() -> None:
     assert not dist.is_initialized()
 
 
-def talk(group: Group) -> dict[str, Any]:
+def talk(group: Group, port: int) -> dict[str, Any]:
+    """In a group that is started as torchrun's processes start theirs."""
+    group.close()
+    os.environ.update(
+        RANK=str(group.rank), LOCAL_RANK=str(group.rank), WORLD_SIZE=str(group.size),
+        MASTER_ADDR="localhost", MASTER_PORT=str(port),
+    )  # fmt: skip
+    group = start_group(CPU)
     tensor = torch.full((2,), group.rank + 1.0)
     return {
         "main": group.is_main,
@@ -85,7 +80,10 @@ def talk(group: Group) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_tell_each_other(size: int) -> None:
-    for rank, heard in enumerate(in_processes(size, talk)):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    for rank, heard in enumerate(in_processes(size, talk, port)):
         assert heard == {
             "main": rank == 0,
             "again": True,
