@@ -51,8 +51,8 @@ from fastres._extension import cpu_capability, load_cpu, status
 from fastres.info import processors
 from fastres.models.stem import init_convolution
 from fastres.train import ImageData, Split, TrainConfig, load_checkpoint, load_data, train
-from fastres.train.checkpoint import write_text
 from fastres.train.config import check_config
+from fastres.train.folder import write_text
 
 PROGRAM = "python -m benchmarks.accuracy"
 NARROW = "resnet20"

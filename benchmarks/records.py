@@ -51,7 +51,7 @@ def commit() -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all.
 
-    `fastres.train.checkpoint.write_text` does the same, but importing it takes torch and all that training needs.
+    `fastres.train.folder.write_text` does the same, but importing it takes torch and all that training needs.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -32,7 +32,7 @@ from benchmarks import records, workloads
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
 from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
 from fastres.info import processors
-from fastres.train.checkpoint import atomic, write_text
+from fastres.train.folder import atomic, write_text
 
 COPY = "copy"
 SAVED_BATCH = 4 if workloads.QUICK else 32

@@ -17,7 +17,7 @@ from benchmarks.roofline.kernels import kernels_of
 from benchmarks.roofline.model import Config, layers, summarise
 from benchmarks.roofline.report import layer_table, markdown, plot, summary_rows, summary_table, to_json
 from benchmarks.workloads import SIDES
-from fastres.train.checkpoint import write_text
+from fastres.train.folder import write_text
 
 
 def main(config: Config, console: Console | None = None) -> None:

@@ -17,7 +17,7 @@ from benchmarks.results import COLOURS, NAMES
 from benchmarks.roofline.model import GPUS, Config, Gpu, find_gpu, predict
 from benchmarks.roofline.trace import PARTS, Kernel
 from benchmarks.workloads import COMPILE, EAGER, FUSED, SIDES
-from fastres.train.checkpoint import atomic
+from fastres.train.folder import atomic
 
 PREDICTION = "PREDICTION of a roofline model; no GPU has run this"
 PART_NAMES = {"conv": "convolutions", "norm": "normalisation, activation, addition", "rest": "rest"}

@@ -1,11 +1,12 @@
 """The command line: python -m fastres.train."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
 import tyro
 
-from fastres.train.checkpoint import saved_config
+from fastres.train.checkpoint import resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
@@ -18,11 +19,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Train as the command line says.
 
     Returns:
-        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment (nothing written), 130 stopped by Ctrl-C.
+        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
+        SIGTERM.
     """
     try:
         config = tyro.cli(TrainConfig, args=args, prog=PROGRAM)
         check_config(config)
+        config = resolve_resume(config)
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
@@ -36,7 +39,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         report_failure(PROGRAM, lost)
         return 2
-    return 0 if summary.finished else 130
+    except KeyboardInterrupt:
+        # Before the loop, or a second time: nothing to save.
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0 if summary.stopped_by is None else 128 + signal.Signals[summary.stopped_by]
 
 
 if __name__ == "__main__":

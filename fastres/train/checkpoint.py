@@ -1,8 +1,8 @@
-"""Files of a run: written whole or not at all, read with weights_only=True."""
+"""Checkpoints of a run: the last one, the one before it, and the best; read with weights_only=True."""
 
+import dataclasses
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from fastres.train.config import TrainConfig, from_dict
 from fastres.train.errors import InputError
+from fastres.train.folder import atomic, writing
 
 FORMAT = 1
 KEYS = (
@@ -18,52 +19,74 @@ KEYS = (
 )  # fmt: skip
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, and move it over `path` when the block ends without an exception.
-
-    Whatever was at `path` stays as it was if the block fails.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+AUTO = Path("auto")
+"""What --resume is given to go on from the output folder's checkpoint where there is one, and to begin elsewhere."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. `state` has the entries KEYS: tensors and plain Python values only."""
+    """Write a checkpoint atomically. `state` has the entries KEYS: tensors and plain Python values only.
+
+    The last one before it stays as the previous one.
+    """
     with atomic(path) as temporary:
         torch.save(state, temporary)
+        if path.name == LAST and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
 
 
-def checkpoint_path(path: Path) -> Path:
-    """The file that --resume means: `path` itself, or last.pt in the folder `path`.
+def has_checkpoint(directory: Path) -> bool:
+    """Whether the folder holds a checkpoint to go on from."""
+    return any((directory / name).is_file() for name in (LAST, PREVIOUS))
+
+
+def resolve_resume(config: TrainConfig) -> TrainConfig:
+    """`config` with `resume` a path or None, where it was "auto".
 
     Raises:
-        InputError: there is no such file.
+        InputError: "auto" without an output folder.
     """
-    file = path / "last.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"resume: no checkpoint at {file}")
-    return file
+    if config.resume != AUTO:
+        return config
+    if config.output_dir is None:
+        raise InputError("resume: auto looks for a checkpoint in output_dir, expected one, got None")
+    with writing(config.output_dir):
+        found = has_checkpoint(config.output_dir)
+    return dataclasses.replace(config, resume=config.output_dir if found else None)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or the last one of a run's folder, onto the CPU.
+def folder_of(path: Path) -> Path:
+    """The run's folder that --resume means by `path`, a folder or a file in it."""
+    return path if path.is_dir() else path.parent
+
+
+def load_checkpoint(path: Path, *, notify: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Read a checkpoint, or the last good one of a run's folder, onto the CPU.
+
+    Args:
+        notify: receives a line where the last one of a folder is missing or broken, and the previous one is read.
 
     Raises:
         InputError: the file is missing, truncated, or something else than a checkpoint of this trainer.
     """
-    file = checkpoint_path(path)
+    problem: InputError | None = None
+    for file in (path / LAST, path / PREVIOUS) if path.is_dir() else (path,):
+        try:
+            state = read_checkpoint(file)
+        except InputError as error:
+            problem = problem or error
+            continue
+        if problem is not None and notify is not None:
+            notify(f"{problem}; going on from {file.name}, of step {state['step']}")
+        return state
+    assert problem is not None
+    raise problem
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Read one file as `load_checkpoint` does."""
+    if not file.is_file():
+        raise InputError(f"resume: no checkpoint at {file}")
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
@@ -76,8 +99,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
         state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
-        for name in ("sync_bn", "fsdp"):
-            state["config"].setdefault(name, False)
+        for name, value in (("sync_bn", False), ("fsdp", False), ("save_minutes", 10.0)):
+            state["config"].setdefault(name, value)
     return state
 
 

@@ -43,9 +43,11 @@ class TrainConfig:
             handwritten digits that come with scikit-learn.
         data_dir: Folder of the data. For imagefolder it holds train/ and one of test/, val/, valid/, with a folder a
             class.
-        output_dir: Folder for the results; must not hold a run yet. None is
+        output_dir: Folder for the results; must not hold a run that has saved a checkpoint. None is
             runs/<dataset>-<model>-<fused|plain>-<time>, or the checkpoint's own folder with --resume.
-        resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint.
+        resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint. auto: the
+            last one in --output-dir, or from the beginning where there is none, so that the same command serves for
+            both.
         epochs: Passes over the training images. None: 5 for digits, 30 for the others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
@@ -79,6 +81,8 @@ class TrainConfig:
             its own share. On a CPU it needs the fused blocks.
         fsdp: In several processes, shard weights, gradients and optimizer state over them (FSDP2), where else each
             holds them whole (DistributedDataParallel).
+        save_minutes: Write last.pt after so many minutes as well as after each epoch. The one before stays as
+            previous.pt.
     """
 
     fused: bool = True
@@ -112,6 +116,7 @@ class TrainConfig:
     compile: bool = False
     sync_bn: bool = False
     fsdp: bool = False
+    save_minutes: float = 10.0
 
 
 def check_config(config: TrainConfig) -> None:
@@ -144,7 +149,8 @@ def check_config(config: TrainConfig) -> None:
     _check_range("batch_size", config.batch_size, low=2)
     _check_range("workers", config.workers, low=0)
     _check_range("seed", config.seed, low=0, high=2**63 - 1)
-    _check_range("lr", config.lr, low=0.0, low_included=False)
+    for name in ("lr", "save_minutes"):
+        _check_range(name, getattr(config, name), low=0.0, low_included=False)
     for name in ("weight_decay", "warmup_epochs"):
         _check_range(name, getattr(config, name), low=0.0)
     for name in ("momentum", "label_smoothing", "dropout"):

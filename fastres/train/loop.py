@@ -1,7 +1,8 @@
-"""The training loop: epochs of steps, an evaluation after each, checkpoints, Ctrl-C, the report."""
+"""The training loop: epochs of steps, an evaluation after each, checkpoints, signals, the report."""
 
 import json
 import math
+import shutil
 import signal
 import statistics
 import threading
@@ -21,10 +22,11 @@ from fastres.train.config import TrainConfig, to_dict
 from fastres.train.data import ImageData, batches, left_out, train_order
 from fastres.train.engine import Engine
 from fastres.train.errors import DivergedError, InputError
+from fastres.train.folder import append_json, atomic, claim, keep_rows, write_text
 from fastres.train.optim import lr_factor
 from fastres.train.parallel import by_rank, smallest_batch, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, prepare
-from fastres.train.report import Summary, append_json, keep_rows, show_start, write_summary
+from fastres.train.report import Summary, show_start, write_summary
 
 
 def train(
@@ -34,8 +36,8 @@ def train(
     make_model: Callable[[TrainConfig, int], nn.Module] | None = None,
     console: Console | None = None,
 ) -> Summary:
-    """Train a network as configured, and leave config.json, metrics.jsonl, steps.jsonl, last.pt, best.pt and
-    summary.json in the output folder.
+    """Train a network as configured, and leave config.json, metrics.jsonl, steps.jsonl, last.pt, previous.pt, best.pt
+    and summary.json in the output folder.
 
     Seeds torch's global generators, and sets the number of threads where config.threads is given.
 
@@ -47,11 +49,12 @@ def train(
         console: where the report goes; standard output by default.
 
     Returns:
-        The outcome; `finished` is False where Ctrl-C stopped the run (last.pt is written then).
+        The outcome; `finished` is False where SIGINT (Ctrl-C) or SIGTERM stopped the run (last.pt is written then).
 
     Raises:
         TypeError, InputError: a wrong argument, data folder or checkpoint. Nothing has been written.
-        RunError: no such device, or a data set that cannot be downloaded. Nothing has been written.
+        RunError: no such device, or a data set that cannot be downloaded; nothing has been written. Or something could
+            not be written: the last good checkpoint is there.
         DivergedError: the loss is no longer finite. The files hold the state before that.
     """
     console = console or Console()
@@ -67,11 +70,11 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Mo
     Raises:
         InputError: no usable checkpoint at `path`.
     """
-    file = ckpt.checkpoint_path(Path(path))
-    state = ckpt.load_checkpoint(file)
-    config = ckpt.saved_config(file)
+    path = Path(path)
+    state = ckpt.load_checkpoint(path)
+    config = ckpt.saved_config(path)
     model = configured_model(config, len(state["classes"]))
-    ckpt.load_state(model, state["model"], what=f"model {config.model}", path=file)
+    ckpt.load_state(model, state["model"], what=f"model {config.model}", path=path)
     return model.to(device).eval()
 
 
@@ -99,18 +102,20 @@ class _Loop:
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.engine = Engine(run)
         self.rates: list[float] = []
-        self.interrupted = False
-        self.started = time.perf_counter()
+        self.stopped_by: str | None = None
+        self.started = self.saved = time.perf_counter()
         self.last_accuracy: float | None = None
         # What follows is in the checkpoint.
         self.step = self.epoch = self.batch = 0
         self.order: Tensor | None = None
         self.best_accuracy: float | None = None
         self.best_epoch: int | None = None
+        self.best_step: int | None = None
         self.seconds_before = 0.0
         if run.resumed is not None:
             for name in ("step", "epoch", "batch", "order", "best_accuracy", "best_epoch"):
                 setattr(self, name, run.resumed[name])
+            self.best_step = run.resumed.get("best_step")
             self.seconds_before = run.resumed["seconds"]
             self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
             self.engine.train_metrics.to(self.device)
@@ -121,24 +126,33 @@ class _Loop:
             )
 
     def run(self) -> Summary:
-        """Train to the end, to max_steps, or to Ctrl-C."""
+        """Train to the end, to max_steps, or to a signal."""
+        with self.group.agreed():
+            lock = claim(self.directory) if self.group.is_main else None
+        try:
+            return self._run()
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _run(self) -> Summary:
         self._open_output()
         show_start(self.console, self.config, self.data, self.backend)
         total, done = self._images_until(self.stop_step), self._images_until(self.step)
         bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=self.hide_bar)
-        with bar, self._catch_interrupt():
-            while not self.interrupted:
+        with bar, self._catch_signals():
+            while self.stopped_by is None:
                 self._train_epoch(bar)
-                if self.interrupted or not self._evaluate_and_save(bar):
+                if self.stopped_by is not None or not self._evaluate_and_save(bar):
                     break
                 if self.step >= self.stop_step:
                     break
-            if self.interrupted:
-                self._save("last.pt")
+            if self.stopped_by is not None:
+                self._save(ckpt.LAST)
         return self._finish()
 
     def _train_epoch(self, bar: Any) -> None:
-        """Train to the end of the epoch, to max_steps, or to Ctrl-C; starts where the checkpoint stopped."""
+        """Train to the end of the epoch, to max_steps, or to a signal; starts where the checkpoint stopped."""
         self.model.train()
         if self.order is None:
             self.order = train_order(len(self.data.train), self.batch_size, self.generator, self.smallest_batch)
@@ -150,9 +164,7 @@ class _Loop:
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
             group=self.group,
         ):  # fmt: skip
-            # A signal reaches the processes between different steps; all stop after the same one.
-            self.interrupted = self.group.any(self.interrupted)
-            if self.step >= self.stop_step or self.interrupted:
+            if self._is_stopped() or self.step >= self.stop_step:
                 break
             window.add(self.engine.train_step(images, labels, self._lr()), len(labels))
             self.step += 1
@@ -160,8 +172,18 @@ class _Loop:
             bar.update(len(labels))
             if window.full or self.step == self.stop_step or self.batch == self.steps_per_epoch:
                 self._log_steps(window, bar)
+                # By the first one's clock: all have a part in saving.
+                due = time.perf_counter() - self.saved > 60 * self.config.save_minutes
+                if self.batch < self.steps_per_epoch and self.group.any(due and self.group.is_main):
+                    self._save(ckpt.LAST)
         if window.losses:
             self._log_steps(window, bar)
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal came. It reaches the processes between different steps; all stop after the same one."""
+        if self.group.any(self.stopped_by is not None) and self.stopped_by is None:
+            self.stopped_by = "SIGTERM"
+        return self.stopped_by is not None
 
     def _lr(self) -> float:
         """The learning rate of the coming step."""
@@ -185,10 +207,10 @@ class _Loop:
         bar.set_postfix(loss=f"{losses[-1]:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
 
     def _evaluate_and_save(self, bar: Any) -> bool:
-        """Evaluate, write the line of the epoch and the checkpoints. False where Ctrl-C came in between."""
-        test = self.engine.evaluate(lambda: self.interrupted)
+        """Evaluate, write the line of the epoch and the checkpoints. False where a signal came in between."""
+        test = self.engine.evaluate(lambda: self.stopped_by is not None)
         if test is None:
-            self.interrupted = True
+            self.stopped_by = self.stopped_by or "SIGTERM"  # which came to another process
             return False
         train = self.engine.trained()
         complete = self.batch == self.steps_per_epoch
@@ -198,7 +220,7 @@ class _Loop:
         self.last_accuracy = test["accuracy"]
         best = self.best_accuracy is None or test["accuracy"] > self.best_accuracy
         if best:
-            self.best_accuracy, self.best_epoch = test["accuracy"], number
+            self.best_accuracy, self.best_epoch, self.best_step = test["accuracy"], number, self.step
         row = {
             "epoch": number,
             "step": self.step,
@@ -213,9 +235,10 @@ class _Loop:
         }
         if self.group.is_main:
             append_json(self.directory / "metrics.jsonl", row)
-        self._save("last.pt")
         if best:
-            self._save("best.pt")
+            # Before last.pt: after a kill in between the run goes on from the one before, and writes both again.
+            self._save(ckpt.BEST)
+        self._save(ckpt.LAST)
         speed = row["images_per_second"]
         bar.clear()
         self.console.print(
@@ -257,39 +280,80 @@ class _Loop:
             "metrics": self.engine.train_metrics.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
+            "best_step": self.best_step,
             "seconds": self._seconds(),
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "image_size": self.data.image_size,
         }
         if self.group.is_main:
             ckpt.save_checkpoint(self.directory / name, state)
+        self.saved = time.perf_counter()
 
     def _open_output(self) -> None:
         """The first writes of a run."""
-        if not self.group.is_main:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "steps.jsonl"):
-            keep_rows(self.directory / name, self.step)
-        ckpt.write_text(self.directory / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+        if self.group.is_main:
+            write_text(self.directory / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+            for name in ("metrics.jsonl", "steps.jsonl"):
+                broken = keep_rows(self.directory / name, self.step)
+                if broken:
+                    self._tell(f"{name}: {broken} lines were no records, and are dropped")
+        if self.best_step is not None:
+            self._mend_best()
+
+    def _mend_best(self) -> None:
+        """See that best.pt holds what the checkpoint says is the best so far, or that the next evaluation writes it."""
+        state = "good"
+        if self.group.is_main:
+            problem = self._why_not_best(self.directory / ckpt.BEST)
+            source = self.config.resume and ckpt.folder_of(self.config.resume) / ckpt.BEST
+            if problem is not None and source and self._why_not_best(source) is None:
+                with atomic(self.directory / ckpt.BEST) as temporary:
+                    shutil.copyfile(source, temporary)
+            elif problem is not None:
+                state = "here" if self.best_step == self.step else "lost"
+                rest = "is written again" if state == "here" else "is lost; the next evaluation counts as the best"
+                self._tell(f"{ckpt.BEST}: {problem}; the one of epoch {self.best_epoch} {rest}")
+        state = self.group.broadcast(state)
+        if state == "here":
+            self._save(ckpt.BEST)
+        elif state == "lost":
+            self.best_accuracy = self.best_epoch = self.best_step = None
+
+    def _why_not_best(self, file: Path) -> str | None:
+        try:
+            found = ckpt.read_checkpoint(file)
+        except InputError as error:
+            return str(error).removeprefix("resume: ")
+        step, best = found["step"], self.best_step or 0
+        # One of a later step is from an epoch that a kill cut off, and that is trained again.
+        return None if step >= best else f"it is of step {step}, not of step {best}"
+
+    def _tell(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
-    def _catch_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C end the run after the current step; a second one ends it at once."""
+    def _catch_signals(self) -> Iterator[None]:
+        """Let SIGINT (Ctrl-C) and SIGTERM end the run after the current step; a second one ends it at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = signal.getsignal(signal.SIGINT)
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-        def stop(signum: int, frame: Any) -> None:
-            self.interrupted = True
+        def stop(number: int, frame: Any) -> None:
+            self.stopped_by = signal.Signals(number).name
             # torchrun passes a Ctrl-C on to processes that the terminal has told already.
             if self.group.size == 1:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                for each in previous:
+                    signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 
-        signal.signal(signal.SIGINT, stop)
+        for number in previous:
+            signal.signal(number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _finish(self) -> Summary:
         summary = Summary(
@@ -301,7 +365,8 @@ class _Loop:
             train_images=len(self.data.train),
             test_images=len(self.data.test),
             instead_of=self.data.instead_of,
-            finished=not self.interrupted,
+            finished=self.stopped_by is None,
+            stopped_by=self.stopped_by,
             epoch=self.epoch,
             step=self.step,
             best_accuracy=self.best_accuracy,
@@ -313,9 +378,9 @@ class _Loop:
         )
         if self.group.is_main:
             write_summary(self.console, summary, self.data)
-        if self.interrupted:
+        if self.stopped_by is not None:
             self.console.print(
-                f"Interrupted; go on with: python -m fastres.train --resume {self.directory}",
+                f"Stopped by {self.stopped_by}; go on with: python -m fastres.train --resume {self.directory}",
                 highlight=False,
                 soft_wrap=True,
             )

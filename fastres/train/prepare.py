@@ -1,6 +1,7 @@
 """What a run needs, made and checked before anything is written: data, network, optimizer, the state to go on from."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,13 @@ from fastres.train.config import TrainConfig, check_config, resolve, to_dict
 from fastres.train.data import ImageData, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
+from fastres.train.folder import writing
 from fastres.train.optim import make_optimizer
 from fastres.train.parallel import OptimizerState, check_job, of_rank, shard
 
-RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", "last.pt", "best.pt")
+RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
-                  "workers", "reuse_memory", "compile")  # fmt: skip
+                  "workers", "reuse_memory", "compile", "save_minutes")  # fmt: skip
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 
 
@@ -53,20 +55,24 @@ def prepare(
         TypeError, InputError, RunError: as `fastres.train.train`.
     """
     check_config(config)
+
+    def notify(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     device = _pick_device(config.device)
     group = start_group(device)
     with group.agreed():
         device = rank_device(device, group)
-        config = _after_restart(config)
+        config = _after_restart(ckpt.resolve_resume(config))
         resumed = None
         if config.resume is not None:
-            resumed = ckpt.load_checkpoint(config.resume)
+            resumed = ckpt.load_checkpoint(config.resume, notify=notify)
             config = _inherit(config, resumed["config"])
         _check_output_dir(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if data is None:
-        data = _load(config, group, console)
+        data = _load(config, group, notify)
     if len(data.train) < 2 or len(data.test) < 1:
         raise InputError(
             f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}"
@@ -124,17 +130,17 @@ def _after_restart(config: TrainConfig) -> TrainConfig:
     if config.output_dir is None and config.resume is None and (was_restarted() or restarts_left()):
         raise InputError("output_dir: torchrun --max-restarts needs one, in which a restarted job finds its checkpoint")
     folder = config.output_dir or config.resume
-    if not was_restarted() or folder is None or not (folder / "last.pt").is_file():
+    if not was_restarted() or folder is None or not ckpt.has_checkpoint(folder):
         return config
     return dataclasses.replace(config, resume=folder)
 
 
-def _load(config: TrainConfig, group: Group, console: Console) -> ImageData:
+def _load(config: TrainConfig, group: Group, notify: Callable[[str], None]) -> ImageData:
     """The data set, for each process; one on each machine is first where there may be something to download."""
     data: ImageData | None = None
 
     def load() -> ImageData:
-        return load_data(config, notify=lambda text: console.print(text, highlight=False, soft_wrap=True))
+        return load_data(config, notify=notify)
 
     if group.size > 1 and config.dataset in ("auto", "cifar10", "cifar100"):
         with group.agreed():
@@ -175,22 +181,32 @@ def _check_output_dir(config: TrainConfig) -> None:
     directory = config.output_dir
     if directory is None:
         return
-    if was_restarted() and config.resume is None:
-        return  # the failed attempt's, which had no checkpoint yet
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"output_dir: expected a folder, got the file {directory}")
-    if config.resume is not None and directory.resolve() == ckpt.checkpoint_path(config.resume).parent.resolve():
+    with writing(directory):
+        if directory.exists() and not directory.is_dir():
+            raise InputError(f"output_dir: expected a folder, got the file {directory}")
+        held = [name for name in RUN_FILES if (directory / name).exists()]
+    if config.resume is not None and directory.resolve() == ckpt.folder_of(config.resume).resolve():
         return
-    held = [name for name in RUN_FILES if (directory / name).exists()]
-    if held:
+    if held and not _never_saved(directory, held):
         raise InputError(
-            f"output_dir: {directory} already holds a run ({', '.join(held)}); choose another, or --resume it"
+            f"output_dir: {directory} already holds a run ({', '.join(held)}); choose another, or --resume auto goes on"
         )
+
+
+def _never_saved(directory: Path, held: list[str]) -> bool:
+    """Whether the files are those of a run of ours that ended before its first checkpoint: nothing is lost by them."""
+    if "summary.json" in held or any(name.endswith(".pt") for name in held):
+        return False
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and {"fused", "model", "dataset", "optimizer"} <= set(config)
 
 
 def _default_output_dir(config: TrainConfig) -> Path:
     if config.resume is not None:
-        return ckpt.checkpoint_path(config.resume).parent
+        return ckpt.folder_of(config.resume)
     kind = "fused" if config.fused else "plain"
     name = f"{config.dataset}-{config.model}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory, number = Path("runs") / name, 1

@@ -3,15 +3,14 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from fastres.train.checkpoint import write_text
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData
+from fastres.train.folder import write_text
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Summary:
     test_images: int
     instead_of: str | None
     finished: bool  # False after an interruption
+    stopped_by: str | None  # the signal that stopped it: SIGINT, SIGTERM
     epoch: int  # epochs completed
     step: int
     best_accuracy: float | None  # share of the test images, None before the first evaluation
@@ -35,27 +35,6 @@ class Summary:
     images_per_second: float | None  # training, median over this sitting's steps without the first
     seconds: float  # all sittings together
     output_dir: str
-
-
-def append_json(path: Path, row: dict[str, Any]) -> None:
-    """Add a JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def keep_rows(path: Path, last_step: int) -> None:
-    """Drop the lines that a resumed run will write again: those after `last_step`, and of epochs cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this line
-            continue
-        if row["step"] <= last_step and row.get("complete", True):
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
 
 
 def show_start(console: Console, config: TrainConfig, data: ImageData, backend: str) -> None:

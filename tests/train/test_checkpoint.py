@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fastres.train import checkpoint as ckpt
-from fastres.train.errors import InputError
+from fastres.train.errors import InputError, RunError
+from fastres.train.folder import write_text
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +19,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypat
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(OSError, match=r"no space"):
+    with pytest.raises(RunError, match=r"no space"):
         ckpt.save_checkpoint(path, {"step": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -26,8 +27,8 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypat
 
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    ckpt.write_text(path, "a long first text")
-    ckpt.write_text(path, "short")
+    write_text(path, "a long first text")
+    write_text(path, "short")
     assert path.read_text() == "short"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -145,6 +145,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
     class Finished:
         finished = True
+        stopped_by = None
 
     def record(config: TrainConfig) -> Finished:
         seen.append(config)

@@ -66,7 +66,7 @@ def test_run_leaves_all_its_files(run: Run, tmp_path: Path) -> None:
     summary = run()
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "steps.jsonl", "last.pt", "best.pt", "summary.json",
+        "config.json", "metrics.jsonl", "steps.jsonl", "last.pt", "previous.pt", "best.pt", "summary.json", ".lock",
     }  # fmt: skip
     assert json.loads((folder / "summary.json").read_text()) == dataclasses.asdict(summary)
     config = json.loads((folder / "config.json").read_text())

@@ -1,0 +1,138 @@
+"""The folder of a run: one process writes in it, and each of its files is whole at any moment."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fastres.train.errors import InputError, RunError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn whatever the system or torch.save says against writing `path` into one sentence.
+
+    Raises:
+        RunError: the block raised an OSError, or a RuntimeError that is none of the trainer's own.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"output_dir: cannot write {_short(path)}: {_reason(error, path)}") from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, and move it over `path` when the block ends without an exception.
+
+    Whatever was at `path` stays as it was if the block fails. The file is on the disk before it gets its name, and the
+    name before this returns, so neither a kill nor a power failure leaves half of it.
+
+    Raises:
+        RunError: as `writing`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_json(path: Path, row: dict[str, Any]) -> None:
+    """Add a JSON object as a line."""
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_rows(path: Path, last_step: int) -> int:
+    """Drop the lines that a resumed run will write again: those after `last_step`, and of epochs cut short.
+
+    Returns:
+        How many lines before the last one are no records, and were dropped too. A last line may have been cut by a
+        kill.
+    """
+    if not path.exists():
+        return 0
+    with writing(path):
+        lines = path.read_bytes().splitlines()
+    kept, broken = [], 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            step, complete = row["step"], row.get("complete", True)
+            wanted = int(step) <= last_step and complete
+        except (ValueError, KeyError, TypeError, AttributeError):
+            broken += number < len(lines)
+            continue
+        if wanted:
+            kept.append(json.dumps(row) + "\n")
+    write_text(path, "".join(kept))
+    return broken
+
+
+def claim(directory: Path) -> FileLock:
+    """Make the folder where it is missing, and keep every other process from writing in it, until release or exit.
+
+    Raises:
+        InputError: another process has claimed it.
+        RunError: it cannot be made or written to.
+    """
+    lock = FileLock(directory / LOCK)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"output_dir: another process is training in {directory}") from error
+        # Nobody else is at work here, so these are what a killed process left.
+        for temporary in directory.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
+    return lock
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems have no way to say so of a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # torch.save has words of its own for a full disk.
+    with suppress(OSError):
+        if shutil.disk_usage(path.parent).free < 2**20:
+            return "no space left on the disk"
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
