@@ -207,9 +207,12 @@ def test_full_disk_ends_the_run_in_one_line(run: Run, tmp_path: Path, monkeypatc
 def test_any_failed_write_is_one_sentence_and_leaves_the_old_file(tmp_path: Path, error: Exception) -> None:
     file = tmp_path / "a.txt"
     write_text(file, "old")
-    with pytest.raises(
-        RunError, match=r"^output_dir: cannot write .*a\.txt: (No space left on device|enforce fail at x)$"
-    ), atomic(file) as temporary:
+    with (
+        pytest.raises(
+            RunError, match=r"^output_dir: cannot write .*a\.txt: (No space left on device|enforce fail at x)$"
+        ),
+        atomic(file) as temporary,
+    ):
         temporary.write_text("half")
         raise error
     assert contents(tmp_path) == {"a.txt": b"old"}
