@@ -62,12 +62,30 @@ class Statistics(NamedTuple):
         counts = [part.count for part in parts]
         if any(count is None for count in counts):
             raise ValueError("parts: expected statistics with the count of elements a channel, got None")
-        count = torch.stack(counts)  # type: ignore[arg-type]
-        # As differences from the first, so that a mean far from 0 costs no precision.
-        difference = means - means[0]
-        shift = (difference * (count.to(means.dtype) / count.sum(0))).sum(0)
-        m2 = (m2s + count * (difference - shift) ** 2).sum(0)
-        return cls(means[0] + shift, m2, count.sum(0))
+        return cls.of_parts(means, m2s, torch.stack(counts))  # type: ignore[arg-type]
+
+    @classmethod
+    def of_parts(cls, means: Tensor, m2s: Tensor, counts: Tensor) -> Statistics:
+        """`combined` of parts that lie in one tensor: means and m2s [P, C], counts int64 [P, 1]. A part may be empty.
+
+        In float64, so that a mean far from 0 costs no precision.
+        """
+        total, exact = counts.sum(0), means.double()
+        mean = (exact * (counts.double() / total)).sum(0)
+        m2 = (m2s.double() + counts * (exact - mean) ** 2).sum(0)
+        return cls(mean.to(means.dtype), m2.to(m2s.dtype), total)
+
+
+class Group(NamedTuple):
+    """Processes whose batches are normalised as one: a process group of torch.distributed.
+
+    Attributes:
+        name: what its functional collectives are called with.
+        size: its number of processes.
+    """
+
+    name: str
+    size: int
 
 
 class Norm(NamedTuple):

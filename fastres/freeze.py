@@ -28,7 +28,7 @@ from fastres.nn.blocks import FusedBasicBlock, FusedBlock, FusedBottleneck, Resi
 from fastres.nn.shortcut import SkipConnection
 from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
-from fastres.nn.trust import activation_of, is_exactly
+from fastres.nn.trust import activation_of, is_batch_norm, is_exactly
 from fastres.ops import conv3x3 as ops
 from fastres.ops.algorithms import choose_algorithm, is_served, problem_of, requested_algorithm
 from fastres.ops.packed import pack, unpack
@@ -275,9 +275,13 @@ def _folds(module: nn.Module, pairs: list[tuple[str, str]]) -> bool:
     """Whether each normalisation can be folded into its convolution, both exactly what their classes say."""
     for conv_name, norm_name in pairs:
         conv, norm = module._modules.get(conv_name), module._modules.get(norm_name)
-        if not is_exactly(conv, nn.Conv2d) or not is_exactly(norm, nn.BatchNorm2d):
+        if norm is None or not is_exactly(conv, nn.Conv2d) or not is_batch_norm(norm):
             return False
-        if conv.padding_mode != "zeros" or uses_batch_statistics(norm) or not conv.weight.is_floating_point():
+        if (
+            conv.padding_mode != "zeros"
+            or uses_batch_statistics(cast(nn.BatchNorm2d, norm))
+            or not conv.weight.is_floating_point()
+        ):
             return False
     return True
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastres import contract
 from fastres.activations import IDENTITY, RELU, Activation
-from fastres.contract import NormParams
+from fastres.contract import Act, NormParams
 
 
 def _chosen(relu: bool, activation: Activation | None) -> Activation:
@@ -45,6 +45,19 @@ def _normalise(x: Tensor, norm: NormParams, training: bool) -> Tensor:
     return z
 
 
+def follow(z: Tensor, r: Tensor | None, act: Act, seed: Tensor | None) -> Tensor:
+    """dropout(f(z)) + r: what follows the normalisation, and in the order "add_act" the addition."""
+    z = act.activation.forward(z)
+    if act.dropout_p > 0:
+        if seed is None:
+            seed = contract.draw_seed(z.device)
+        keep = contract.dropout_keep((*z.shape[:2], z.shape[2:].numel(), 1), seed, act.dropout_p).reshape(z.shape)
+        # The strides that a mask of one image and one line has here make F.batch_norm's backward misread the gradient.
+        keep = keep.contiguous()
+        z = torch.where(keep, z / (1 - act.dropout_p), 0)
+    return z if r is None else z + r
+
+
 def batch_norm_act(
     x: Tensor,
     running_mean: Tensor | None,
@@ -73,17 +86,8 @@ def batch_norm_act(
         r = _normalise(residual, residual_norm, training)
     if order == "add_act" and r is not None:
         z = z + r
-    z = _chosen(relu, activation).forward(z)
-    if training and dropout_p > 0:
-        if seed is None:
-            seed = contract.draw_seed(x.device)
-        keep = contract.dropout_keep((*x.shape[:2], x.shape[2:].numel(), 1), seed, dropout_p).reshape(x.shape)
-        # The strides that a mask of one image and one line has here make F.batch_norm's backward misread the gradient.
-        keep = keep.contiguous()
-        z = torch.where(keep, z / (1 - dropout_p), 0)
-    if order == "act_add" and r is not None:
-        z = z + r
-    y = z.to(x.dtype)
+    act = Act(*_chosen(relu, activation), dropout_p if training else 0.0, order)
+    y = follow(z, None if order == "add_act" else r, act, seed).to(x.dtype)
     # A batched tensor knows of no memory format but the default one.
     if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
         return y

@@ -432,10 +432,6 @@ OBSTACLES = {
     "other normalisation": (
         lambda m: setattr(m.layer1[0], "bn2", nn.GroupNorm(1, 64)), "layer1.0", "its bn2 is torch.nn.GroupNorm",
     ),
-    "synchronised": (
-        lambda m: setattr(m.layer1, "0", nn.SyncBatchNorm.convert_sync_batchnorm(m.layer1[0])),
-        "layer1.0", "its bn1 is torch.nn.SyncBatchNorm",
-    ),
     "one norm frozen": (
         lambda m: m.layer1[0].bn2.eval(), "layer1.0", "one of its normalisations is frozen, another is not",
     ),
@@ -459,7 +455,6 @@ OBSTACLES = {
 OF_ANOTHER_CLASS = ("other forward", "forward set on the block", "forward set on the model")
 
 
-@pytest.mark.filterwarnings("ignore:.*SyncBatchNorm")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("case", OBSTACLES)
 def test_what_cannot_be_fused_exactly_is_left_with_the_reason(case, when):
@@ -536,10 +531,9 @@ def operators_of(model, name):
     return seen.names
 
 
-CASES_THAT_RUN = [case for case in OBSTACLES if case not in ("synchronised", "backward hook on bn2")]
+CASES_THAT_RUN = [case for case in OBSTACLES if case != "backward hook on bn2"]
 
 
-@pytest.mark.filterwarnings("ignore:.*SyncBatchNorm")
 @pytest.mark.parametrize("case", CASES_THAT_RUN)
 def test_the_report_says_what_runs(case):
     model = fuse(small(), conv_algorithm="winograd")
@@ -554,6 +548,17 @@ def test_the_report_says_what_runs(case):
             assert bool(ran) == (name in report.swapped) == (name not in report.left), (name, ran)
             projected = any("projection" in operator for operator in ran)
             assert projected == (f"{name}.downsample" in report.swapped), name
+
+
+def test_the_standard_conversion_to_synchronised_normalisations_stays_fused():
+    model = fuse(small())
+    before = fuse_report(model)
+    x = torch.randn(2, 3, 32, 32)
+    expected = model.eval()(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert fuse_report(converted) == before
+    assert torch.equal(converted.eval()(x), expected)
+    assert operators_of(converted.train(), "layer1.0")
 
 
 def test_the_log_says_once_that_a_block_left_the_faster_way(caplog):

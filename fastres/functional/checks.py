@@ -5,12 +5,15 @@ anything is computed.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastres.activations import IDENTITY, RELU, Activation
-from fastres.contract import ORDERS, Act, NormParams, Statistics, output_size, statistics_dtype
+from fastres.contract import ORDERS, Act, Group, NormParams, Statistics, output_size, statistics_dtype
+from fastres.ordinary import why_not_ordinary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -108,7 +111,29 @@ def checked_act(relu: bool, activation: Activation | str | None, dropout_p: floa
     return Act(*chosen, float(dropout_p), order)
 
 
-def check_training(training: bool, seed: Tensor | None, like: Tensor, shape: tuple[int, ...]) -> None:
+def checked_group(group: Any, training: bool) -> Group | None:
+    """What the operators know of a process group; None where nothing is sent: in evaluation, and within one process."""
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+    size = group.size()
+    return Group(group.group_name, size) if training and size > 1 else None
+
+
+def check_ordinary() -> None:
+    """A call whose statistics are of more than its own batch: PyTorch's operators have no such normalisation."""
+    reason = why_not_ordinary()
+    if reason is not None:
+        raise RuntimeError(
+            f"batch statistics over several processes: expected an ordinary call, but {reason}; normalise by this "
+            "process's own batch, or in evaluation, there"
+        )
+
+
+def check_training(
+    training: bool, seed: Tensor | None, like: Tensor, shape: tuple[int, ...], group: Group | None = None
+) -> None:
     """`training`, the dropout seed beside `like`, and the shape that a batch is normalised in."""
     if not isinstance(training, bool):
         raise TypeError(f"training: expected a bool, got {type(training).__name__}")
@@ -121,11 +146,13 @@ def check_training(training: bool, seed: Tensor | None, like: Tensor, shape: tup
             raise ValueError(f"seed: expected one element, got shape {tuple(seed.shape)}")
         if seed.device != like.device:
             raise ValueError(f"seed: expected a tensor on {like.device}, got one on {seed.device}")
-    if training and math.prod(shape) == shape[1]:
+    if training and group is None and math.prod(shape) == shape[1]:
         raise ValueError(f"x: expected more than 1 value a channel in training, got shape {shape}")
 
 
-def check_statistics(name: str, value: Statistics | None, like: Tensor, training: bool) -> None:
+def check_statistics(
+    name: str, value: Statistics | None, like: Tensor, training: bool, group: Group | None = None
+) -> None:
     if value is None:
         return
     if not isinstance(value, Statistics):
@@ -133,10 +160,18 @@ def check_statistics(name: str, value: Statistics | None, like: Tensor, training
     if not training:
         raise ValueError(f"{name}: expected None with training=False, which takes the running ones, got Statistics")
     dtype = statistics_dtype(like.dtype)
-    if value.count is not None:
-        raise ValueError(
-            f"{name}.count: expected None, which means the tensor's own, got a {type(value.count).__name__}"
-        )
+    count = value.count
+    if count is not None:
+        if not isinstance(count, Tensor):
+            raise TypeError(f"{name}.count: expected an int64 Tensor or None, got {type(count).__name__}")
+        if group is not None:
+            raise ValueError(f"{name}.count: expected None with a group, which counts for itself, got a Tensor")
+        if count.dtype != torch.int64 or count.numel() != 1:
+            raise ValueError(
+                f"{name}.count: expected one element of dtype torch.int64, got {count.numel()} of {count.dtype}"
+            )
+        if count.device != like.device:
+            raise ValueError(f"{name}.count: expected a tensor on {like.device}, got one on {count.device}")
     for part in ("mean", "m2"):
         vector = getattr(value, part)
         if vector is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from fastres.functional.checks import (
     check_tensor,
     check_training,
     checked_act,
+    checked_group,
 )
 from fastres.functional.norm import batch_norm_act, is_compiled
 from fastres.functional.prepare import cast, dense, needs_grad, served, store_running
@@ -27,6 +28,9 @@ from fastres.ops import conv3x3 as ops
 from fastres.ops import norm_act_conv3x3 as norm_act_ops
 from fastres.ops.algorithms import choose_algorithm, problem_of, requested_algorithm
 from fastres.ordinary import why_not_ordinary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Convolved(NamedTuple):
@@ -140,6 +144,7 @@ def norm_act_conv3x3(
     order: str = "add_act",
     seed: Tensor | None = None,
     algorithm: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     """conv3x3(batch_norm_act(x)) in training: normalisation by the batch's statistics, and the convolution after it.
 
@@ -152,13 +157,13 @@ def norm_act_conv3x3(
         x: [N, C, H, W]; dtypes as in `batch_norm_act`.
         norm: normalisation of x; running statistics are updated in place.
         weight: [K, C, 3, 3], dtype of x, of the convolution.
-        statistics, residual, relu, activation, dropout_p, order, seed: as in `batch_norm_act`, training=True.
+        statistics, residual, relu, activation, dropout_p, order, seed, group: as in `batch_norm_act`, training=True.
         algorithm: as in `conv3x3`; "torch" computes the one after the other.
     Returns:
         y: [N, K, H, W], dtype of x; memory format as `conv3x3`'s.
-        statistics: those of y, or None where they have not been taken.
+        statistics: those of y, of this process alone, or None where they have not been taken.
     Raises:
-        TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
+        TypeError, ValueError, RuntimeError: as `batch_norm_act` and `conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1; Lavin and Gray 2016, section 4.
     """
     x, residual = autocast(x), None if residual is None else autocast(residual)
@@ -169,13 +174,14 @@ def norm_act_conv3x3(
     if residual is not None:
         check_tensor("residual", residual, x, x.shape)
     check_norm("norm.", norm, x, x.shape[1], True)
-    check_statistics("statistics", statistics, x, True)
-    check_training(True, seed, x, tuple(x.shape))
+    shared = checked_group(group, True)
+    check_statistics("statistics", statistics, x, True, shared)
+    check_training(True, seed, x, tuple(x.shape), shared)
     requested = requested_algorithm(algorithm)
     if not is_compiled(act) or _algorithm(x, weight, requested, needs_grad=True) == "torch":
         a = batch_norm_act(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual,
-            activation=act.activation, dropout_p=dropout_p, order=order, seed=seed, statistics=statistics,
+            activation=act.activation, dropout_p=dropout_p, order=order, seed=seed, statistics=statistics, group=group,
         )  # fmt: skip
         return reference.conv3x3(a, weight.to(x.dtype)), None
     if residual is not None:
@@ -185,7 +191,7 @@ def norm_act_conv3x3(
     own = cast(norm, torch.float32)
     y, mean, m2 = norm_act_ops.NormActConv3x3.apply(
         dense(x, torch.channels_last), own.weight, own.bias, residual, served(weight, x),
-        norm_act_ops.Call(own, statistics, seed, act, True),
+        norm_act_ops.Call(own, statistics, seed, act, True, shared),
     )  # fmt: skip
     store_running(norm, own)
     return y, Statistics(mean, m2)

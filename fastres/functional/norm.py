@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastres import contract, reference
 from fastres.activations import KINDS, Activation
-from fastres.contract import Act, NormParams, Statistics
+from fastres.contract import PLAIN, Act, Group, NormParams, Statistics
 from fastres.functional.checks import (
     autocast_dtype,
     check_norm,
+    check_ordinary,
     check_statistics,
     check_tensor,
     check_training,
     checked_act,
+    checked_group,
     is_cast,
 )
 from fastres.functional.prepare import cast, dense, four_dimensional, needs_grad, store_running
 from fastres.ops import batch_norm_act as ops
 from fastres.ordinary import why_not_ordinary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def is_compiled(act: Act) -> bool:
@@ -36,12 +41,16 @@ def run(
     *,
     act: Act,
     training: bool,
-    statistics: Statistics | None = None,
-    residual_statistics: Statistics | None = None,
+    statistics: tuple[Statistics | None, Statistics | None] = (None, None),
     seed: Tensor | None = None,
     readers: int = 1,
+    group: Group | None = None,
 ) -> Any:
-    """One operator call on checked arguments; y, or for two readers (y, y), as `ops.BatchNormAct` has it."""
+    """One operator call on checked arguments; y, or for two readers (y, y), as `ops.BatchNormAct` has it.
+
+    Args:
+        statistics: of x and of the residual, where they are known.
+    """
     x = dense(x)
     if residual is not None:
         residual = dense(residual, contract.memory_format(x))
@@ -55,7 +64,7 @@ def run(
     if not training and not needs_grad(x, own.weight, own.bias, residual, r_weight, r_bias):
         y: Tensor = ops.inference(x, own, residual, other, act, False)[0]
         return y if readers == 1 else (y, y)
-    call = ops.Call(own, other, statistics, residual_statistics, seed, act, training, readers)
+    call = ops.Call(own, other, *statistics, seed, act, training, readers, group)
     y = ops.BatchNormAct.apply(x, own.weight, own.bias, residual, r_weight, r_bias, call)
     if training:
         store_running(norm, own)
@@ -75,6 +84,7 @@ def norm_act(
     statistics: Statistics | None = None,
     seed: Tensor | None = None,
     readers: int = 1,
+    group: ProcessGroup | None = None,
 ) -> Any:
     """`batch_norm_act` with grouped arguments.
 
@@ -96,10 +106,22 @@ def norm_act(
             raise TypeError(f"residual_norm: expected NormParams or None, got {type(residual_norm).__name__}")
         check_norm("residual_norm.", residual_norm, x, x.shape[1], training)
     check_norm("", norm, x, x.shape[1], training)
-    check_statistics("statistics", statistics, x, training)
-    check_training(training, seed, x, tuple(x.shape))
+    shared = checked_group(group, training)
+    check_statistics("statistics", statistics, x, training, shared)
+    check_training(training, seed, x, tuple(x.shape), shared)
+    if shared is not None or (statistics is not None and statistics.count is not None):
+        check_ordinary()
+        if not is_compiled(act):
+            plain: dict[str, Any] = {"act": PLAIN, "training": True, "group": group}
+            if act.order == "add_act":
+                z, r = norm_act(x, norm, residual, residual_norm, statistics=statistics, **plain), None
+            else:
+                z, r = norm_act(x, norm, statistics=statistics, **plain), residual
+                r = r if r is None or residual_norm is None else norm_act(r, residual_norm, **plain)
+            y = reference.follow(z, r, act, seed)
+            return y if readers == 1 else (y, y)
     # As torch.nn.BatchNorm2d an empty x gives a result that autograd can pass through, running statistics untouched.
-    if x.numel() == 0 or not is_compiled(act) or why_not_ordinary() is not None:
+    elif x.numel() == 0 or not is_compiled(act) or why_not_ordinary() is not None:
         y = reference.batch_norm_act(
             x, *norm[:4], training=training, momentum=norm.momentum, eps=norm.eps, residual=residual,
             residual_norm=residual_norm, activation=act.activation, dropout_p=act.dropout_p if x.numel() > 0 else 0.0,
@@ -109,12 +131,13 @@ def norm_act(
     if x.dim() != 4:
         y = run(
             four_dimensional(x), norm, None if residual is None else four_dimensional(residual), residual_norm,
-            act=act, training=training, statistics=statistics, seed=seed, readers=readers,
+            act=act, training=training, statistics=(statistics, None), seed=seed, readers=readers, group=shared,
         )  # fmt: skip
         return y.view(x.shape) if readers == 1 else tuple(part.view(x.shape) for part in y)
     return run(
-        x, norm, residual, residual_norm, act=act, training=training, statistics=statistics, seed=seed, readers=readers
-    )
+        x, norm, residual, residual_norm, act=act, training=training, statistics=(statistics, None), seed=seed,
+        readers=readers, group=shared,
+    )  # fmt: skip
 
 
 def batch_norm_act(
@@ -135,6 +158,7 @@ def batch_norm_act(
     order: str = "add_act",
     seed: Tensor | None = None,
     statistics: Statistics | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Normalise `x`, add `residual`, apply an activation and dropout in one pass over memory.
 
@@ -168,17 +192,24 @@ def batch_norm_act(
         order: "add_act" (ResNet v1) or "act_add".
         seed: int64, one element, on x's device; the dropout mask is a pure function of it. None draws one from torch's
             generator, so torch.manual_seed and activation checkpointing behave.
-        statistics: those of x, where they are known already, in training only. x is then not read to be measured.
+        statistics: those of x, where they are known already, in training only. x is then not read to be measured. With
+            a count they are those of more elements than x's, which count as constants in backward.
+        group: processes whose batches are normalised as one, as torch.nn.SyncBatchNorm does it, in training only: their
+            statistics, and in backward their sums, are sent and combined. Batches may differ in N, which may be 0.
+            Gradients of weight and bias are those of this process's batch.
     Returns:
         Shape, dtype and memory format of x.
     Raises:
         TypeError: not a tensor, an integer dtype, dtypes of x and residual differ.
         ValueError: shapes or devices disagree; one value a channel in training; dropout_p outside [0, 1); an unknown
             order or activation; no running statistics with training=False; residual_norm without residual.
+        RuntimeError: torch.func, forward-mode differentiation or a tracer asks for PyTorch's own operators, or backward
+            is to be differentiated again, where the statistics are of more than x (group, or statistics with a count).
     Source: Ioffe and Szegedy 2015, algorithm 1; He et al. 2015, figure 2; Srivastava et al. 2014, section 4.
     """
     y: Tensor = norm_act(
         x, NormParams(running_mean, running_var, weight, bias, momentum, eps), residual, residual_norm,
         act=checked_act(relu, activation, dropout_p, order), training=training, statistics=statistics, seed=seed,
+        group=group,
     )  # fmt: skip
     return y

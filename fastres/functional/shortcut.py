@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import contract, reference
@@ -12,16 +13,21 @@ from fastres.contract import Act, NormParams, Statistics
 from fastres.functional.checks import (
     autocast,
     check_norm,
+    check_ordinary,
     check_statistics,
     check_tensor,
     check_training,
     checked_act,
+    checked_group,
     checked_projection,
 )
-from fastres.functional.norm import is_compiled, run
+from fastres.functional.norm import is_compiled, norm_act, run
 from fastres.functional.prepare import cast, dense, needs_grad
 from fastres.ops import projection_shortcut as ops
 from fastres.ordinary import why_not_ordinary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Branch(NamedTuple):
@@ -49,6 +55,7 @@ def shortcut_act(
     act: Act,
     seed: Tensor | None = None,
     readers: int = 1,
+    group: ProcessGroup | None = None,
 ) -> Any:
     """`projection_shortcut` with grouped arguments; `act` and `readers` as `norm.norm_act`."""
     s, conv_weight = autocast(s), autocast(conv_weight)
@@ -63,9 +70,20 @@ def shortcut_act(
         if not isinstance(params, NormParams):
             raise TypeError(f"{prefix[:-1]}: expected NormParams, got {type(params).__name__}")
         check_norm(prefix, params, s, shape[1], training)
+    shared = checked_group(group, training)
     if x is not None:
-        check_statistics("x_statistics", x_statistics, x, training)
-    check_training(training, seed, s, tuple(shape))
+        check_statistics("x_statistics", x_statistics, x, training, shared)
+        if x_statistics is not None and x_statistics.count is not None:
+            raise ValueError("x_statistics.count: expected None, which means x's own, got a Tensor")
+    check_training(training, seed, s, tuple(shape), shared)
+    if shared is not None:
+        check_ordinary()
+    if shared is not None and (s.numel() == 0 or not is_compiled(act)):
+        product = F.conv2d(s, conv_weight, stride=strides)
+        common: dict[str, Any] = {"act": act, "training": True, "seed": seed, "readers": readers, "group": group}
+        if x is None or x_norm is None:
+            return norm_act(product, norm, x, **common)
+        return norm_act(x, x_norm, product, norm, **common)
     if s.numel() == 0 or not is_compiled(act) or why_not_ordinary() is not None:
         y = reference.projection_shortcut(
             s, conv_weight, norm, x, x_norm, stride=strides, training=training, activation=act.activation,
@@ -85,10 +103,10 @@ def shortcut_act(
         return y if readers == 1 else (y, y)
     product, mean, m2 = ops.Projection.apply(s, conv_weight, strides, training)
     statistics = Statistics(mean, m2) if training else None
-    common: dict[str, Any] = {"act": act, "training": training, "seed": seed, "readers": readers}
+    common = {"act": act, "training": training, "seed": seed, "readers": readers, "group": shared}
     if x is None or x_norm is None:
-        return run(product, norm, x, statistics=statistics, **common)
-    return run(x, x_norm, product, norm, statistics=x_statistics, residual_statistics=statistics, **common)
+        return run(product, norm, x, statistics=(statistics, None), **common)
+    return run(x, x_norm, product, norm, statistics=(x_statistics, statistics), **common)
 
 
 def projection_shortcut(
@@ -105,6 +123,7 @@ def projection_shortcut(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     x_statistics: Statistics | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """The projection shortcut of a residual block, with the addition and the activation that follow it.
 
@@ -122,7 +141,8 @@ def projection_shortcut(
         x_norm: normalisation of x, applied in the same pass; None adds x as it is.
         stride: of the convolution, one number or (rows, columns).
         training, relu, activation, dropout_p, seed: as in `batch_norm_act`; `training` holds for both normalisations.
-        x_statistics: those of x, where they are known already, with x_norm and in training only.
+        x_statistics: those of x, where they are known already, with x_norm and in training only; without a count.
+        group: as in `batch_norm_act`, for both normalisations, whose statistics are sent together.
     Returns:
         [N, Cout, ceil(H / stride), ceil(W / stride)], dtype of s and memory format of x, or of s where x is None.
     Raises:
@@ -136,6 +156,6 @@ def projection_shortcut(
         raise ValueError("x_statistics: expected None without x and x_norm, got Statistics")
     y: Tensor = shortcut_act(
         s, conv_weight, norm, None if x is None else Branch(x, x_norm, x_statistics), stride=stride, training=training,
-        act=checked_act(relu, activation, dropout_p), seed=seed,
+        act=checked_act(relu, activation, dropout_p), seed=seed, group=group,
     )  # fmt: skip
     return y

@@ -26,7 +26,7 @@ class FusedResNet(FusedStemResNet):
         dropout: 0 <= dropout < 1, inside each block before its last convolution.
         conv_algorithm: of the blocks' 3x3 convolutions with stride 1, as `fastres.fuse`.
         zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's ResNet;
-            with another norm_layer than one of torch.nn.BatchNorm2d the network computes as torchvision's does.
+            with another norm_layer than torch.nn.BatchNorm2d or SyncBatchNorm the network computes as torchvision's.
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.

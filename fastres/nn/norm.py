@@ -179,7 +179,7 @@ class _FusedBatchNormAct(Fused):
     @torch.jit.unused
     def _leaves_for(self, residual: Tensor | None) -> bool:
         return residual is not None and (
-            why_not_ordinary(residual, self._dimensions) is not None or not self._fits(residual)
+            why_not_ordinary(residual, self._dimensions, self) is not None or not self._fits(residual)
         )
 
     @torch.jit.unused

@@ -78,7 +78,7 @@ class ProjectionShortcut(Fused, nn.Sequential):
         return (
             norm.order == "add_act"
             and not self._leaves(s)
-            and why_not_ordinary(x) is None
+            and why_not_ordinary(x, parent=self) is None
             and norm.why_not_fusable() is None
             and projects_beside(cast(nn.BatchNorm2d, norm.norm), x, self, s)
         )

@@ -24,7 +24,9 @@ from fastres.nn.trust import AnyActivation, Fused, activation_of, has_hooks, is_
 from fastres.ops.algorithms import is_served, problem_of, requested_algorithm
 
 # Layers, beside blocks, whose results do not depend on the memory format of their input.
-_FORMAT_FREE = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.AdaptiveAvgPool2d, nn.Linear)
+_FORMAT_FREE = (
+    nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Identity, nn.AdaptiveAvgPool2d, nn.Linear,
+)  # fmt: skip
 
 
 def through_stages(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:

@@ -10,9 +10,10 @@ convolution that is not one of ours is called as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,9 @@ from fastres.functional.norm import norm_act as act_of_norm
 from fastres.functional.shortcut import Branch, shortcut_act
 from fastres.nn.trust import why_not_children, why_not_exactly
 from fastres.ops.algorithms import choose_algorithm, is_served, known_algorithm, problem_of, requested_algorithm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -82,6 +86,15 @@ def begin_norm(norm: nn.BatchNorm2d) -> NormParams:
     return NormParams(mean, var, norm.weight, norm.bias, momentum, norm.eps)
 
 
+def group_of(norm: nn.Module) -> ProcessGroup | None:
+    """The processes whose batches the normalisation takes as one, as torch.nn.SyncBatchNorm.forward finds them."""
+    if type(norm) is not nn.SyncBatchNorm or not norm.training or not dist.is_available() or not dist.is_initialized():
+        return None
+    group = norm.process_group or dist.group.WORLD
+    # Below 1 in a process that is no member of the group.
+    return group if dist.get_world_size(group) > 1 else None
+
+
 def norm_act(
     norm: nn.BatchNorm2d,
     x: Tensor,
@@ -112,7 +125,7 @@ def norm_act(
         return y if readers == 1 else (y, y)
     return act_of_norm(
         x, begin_norm(norm), residual, act=Act(*activation, dropout, order), training=uses_batch_statistics(norm),
-        statistics=statistics, readers=readers,
+        statistics=statistics, readers=readers, group=group_of(norm),
     )  # fmt: skip
 
 
@@ -174,7 +187,7 @@ def norm_act_conv(
         return conv(a), None
     return functional.norm_act_conv3x3(
         x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, activation=activation,
-        dropout_p=dropout, order=order, algorithm=algorithm,
+        dropout_p=dropout, order=order, algorithm=algorithm, group=group_of(norm),
     )  # fmt: skip
 
 
@@ -205,7 +218,7 @@ def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
 
 
 def why_not_projection(shortcut: nn.Module) -> str | None:
-    """Why the first two children are not exactly a 1x1 convolution and BatchNorm2d; None where they are."""
+    """Why the first two children are not exactly a 1x1 convolution and a batch normalisation; None where they are."""
     problem = why_not_children(shortcut, {"0": nn.Conv2d, "1": nn.BatchNorm2d})
     if problem is not None:
         return problem
@@ -219,7 +232,7 @@ def why_not_projection(shortcut: nn.Module) -> str | None:
 
 
 def why_not_downsample(downsample: nn.Module) -> str | None:
-    """Why a block's `downsample` is not exactly a Sequential of a 1x1 convolution and BatchNorm2d; None where it is."""
+    """Why a block's `downsample` is not exactly a Sequential of a 1x1 convolution and a batch normalisation."""
     problem = why_not_exactly(downsample, nn.Sequential)
     if problem is None and list(downsample._modules) != ["0", "1"]:
         problem = f"has the children {list(downsample._modules)}, expected a convolution and a normalisation"
@@ -241,7 +254,8 @@ def projection(
 
     Args:
         shortcut: the convolution is its child "0", the normalisation its child "1"; see `why_not_projection`.
-        norm: of x; it uses the batch's statistics where the shortcut's own normalisation does.
+        norm: of x; it uses the batch's statistics where the shortcut's own normalisation does, and of the same
+            processes.
         statistics: those of x, where they were taken already.
     """
     conv, own = cast(nn.Conv2d, shortcut._modules["0"]), cast(nn.BatchNorm2d, shortcut._modules["1"])
@@ -249,14 +263,16 @@ def projection(
     return shortcut_act(
         s, conv.weight, begin_norm(own), None if x is None else Branch(x, x_params, statistics),
         stride=cast("tuple[int, int]", conv.stride), training=uses_batch_statistics(own),
-        act=Act(*activation, dropout, "add_act"), readers=readers,
+        act=Act(*activation, dropout, "add_act"), readers=readers, group=group_of(own),
     )  # fmt: skip
 
 
 def projects_beside(norm: nn.BatchNorm2d, x: Tensor, shortcut: nn.Module, s: Tensor) -> bool:
-    """Whether norm(x) and a projection of s are of one shape, by two normalisations that use one kind of statistics."""
+    """Whether norm(x) and a projection of s are of one shape, by two normalisations that use one kind of statistics, of
+    the same processes' batches.
+    """
     conv, own = cast(nn.Conv2d, shortcut._modules["0"]), cast(nn.BatchNorm2d, shortcut._modules["1"])
-    if own is norm or uses_batch_statistics(own) != uses_batch_statistics(norm):
+    if own is norm or uses_batch_statistics(own) != uses_batch_statistics(norm) or group_of(own) is not group_of(norm):
         return False
     return fits_convolution(s, conv) and x.shape == _output_shape(conv, s)
 
@@ -278,8 +294,14 @@ def add_shortcut(
     """
     if downsample is None:
         return norm_act(norm, x, s, activation=activation, statistics=statistics, readers=readers)
-    if why_not_downsample(downsample) is None and projects_beside(norm, x, downsample, s):
-        return projection(downsample, s, norm, x, activation=activation, statistics=statistics, readers=readers)
+    if why_not_downsample(downsample) is None:
+        if projects_beside(norm, x, downsample, s):
+            return projection(downsample, s, norm, x, activation=activation, statistics=statistics, readers=readers)
+        conv, own = cast(nn.Conv2d, downsample._modules["0"]), cast(nn.Module, downsample._modules["1"])
+        if own is not norm and group_of(own) is not None and fits_convolution(s, conv):
+            # PyTorch's own refuses CPU tensors.
+            r = projection(downsample, s, activation=IDENTITY)
+            return norm_act(norm, x, r, activation=activation, statistics=statistics, readers=readers)
     return norm_act(norm, x, downsample(s), activation=activation, statistics=statistics, readers=readers)
 
 

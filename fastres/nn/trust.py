@@ -58,6 +58,10 @@ def _called_by(activation: type[nn.Module]) -> tuple[Any, ...]:
     return (activation.__call__, activation.forward, *[getattr(F, name) for name in names if hasattr(F, name)])
 
 
+# nn.SyncBatchNorm's own, asked where a child is one; its call is nn.Module's.
+_SYNCHRONISED_FORWARD = nn.SyncBatchNorm.forward
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 # By class, so that a call asks about its own alone; `_functions` has ReLU's.
 _CALLED_BY = {activation: _called_by(activation) for activation in module_classes() if activation is not nn.ReLU}
 
@@ -119,6 +123,13 @@ def is_exactly(module: Any, expected: type[_Module]) -> TypeGuard[_Module]:
     return True
 
 
+def is_batch_norm(module: Any, expected: type[nn.Module] = nn.BatchNorm2d) -> bool:
+    """Whether the module is exactly this class of batch normalisation, or what convert_sync_batchnorm makes of it."""
+    if is_exactly(module, expected):
+        return True
+    return is_exactly(module, nn.SyncBatchNorm) and nn.SyncBatchNorm.forward is _SYNCHRONISED_FORWARD
+
+
 def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]]) -> str | None:
     """Why one of these children is not exactly what its class says; None where all are."""
     modules = parent._modules
@@ -129,7 +140,7 @@ def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]])
             expected = nn.ReLU if child is None or type(child) not in module_classes() else type(child)
             if expected in _CALLED_BY and _called_by(expected) != _CALLED_BY[expected]:
                 return f"its {name} calls a function that somebody replaced in torch"
-        if not is_exactly(child, expected):
+        if not is_exactly(child, expected) and not (expected in _BATCH_NORMS and is_batch_norm(child, expected)):
             return f"its {name} {why_not_exactly(child, expected)}"
     return None
 
@@ -141,16 +152,19 @@ def activation_of(module: nn.Module) -> Activation:
     return found
 
 
-def why_not_ordinary(x: Tensor, dimensions: tuple[int, ...] = (4,)) -> str | None:
+def why_not_ordinary(x: Tensor, dimensions: tuple[int, ...] = (4,), parent: nn.Module | None = None) -> str | None:
     """Why this call has to be made of PyTorch's own operators; None for an ordinary one.
 
     Somebody looks at each operator (tracing, exporting, hooks on all modules), transforms it (torch.func) or gives it
-    another meaning (a subclass of Tensor); or PyTorch's module would refuse x.
+    another meaning (a subclass of Tensor); or PyTorch's module would refuse x. An empty batch is left to PyTorch as
+    well, but for where normalisations in `parent` are synchronised: this process takes part in what the others send.
     """
     if type(x) not in _TENSORS:
         return f"its input is a {type(x).__name__}"
-    if x.dim() not in dimensions or x.dtype not in _DTYPES or x.numel() == 0 or x.layout is not torch.strided:
+    if x.dim() not in dimensions or x.dtype not in _DTYPES or x.layout is not torch.strided:
         return "its input is not a batch of images in floating point"
+    if x.numel() == 0 and not (x.shape[0] == 0 and parent is not None and _shares_statistics(parent)):
+        return "its input is empty"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks on all modules are registered"
     if torch.compiler.is_exporting():
@@ -166,6 +180,10 @@ def why_not_ordinary(x: Tensor, dimensions: tuple[int, ...] = (4,)) -> str | Non
                 if type(mode) is not DeviceContext:
                     return f"{type(mode).__name__} takes PyTorch's functions over"
     return ordinary.why_not_ordinary()
+
+
+def _shares_statistics(parent: nn.Module) -> bool:
+    return any(type(m) is nn.SyncBatchNorm and m.training for m in parent.modules())
 
 
 class Fused(nn.Module):
@@ -197,7 +215,7 @@ class Fused(nn.Module):
     @torch.jit.unused
     def _leaves(self, x: Tensor) -> bool:
         """Whether the call with the input x goes child by child."""
-        if why_not_ordinary(x, self._dimensions) is not None:
+        if why_not_ordinary(x, self._dimensions, self) is not None:
             return True
         problem = self.why_not_fusable()
         if problem is None and not self._fits(x):

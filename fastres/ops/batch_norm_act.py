@@ -23,16 +23,18 @@ whose input is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastres import contract
-from fastres.contract import Act, Norm, NormParams, Residual, Statistics
+from fastres.contract import PLAIN, Act, Group, Norm, NormParams, Residual, Statistics, Sums
 from fastres.ops import fallback, formulas
 from fastres.ops.arguments import Needs2, Needs3
 from fastres.ops.library import define, needs_plain_formula
+from fastres.ops.synchronised import combine_statistics, combine_sums
 
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
@@ -166,6 +168,7 @@ class Call(NamedTuple):
         statistics, residual_statistics: where somebody has taken them already.
         training: the statistics are those of the batch.
         readers: 2 where two readers of y are known: y comes twice, and so does its gradient.
+        group: whose batches are normalised as one, in training; None: this process's alone.
     """
 
     norm: NormParams
@@ -176,6 +179,23 @@ class Call(NamedTuple):
     act: Act
     training: bool
     readers: int = 1
+    group: Group | None = None
+
+
+def statistics_of_group(values: Sequence[tuple[Tensor, Statistics | None]], group: Group) -> list[Statistics]:
+    """The statistics over the group of tensors of one shape, in one message; each with its own where they are known."""
+    own = []
+    for x, known in values:
+        if known is not None:
+            own.append(known)
+        elif x.numel() > 0:
+            own.append(Statistics(*stats(x)[1:]))
+        else:
+            # An empty batch has none, and the group counts it for nothing.
+            zeros = x.new_zeros(x.shape[1], dtype=contract.statistics_dtype(x.dtype))
+            own.append(Statistics(zeros, zeros))
+    x = values[0][0]
+    return combine_statistics(own, x.numel() // x.shape[1], group)
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -195,9 +215,15 @@ class BatchNormAct(torch.autograd.Function):
         residual_bias: Tensor | None,
         call: Call,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        norm, residual_norm, statistics, residual_statistics, seed, act, by_batch, readers = call
+        norm, residual_norm, statistics, residual_statistics, seed, act, by_batch, readers, group = call
         r_mean: Tensor | None = None
         r_rstd: Tensor | None = None
+        if group is not None:
+            values = [(x, statistics)]
+            if residual is not None and residual_norm is not None:
+                values.append((residual, residual_statistics))
+            statistics, *other = statistics_of_group(values, group)
+            residual_statistics = other[0] if other else None
         if by_batch:
             y, mean, rstd, r_mean, r_rstd, bits = training(
                 x, norm, statistics, residual, residual_norm, residual_statistics, seed, act
@@ -214,7 +240,9 @@ class BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(
             x, mean, rstd, weight, bias, residual if reads_residual else None, r_mean, r_rstd, residual_weight,
             residual_bias, bits if act.saves_bits(residual is not None) else None,
+            None if statistics is None else statistics.count,
         )  # fmt: skip
+        ctx.group = group
         ctx.act, ctx.training, ctx.memory_format = act, by_batch, contract.memory_format(x)
         ctx.eps = (norm.eps, 0.0 if residual_norm is None else residual_norm.eps)
         # Where no operation lies between y and the residual, its gradient is dy: nothing to compute, nothing to write.
@@ -233,13 +261,14 @@ class BatchNormAct(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(needed)
-        x, mean, rstd, weight, bias, residual, *of_residual, bits = ctx.saved_tensors
+        x, mean, rstd, weight, bias, residual, *of_residual, bits, count = ctx.saved_tensors
         # Hooks on saved tensors may bring them back in another format, and the bits are in the order of this one.
         x = x.contiguous(memory_format=ctx.memory_format)
         if residual is not None:
             residual = Residual(residual.contiguous(memory_format=ctx.memory_format), *of_residual)
         norm = Norm(mean, rstd, weight, bias)
         if needs_plain_formula(dy, dy2):
+            refuse_plain_formula(count)
             dy = dy if dy2 is None else dy + dy2
             dx, dr, *sums = _plain_backward(ctx, dy, x, norm, residual, bits)
             dy2 = None
@@ -250,14 +279,60 @@ class BatchNormAct(torch.autograd.Function):
             needs_dr = needed[3] and (dy2 is not None or not ctx.residual_gradient_is_dy)
             # Where they are taken in any case, returning them costs less than making empty ones.
             needs_sums = needed[1] or needed[2] or needed[4] or needed[5] or ctx.training
-            dx, dr, *sums = backward(
-                dy, dy2, x, norm, residual, bits, ctx.act, ctx.training, [needed[0], needs_dr, needs_sums]
-            )
+            if count is not None:
+                dx, dr, *sums = _backward_in_stages(ctx, dy, dy2, x, norm, residual, bits, count, [needed[0], needs_dr])
+            else:
+                dx, dr, *sums = backward(
+                    dy, dy2, x, norm, residual, bits, ctx.act, ctx.training, [needed[0], needs_dr, needs_sums]
+                )
         if ctx.residual_gradient_is_dy and dy2 is None:
             dr = dy
         dweight, dbias, r_dweight, r_dbias = sums
         grads = (dx, dweight, dbias, dr, r_dweight, r_dbias, None)
         return tuple([g if n else None for g, n in zip(grads, needed, strict=True)])
+
+
+def refuse_plain_formula(count: Tensor | None) -> None:
+    """
+    Raises:
+        RuntimeError: the statistics are of more elements than x has, `count` of them.
+    """
+    if count is not None:
+        raise RuntimeError(
+            "backward: expected an ordinary one where the statistics are of more than this process's batch, got one "
+            "that is differentiated again, batched or transformed"
+        )
+
+
+def _backward_in_stages(
+    ctx: Any,
+    dy: Tensor,
+    dy2: Tensor | None,
+    x: Tensor,
+    norm: Norm,
+    residual: Residual | None,
+    bits: Tensor | None,
+    count: Tensor,
+    needs: Needs2,
+) -> tuple[Tensor | None, ...]:
+    """`backward` with all sums, where the statistics are of `count` elements a channel: those of a group's processes,
+    or without a group of x and others that are constants.
+    """
+    act, normed = ctx.act, residual is not None and residual.norm is not None
+    empty = x.numel() == 0
+    if empty:
+        found = [torch.zeros_like(norm.mean) for _ in range(4)]
+    else:
+        *found, dz = backward_reduce(dy, dy2, x, norm, residual, bits, act)
+    sums: Sequence[Tensor] = found[: 4 if normed else 2]
+    if ctx.group is not None and (needs[0] or (normed and needs[1])):
+        sums = combine_sums(sums, ctx.group)
+    if empty:
+        return torch.empty_like(x), torch.empty_like(x), *found
+    if dy2 is not None:
+        dy, act, bits = (dz, PLAIN, None) if act.order == "add_act" else (dz, act, bits)
+    dx, dr = backward_apply(dy, x, norm, residual, bits, Sums(*sums), count, act, needs)
+    return dx, dr, *found
 
 
 def _constants(norm: NormParams) -> tuple[Tensor, Tensor]:

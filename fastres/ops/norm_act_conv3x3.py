@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from fastres import contract
-from fastres.contract import Act, Norm, NormParams, Residual, Statistics
-from fastres.ops import conv3x3, fallback, formulas
+from fastres.contract import PLAIN, Act, Group, Norm, NormParams, Residual, Statistics, Sums
+from fastres.ops import batch_norm_act, conv3x3, fallback, formulas
 from fastres.ops.arguments import Needs3
 from fastres.ops.library import (
     convolution_flops,
@@ -36,6 +36,7 @@ from fastres.ops.library import (
     needs_plain_formula,
     restored,
 )
+from fastres.ops.synchronised import combine_sums
 
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
@@ -116,6 +117,18 @@ def _plain_backward(
     return dx, dr, dweight, sums.dweight, sums.dbias
 
 
+def _second_stage(
+    ctx: Any, dz: Tensor, dr: Tensor, x: Tensor, norm: Norm, sums: Sums, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dx, dresidual) out of what the first stage gives, where the statistics are of `count` elements a channel."""
+    dx = dz
+    if ctx.needs_input_grad[0]:
+        if ctx.group is not None:
+            sums = Sums(*combine_sums(sums[:2], ctx.group))
+        dx, _ = batch_norm_act.backward_apply(dz, x, norm, None, None, sums, count, PLAIN, [True, False])
+    return dx, dz if ctx.act.order == "add_act" else dr
+
+
 class Call(NamedTuple):
     """What `NormActConv3x3` is given beside the tensors that may get a gradient; see `batch_norm_act.Call`."""
 
@@ -124,6 +137,7 @@ class Call(NamedTuple):
     seed: Tensor | None
     act: Act
     measure: bool
+    group: Group | None = None
 
 
 class NormActConv3x3(torch.autograd.Function):
@@ -142,10 +156,13 @@ class NormActConv3x3(torch.autograd.Function):
         weight: Tensor,
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        norm, statistics, seed, act, measure = call
+        norm, statistics, seed, act, measure, group = call
+        if group is not None:
+            (statistics,) = batch_norm_act.statistics_of_group([(x, statistics)], group)
         y, y_mean, y_m2, mean, rstd, keep = forward(x, norm, statistics, residual, seed, weight, act, measure)
-        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, residual, keep, weight)
-        ctx.act, ctx.weight_strides, ctx.eps = act, weight.stride(), norm.eps
+        count = None if statistics is None else statistics.count
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, residual, keep, weight, count)
+        ctx.act, ctx.weight_strides, ctx.eps, ctx.group = act, weight.stride(), norm.eps, group
         ctx.mark_non_differentiable(y_mean, y_m2)
         ctx.set_materialize_grads(False)
         return y, y_mean, y_m2
@@ -155,15 +172,20 @@ class NormActConv3x3(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(needed)
-        x, mean, rstd, norm_weight, norm_bias, residual, keep, weight = ctx.saved_tensors
+        x, mean, rstd, norm_weight, norm_bias, residual, keep, weight, count = ctx.saved_tensors
         x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         norm = Norm(mean, rstd, norm_weight, norm_bias)
         if needs_plain_formula(dy):
+            batch_norm_act.refuse_plain_formula(count)
             dx, dr, dweight, *sums = _plain_backward(ctx, dy, x, norm, residual, keep, weight)
         else:
             needs = [any(needed[:4]), needed[3], needed[4]]
-            dx, dr, dweight, *sums = backward(dy, x, norm, residual, keep, weight, ctx.act, needs)
+            if count is not None:
+                dz, dr, dweight, *sums = backward_reduce(dy, x, norm, residual, keep, weight, ctx.act, needs)
+                dx, dr = _second_stage(ctx, dz, dr, x, norm, Sums(*sums), count)
+            else:
+                dx, dr, dweight, *sums = backward(dy, x, norm, residual, keep, weight, ctx.act, needs)
             dweight = in_strides_of(weight, dweight) if needed[4] else dweight
         return *[g if n else None for g, n in zip((dx, *sums, dr, dweight), needed, strict=False)], None

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,10 +144,12 @@ def start_group(device: torch.device) -> Group:
     if rank >= size:
         raise InputError(f"RANK: expected a number below WORLD_SIZE = {size}, got {rank}")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        store = PrefixStore(_meet(store, rank, size), store)
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {rank} of {size} cannot reach the others: {error}") from error
@@ -209,7 +212,7 @@ def report_failure(program: str, error: BaseException) -> None:
         first = os.environ.get("RANK", "0") == "0"  # all read the same arguments
     else:
         try:
-            first = _Job.store.add("fastres/failures", 1) == 1
+            first = _Job.store.add("failures", 1) == 1
         except RuntimeError:  # the process that keeps the store is gone
             first = True
     if first:
@@ -221,7 +224,7 @@ def lost_peer(error: BaseException) -> RunError | None:
     """What an error means that came out of a collective: which process is gone. None where that is not its cause."""
     if _Job.group.size == 1 or not isinstance(error, RuntimeError) or isinstance(error, RunError):
         return None
-    reason = str(error).strip().splitlines()
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     network = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
     deadline = time.monotonic() + (DEATH_SECONDS if network else 0.0)
     while True:
@@ -237,7 +240,37 @@ def lost_peer(error: BaseException) -> RunError | None:
         time.sleep(0.05)
     if not network:
         return None
-    return RunError(f"the connection to another rank is lost, the job ends: {reason[0] if reason else error!r}")
+    return RunError(f"the connection to another rank is lost, the job ends: {reason}")
+
+
+def _meet(store: Any, rank: int, size: int) -> str:
+    """A word that the living processes of the job agree on, and no earlier ones.
+
+    torchrun keeps one store for all its restarts. Without a prefix of its own, a restarted process group finds the
+    addresses of the one before in there, and connects to processes that are gone. The restart's number is no such
+    prefix: torchrun's agents on several machines count differently.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        store.wait([f"welcome/{mine}"], TIMEOUT)
+        word: str = store.get(f"welcome/{mine}").decode()
+        store.set(f"here/{word}/{rank}", "")
+        return word
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    missing, answered = set(range(1, size)), set()
+    while missing:
+        # A hello may be one of an earlier process, which will not come; then the new one's replaces it.
+        for other in missing:
+            hello = store.get(f"hello/{other}").decode() if store.check([f"hello/{other}"]) else None
+            if hello is not None and hello not in answered:
+                answered.add(hello)
+                store.set(f"welcome/{hello}", mine)
+        missing = {other for other in missing if not store.check([f"here/{mine}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"rank {min(missing)} did not come within {TIMEOUT}")
+        time.sleep(0.01)
+    return mine
 
 
 def _is_alive(process: int) -> bool:

@@ -242,7 +242,6 @@ def test_inside_a_network_the_state_has_the_names_of_batch_norm(cls):
 
 
 REPLACED = {
-    "synchronised": lambda n: nn.SyncBatchNorm.convert_sync_batchnorm(n),
     "frozen": lambda n: setattr(n, "norm", FrozenBatchNorm2d(CHANNELS)),
     "folded": lambda n: setattr(n, "norm", nn.Identity()),
     "hooked": lambda n: n.norm.register_forward_hook(lambda m, args, y: y * 2),

@@ -3,6 +3,8 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,13 +18,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastres.train import TrainConfig, load_checkpoint, parallel, train
-from fastres.train.distributed import SINGLE, Group, start_group
+from fastres.train import TrainConfig, distributed, load_checkpoint, parallel, train
+from fastres.train import __main__ as command
+from fastres.train.distributed import SINGLE, Group, lost_peer, rank_device, start_group
 from fastres.train.errors import InputError, RunError
 from tests.distributed.processes import run_processes
-from tests.train.conftest import make_data
+from tests.train.conftest import TinyNet, make_data
+from tests.train.job import TINY_DROPOUT
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_group(rank: int, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -59,6 +64,7 @@ def test_one_process_needs_no_process_group() -> None:
 
 def talk(group: Group, port: int) -> dict[str, Any]:
     """In a group that is started as torchrun's processes start theirs."""
+    group.barrier()
     group.close()
     os.environ.update(
         RANK=str(group.rank), LOCAL_RANK=str(group.rank), WORLD_SIZE=str(group.size),
@@ -114,6 +120,19 @@ def test_wrong_environment_is_named(name: str, value: str, monkeypatch: pytest.M
         monkeypatch.setenv(key, number)
     with pytest.raises(InputError, match=rf"^{name}: .*{value}"):
         start_group(CPU)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    cuda = torch.device("cuda")
+    assert rank_device(cuda, Group(3, 4, 1)) == torch.device("cuda", 1) and chosen == [1]
+    assert rank_device(cuda, SINGLE) == cuda and rank_device(CPU, Group(3, 4, 1)) == CPU
+    with pytest.raises(RunError, match=r"^device: cuda:2 is not there for local rank 2, 2 CUDA devices"):
+        rank_device(cuda, Group(2, 4, 2))
+    with pytest.raises(InputError, match=r"^device: .*got cuda:1"):
+        rank_device(torch.device("cuda", 1), Group(0, 2, 0))
 
 
 # --- Training in several processes ---
@@ -319,3 +338,138 @@ def test_accumulated_gradients_are_those_of_the_joined_batches(fsdp: bool) -> No
     for gradients in in_processes(2, accumulate, fsdp):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+# --- torchrun ---
+
+
+def torchrun(
+    *options: str, to: Path, size: int = 2, restarts: int = 0, fail: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """A job of tests/train/job.py, started by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
+    script = ["--module", "tests.train.job", "--output-dir", str(to), "--device", "cpu", "--batch-size", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if fail:
+        environment["FAIL"] = fail
+    command = [sys.executable, *launcher, *script, "--epochs", "2", "--no-reuse-memory", *options]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def train_tiny(group: Group, folder: Path) -> None:
+    """The same job without torchrun."""
+    config = TrainConfig(output_dir=folder, device="cpu", batch_size=8, epochs=2, reuse_memory=False, dataset="digits")
+
+    def make_model(resolved: TrainConfig, classes: int) -> nn.Module:
+        return TinyNet(classes, TINY_DROPOUT, "cifar")
+
+    train(config, data=make_data(), make_model=make_model, console=Console(file=io.StringIO()))
+
+
+def errors(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "fastres.train: error:" in line]
+
+
+def test_killed_process_costs_a_restarted_job_nothing(tmp_path: Path) -> None:
+    """Two epochs of six steps; the second process is killed in the second epoch."""
+    in_processes(2, train_tiny, tmp_path / "whole")
+    died = torchrun(to=tmp_path / "died", restarts=1, fail="1:9:killed")
+    assert died.returncode == 0, died.stderr
+    assert died.stdout.count("Training finished") == 1
+    # torchrun says which process it was. Ours do where it lets them live for long enough to notice.
+    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", died.stderr)
+    for line in errors(died.stderr):
+        assert re.search(r"rank 0 of 2: rank 1 \(process \d+\) of 2 has died", line)
+    for name, expected in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "died")[name], expected), name
+    assert [row["step"] for row in logged(tmp_path / "died", "steps.jsonl")] == list(range(1, 13))
+
+
+def test_failing_process_ends_the_job_with_one_line(tmp_path: Path) -> None:
+    failed = torchrun(to=tmp_path / "run", size=3, fail="1:3:broken")
+    assert failed.returncode != 0
+    [line] = errors(failed.stderr)
+    assert "error: rank 1 of 3: data_dir: broken image cat.png" in line
+    assert "InputError: data_dir: broken image cat.png" in failed.stderr  # in torchrun's own summary
+
+
+@pytest.mark.parametrize("waited_for", [True, False])
+def test_process_that_is_gone_is_named(waited_for: bool, job_of_two: Any) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)
+    if waited_for:
+        gone.wait()
+    here = socket.gethostname()
+    job_of_two.processes = ((here, os.getpid()), (here, gone.pid))
+    error = lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"))
+    assert re.search(rf"^rank 1 \(process {gone.pid}\) of 2 has died", str(error))
+    gone.wait()
+
+
+def test_lost_connection_to_a_process_elsewhere_is_told_in_a_line(
+    job_of_two: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "DEATH_SECONDS", 0.0)
+    job_of_two.processes = ((socket.gethostname(), os.getpid()), ("elsewhere", 1))
+    error = lost_peer(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [10.0.0.2]:5\nat frame 1"))
+    assert str(error).endswith("is lost, the job ends: [gloo/pair.cc:1] Connection closed by peer [10.0.0.2]:5")
+    assert lost_peer(RuntimeError("shapes differ")) is None
+    assert lost_peer(RunError("no space")) is None
+    assert lost_peer(ValueError("gloo")) is None
+
+
+def test_first_process_to_fail_speaks_for_all(job_of_two: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for reason in ("no space", "the connection is lost"):
+        distributed.report_failure("train", RunError(reason))
+    assert capsys.readouterr().err == "train: error: rank 0 of 2: no space\n"
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "train: error: lr: too high\n"), ("1", "")])
+def test_error_before_the_job_is_formed_is_told_by_the_first_rank(
+    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    distributed.report_failure("train", InputError("lr: too high"))
+    assert capsys.readouterr().err == said
+
+
+def test_peer_lost_while_training_ends_the_command_with_status_2(
+    job_of_two: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: TrainConfig) -> None:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(distributed, "DEATH_SECONDS", 0.0)
+    monkeypatch.setattr(command, "train", fail)
+    reason = "gloo: Connection closed by peer"
+    assert command.main([]) == 2
+    assert "rank 0 of 2: the connection to another rank is lost" in capsys.readouterr().err
+    reason = "shapes differ"
+    with pytest.raises(RuntimeError, match=r"shapes differ"):
+        command.main([])
+
+
+@pytest.fixture
+def job_of_two(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What is known of a job whose other process this one can no longer reach."""
+    here = (socket.gethostname(), os.getpid())
+    for name, value in {"group": Group(0, 2), "store": dist.HashStore(), "processes": (here, here)}.items():
+        monkeypatch.setattr(distributed._Job, name, value)
+    return distributed._Job
+
+
+def test_job_restarted_before_its_first_checkpoint_begins_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "steps.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match=r"already holds a run"):
+        train_here(SINGLE, Plain, settings(output_dir=tmp_path, max_steps=2), (45, 13))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train_here(SINGLE, Plain, settings(output_dir=tmp_path, max_steps=2), (45, 13))
+    train_here(SINGLE, Plain, settings(output_dir=tmp_path, max_steps=4), (45, 13))
+    assert [row["step"] for row in logged(tmp_path, "steps.jsonl")] == [1, 2, 3, 4]
+
+
+def test_restarts_need_a_folder_that_they_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(InputError, match=r"^output_dir: torchrun --max-restarts needs one"):
+        train_here(SINGLE, Plain, settings(), (45, 13))
