@@ -58,7 +58,7 @@ def init_convolution(conv: nn.Conv2d) -> None:
 
 
 def init_small_network(network: nn.Module) -> None:
-    """As the authors' networks for CIFAR: convolutions by `init_convolution`, linear layers torch's with a bias of 0."""
+    """As the authors' networks for CIFAR: convolutions by `init_convolution`, biases of linear layers 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             init_convolution(module)

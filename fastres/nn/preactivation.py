@@ -40,7 +40,7 @@ class PreactivationBlock(nn.Module):
         super().__init__()
         self.dropout = check_dropout(dropout)
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU()  # in place it would write to the shortcut, were bn1 folded away
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False)

@@ -213,8 +213,9 @@ def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor, algorithm: str | None) -> Tensor:
     """conv(x) + residual in evaluation; where no gradient is asked for, the addition is part of the convolution."""
+    fits = is_conv3x3(conv) and residual.shape == _output_shape(conv, x)
     alike = residual.dtype == x.dtype and is_computed_in_its_dtype(x)
-    if not alike or not is_conv3x3(conv) or residual.shape != _output_shape(conv, x) or needs_grad(x, conv.weight, residual):
+    if not fits or not alike or needs_grad(x, conv.weight, residual):
         return conv_alone(conv, x, algorithm) + residual
     mean, var = (make(conv.weight.shape[0], device=x.device) for make in (torch.zeros, torch.ones))
     no_norm = NormParams(mean, var, None, None, 0.0, 0.0)  # exactly the identity
