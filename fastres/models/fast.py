@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastres.models.stem import check_head
+from fastres.models.stem import check_head, check_width, scaled
 from fastres.nn.pooled import PooledBlock
 
 _PATCH = 2
@@ -27,8 +27,8 @@ class FastNet(nn.Module):
         num_classes: outputs.
         stem: "cifar", the only one: the network is for small images.
         dropout: 0 <= dropout < 1, after each block.
-        widths: channels of the three blocks.
         conv_algorithm: of the blocks' convolutions, as `fastres.fuse`.
+        width: multiplier of the blocks' 64, 256 and 256 channels, which are rounded to multiples of 8.
     Input: [N, 3, H, W], H and W at least 9. Output: [N, num_classes], logits.
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.
@@ -45,13 +45,13 @@ class FastNet(nn.Module):
         *,
         stem: str = "cifar",
         dropout: float = 0.0,
-        widths: tuple[int, int, int] = (64, 256, 256),
         conv_algorithm: str | None = None,
+        width: float = 1.0,
     ) -> None:
         check_head(num_classes, stem)
         if stem != "cifar":
             raise ValueError(f"stem: expected 'cifar', the only one of this network, got {stem!r}")
-        _check_widths(widths)
+        widths = [scaled(c, check_width(width)) for c in (64, 256, 256)]
         super().__init__()
         self.whitening = nn.Conv2d(3, _WHITENING_CHANNELS, kernel_size=_PATCH)
         self.whitening.weight.requires_grad_(False)
@@ -113,12 +113,3 @@ class FastNet(nn.Module):
         vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
         filters = (vectors / torch.sqrt(values.clamp(min=0) + eps)).T.reshape(-1, 3, _PATCH, _PATCH)
         self.whitening.weight.copy_(torch.cat((filters, -filters)))
-
-
-def _check_widths(widths: tuple[int, int, int]) -> None:
-    """Raises: TypeError: no tuple of three ints. ValueError: one is below 1."""
-    sound = isinstance(widths, (tuple, list)) and len(widths) == 3
-    if not sound or not all(isinstance(w, int) and not isinstance(w, bool) for w in widths):
-        raise TypeError(f"widths: expected three ints, got {widths!r}")
-    if min(widths) < 1:
-        raise ValueError(f"widths: expected at least 1 each, got {widths!r}")

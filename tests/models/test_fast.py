@@ -14,13 +14,13 @@ from fastres.nn import PlainPooledBlock, PooledBlock
 from tests.oracle import LAYOUTS, activation, assert_close, generator, output_length, weight_length
 from tests.parity import close, same_training, scramble
 
-WIDTHS = (32, 40, 48)
+WIDTH = 0.16  # 8, 40 and 40 channels
 
 
 def network(*key, dropout=0.0, algorithm=None, classes=7):
     """A small network in which nothing is at its first value."""
     gen = generator(*key)
-    model = FastNet(classes, widths=WIDTHS, dropout=dropout, conv_algorithm=algorithm)
+    model = FastNet(classes, width=WIDTH, dropout=dropout, conv_algorithm=algorithm)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -221,12 +221,16 @@ def test_a_block_with_another_child_computes_that_childs_meaning(child):
 
 def test_the_convolutions_begin_as_the_identity_of_their_input():
     torch.manual_seed(0)
-    model = FastNet(widths=(24, 40, 16))
-    x = torch.randn(2, 24, 6, 6)
-    assert torch.equal(model.block1.conv1(x), x)
-    assert torch.equal(model.block2.conv1(x)[:, :24], x)
-    assert model.block2.conv1.weight[24:].abs().min() > 0
-    assert torch.equal(model.block3.conv1(torch.cat((x, x[:, :16]), 1)), x[:, :16])
+    model = FastNet(width=0.5)
+    x = torch.randn(2, 32, 6, 6)
+    assert torch.equal(model.block1.conv1(x[:, :24])[:, :24], x[:, :24])
+    assert torch.equal(model.block1.conv2(x), x)
+    assert torch.equal(model.block2.conv1(x)[:, :32], x)
+    assert model.block2.conv1.weight[32:].abs().max() > 0
+    narrow = FastNet(width=0.16)  # 24 channels to 8
+    assert torch.equal(narrow.block1.conv1(x[:, :24]), x[:, :8])
+    assert [m.out_channels for m in narrow.modules() if isinstance(m, nn.Conv2d)] == [24, 8, 8, 40, 40, 40, 40]
+    assert [m.out_channels for m in FastNet().modules() if isinstance(m, nn.Conv2d)] == [24, 64, 64, *[256] * 4]
     assert all(m.weight is None and m.bias.eq(0).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "whitening.bias" in trained
@@ -239,7 +243,7 @@ def test_the_whitening_makes_the_patches_of_its_images_uncorrelated_with_varianc
     x = F.avg_pool2d(torch.randn(64, 3, 21, 21, generator=gen, dtype=torch.float64), 2, 1)
     mixing = torch.randn(3, 3, generator=gen, dtype=torch.float64) + 2 * torch.eye(3, dtype=torch.float64)
     x = torch.einsum("oc,nchw->nohw", mixing, x) + 0.25
-    model = FastNet(widths=(8, 8, 8)).double()
+    model = FastNet(width=0.01).double()
     model.set_whitening(x, eps=1e-14)
     y = F.conv2d(x, model.whitening.weight).transpose(0, 1).flatten(1)
     second = y[:12] @ y[:12].T / y.shape[1]
@@ -259,7 +263,7 @@ def test_the_whitening_makes_the_patches_of_its_images_uncorrelated_with_varianc
 def test_the_filters_are_read_from_patches_as_the_convolution_reads_them():
     images = torch.zeros(1, 3, 2, 2)
     images[0, 1, 0, 1] = 2.0  # a single patch with one element that is not 0
-    model = FastNet(widths=(8, 8, 8))
+    model = FastNet(width=0.01)
     model.set_whitening(images, eps=0.0001)
     assert model.whitening.weight[11, 1, 0, 1].item() == pytest.approx(1 / (4 + 0.0001) ** 0.5)
     assert model.whitening.weight[11].count_nonzero() == 1
@@ -267,12 +271,12 @@ def test_the_filters_are_read_from_patches_as_the_convolution_reads_them():
 
 def test_it_learns_a_few_images_by_heart():
     torch.manual_seed(0)
-    model = FastNet(4, widths=WIDTHS)
+    model = FastNet(4, width=WIDTH)
     x, target = torch.randn(16, 3, 18, 18), torch.arange(16) % 4
     model.set_whitening(x)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.85)
     losses = []
-    for _ in range(12):
+    for _ in range(30):
         loss = F.cross_entropy(model(x), target)
         optimizer.zero_grad()
         loss.backward()
@@ -294,7 +298,7 @@ def test_it_exports_and_compiles_as_the_plain_network(fused):
 
 def test_checkpoints_and_copies_go_both_ways():
     model = network("copies").double().eval()
-    other = unfuse(FastNet(7, widths=WIDTHS)).double().eval()
+    other = unfuse(FastNet(7, width=WIDTH)).double().eval()
     for module in other.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 0.05
@@ -311,9 +315,8 @@ def test_checkpoints_and_copies_go_both_ways():
         (lambda: FastNet(stem="imagenet"), ValueError, "stem: expected 'cifar', the only one .* got 'imagenet'"),
         (lambda: FastNet(stem="mnist"), ValueError, "stem: expected one of"),
         (lambda: FastNet(dropout=1), ValueError, "dropout: expected 0 <= dropout < 1, got 1"),
-        (lambda: FastNet(widths=(8, 8)), TypeError, r"widths: expected three ints, got \(8, 8\)"),
-        (lambda: FastNet(widths=(8, 8.0, 8)), TypeError, "widths: expected three ints"),
-        (lambda: FastNet(widths=(8, 0, 8)), ValueError, "widths: expected at least 1 each"),
+        (lambda: FastNet(width=0), ValueError, "width: expected a positive number, got 0"),
+        (lambda: FastNet(width="1"), TypeError, "width: expected a number, got str"),
         (lambda: FastNet(conv_algorithm="fft"), ValueError, "conv_algorithm: expected one of"),
         (lambda: FastNet()(torch.randn(2, 3, 8, 32)), ValueError, "x: expected at least 9 pixels a side, got 8 x 32"),
         (lambda: FastNet().set_whitening([1]), TypeError, "images: expected a tensor in floating point, got list"),
