@@ -382,7 +382,7 @@ def _freeze_preactivation(block: Any) -> None:
     children, algorithm, f = block._modules, block.conv_algorithm, activation_of(block.relu)
     if not _folds(block, [("conv1", "bn2")]) or not _is_fixed(block.bn1) or not _is_foldable(block.conv2):
         return
-    shortcut = children["shortcut"]
+    shortcut = children.get("shortcut")
     if _is_foldable(shortcut):
         shortcut = _freeze_convolution(shortcut, None, IDENTITY)
     _become(block, {

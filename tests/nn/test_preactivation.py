@@ -25,7 +25,9 @@ class Exact(nn.Module):
 
     def __init__(self, block, drop=None):
         super().__init__()
-        self.block, self.drop = twin(block).double(), drop
+        self.drop, self.shortcut = drop, None
+        for name, child in twin(block).double().named_children():
+            setattr(self, name, child)
 
     def norm(self, norm, x):
         if norm.training:
@@ -35,23 +37,12 @@ class Exact(nn.Module):
         )
 
     def forward(self, x):
-        block = self.block
-        a = F.relu(self.norm(block.bn1, x))
-        z = F.relu(self.norm(block.bn2, F.conv2d(a, block.conv1.weight, stride=block.conv1.stride, padding=1)))
-        z = F.conv2d(z if self.drop is None else self.drop(z), block.conv2.weight, padding=1)
-        if block.shortcut is None:
+        a = F.relu(self.norm(self.bn1, x))
+        z = F.relu(self.norm(self.bn2, F.conv2d(a, self.conv1.weight, stride=self.conv1.stride, padding=1)))
+        z = F.conv2d(z if self.drop is None else self.drop(z), self.conv2.weight, padding=1)
+        if self.shortcut is None:
             return z + x
-        return z + F.conv2d(a, block.shortcut.weight, stride=block.shortcut.stride)
-
-
-def exact(block):
-    """`Exact` under the block's names."""
-    module = Exact(block)
-    module.named_parameters = module.block.named_parameters
-    module.named_buffers = module.block.named_buffers
-    module.state_dict = module.block.state_dict
-    module.load_state_dict = module.block.load_state_dict
-    return module
+        return z + F.conv2d(a, self.shortcut.weight, stride=self.shortcut.stride)
 
 
 def make(out, stride, **options):
@@ -66,7 +57,7 @@ def make(out, stride, **options):
 def test_it_trains_and_evaluates_as_its_formula_in_float64(out, stride, size, layout, algorithm):
     block = make(out, stride, conv_algorithm=algorithm)
     assert (block.shortcut is None) == (out == IN and stride == 1)
-    follow(block, exact(block), layout, generator(out, stride, size, layout, algorithm), size=size)
+    follow(block, Exact(block), layout, generator(out, stride, size, layout, algorithm), size=size)
     assert block.bn1.num_batches_tracked == block.bn2.num_batches_tracked == 1
 
 
@@ -76,7 +67,7 @@ def test_frozen_normalisations_stay_frozen(out, stride, frozen):
     block = make(out, stride, conv_algorithm="winograd")
     for name in frozen:
         getattr(block, name).eval()
-    follow(block, exact(block), "channels_last", generator(out, stride, frozen), evaluate=False)
+    follow(block, Exact(block), "channels_last", generator(out, stride, frozen), evaluate=False)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -85,7 +76,7 @@ def test_frozen_normalisations_stay_frozen(out, stride, frozen):
 def test_the_plain_block_is_the_formula(out, stride, training, memory_format):
     block = unfuse(make(out, stride)).double().train(training)
     assert type(block) is PreactivationBlock
-    module = exact(block)
+    module = Exact(block)
     x = torch.randn(4, IN, 5, 7, dtype=torch.float64).contiguous(memory_format=memory_format)
     with Operators() as seen:
         y = block(x)
@@ -120,7 +111,7 @@ def test_dropout_stands_between_the_convolutions_and_is_that_of_the_contract(out
     y.backward(dy), expected.backward(dy.double())
     check = partial(assert_close, length=output_length(IN) + weight_length(x))
     check(inputs[0].grad, inputs[1].grad, "input gradient")
-    wanted = dict(module.block.named_parameters())
+    wanted = dict(module.named_parameters())
     for name, p in block.named_parameters():
         check(p.grad, wanted[name].grad, f"gradient of {name}")
 
@@ -174,8 +165,7 @@ def test_under_autocast_a_wide_input_is_normalised_as_it_is(training):
     block = make(IN, 1, conv_algorithm="winograd").train(training)
     x = torch.randn(2, IN, 8, 8) + 4000
     block.bn1.running_mean.add_(4000)
-    plain, true = unfuse(twin(block)), exact(block).train(training)
-    true.block.train(training)
+    plain, true = unfuse(twin(block)), Exact(block).train(training)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         ours, theirs = block(x), plain(x)
     assert ours.dtype == theirs.dtype == torch.float32
