@@ -38,6 +38,7 @@ from fastres.nn.norm import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
+from fastres.nn.pooled import PlainPooledBlock, PooledBlock
 from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
 from fastres.nn.shortcut import PadShortcut, PlainSkipConnection, SkipConnection
 from fastres.nn.stem import FusedTrunk, fused_trunk_class, plain_trunk_class
@@ -54,6 +55,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Bottleneck: FusedBottleneck,
     DropoutBottleneck: FusedBottleneck,
     PlainResidualBlock: ResidualBlock,
+    PlainPooledBlock: PooledBlock,
     PlainSkipConnection: SkipConnection,
     PreactivationBlock: FusedPreactivationBlock,
     BatchNormAct1d: FusedBatchNormAct1d,
@@ -65,6 +67,7 @@ _PLAIN: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     FusedBasicBlock: (BasicBlock, DropoutBasicBlock),
     FusedBottleneck: (Bottleneck, DropoutBottleneck),
     ResidualBlock: (PlainResidualBlock, PlainResidualBlock),
+    PooledBlock: (PlainPooledBlock, PlainPooledBlock),
     FusedBatchNormAct1d: (BatchNormAct1d, BatchNormAct1d),
     FusedBatchNormAct2d: (BatchNormAct2d, BatchNormAct2d),
     FusedBatchNormAct3d: (BatchNormAct3d, BatchNormAct3d),

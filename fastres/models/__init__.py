@@ -11,6 +11,7 @@ import torch.nn as nn
 from fastres.fuse import unfuse
 from fastres.models.article import ArticleResNet18
 from fastres.models.cifar import CifarResNet, check_depth
+from fastres.models.fast import FastNet
 from fastres.models.resnet import (
     FusedResNet,
     FusedResNet18,
@@ -25,6 +26,7 @@ __all__ = [
     "NAMES",
     "ArticleResNet18",
     "CifarResNet",
+    "FastNet",
     "FusedResNet",
     "FusedResNet18",
     "FusedResNet34",
@@ -44,6 +46,7 @@ _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "resnet152": FusedResNet152,
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
     "article": ArticleResNet18,
+    "fast": FastNet,
     **{f"wrn{depth}-{k}": functools.partial(WideResNet, depth, k) for depth, k in ((16, 4), (28, 10), (40, 4))},
 }
 NAMES: tuple[str, ...] = tuple(_CLASSES)

@@ -20,6 +20,7 @@ from fastres.nn.norm import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
+from fastres.nn.pooled import PlainPooledBlock, PooledBlock
 from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
 from fastres.nn.shortcut import PadShortcut, PlainSkipConnection, ProjectionShortcut, SkipConnection
 from fastres.nn.stem import FusedLayerGetter, FusedStemResNet
@@ -39,8 +40,10 @@ __all__ = [
     "FusedPreactivationBlock",
     "FusedStemResNet",
     "PadShortcut",
+    "PlainPooledBlock",
     "PlainResidualBlock",
     "PlainSkipConnection",
+    "PooledBlock",
     "PreactivationBlock",
     "ProjectionShortcut",
     "ResidualBlock",

@@ -59,7 +59,7 @@ def test_conv_algorithm_reaches_every_block(name):
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_name_makes_a_network_with_its_own_default_dropout(name):
     with torch.device("meta"):
-        model = models.create(name, num_classes=6, stem="imagenet")
+        model = models.create(name, num_classes=6, stem="cifar" if name == "fast" else "imagenet")
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 6)
     rates = {m.dropout for m in model.modules() if isinstance(m, FusedBlock)}
     assert rates == ({0.5} if name == "article" else {0.0})
