@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fastres import models
 from fastres.fuse import unfuse
-from fastres.nn import FusedBasicBlock, FusedBottleneck, ResidualBlock
+from fastres.nn import FusedBasicBlock, FusedBottleneck, FusedPreactivationBlock, ResidualBlock
 from tests.parity import FORMATS, scramble, twin
 
 
@@ -24,7 +24,9 @@ def step(model, x, target):
 
 
 @pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
-@pytest.mark.parametrize(("name", "dropout"), [("resnet18", 0.2), ("article", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "dropout"), [("resnet18", 0.2), ("article", 0.5), ("resnet20", 0.2), ("wrn10-2", 0.3)]
+)
 def test_a_training_step_compiles_without_a_graph_break(name, dropout, conv_algorithm):
     torch.manual_seed(0)
     model = models.create(name, num_classes=4, dropout=dropout, conv_algorithm=conv_algorithm)
@@ -49,8 +51,10 @@ def test_a_training_step_compiles_without_a_graph_break(name, dropout, conv_algo
         lambda **options: FusedBasicBlock(8, 8, **options),
         lambda **options: FusedBottleneck(8, 2, **options),
         lambda **options: ResidualBlock(8, 8, dropout=0.0, **options),
+        lambda **options: FusedPreactivationBlock(8, 8, **options),
+        lambda **options: FusedPreactivationBlock(8, 12, **options),
     ],
-    ids=["basic", "bottleneck", "residual"],
+    ids=["basic", "bottleneck", "residual", "preactivation", "preactivation projection"],
 )
 def test_a_block_compiles_with_the_default_compiler(make, conv_algorithm):
     torch.manual_seed(0)
@@ -66,7 +70,7 @@ def test_a_block_compiles_with_the_default_compiler(make, conv_algorithm):
 
 
 @pytest.mark.parametrize("conv_algorithm", ["auto", "winograd"])
-@pytest.mark.parametrize("name", ["resnet18", "article"])
+@pytest.mark.parametrize("name", ["resnet18", "article", "resnet20", "wrn10-2"])
 def test_evaluation_compiles_without_a_graph_break(name, conv_algorithm):
     torch.manual_seed(0)
     model = scramble(models.create(name, num_classes=4, conv_algorithm=conv_algorithm)).eval()
@@ -100,7 +104,7 @@ def fastres_operators(program):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "article"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "article", "resnet20", "wrn10-2"])
 def test_an_exported_training_program_has_the_gradients_of_the_network(name, memory_format):
     torch.manual_seed(0)
     model = scramble(models.create(name, num_classes=4, dropout=0.0, conv_algorithm="winograd")).double()
