@@ -25,7 +25,7 @@ class Engine:
         self.group = run.group
         # Evaluation calls the network itself: its processes have different numbers of batches.
         self.forward = torch.compile(self.model) if self.config.compile else self.model
-        self.compute = spread(self.forward, self.group, self.device, static_graph=True)
+        self.compute = spread(self.forward, self.group, self.device, static_graph=True, sync_bn=self.config.sync_bn)
         self.amp = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16")
         # Every process counts the whole batch in training; what it counts of the test images is added up.
         self.train_metrics, self.test_metrics = self._metrics(sync_on_compute=False), self._metrics()

@@ -66,7 +66,7 @@ def smallest_batch(group: Group, *, sync_bn: bool) -> int:
     return max(2, group.size) if sync_bn else 2 * group.size
 
 
-def shard(model: nn.Module, group: Group, device: torch.device) -> nn.Module:
+def shard(model: nn.Module, group: Group, device: torch.device, *, sync_bn: bool = False) -> nn.Module:
     """Shard each block's parameters over the processes, and the rest as one unit; in place, before the optimizer.
 
     A block is a member of a Sequential or ModuleList that has children of its own: the blocks of every network here.
@@ -74,6 +74,8 @@ def shard(model: nn.Module, group: Group, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     mesh = init_device_mesh(device.type, (group.size,))
     lists = [module for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList))]
     for block in dict.fromkeys(child for parent in reversed(lists) for child in parent.children()):
@@ -88,13 +90,14 @@ def is_sharded(model: nn.Module) -> bool:
     return hasattr(model, "set_requires_gradient_sync")
 
 
-def spread(compute: Any, group: Group, device: torch.device, *, static_graph: bool) -> Any:
+def spread(compute: Any, group: Group, device: torch.device, *, static_graph: bool, sync_bn: bool = False) -> Any:
     """What to call in training so that gradients are averaged over the processes.
 
     Args:
         compute: the network, or what torch.compile made of it; sharded ones average by themselves.
         static_graph: every step uses the same parameters, and none is accumulated: DDP's reducer, which learns the
             order of the gradients in its first backward pass, fails where that one is not to be reduced.
+        sync_bn: make the network's normalisation nn.SyncBatchNorm, in place; `shard` has done so with a sharded one.
     """
     if group.size == 1 or any(map(is_sharded, compute.modules())):
         return compute
@@ -103,13 +106,17 @@ def spread(compute: Any, group: Group, device: torch.device, *, static_graph: bo
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False}
-    return DistributedDataParallel(
+    replica = DistributedDataParallel(
         compute,
         device_ids=[device] if device.type == "cuda" else None,
         **options,
         gradient_as_bucket_view=True,
         static_graph=static_graph,
     )
+    if sync_bn:
+        # Now, since DistributedDataParallel refuses a network on a CPU that has it: torch's own runs on GPUs alone.
+        nn.SyncBatchNorm.convert_sync_batchnorm(replica)  # type: ignore[no-untyped-call]
+    return replica
 
 
 @contextmanager

@@ -87,12 +87,10 @@ def prepare(
     model = make_model(config, len(data.classes)).to(device)
     if config.channels_last and not config.fsdp:  # FSDP2 refuses parameters that are not contiguous
         model = model.to(memory_format=torch.channels_last)
-    if config.sync_bn and group.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     if resumed is not None and config.resume is not None:
         ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
     if config.fsdp:
-        model = shard(model, group, device)
+        model = shard(model, group, device, sync_bn=config.sync_bn)
     optimizer = make_optimizer(model.parameters(), config)
     generator = torch.Generator().manual_seed(config.seed)
     if group.size > 1:

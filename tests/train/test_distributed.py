@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from fastres.nn import FusedBasicBlock
 from fastres.train import TrainConfig, distributed, load_checkpoint, parallel, train
 from fastres.train import __main__ as command
 from fastres.train.distributed import SINGLE, Group, lost_peer, rank_device, start_group
@@ -158,6 +159,15 @@ class Normed(Plain):
         self.insert(5, nn.Dropout(0.3))
 
 
+class Residual(nn.Sequential):
+    """Fused blocks, one with a projection."""
+
+    def __init__(self) -> None:
+        shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+        blocks = nn.Sequential(FusedBasicBlock(8, 8), FusedBasicBlock(8, 16, 2, shortcut))
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), blocks, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 3))
+
+
 def settings(**fields: Any) -> dict[str, Any]:
     return {
         "device": "cpu",
@@ -228,6 +238,27 @@ def test_several_processes_train_as_one(size: int, options: dict[str, Any], tmp_
     assert all(not rank["text"] for rank in ranks[1:]) and "Training finished" in ranks[0]["text"]
     for rank in ranks:
         assert not rank["warnings"]
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": True}], ids=str)
+@pytest.mark.parametrize("size", [2, 3])
+def test_synchronised_processes_train_as_one(size: int, options: dict[str, Any], tmp_path: Path) -> None:
+    """Shares are uneven at each step; running statistics are those of the joined batches."""
+    counts, batch = (45, 13), 9 if size == 2 else 10
+    job(1, Residual, tmp_path / "one", counts, batch_size=batch)
+    job(size, Residual, tmp_path / "more", counts, batch_size=batch, sync_bn=True, **options)
+    found = weights(tmp_path / "more")
+    for name, expected in weights(tmp_path / "one").items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    steps = [[row["loss"] for row in logged(tmp_path / run, "steps.jsonl")] for run in ("more", "one")]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-3)
+
+
+def test_without_synchronisation_processes_differ_from_one(tmp_path: Path) -> None:
+    for size in (1, 2):
+        job(size, Residual, tmp_path / str(size))
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    assert (one["4.weight"] - two["4.weight"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("test_images", [1, 2, 3, 13])
