@@ -141,6 +141,10 @@ def on_rank(rank: int) -> dict[Any, Step]:
         with torch.autocast("cpu", torch.bfloat16):
             autocast = copy.deepcopy(start)
             found[name, torch.bfloat16] = step(autocast, autocast, x, name, part)
+        converted = copy.deepcopy(start)
+        found[name, "empty"] = step(
+            converted, converted, x if rank == 0 else x[:0], name, part if rank == 0 else slice(0)
+        )
     odd_groups(rank)
     refused(rank)
     return found
@@ -215,6 +219,13 @@ def test_processes_together_compute_what_plain_pytorch_does_with_the_joined_batc
     expected = step(plain, plain, data(name, torch.float64), name, slice(None))
     # Layers pass errors on; nine of them in the network.
     compare(ranks, (name, dtype), expected, 100.0 if name == "network" else 8.0)
+
+
+@pytest.mark.parametrize("name", ["projected", "residual"])
+def test_a_process_with_an_empty_batch_takes_part_and_counts_for_nothing(ranks, name):
+    plain, part = unfuse(made(name, torch.float32)).double(), slice(SIZES[0])
+    expected = step(plain, plain, data(name, torch.float64)[part], name, part)
+    compare(ranks, (name, "empty"), expected, 8.0)
 
 
 @pytest.mark.parametrize("name", ["projected", "residual"])
