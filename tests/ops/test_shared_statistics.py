@@ -13,7 +13,7 @@ from fastres.activations import Activation
 from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums
 from fastres.ops import batch_norm_act as ops
 from tests import backend
-from tests.oracle import DTYPES, LAYOUTS, activation, assert_close, generator, near_zero, norm
+from tests.oracle import DTYPES, LAYOUTS, activation, assert_close, generator, near_zero, norm, output_length
 
 INTERPRETED = backend.NAME == "triton"
 RESIDUALS = ["none", "plain", "normalised"]
@@ -151,3 +151,52 @@ def test_a_count_that_is_no_count_is_refused():
     for count, error in ((torch.tensor([18.0]), TypeError), (torch.tensor([18, 18]), ValueError)):
         with pytest.raises(error, match="count"):
             ops.training(x, params, Statistics(torch.zeros(4), torch.ones(4), count), None, None, None, None, act)
+
+
+@pytest.mark.parametrize("convolved", [False, True], ids=["alone", "before a convolution"])
+def test_statistics_with_a_count_are_of_more_elements_which_are_constants(convolved):
+    """The derivative is that of a function of one part of the batch, the others held fixed."""
+    gen = generator("constants", convolved)
+    whole = activation((5, 8, 4, 4), torch.float32, "channels_last", gen)
+    weight = torch.randn(4, 8, 3, 3, generator=gen, device="cpu").to(backend.DEVICE).contiguous(
+        memory_format=torch.channels_last
+    )  # fmt: skip
+    n = norm(8, torch.float32, gen)
+    parts = [part.contiguous(memory_format=torch.channels_last) for part in whole.split([2, 3])]
+    known, x = shared(parts), parts[0].requires_grad_()
+    if convolved:
+        y, _ = functional.norm_act_conv3x3(
+            x, n, weight, statistics=known, activation="silu", algorithm="auto" if INTERPRETED else "winograd"
+        )
+    else:
+        y = functional.batch_norm_act(
+            x, *n[:4], training=True, momentum=n.momentum, eps=n.eps, activation="silu", statistics=known
+        )
+    exact = x.detach().double().requires_grad_()
+    joined = torch.cat([exact, parts[1].detach().double()])
+    z = F.batch_norm(joined, None, None, n.weight.double(), n.bias.double(), True, 0.0, n.eps)[:2]
+    expected = F.silu(z)
+    if convolved:
+        expected = F.conv2d(expected, weight.double(), padding=1)
+    dy = torch.randn(y.shape, generator=gen, device="cpu").to(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    (wanted,) = torch.autograd.grad(expected, exact, dy.double())
+    length = output_length(8) if convolved else 80
+    assert_close(y, expected.detach(), "y", length=length)
+    assert_close(dx, wanted, "dx", length=length)
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (3, TypeError, r"statistics\.count: expected an int64 Tensor or None, got int"),
+        (torch.ones(1), ValueError, r"statistics\.count: expected one element of dtype torch\.int64, got 1 of"),
+        (torch.ones(2, dtype=torch.int64), ValueError, r"statistics\.count: expected one element .* got 2 of"),
+    ],
+    ids=["int", "float", "two"],
+)
+def test_a_count_that_is_none_is_refused_by_name(count, error, message):
+    x = activation((2, 3, 2, 2), torch.float32, "nchw", generator("refused"))
+    known = Statistics(*ops.stats(x)[1:], count if isinstance(count, int) else count.to(x.device))
+    with pytest.raises(error, match=message):
+        functional.batch_norm_act(x, None, None, training=True, statistics=known)
