@@ -80,8 +80,8 @@ class FusedResNet(FusedStemResNet):
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        if "layer1" not in self._modules:  # the first stage: torchvision's stem has as many channels as are written
-            self.inplanes = scaled(self.inplanes, self._width)
+        if "layer1" not in self._modules:  # the first stage reads the stem
+            self.inplanes = scaled(STEM_CHANNELS, self._width)
         planes = scaled(planes, self._width)
         return super()._make_layer(block, planes, blocks, stride, dilate)  # type: ignore[no-any-return]
 
