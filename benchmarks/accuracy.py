@@ -12,8 +12,7 @@ the same command again. Runs whose result is written are not repeated, one that 
 and more seeds can be added. Take another folder for other settings.
 
 A side takes about seeds * epochs * (train_images + test_images / 3) / (training images a second). The defaults are
-made for 20 minutes on two cores that train a ResNet-18 at 60 (plain) and 130 (fused) images a second. resnet20 is the
-network of 0.27 million weights of He et al. 2015, section 4.2, here with 1x1 convolutions where sizes change; it has a
+made for 20 minutes on two cores that train a ResNet-18 at 60 (plain) and 130 (fused) images a second; resnet20 has a
 fourteenth of the arithmetic.
 """
 
@@ -35,27 +34,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 import tyro
 from rich.console import Console
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from benchmarks import records
 from benchmarks.records import row
 from benchmarks.results import describe_machine
 from benchmarks.sides import EAGER, FUSED
-from fastres import fuse, models
+from fastres import models
 from fastres._extension import cpu_capability, load_cpu, status
 from fastres.info import processors
-from fastres.models.stem import init_convolution
 from fastres.train import ImageData, Split, TrainConfig, load_checkpoint, load_data, train
 from fastres.train.config import check_config
 from fastres.train.folder import write_text
 
 PROGRAM = "python -m benchmarks.accuracy"
-NARROW = "resnet20"
 SIDES = (FUSED, EAGER)
 ALGORITHM = "winograd"
 MEASURES = {"test_accuracy": "test accuracy, %", "train_loss": "training loss", "test_loss": "test loss"}
@@ -78,7 +73,7 @@ class Config:
     test_images: int = 2000
     """Test images, as many of each class."""
     model: str = "resnet18"
-    """A network of the trainer, or resnet20."""
+    """A network of the trainer."""
     batch_size: int = 64
     """Images a training step. Few images need small batches, to make steps enough of them."""
     lr: float = 0.02
@@ -134,8 +129,9 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < low:
             raise ValueError(f"{name}: expected at least {low}, got {value}")
-    if config.model not in (*models.NAMES, NARROW):
-        raise ValueError(f"model: expected one of {', '.join((*models.NAMES, NARROW))}, got {config.model!r}")
+    why = models.why_unknown(config.model)
+    if why is not None:
+        raise ValueError(f"model: {why}")
     check_config(trainer_config(config, 0, FUSED, config.output_dir))
     if not has_winograd_kernels():
         raise RuntimeError(f"Winograd's convolution needs compiled kernels for AVX2 or AVX-512, got: {status().cpu}")
@@ -197,7 +193,7 @@ def trainer_config(config: Config, seed: int, side: str, folder: Path) -> TrainC
     """The trainer's configuration for one run; the sides differ in what computes the blocks, and in nothing else."""
     fused: dict[str, Any] = {"fused": True, "conv_algorithm": ALGORITHM} if side == FUSED else {"fused": False}
     return TrainConfig(
-        model="resnet18" if config.model == NARROW else config.model,
+        model=config.model,
         output_dir=folder,
         resume=folder if (folder / "last.pt").is_file() else None,
         epochs=config.epochs,
@@ -208,30 +204,6 @@ def trainer_config(config: Config, seed: int, side: str, folder: Path) -> TrainC
         amp="none",
         **fused,
     )
-
-
-def make_narrow(config: TrainConfig, num_classes: int) -> nn.Module:
-    """ResNet-20: three stages of three basic blocks, 16, 32 and 64 channels.
-
-    Source: He et al. 2015, section 4.2, with the projection shortcuts of option B.
-    """
-    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
-    model.conv1, model.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-    model.maxpool = model.layer4 = nn.Identity()
-    model.layer1, model.layer2, model.layer3 = _stage(16, 16, 1), _stage(16, 32, 2), _stage(32, 64, 2)
-    model.fc = nn.Linear(64, num_classes)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            init_convolution(module)
-    return fuse(model, inplace=True, conv_algorithm=config.conv_algorithm) if config.fused else model
-
-
-def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    shortcut = None
-    if stride != 1:
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    first = BasicBlock(inputs, outputs, stride, shortcut)
-    return nn.Sequential(first, BasicBlock(outputs, outputs), BasicBlock(outputs, outputs))
 
 
 # -------------------------------------------------------------------------------------------------------------- running
@@ -245,9 +217,7 @@ def train_side(
         shutil.rmtree(folder)  # killed before its first checkpoint
     if not _complete(folder, config.epochs):
         quiet = Console(file=io.StringIO())
-        make_model = make_narrow if config.model == NARROW else None
-        wanted = trainer_config(config, seed, side, folder)
-        if not train(wanted, data=data, make_model=make_model, console=quiet).finished:
+        if not train(trainer_config(config, seed, side, folder), data=data, console=quiet).finished:
             return None
     epochs = _rows(folder / "metrics.jsonl")
     return Run(

@@ -6,7 +6,7 @@
 
 What is folded and packed is what a fused module leaves out of its faster way, so `fastres.nn.trust` says which modules
 are: fused blocks, whose children are exactly what their classes say, and the stem of a network. Everything else is
-copied as it is.
+copied as it is. A normalisation with no convolution before it (of a pre-activation block) becomes scale and shift.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class FusedResNet(FusedStemResNet):
             self.conv1, self.maxpool = make_stem(stem, channels)
             init_convolution(self.conv1)
         if width != 1.0:
-            self.bn1, self.fc = self._norm_layer(channels), nn.Linear(self.inplanes, num_classes)  # type: ignore[has-type]
+            self.bn1, self.fc = self._norm_layer(channels), nn.Linear(self.inplanes, num_classes)
         for module in self.modules():
             if isinstance(module, (FusedBasicBlock, FusedBottleneck)):
                 module.dropout, module.conv_algorithm = dropout, conv_algorithm
@@ -80,8 +80,8 @@ class FusedResNet(FusedStemResNet):
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        if "layer1" not in self._modules:  # the first stage: torchvision's stem has as many channels as are written
-            self.inplanes = scaled(self.inplanes, self._width)  # type: ignore[has-type]
+        if "layer1" not in self._modules:  # the first stage reads the stem
+            self.inplanes = scaled(STEM_CHANNELS, self._width)
         planes = scaled(planes, self._width)
         return super()._make_layer(block, planes, blocks, stride, dilate)  # type: ignore[no-any-return]
 
