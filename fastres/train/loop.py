@@ -232,6 +232,10 @@ class _Loop:
             "format": ckpt.FORMAT,
             "config": to_dict(self.config),
             "classes": list(self.data.classes),
+            # How fastres.predict prepares an image.
+            "mean": list(self.data.mean),
+            "std": list(self.data.std),
+            "image_size": self.data.image_size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
