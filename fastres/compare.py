@@ -136,7 +136,6 @@ def _escaped(text: str) -> str:
 def draw(histories: Sequence[History], names: Sequence[str], path: Path) -> None:
     """Test accuracy, test loss and training loss of all runs, over epochs; and accuracy over time."""
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import PercentFormatter
 
     height = 6.6 + 0.24 * math.ceil(len(names) / 3)
     figure = pictures.new_figure(10, height)
@@ -168,8 +167,9 @@ def draw(histories: Sequence[History], names: Sequence[str], path: Path) -> None
             pictures.epoch_axis(axes, longest)
     panels[0, 1].set_xlim(left=0)
     panels[0, 1].set_xlabel("minutes", fontsize=9)
+    reached = [value for history in histories for value in history.series("test_accuracy")]
     for axes in panels[0]:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        pictures.accuracy_scale(axes, reached)
     for axes, values in zip(panels[1], losses, strict=True):
         pictures.loss_scale(axes, values)
     words = [pictures.shortened(name, 40) for name in names]

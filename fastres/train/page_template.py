@@ -46,6 +46,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-n
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; padding-right: 1rem; white-space: nowrap; }
+td.recall { white-space: nowrap; }
 td.value { overflow-wrap: anywhere; }
 tr:last-child td { border-bottom: 0; }
 .share { display: inline-block; width: 5rem; height: .6rem; margin-right: .5rem; border-radius: .3rem;
@@ -107,8 +108,8 @@ right.</p>
 <tbody>
 {% for row in classes %}
 <tr><td>{{ row.name }}</td><td class="number">{{ "{:,}".format(row.images) }}</td>
-<td><span class="share"><i style="width:{{ '%.1f' % (100 * (row.recall or 0)) }}%"></i></span>{{ row.recall | percent
-}}</td>
+<td class="recall"><span class="share"><i style="width:{{ '%.1f' % (100 * (row.recall or 0)) }}%"></i></span>
+{{ row.recall | percent }}</td>
 <td class="number">{{ row.precision | percent }}</td><td>{{ row.taken_for }}</td></tr>
 {% endfor %}
 </tbody>

@@ -93,10 +93,31 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[f
 
 
 def loss_scale(axes: "Axes", values: Sequence[float]) -> None:
-    """A logarithmic axis where losses span more than a factor of 20, else one that starts near the smallest."""
+    """A logarithmic axis where losses span more than a factor of 20, with numbers as people write them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     finite = [v for v in values if math.isfinite(v) and v > 0]
     if finite and max(finite) > 20 * min(finite):
         axes.set_yscale("log")
+        many = max(finite) > 1e4 * min(finite)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def accuracy_scale(axes: "Axes", values: Sequence[float]) -> None:
+    """Percent; at least five points of it, so that noise does not fill the picture."""
+    from matplotlib.ticker import PercentFormatter
+
+    finite = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    spare = max(0.0, 0.05 - (max(finite) - min(finite))) / 2 + 0.05 * (max(finite) - min(finite)) + 0.005
+    axes.set_ylim(max(0.0, min(finite) - spare), min(1.02, max(finite) + spare))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+
+
+def from_zero(axes: "Axes", values: Sequence[float]) -> None:
+    """An axis from zero to a little above the largest value."""
+    axes.set_ylim(0, 1.1 * max([v for v in values if math.isfinite(v) and v > 0], default=1.0))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
@@ -104,8 +125,6 @@ def loss_scale(axes: "Axes", values: Sequence[float]) -> None:
 
 def draw_curves(history: History, path: Path) -> None:
     """Loss, accuracy, learning rate and speed over the epochs."""
-    from matplotlib.ticker import PercentFormatter
-
     figure = new_figure(10, 6.4)
     (loss, accuracy), (rate, speed) = figure.subplots(2, 2, height_ratios=(3, 2), sharex=True)
     epochs = history.epochs()
@@ -119,11 +138,12 @@ def draw_curves(history: History, path: Path) -> None:
             values = history.series(f"{which}_{key}")
             plot(axes, epochs, values, color=COLOURS[colour], linestyle=dash, label=f"{words} {name}")
     loss_scale(loss, [*y, *history.series("train_loss"), *history.series("test_loss")])
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    accuracy_scale(accuracy, [*history.series("train_accuracy"), *history.series("test_accuracy")])
     _mark_best(accuracy, epochs, history.series("test_accuracy"))
     plot(rate, epochs, history.series("lr"), color=COLOURS[2])
     plot(speed, epochs, history.series("images_per_second"), color=COLOURS[3])
-    speed.set_ylim(bottom=0)
+    from_zero(rate, history.series("lr"))
+    from_zero(speed, history.series("images_per_second"))
     titles = ("Loss", "Accuracy", "Learning rate at the end of the epoch", "Training images a second")
     for axes, title in zip((loss, accuracy, rate, speed), titles, strict=True):
         tidy(axes, title)
@@ -219,7 +239,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], data: ImageData, path: Path) -> N
         return
     columns = min(5, len(mistakes))
     rows = math.ceil(len(mistakes) / columns)
-    figure = new_figure(max(2.1 * columns, 4.5), 2.75 * rows + 0.3)
+    figure = new_figure(max(2.1 * columns, 4.5), 2.5 * rows + 0.4)
     figure.suptitle("Test images with the largest loss", x=0.01, ha="left", fontsize=11)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
