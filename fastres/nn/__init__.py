@@ -20,7 +20,8 @@ from fastres.nn.norm import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
-from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
+from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
+from fastres.nn.shortcut import PadShortcut, PlainSkipConnection, ProjectionShortcut, SkipConnection
 from fastres.nn.stem import FusedLayerGetter, FusedStemResNet
 
 __all__ = [
@@ -35,9 +36,12 @@ __all__ = [
     "FusedBatchNormAct3d",
     "FusedBottleneck",
     "FusedLayerGetter",
+    "FusedPreactivationBlock",
     "FusedStemResNet",
+    "PadShortcut",
     "PlainResidualBlock",
     "PlainSkipConnection",
+    "PreactivationBlock",
     "ProjectionShortcut",
     "ResidualBlock",
     "SkipConnection",
