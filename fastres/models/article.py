@@ -20,9 +20,7 @@ class PlainArticleResNet18(nn.Module):
     fused_class: "type[ArticleResNet18]"
     _block_class = PlainResidualBlock
 
-    def __init__(
-        self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, width: float = 1.0
-    ) -> None:
+    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, width: float = 1.0) -> None:
         check_head(num_classes, stem)
         dropout, width = check_dropout(dropout), check_width(width)
         first, *channels = (scaled(c, width) for c in (STEM_CHANNELS, 64, 128, 256, 512))

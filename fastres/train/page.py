@@ -228,5 +228,6 @@ def machine(history: History) -> list[tuple[str, str]]:
         ("system", platform.platform(terse=True)),
         ("fastres", __version__),
         ("python", platform.python_version()),
+        ("torch", torch.__version__),
     ]
-    return found + [(name, importlib.metadata.version(name)) for name in ("torch", "torchvision", "numpy")]
+    return found + [(name, importlib.metadata.version(name)) for name in ("torchvision", "numpy")]
