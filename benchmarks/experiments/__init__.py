@@ -1,0 +1,1 @@
+"""Questions about training residual networks, each answered by a command: `python -m benchmarks.experiments NAME`."""
