@@ -38,6 +38,7 @@ from fastres.nn.norm import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
+from fastres.nn.pooled import PlainPooledBlock, PooledBlock
 from fastres.nn.shortcut import PlainSkipConnection, SkipConnection
 from fastres.nn.stem import FusedTrunk, fused_trunk_class, plain_trunk_class
 from fastres.nn.steps import check_conv_algorithm, why_not_downsample
@@ -53,6 +54,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Bottleneck: FusedBottleneck,
     DropoutBottleneck: FusedBottleneck,
     PlainResidualBlock: ResidualBlock,
+    PlainPooledBlock: PooledBlock,
     PlainSkipConnection: SkipConnection,
     BatchNormAct1d: FusedBatchNormAct1d,
     BatchNormAct2d: FusedBatchNormAct2d,
@@ -63,6 +65,7 @@ _PLAIN: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     FusedBasicBlock: (BasicBlock, DropoutBasicBlock),
     FusedBottleneck: (Bottleneck, DropoutBottleneck),
     ResidualBlock: (PlainResidualBlock, PlainResidualBlock),
+    PooledBlock: (PlainPooledBlock, PlainPooledBlock),
     FusedBatchNormAct1d: (BatchNormAct1d, BatchNormAct1d),
     FusedBatchNormAct2d: (BatchNormAct2d, BatchNormAct2d),
     FusedBatchNormAct3d: (BatchNormAct3d, BatchNormAct3d),

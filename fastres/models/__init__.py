@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from fastres.fuse import unfuse
 from fastres.models.article import ArticleResNet18
+from fastres.models.fast import FastNet
 from fastres.models.resnet import (
     FusedResNet,
     FusedResNet18,
@@ -20,6 +21,7 @@ from fastres.models.resnet import (
 __all__ = [
     "NAMES",
     "ArticleResNet18",
+    "FastNet",
     "FusedResNet",
     "FusedResNet18",
     "FusedResNet34",
@@ -36,6 +38,7 @@ _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "resnet101": FusedResNet101,
     "resnet152": FusedResNet152,
     "article": ArticleResNet18,
+    "fast": FastNet,
 }
 NAMES: tuple[str, ...] = tuple(_CLASSES)
 

@@ -20,6 +20,7 @@ from fastres.nn.norm import (
     FusedBatchNormAct2d,
     FusedBatchNormAct3d,
 )
+from fastres.nn.pooled import PlainPooledBlock, PooledBlock
 from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
 from fastres.nn.stem import FusedLayerGetter, FusedStemResNet
 
@@ -36,8 +37,10 @@ __all__ = [
     "FusedBottleneck",
     "FusedLayerGetter",
     "FusedStemResNet",
+    "PlainPooledBlock",
     "PlainResidualBlock",
     "PlainSkipConnection",
+    "PooledBlock",
     "ProjectionShortcut",
     "ResidualBlock",
     "SkipConnection",

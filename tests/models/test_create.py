@@ -49,7 +49,7 @@ def test_conv_algorithm_reaches_every_block(name):
     with torch.device("meta"):
         for algorithm in (None, "torch"):
             model = models.create(name, num_classes=2, conv_algorithm=algorithm)
-            blocks = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, ResidualBlock))]
+            blocks = [m for m in model.modules() if isinstance(m, FusedBlock)]
             assert blocks
             assert {m.conv_algorithm for m in blocks} == {algorithm}
             assert str(fuse_report(model)) == str(fuse_report(models.create(name, num_classes=2)))
@@ -58,7 +58,7 @@ def test_conv_algorithm_reaches_every_block(name):
 @pytest.mark.parametrize("name", models.NAMES)
 def test_every_name_makes_a_network_with_its_own_default_dropout(name):
     with torch.device("meta"):
-        model = models.create(name, num_classes=6, stem="imagenet")
+        model = models.create(name, num_classes=6, stem="cifar" if name == "fast" else "imagenet")
         assert model(torch.empty(2, 3, 64, 64)).shape == (2, 6)
     rates = {m.dropout for m in model.modules() if isinstance(m, FusedBlock)}
     assert rates == ({0.5} if name == "article" else {0.0})
