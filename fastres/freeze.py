@@ -22,9 +22,10 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from fastres import functional, ordinary
 from fastres.activations import IDENTITY, KINDS, Activation
-from fastres.contract import ConvProblem
+from fastres.contract import ConvProblem, statistics_dtype
 from fastres.fuse import check_model, fuse
 from fastres.nn.blocks import FusedBasicBlock, FusedBlock, FusedBottleneck, ResidualBlock
+from fastres.nn.preactivation import FusedPreactivationBlock
 from fastres.nn.shortcut import SkipConnection
 from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
@@ -75,17 +76,12 @@ class _Inference(torch.autograd.Function):
 
 
 class _FrozenLayer(Frozen):
-    """f(conv(x) + bias + residual), in channels_last on the CPU."""
+    """A layer whose result is that of `_infer`, and no gradient's."""
 
-    bias: Tensor
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation) -> None:
+    def __init__(self, activation: Activation) -> None:
         super().__init__()
         self.training = False
         self.activation = activation
-        self.outputs, self.inputs = conv.out_channels, conv.in_channels
-        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
-        self.dilation, self.groups = conv.dilation, conv.groups
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape."""
@@ -96,6 +92,52 @@ class _FrozenLayer(Frozen):
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+
+class FrozenNormAct(_FrozenLayer):
+    """f(weight * x + bias [+ residual]): a normalisation that no convolution comes before.
+
+    Buffers: weight and bias [C], float32 (float64 for a float64 network); zero and one [C], not in the state_dict.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    zero: Tensor
+    one: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, activation: Activation) -> None:
+        super().__init__(activation)
+        scale, shift = _scale_and_shift(norm)
+        assert norm.running_mean is not None
+        dtype = statistics_dtype(norm.running_mean.dtype)
+        self.register_buffer("weight", scale.to(dtype))
+        self.register_buffer("bias", shift.to(dtype))
+        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
+        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if _takes_operators(x):
+            return functional.batch_norm_act(
+                x, self.zero, self.one, self.weight, self.bias, eps=0.0, residual=residual, activation=self.activation
+            )
+        weight, bias = (t.to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
+        y = x * weight + bias
+        return self.activation.forward(y if residual is None else y + residual)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, steps=norm > [add] > {self.activation.kind}"
+
+
+class _FrozenConvolution(_FrozenLayer):
+    """f(conv(x) + bias + residual), in channels_last on the CPU."""
+
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
+        super().__init__(activation)
+        self.outputs, self.inputs = conv.out_channels, conv.in_channels
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         """The same by PyTorch's operators."""
@@ -109,7 +151,7 @@ class _FrozenLayer(Frozen):
         return f"{shown}, steps=conv > bias > [add]{f' > {kind}' * (kind != 'identity')}"
 
 
-class FrozenConv2d(_FrozenLayer):
+class FrozenConv2d(_FrozenConvolution):
     """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution and at most one pass.
 
     Buffers: weight, as the convolution's, and bias [K], in the weight's dtype; zero and one [K], not in the state_dict.
@@ -119,8 +161,8 @@ class FrozenConv2d(_FrozenLayer):
     zero: Tensor
     one: Tensor
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation) -> None:
-        super().__init__(conv, norm, activation)
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation) -> None:
+        super().__init__(conv, activation)
         weight, bias = _folded(conv, norm)
         self.register_buffer("weight", _stored(weight, conv))
         self.register_buffer("bias", bias.to(conv.weight.dtype))
@@ -146,7 +188,7 @@ class FrozenConv2d(_FrozenLayer):
         )
 
 
-class FrozenConv3x3(_FrozenLayer):
+class FrozenConv3x3(_FrozenConvolution):
     """A 3x3 convolution with padding 1, the normalisation behind it, an addition and ReLU in one step.
 
     The algorithm is chosen at each call, as `fastres.functional.conv3x3` does it. Away from the kernels (another device
@@ -159,8 +201,10 @@ class FrozenConv3x3(_FrozenLayer):
     packed: Tensor
     weight: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: Activation, algorithm: str | None) -> None:
-        super().__init__(conv, norm, activation)
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation, algorithm: str | None
+    ) -> None:
+        super().__init__(conv, activation)
         self.algorithm = algorithm
         weight, bias = _folded(conv, norm)
         self.register_buffer("packed", pack(weight))
@@ -194,15 +238,25 @@ def _takes_operators(x: Tensor) -> bool:
     )
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of the convolution that is norm(conv(x)), in float64 and new memory."""
-    params = (norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.bias, conv.weight)
-    mean, var, weight, bias, conv_bias, kernel = (None if t is None else t.detach().double() for t in params)
-    assert mean is not None and var is not None and kernel is not None
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """norm(x) as scale * x + shift, in float64 and new memory."""
+    params = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, var, weight, bias = (None if t is None else t.detach().double() for t in params)
+    assert mean is not None and var is not None
     scale = torch.rsqrt(var + norm.eps)
     scale = scale if weight is None else scale * weight
-    shift = -mean * scale if conv_bias is None else (conv_bias - mean) * scale
-    return kernel * scale[:, None, None, None], shift if bias is None else shift + bias
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the convolution that is norm(conv(x)), in float64 and new memory."""
+    kernel = conv.weight.detach().double()
+    own = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.detach().double()
+    if norm is None:
+        return kernel.clone(), own.clone()
+    scale, shift = _scale_and_shift(norm)
+    return kernel * scale[:, None, None, None], own * scale + shift
 
 
 def _stored(weight: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -255,6 +309,15 @@ class FrozenResidualBlock(Frozen):
         return self.conv2(self.conv1(x) + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+class FrozenPreactivationBlock(Frozen):
+    """conv2(relu(conv1 a)) + shortcut, a = relu(bn1 x); only the second normalisation is folded into a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        a = self.bn1(x)
+        return self.conv2(self.conv1(a), x if self.shortcut is None else self.shortcut(a))  # type: ignore[no-any-return]
+
+
 class FrozenSkipConnection(Frozen):
     """relu(conv(x)), with the normalisation folded into the 1x1 convolution."""
 
@@ -268,18 +331,22 @@ _FROZEN: dict[type[nn.Module], type[Frozen]] = {
     FusedBottleneck: FrozenBottleneck,
     ResidualBlock: FrozenResidualBlock,
     SkipConnection: FrozenSkipConnection,
+    FusedPreactivationBlock: FrozenPreactivationBlock,
 }
 
 
 def _folds(module: nn.Module, pairs: list[tuple[str, str]]) -> bool:
     """Whether each normalisation can be folded into its convolution, both exactly what their classes say."""
-    for conv_name, norm_name in pairs:
-        conv, norm = module._modules.get(conv_name), module._modules.get(norm_name)
-        if not is_exactly(conv, nn.Conv2d) or not is_exactly(norm, nn.BatchNorm2d):
-            return False
-        if conv.padding_mode != "zeros" or uses_batch_statistics(norm) or not conv.weight.is_floating_point():
-            return False
-    return True
+    children = module._modules
+    return all(_is_foldable(children.get(conv)) and _is_fixed(children.get(norm)) for conv, norm in pairs)
+
+
+def _is_foldable(conv: nn.Module | None) -> bool:
+    return is_exactly(conv, nn.Conv2d) and conv.padding_mode == "zeros" and conv.weight.is_floating_point()
+
+
+def _is_fixed(norm: nn.Module | None) -> bool:
+    return is_exactly(norm, nn.BatchNorm2d) and not uses_batch_statistics(norm)
 
 
 def _freeze_block(block: Any) -> None:
@@ -288,6 +355,9 @@ def _freeze_block(block: Any) -> None:
     if type(block) is SkipConnection:
         if _folds(block, [("0", "1")]):
             _become(block, {"conv": _freeze_convolution(children["0"], children["1"], activation_of(block[2]))})
+        return
+    if type(block) is FusedPreactivationBlock:
+        _freeze_preactivation(block)
         return
     count = 3 if type(block) is FusedBottleneck else 2
     pairs = [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)]
@@ -308,6 +378,21 @@ def _freeze_block(block: Any) -> None:
     _become(block, frozen)
 
 
+def _freeze_preactivation(block: Any) -> None:
+    children, algorithm, f = block._modules, block.conv_algorithm, activation_of(block.relu)
+    if not _folds(block, [("conv1", "bn2")]) or not _is_fixed(block.bn1) or not _is_foldable(block.conv2):
+        return
+    shortcut = children.get("shortcut")
+    if _is_foldable(shortcut):
+        shortcut = _freeze_convolution(shortcut, None, IDENTITY)
+    _become(block, {
+        "bn1": FrozenNormAct(block.bn1, f),
+        "conv1": _freeze_convolution(block.conv1, block.bn2, f, algorithm),
+        "conv2": _freeze_convolution(block.conv2, None, IDENTITY, algorithm),
+        "shortcut": shortcut,
+    })  # fmt: skip
+
+
 def _become(block: nn.Module, children: dict[str, nn.Module | None]) -> None:
     block.__class__, block._modules = _FROZEN[type(block)], children
     for name in ("dropout", "conv_algorithm", "_was_fused"):
@@ -315,15 +400,19 @@ def _become(block: nn.Module, children: dict[str, nn.Module | None]) -> None:
 
 
 def _freeze_stem(trunk: Any) -> None:
-    """Fold the normalisation of a network's stem, and leave the way through the network to its plain class."""
+    """Freeze the normalisation outside of a network's blocks, and leave the way through it to its plain class."""
     plain = plain_trunk_class(type(trunk))
     if plain is None:  # a subclass, of whose forward nothing is known
         return
     children = trunk._modules
     seen = isinstance(trunk, IntermediateLayerGetter) and "conv1" in trunk.return_layers
-    if not seen and trunk.why_not_fusable() is None and _folds(trunk, [("conv1", "bn1")]):
-        children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], activation_of(children["relu"]))
-        children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
+    if not seen and trunk.why_not_fusable() is None:
+        f = activation_of(children["relu"])
+        if not trunk.norm_after_conv1 and _is_fixed(children["bn1"]):
+            children["bn1"], children["relu"] = FrozenNormAct(children["bn1"], f), nn.Identity().eval()
+        elif trunk.norm_after_conv1 and _folds(trunk, [("conv1", "bn1")]):
+            children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], f)
+            children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
     trunk.__class__ = plain
     trunk.__dict__.pop("_was_fused", None)
 

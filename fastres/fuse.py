@@ -39,7 +39,8 @@ from fastres.nn.norm import (
     FusedBatchNormAct3d,
 )
 from fastres.nn.pooled import PlainPooledBlock, PooledBlock
-from fastres.nn.shortcut import PlainSkipConnection, SkipConnection
+from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
+from fastres.nn.shortcut import PadShortcut, PlainSkipConnection, SkipConnection
 from fastres.nn.stem import FusedTrunk, fused_trunk_class, plain_trunk_class
 from fastres.nn.steps import check_conv_algorithm, why_not_downsample
 from fastres.nn.trust import Fused, class_name
@@ -56,6 +57,7 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     PlainResidualBlock: ResidualBlock,
     PlainPooledBlock: PooledBlock,
     PlainSkipConnection: SkipConnection,
+    PreactivationBlock: FusedPreactivationBlock,
     BatchNormAct1d: FusedBatchNormAct1d,
     BatchNormAct2d: FusedBatchNormAct2d,
     BatchNormAct3d: FusedBatchNormAct3d,
@@ -70,6 +72,7 @@ _PLAIN: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     FusedBatchNormAct2d: (BatchNormAct2d, BatchNormAct2d),
     FusedBatchNormAct3d: (BatchNormAct3d, BatchNormAct3d),
     SkipConnection: (PlainSkipConnection, PlainSkipConnection),
+    FusedPreactivationBlock: (PreactivationBlock, PreactivationBlock),
 }
 
 
@@ -129,7 +132,7 @@ def _found(model: nn.Module) -> list[tuple[str, str | None, str]]:
         problem = module.why_not_fusable()
         found.append((where, None if problem else type(module).__name__, problem or ""))
         downsample = module._modules.get("downsample")
-        if problem is None and downsample is not None:
+        if problem is None and downsample is not None and type(downsample) is not PadShortcut:  # with nothing to fuse
             problem = why_not_downsample(downsample)
             found.append((_join(name, "downsample"), None if problem else "projection_shortcut", problem or ""))
     return found

@@ -6,11 +6,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastres.models.stem import STEM_CHANNELS, check_head, init_convolution, make_stem
-from fastres.nn.blocks import FusedBlock, PlainResidualBlock, ResidualBlock
+from fastres.models.stem import STEM_CHANNELS, check_head, check_width, init_convolution, make_stem, scaled
+from fastres.nn.blocks import PlainResidualBlock, ResidualBlock, set_conv_algorithm
 from fastres.nn.norm import take_over_norm
 from fastres.nn.stem import FusedTrunk, through_stages
-from fastres.nn.steps import check_conv_algorithm, check_dropout, norm_act
+from fastres.nn.steps import check_dropout, norm_act
 from fastres.nn.trust import activation_of, renamed
 
 
@@ -20,20 +20,23 @@ class PlainArticleResNet18(nn.Module):
     fused_class: "type[ArticleResNet18]"
     _block_class = PlainResidualBlock
 
-    def __init__(self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5) -> None:
+    def __init__(
+        self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, width: float = 1.0
+    ) -> None:
         check_head(num_classes, stem)
-        dropout = check_dropout(dropout)
+        dropout, width = check_dropout(dropout), check_width(width)
+        first, *channels = (scaled(c, width) for c in (STEM_CHANNELS, 64, 128, 256, 512))
         super().__init__()
-        self.conv1, self.maxpool = make_stem(stem)
-        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.conv1, self.maxpool = make_stem(stem, first)
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = self._stage(STEM_CHANNELS, 64, 1, dropout)
-        self.layer2 = self._stage(64, 128, 2, dropout)
-        self.layer3 = self._stage(128, 256, 2, dropout)
-        self.layer4 = self._stage(256, 512, 2, dropout)
+        self.layer1 = self._stage(first, channels[0], 1, dropout)
+        self.layer2 = self._stage(channels[0], channels[1], 2, dropout)
+        self.layer3 = self._stage(channels[1], channels[2], 2, dropout)
+        self.layer4 = self._stage(channels[2], channels[3], 2, dropout)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(512, num_classes)
-        self.skip = nn.Linear(STEM_CHANNELS, num_classes)
+        self.fc = nn.Linear(channels[3], num_classes)
+        self.skip = nn.Linear(first, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init_convolution(module)
@@ -62,6 +65,7 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
         num_classes: outputs.
         stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
         dropout: 0 <= dropout < 1, in each block before the addition.
+        width: multiplier of all channels, which are rounded to multiples of 8.
         conv_algorithm: of the blocks' 3x3 convolutions with stride 1, as `fastres.fuse`.
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
     Raises:
@@ -73,13 +77,16 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
     _plain = renamed(PlainArticleResNet18.forward, "_plain")
 
     def __init__(
-        self, num_classes: int = 10, *, stem: str = "cifar", dropout: float = 0.5, conv_algorithm: str | None = None
+        self,
+        num_classes: int = 10,
+        *,
+        stem: str = "cifar",
+        dropout: float = 0.5,
+        width: float = 1.0,
+        conv_algorithm: str | None = None,
     ) -> None:
-        conv_algorithm = check_conv_algorithm(conv_algorithm)
-        super().__init__(num_classes, stem=stem, dropout=dropout)
-        for module in self.modules():
-            if isinstance(module, FusedBlock):
-                module.conv_algorithm = conv_algorithm
+        super().__init__(num_classes, stem=stem, dropout=dropout, width=width)
+        set_conv_algorithm(self, conv_algorithm)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] to [N, num_classes]."""

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from fastres.models.stem import check_head
+from fastres.models.stem import check_head, check_width, scaled
 from fastres.nn.pooled import PooledBlock
 
 _PATCH = 2
@@ -28,6 +28,7 @@ class FastNet(nn.Module):
         stem: "cifar", the only one: the network is for small images.
         dropout: 0 <= dropout < 1, after each block.
         widths: channels of the three blocks.
+        width: multiplier of these, which are rounded to multiples of 8.
         conv_algorithm: of the blocks' convolutions, as `fastres.fuse`.
     Input: [N, 3, H, W], H and W at least 9. Output: [N, num_classes], logits.
     Raises:
@@ -46,12 +47,15 @@ class FastNet(nn.Module):
         stem: str = "cifar",
         dropout: float = 0.0,
         widths: tuple[int, int, int] = (64, 256, 256),
+        width: float = 1.0,
         conv_algorithm: str | None = None,
     ) -> None:
         check_head(num_classes, stem)
         if stem != "cifar":
             raise ValueError(f"stem: expected 'cifar', the only one of this network, got {stem!r}")
         _check_widths(widths)
+        if check_width(width) != 1:
+            widths = (scaled(widths[0], width), scaled(widths[1], width), scaled(widths[2], width))
         super().__init__()
         self.whitening = nn.Conv2d(3, _WHITENING_CHANNELS, kernel_size=_PATCH)
         self.whitening.weight.requires_grad_(False)

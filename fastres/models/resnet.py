@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn as nn
 from torchvision.models.resnet import ResNet
 
-from fastres.models.stem import check_head, init_convolution, make_stem
+from fastres.models.stem import STEM_CHANNELS, check_head, check_width, init_convolution, make_stem, scaled
 from fastres.nn.blocks import FusedBasicBlock, FusedBottleneck
 from fastres.nn.stem import FusedStemResNet
 from fastres.nn.steps import check_conv_algorithm, check_dropout
@@ -15,8 +15,8 @@ from fastres.nn.steps import check_conv_algorithm, check_dropout
 class FusedResNet(FusedStemResNet):
     """torchvision's ResNet with fused blocks and a fused stem.
 
-    With stem "imagenet" and the same seed the initial state_dict is torchvision's, bit for bit; with any stem it has
-    the same names, and checkpoints load both ways.
+    With stem "imagenet", width 1 and the same seed the initial state_dict is torchvision's, bit for bit; with any stem
+    it has the same names, and checkpoints load both ways.
 
     Args:
         block: FusedBasicBlock or FusedBottleneck.
@@ -24,6 +24,7 @@ class FusedResNet(FusedStemResNet):
         num_classes: outputs.
         stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
         dropout: 0 <= dropout < 1, inside each block before its last convolution.
+        width: multiplier of all channels, which are rounded to multiples of 8.
         conv_algorithm: of the blocks' 3x3 convolutions with stride 1, as `fastres.fuse`.
         zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's ResNet;
             with another norm_layer than one of torch.nn.BatchNorm2d the network computes as torchvision's does.
@@ -34,6 +35,7 @@ class FusedResNet(FusedStemResNet):
     """
 
     plain_class = ResNet
+    _width = 1.0
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class FusedResNet(FusedStemResNet):
         *,
         stem: str = "cifar",
         dropout: float = 0.0,
+        width: float = 1.0,
         conv_algorithm: str | None = None,
         zero_init_residual: bool = False,
         groups: int = 1,
@@ -53,16 +56,34 @@ class FusedResNet(FusedStemResNet):
         check_head(num_classes, stem)
         dropout = check_dropout(dropout)
         check_conv_algorithm(conv_algorithm)
+        if check_width(width) != 1.0:
+            self._width = width  # read by _make_layer, which torchvision's constructor calls
         super().__init__(
             block, list(layers), num_classes, zero_init_residual, groups, width_per_group, replace_stride_with_dilation,
             norm_layer,
         )  # fmt: skip
-        if stem != "imagenet":
-            self.conv1, self.maxpool = make_stem(stem)
+        channels = scaled(STEM_CHANNELS, width)
+        if stem != "imagenet" or channels != STEM_CHANNELS:
+            self.conv1, self.maxpool = make_stem(stem, channels)
             init_convolution(self.conv1)
+        if width != 1.0:
+            self.bn1, self.fc = self._norm_layer(channels), nn.Linear(self.inplanes, num_classes)
         for module in self.modules():
             if isinstance(module, (FusedBasicBlock, FusedBottleneck)):
                 module.dropout, module.conv_algorithm = dropout, conv_algorithm
+
+    def _make_layer(
+        self,
+        block: type[FusedBasicBlock] | type[FusedBottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
+        if "layer1" not in self._modules:  # the first stage: torchvision's stem has as many channels as are written
+            self.inplanes = scaled(self.inplanes, self._width)
+        planes = scaled(planes, self._width)
+        return super()._make_layer(block, planes, blocks, stride, dilate)  # type: ignore[no-any-return]
 
 
 class FusedResNet18(FusedResNet):

@@ -21,7 +21,8 @@ from fastres.nn.norm import (
     FusedBatchNormAct3d,
 )
 from fastres.nn.pooled import PlainPooledBlock, PooledBlock
-from fastres.nn.shortcut import PlainSkipConnection, ProjectionShortcut, SkipConnection
+from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
+from fastres.nn.shortcut import PadShortcut, PlainSkipConnection, ProjectionShortcut, SkipConnection
 from fastres.nn.stem import FusedLayerGetter, FusedStemResNet
 
 __all__ = [
@@ -36,11 +37,14 @@ __all__ = [
     "FusedBatchNormAct3d",
     "FusedBottleneck",
     "FusedLayerGetter",
+    "FusedPreactivationBlock",
     "FusedStemResNet",
+    "PadShortcut",
     "PlainPooledBlock",
     "PlainResidualBlock",
     "PlainSkipConnection",
     "PooledBlock",
+    "PreactivationBlock",
     "ProjectionShortcut",
     "ResidualBlock",
     "SkipConnection",

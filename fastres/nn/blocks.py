@@ -185,6 +185,18 @@ class FusedBlock(Fused):
                 self.downsample.__class__ = nn.Sequential
 
 
+def set_conv_algorithm(network: nn.Module, conv_algorithm: str | None) -> None:
+    """Give every fused block of a network its `conv_algorithm`.
+
+    Raises:
+        TypeError, ValueError: as `check_conv_algorithm`.
+    """
+    conv_algorithm = check_conv_algorithm(conv_algorithm)
+    for module in network.modules():
+        if isinstance(module, FusedBlock):
+            module.conv_algorithm = conv_algorithm
+
+
 class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
     """torchvision's BasicBlock with everything between its convolutions fused.
 

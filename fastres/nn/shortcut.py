@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.nn.norm import FusedBatchNormAct2d
@@ -87,6 +88,26 @@ class ProjectionShortcut(Fused, nn.Sequential):
 def _why_not_children_alone(shortcut: nn.Sequential, count: int) -> str | None:
     names = list(shortcut._modules)
     return None if names == [str(i) for i in range(count)] else f"it has the children {names}"
+
+
+class PadShortcut(nn.Module):
+    """A shortcut without parameters (He et al. 2015, option A): every stride-th pixel, and zeros in the new channels.
+
+    Args:
+        extra_channels: channels of zeros behind those of the input.
+        stride: both axes.
+    """
+
+    def __init__(self, extra_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.extra_channels, self.stride = extra_channels, stride
+
+    def forward(self, s: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C + extra_channels, ceil(H / stride), ceil(W / stride)]."""
+        return F.pad(s[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+
+    def extra_repr(self) -> str:
+        return f"extra_channels={self.extra_channels}, stride={self.stride}"
 
 
 class PlainSkipConnection(nn.Sequential):

@@ -56,7 +56,13 @@ def _hands_over(block: nn.Module) -> bool:
 
 
 class FusedTrunk(Fused):
-    """A network that begins with conv1, bn1 and relu and goes on with stages of blocks."""
+    """A network of stages of blocks, with a normalisation bn1 and an activation relu outside of them.
+
+    Attributes:
+        norm_after_conv1: whether they belong to the stem; otherwise they follow the last stage.
+    """
+
+    norm_after_conv1 = True
 
     exactly = {"bn1": nn.BatchNorm2d, "relu": AnyActivation}  # noqa: RUF012
 

@@ -21,7 +21,9 @@ from fastres import functional
 from fastres.activations import IDENTITY, RELU, Activation
 from fastres.contract import Act, output_size
 from fastres.functional import Convolved, NormParams, Statistics
+from fastres.functional.checks import autocast_dtype
 from fastres.functional.norm import norm_act as act_of_norm
+from fastres.functional.prepare import needs_grad
 from fastres.functional.shortcut import Branch, shortcut_act
 from fastres.nn.trust import why_not_children, why_not_exactly
 from fastres.ops.algorithms import choose_algorithm, is_served, known_algorithm, problem_of, requested_algorithm
@@ -149,6 +151,14 @@ def _strides(conv: nn.Conv2d) -> tuple[int, int]:
     return cast("tuple[int, int]", torch.nn.modules.utils._pair(conv.stride))  # users set a single number as well
 
 
+def is_computed_in_its_dtype(x: Tensor) -> bool:
+    """Whether a convolution that reads x computes in the dtype of x, as autocast has it.
+
+    Where it does not, PyTorch still normalises and adds x as it is.
+    """
+    return autocast_dtype(x.device) in (None, x.dtype)
+
+
 def conv_with_statistics(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
     """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
     if is_conv3x3(conv):
@@ -199,6 +209,19 @@ def conv_norm(
 def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
     """conv(x), without a normalisation beside it."""
     return functional.conv3x3(x, conv.weight, algorithm=algorithm) if is_conv3x3(conv) else conv(x)
+
+
+def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor, algorithm: str | None) -> Tensor:
+    """conv(x) + residual in evaluation; where no gradient is asked for, the addition is part of the convolution."""
+    fits = is_conv3x3(conv) and residual.shape == _output_shape(conv, x)
+    alike = residual.dtype == x.dtype and is_computed_in_its_dtype(x)
+    if not fits or not alike or needs_grad(x, conv.weight, residual):
+        return conv_alone(conv, x, algorithm) + residual
+    mean, var = (make(conv.weight.shape[0], device=x.device) for make in (torch.zeros, torch.ones))
+    no_norm = NormParams(mean, var, None, None, 0.0, 0.0)  # exactly the identity
+    return functional.conv3x3_norm_act(
+        x, conv.weight, no_norm, residual=residual, activation=IDENTITY, algorithm=algorithm
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ shortcuts

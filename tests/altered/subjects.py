@@ -12,7 +12,13 @@ from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1
 
 from fastres import fuse
-from fastres.nn import FusedBatchNormAct2d, ProjectionShortcut, ResidualBlock, SkipConnection
+from fastres.nn import (
+    FusedBatchNormAct2d,
+    FusedPreactivationBlock,
+    ProjectionShortcut,
+    ResidualBlock,
+    SkipConnection,
+)
 from tests.parity import scramble
 
 CHANNELS = 8
@@ -45,6 +51,25 @@ class PlainResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))) + self.shortcut(x)))
+
+
+class PlainPreactivation(nn.Module):
+    """What FusedPreactivationBlock computes, without dropout."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.relu = nn.ReLU()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = conv1x1(in_channels, out_channels, stride) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.relu(self.bn1(x))
+        branch = self.conv2(self.relu(self.bn2(self.conv1(a))))
+        return branch + (x if self.shortcut is None else self.shortcut(a))
 
 
 def plain_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -152,13 +177,23 @@ RESIDUAL = Subject(
     lambda: PlainResidual(CHANNELS, 12, 2),
     stateful(lambda: ResidualBlock(CHANNELS, 12, 2, 0.0, conv_algorithm="winograd")),
 )
+PREACTIVATION = Subject(
+    "preactivation",
+    lambda: PlainPreactivation(CHANNELS, CHANNELS, 1),
+    stateful(lambda: FusedPreactivationBlock(CHANNELS, CHANNELS, conv_algorithm="winograd")),
+)
+WIDENED = Subject(
+    "preactivation-widened",
+    lambda: PlainPreactivation(CHANNELS, 12, 1),
+    stateful(lambda: FusedPreactivationBlock(CHANNELS, 12, conv_algorithm="winograd")),
+)
 SHORTCUT = Subject(
     "shortcut", lambda: plain_shortcut(CHANNELS, 12, 2), stateful(lambda: ProjectionShortcut(CHANNELS, 12, 2))
 )
 NETWORK = Subject("network", small_network, WINOGRAD, 3)
 
 BLOCKS = (BASIC, PROJECTED, BOTTLENECK)
-SUBJECTS = (STEM, *BLOCKS, NORM_ACT, SKIP, RESIDUAL, SHORTCUT)
+SUBJECTS = (STEM, *BLOCKS, NORM_ACT, SKIP, RESIDUAL, PREACTIVATION, WIDENED, SHORTCUT)
 FUSED_IN_PLACE = (STEM, *BLOCKS, NETWORK)
 
 

@@ -15,12 +15,13 @@ from fastres.nn.blocks import FusedBlock
 from tests.parity import close, same_training, scramble
 
 
-@pytest.mark.parametrize("name", ["resnet18", "article"])
-def test_fused_and_plain_from_one_seed_are_the_same_network(name):
+@pytest.mark.parametrize("width", [1.0, 0.4])
+@pytest.mark.parametrize("name", ["resnet18", "article", "resnet20", "wrn16-2"])
+def test_fused_and_plain_from_one_seed_are_the_same_network(name, width):
     torch.manual_seed(0)
-    fused = models.create(name, num_classes=4, dropout=0.0)
+    fused = models.create(name, num_classes=4, dropout=0.0, width=width)
     torch.manual_seed(0)
-    plain = models.create(name, num_classes=4, dropout=0.0, fused=False)
+    plain = models.create(name, num_classes=4, dropout=0.0, fused=False, width=width)
     for key, value in plain.state_dict().items():
         assert torch.equal(fused.state_dict()[key], value), key
     generator = torch.Generator().manual_seed(1)

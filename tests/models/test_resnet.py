@@ -200,7 +200,7 @@ def test_dropout_is_in_every_block_once_and_off_in_evaluation():
             ValueError,
             "conv_algorithm: expected None with fused=False, got 'auto'",
         ),
-        (lambda: models.create("resnet20", num_classes=10), ValueError, "name: expected one of .* got 'resnet20'"),
+        (lambda: models.create("resnet19", num_classes=10), ValueError, "name: expected one of .* got 'resnet19'"),
         (lambda: models.create("resnet18", num_classes=-1), ValueError, "num_classes: expected at least 1"),
     ],
 )

@@ -22,8 +22,10 @@ from fastres.nn import (
     DropoutBottleneck,
     FusedBasicBlock,
     FusedBottleneck,
+    FusedPreactivationBlock,
     PlainResidualBlock,
     PlainSkipConnection,
+    PreactivationBlock,
     ResidualBlock,
     SkipConnection,
 )
@@ -32,6 +34,7 @@ from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 KINDS = [(FusedBasicBlock, BasicBlock), (FusedBottleneck, Bottleneck)]
+ALL = [FusedBasicBlock, FusedBottleneck, ResidualBlock, FusedPreactivationBlock]
 PLAIN_WITH_DROPOUT = {FusedBasicBlock: DropoutBasicBlock, FusedBottleneck: DropoutBottleneck}
 IN = 16
 
@@ -117,7 +120,7 @@ def test_with_a_norm_layer_of_another_kind_it_computes_as_torchvisions_block(fus
         identical(actual, expected, inputs(torch.float32)())
 
 
-@pytest.mark.parametrize("cls", [*PLAIN_WITH_DROPOUT, *PLAIN_WITH_DROPOUT.values(), ResidualBlock])
+@pytest.mark.parametrize("cls", [*ALL, *PLAIN_WITH_DROPOUT.values(), PreactivationBlock])
 @pytest.mark.parametrize("dropout", [1.0, -0.5])
 def test_a_dropout_rate_outside_its_range_is_refused(cls, dropout):
     with pytest.raises(ValueError, match="dropout: expected 0 <= dropout < 1"):
@@ -164,9 +167,9 @@ def test_dropout_stands_before_the_last_convolution(fused, plain):
         close(module(x), expected, x.numel(), times=8)
 
 
-@pytest.mark.parametrize("cls", [*PLAIN_WITH_DROPOUT, *PLAIN_WITH_DROPOUT.values(), ResidualBlock])
+@pytest.mark.parametrize("cls", [*ALL, *PLAIN_WITH_DROPOUT.values(), PreactivationBlock])
 def test_freezing_the_normalisations_does_not_stop_the_dropout(cls):
-    planes = IN if cls is ResidualBlock else IN // cls.expansion
+    planes = IN // cls.expansion
     block, x = cls(IN, planes, dropout=0.5), inputs(torch.float32)()
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -259,6 +262,8 @@ def test_a_residual_block_has_a_normalisation_for_each_convolution():
     lambda: FusedBasicBlock(IN, IN, conv_algorithm="winograd"),
     lambda: FusedBottleneck(IN, IN // 4, conv_algorithm="winograd"),
     lambda: ResidualBlock(IN, IN, conv_algorithm="winograd"),
+    lambda: FusedPreactivationBlock(IN, IN, conv_algorithm="winograd"),
+    lambda: FusedPreactivationBlock(IN, 12, 1, conv_algorithm="winograd"),
 ])  # fmt: skip
 def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, make):
     block = make()
@@ -395,13 +400,18 @@ FUSION = [
         ResidualBlock, "none", IN_TRAINING,
         ["conv3x3_inference", "batch_norm_act_inference", "conv3x3_inference"],
     ),
+    (
+        FusedPreactivationBlock, "none", ["norm_act_conv3x3_forward"] * 2,
+        ["batch_norm_act_inference", "conv3x3_inference", "conv3x3_inference"],
+    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cls", "shortcut", "training", "evaluation"), FUSION)
 def test_what_stands_beside_a_convolution_is_part_of_it(cls, shortcut, training, evaluation):
     planes = IN // cls.expansion
-    options = {} if cls is ResidualBlock else {"downsample": downsample(shortcut, 1, planes * cls.expansion)}
+    torchvisions = issubclass(cls, (BasicBlock, Bottleneck))
+    options = {} if not torchvisions else {"downsample": downsample(shortcut, 1, planes * cls.expansion)}
     block = cls(IN, planes, **options, dropout=0.3, conv_algorithm="winograd")
     x = torch.randn(2, IN, 6, 6)
     with Operators() as seen:
@@ -577,7 +587,7 @@ def test_a_bottleneck_that_was_changed_does_what_torchvisions_would(change):
 
 
 @pytest.mark.parametrize("name", ["conv1", "bn1", "relu", "conv2", "bn2"])
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("training", [True, False])
 def test_hooks_inside_a_block_see_what_they_see_in_the_plain_block(cls, name, training):
     block = scramble(cls(IN, IN // cls.expansion, dropout=0.2, conv_algorithm="winograd")).train(training)
@@ -596,11 +606,11 @@ def test_hooks_inside_a_block_see_what_they_see_in_the_plain_block(cls, name, tr
     assert [t.stride() for t in seen[0]] == [t.stride() for t in seen[1]]
     for ours, theirs in zip(*seen, strict=True):
         assert torch.equal(ours, theirs)
-    if name == "bn1" and cls is not ResidualBlock:
+    if name == "bn1" and cls in (FusedBasicBlock, FusedBottleneck):
         assert (seen[0][1] < 0).any(), "the ReLU is no part of what bn1 gives"
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_hook_on_all_modules_sees_those_of_a_block(cls, training):
     block = cls(IN, IN // cls.expansion, dropout=0.0, conv_algorithm="winograd").train(training)
@@ -629,7 +639,7 @@ ALTERED = {
 }
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("case", ALTERED)
 def test_an_altered_block_is_the_plain_one_bit_for_bit_and_the_log_says_so_once(case, cls, caplog):
     block = scramble(cls(IN, IN // cls.expansion, dropout=0.2, conv_algorithm="winograd"))
@@ -650,7 +660,7 @@ def test_an_altered_block_is_the_plain_one_bit_for_bit_and_the_log_says_so_once(
     assert not seen.names
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 def test_a_block_takes_the_faster_way_again_once_its_hook_is_gone(cls):
     block, x = cls(IN, IN // cls.expansion, conv_algorithm="winograd"), torch.randn(2, IN, 6, 6)
     handle = block.bn1.register_forward_hook(lambda *_: None)
@@ -675,6 +685,9 @@ MAKERS = {
     ),
     "residual": lambda **options: ResidualBlock(IN, IN, dropout=0.0, **options),
     "residual skip": lambda **options: ResidualBlock(IN, 12, 2, dropout=0.0, **options),
+    "preactivation": lambda **options: FusedPreactivationBlock(IN, IN, **options),
+    "preactivation projection": lambda **options: FusedPreactivationBlock(IN, 12, 1, **options),
+    "preactivation strided": lambda **options: FusedPreactivationBlock(IN, 12, 2, **options),
 }
 
 
@@ -730,8 +743,10 @@ def kept_for_backward(block, x):
         ),
         # Nothing follows the last normalisation: no bits.
         (lambda **options: ResidualBlock(16, 16, **options), 3, 0),
+        # Its last convolution's output is added, and by nothing followed.
+        (lambda **options: FusedPreactivationBlock(16, 16, **options), 2, 0),
     ],
-    ids=["basic", "projection", "residual"],
+    ids=["basic", "projection", "residual", "preactivation"],
 )  # fmt: skip
 def test_a_block_keeps_its_input_raw_outputs_and_bits(make, raw, bits, dropout):
     block = make(dropout=dropout, conv_algorithm="winograd")
@@ -740,7 +755,7 @@ def test_a_block_keeps_its_input_raw_outputs_and_bits(make, raw, bits, dropout):
     assert kept_for_backward(block, x) == [whole] * raw + [mask] * (bits + (dropout > 0))
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 def test_without_gradients_training_updates_the_same_statistics(cls):
     block = scramble(cls(IN, IN // cls.expansion, dropout=0.3, conv_algorithm="winograd"))
     other, x = twin(block), torch.randn(4, IN, 5, 7)
@@ -764,7 +779,7 @@ def test_an_input_and_a_convolution_without_gradients_change_nothing_else():
         assert name == "conv1.weight" or torch.equal(p.grad, q.grad), name
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_bfloat16_it_is_as_near_to_float64_as_plain_pytorch(cls, training, autocast):
@@ -787,7 +802,9 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_plain_pytorch(cls, training, au
             y = module(v)
             with torch.no_grad():
                 again = module(v)
-        assert y.dtype == again.dtype == (torch.float64 if wide else torch.bfloat16)
+        # Autocast adds the shortcut as it is, and this one is the block's input.
+        stays = autocast and cls is FusedPreactivationBlock
+        assert y.dtype == again.dtype == (torch.float64 if wide else torch.float32 if stays else torch.bfloat16)
         y.backward(dy.to(y.dtype))
         assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in module.parameters())
         results.append([y.detach(), again, v.grad] if training else [y.detach(), again])
@@ -795,7 +812,7 @@ def test_in_bfloat16_it_is_as_near_to_float64_as_plain_pytorch(cls, training, au
         assert (ours - true).norm() <= 2 * (theirs - true).norm()
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_conv_algorithm_is_copied_and_printed(cls, way):
     block = cls(IN, IN // cls.expansion, conv_algorithm="torch")
@@ -805,7 +822,7 @@ def test_conv_algorithm_is_copied_and_printed(cls, way):
     assert "conv_algorithm" not in repr(cls(IN, IN))
 
 
-@pytest.mark.parametrize("cls", [FusedBasicBlock, FusedBottleneck, ResidualBlock])
+@pytest.mark.parametrize("cls", ALL)
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
