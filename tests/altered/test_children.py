@@ -30,6 +30,7 @@ from tests.altered.subjects import (
     DIRECT_BASIC,
     NETWORK,
     NORM_ACT,
+    PREACTIVATION,
     PROJECTED,
     RESIDUAL,
     SHORTCUT,
@@ -48,7 +49,7 @@ TABLE = Table()
 change = TABLE.change
 
 CONV, NORM, RELU = has(nn.Conv2d), has(nn.BatchNorm2d), has(nn.ReLU)
-CONVOLVED = (STEM, *BLOCKS, DIRECT_BASIC, SKIP, RESIDUAL, SHORTCUT)
+CONVOLVED = (STEM, *BLOCKS, DIRECT_BASIC, SKIP, RESIDUAL, PREACTIVATION, SHORTCUT)
 
 
 class Scale(nn.Module):
@@ -158,13 +159,13 @@ def _(m: nn.Module, draw: Draw) -> None:
         relu.__class__ = HalvedReLU
 
 
-@change("the one relu is a function", (*BLOCKS, STEM, RESIDUAL))
+@change("the one relu is a function", (*BLOCKS, STEM, RESIDUAL, PREACTIVATION))
 def _(m: nn.Module, draw: Draw) -> None:
     del m.relu
     m.relu = F.silu
 
 
-@change("relu deleted", (*BLOCKS, STEM, RESIDUAL), refused=(AttributeError,))
+@change("relu deleted", (*BLOCKS, STEM, RESIDUAL, PREACTIVATION), refused=(AttributeError,))
 def _(m: nn.Module, draw: Draw) -> None:
     del m.relu
 
@@ -200,7 +201,7 @@ for name, make in NORMS.items():
     change(f"norms -> {name}")(lambda m, draw, make=make: replace(m, nn.BatchNorm2d, make))
 for number, what in ((0, "first"), (-1, "last")):
     for name in ("GroupNorm", "Identity", "FrozenBatchNorm2d", "norm and squeeze-excitation", "BatchNorm2d averaging"):
-        change(f"{what} norm -> {name}", (STEM, *BLOCKS, RESIDUAL))(
+        change(f"{what} norm -> {name}", (STEM, *BLOCKS, RESIDUAL, PREACTIVATION))(
             lambda m, draw, make=NORMS[name], n=number: replace(m, nn.BatchNorm2d, make, only=n)
         )
 
@@ -245,10 +246,10 @@ ATTRIBUTES: dict[str, Callable[[nn.BatchNorm2d], object]] = {
 for name, act in ATTRIBUTES.items():
     change(f"norms: {name}")(lambda m, draw, act=act: [act(n) for n in norms(m)])
     if name in ("momentum = None", "track_running_stats = False", "weight = None", "running statistics = None"):
-        change(f"last norm: {name}", (*BLOCKS, RESIDUAL))(lambda m, draw, act=act: act(norms(m)[-1]))
+        change(f"last norm: {name}", (*BLOCKS, RESIDUAL, PREACTIVATION))(lambda m, draw, act=act: act(norms(m)[-1]))
 
 
-@change("one BatchNorm used twice", (BASIC, PROJECTED, RESIDUAL, DIRECT_BASIC))
+@change("one BatchNorm used twice", (BASIC, PROJECTED, RESIDUAL, PREACTIVATION, DIRECT_BASIC))
 def _(m: nn.Module, draw: Draw) -> None:
     m.bn2 = m.bn1
 
@@ -269,7 +270,7 @@ def _(m: nn.Module, draw: Draw) -> None:
         del n.running_mean
 
 
-@change("norms deleted", refused=(AttributeError,), columns=(STEM, *BLOCKS, RESIDUAL))
+@change("norms deleted", refused=(AttributeError,), columns=(STEM, *BLOCKS, RESIDUAL, PREACTIVATION))
 def _(m: nn.Module, draw: Draw) -> None:
     del m.bn1
 
@@ -326,12 +327,12 @@ CONVS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }  # fmt: skip
 for name, make in CONVS.items():
     change(f"convolutions -> {name}", CONVOLVED)(lambda m, draw, make=make: replace(m, nn.Conv2d, make))
-change("convolutions -> grouped", (*BLOCKS, DIRECT_BASIC, SKIP, RESIDUAL, SHORTCUT))(
+change("convolutions -> grouped", (*BLOCKS, DIRECT_BASIC, SKIP, RESIDUAL, PREACTIVATION, SHORTCUT))(
     lambda m, draw: replace(m, nn.Conv2d, other_conv(groups=2))
 )
 for name in ("dilated", "biased", "of 5x5", "Lora"):
     for number, what in ((0, "first"), (1, "second")):
-        change(f"{what} convolution -> {name}", (*BLOCKS, RESIDUAL))(
+        change(f"{what} convolution -> {name}", (*BLOCKS, RESIDUAL, PREACTIVATION))(
             lambda m, draw, make=CONVS[name], n=number: replace(m, nn.Conv2d, make, only=n)
         )
 
@@ -389,7 +390,7 @@ for name, act in CONV_CHANGES.items():
     )
 
 
-@change("convolutions whose padding was cut", (BASIC, PROJECTED, RESIDUAL), refused=(RuntimeError,))
+@change("convolutions whose padding was cut", (BASIC, PROJECTED, RESIDUAL, PREACTIVATION), refused=(RuntimeError,))
 def _(m: nn.Module, draw: Draw) -> None:
     m.conv2.padding = (0, 0)
 
@@ -641,7 +642,7 @@ def _(m: nn.Module, draw: Draw) -> None:
     m.__class__ = type("Doubled", (type(m),), {"forward": forward})
 
 
-@change("a child that nobody calls", (STEM, *BLOCKS, NORM_ACT, RESIDUAL))
+@change("a child that nobody calls", (STEM, *BLOCKS, NORM_ACT, RESIDUAL, PREACTIVATION))
 def _(m: nn.Module, draw: Draw) -> None:
     m.add_module("unused", nn.Linear(2, 2))
 
@@ -674,7 +675,7 @@ class Around(nn.Module):
         return self.inner(x).mul_(2)
 
 
-@change("wrapped, with its output changed in place", (STEM, RESIDUAL, SHORTCUT, NETWORK))
+@change("wrapped, with its output changed in place", (STEM, RESIDUAL, PREACTIVATION, SHORTCUT, NETWORK))
 def _(m: nn.Module, draw: Draw) -> nn.Module:
     return Around(m)
 

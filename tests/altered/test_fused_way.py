@@ -19,6 +19,7 @@ from tests.altered.subjects import (
     BASIC,
     BLOCKS,
     NETWORK,
+    PREACTIVATION,
     RESIDUAL,
     SKIP,
     STEM,
@@ -78,7 +79,7 @@ HARMLESS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("subject", [STEM, *BLOCKS, SKIP, RESIDUAL, NETWORK], ids=str)
+@pytest.mark.parametrize("subject", [STEM, *BLOCKS, SKIP, RESIDUAL, PREACTIVATION, NETWORK], ids=str)
 @pytest.mark.parametrize("what", HARMLESS)
 def test_what_changes_nothing_in_the_children_keeps_the_faster_way(what, subject):
     assert operators(HARMLESS[what](subject.make_fused()), subject)

@@ -20,6 +20,7 @@ from tests.altered.subjects import (
     DIRECT_BASIC,
     NETWORK,
     NORM_ACT,
+    PREACTIVATION,
     RESIDUAL,
     SKIP,
     STEM,
@@ -114,7 +115,7 @@ for kind, module_class in KINDS.items():
 change("deconvnet, on relus", needs=has(nn.ReLU))(on(nn.ReLU, DECONVNET, in_place=False))
 for name, hook in BACKWARD.items():
 
-    @change(f"{name}, on bn1 alone", (STEM, *BLOCKS, RESIDUAL))
+    @change(f"{name}, on bn1 alone", (STEM, *BLOCKS, RESIDUAL, PREACTIVATION))
     def _(m: nn.Module, draw: Draw, hook: Hook = hook) -> None:
         m.relu.inplace = False
         hook(m.bn1, draw)
@@ -148,7 +149,7 @@ for name in ("forward hook that doubles", "pre-hook that doubles", "forward hook
                 return isinstance(plain.get_submodule(child), nn.Module)
             return False
 
-        columns = [s for s in (STEM, *BLOCKS, RESIDUAL) if present(s.make_plain())]
+        columns = [s for s in (STEM, *BLOCKS, RESIDUAL, PREACTIVATION) if present(s.make_plain())]
         change(f"{name}, on {child} alone", columns)(
             lambda m, draw, child=child, hook=HOOKS[name]: hook(m.get_submodule(child), draw)
         )
@@ -365,7 +366,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return {}
 
 
-@use("a summary of every module's output", (NETWORK, STEM, *BLOCKS, RESIDUAL, SKIP, NORM_ACT))
+@use("a summary of every module's output", (NETWORK, STEM, *BLOCKS, RESIDUAL, PREACTIVATION, SKIP, NORM_ACT))
 def _(m: nn.Module, draw: Draw) -> Results:
     names = {module: name for name, module in m.named_modules()}
     for module in m.modules():

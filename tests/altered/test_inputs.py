@@ -19,6 +19,7 @@ from tests.altered.subjects import (
     DIRECT_BASIC,
     NETWORK,
     NORM_ACT,
+    PREACTIVATION,
     PROJECTED,
     RESIDUAL,
     SHORTCUT,
@@ -31,7 +32,7 @@ from tests.altered.table import Table, check
 TABLE = Table()
 use = TABLE.use
 ALL = (*SUBJECTS, DIRECT_BASIC)
-MAPS = (*BLOCKS, DIRECT_BASIC, NORM_ACT, SKIP, RESIDUAL, SHORTCUT)  # whose output is a map as well
+MAPS = (*BLOCKS, DIRECT_BASIC, NORM_ACT, SKIP, RESIDUAL, PREACTIVATION, SHORTCUT)  # whose output is a map as well
 
 
 class Plain(Tensor):
@@ -141,7 +142,7 @@ class Wrapped(Tensor):
             return func(*args, **(kwargs or {}))
 
 
-@use("weights of a subclass that alters", (*BLOCKS, SKIP, RESIDUAL, DIRECT_BASIC, SHORTCUT))
+@use("weights of a subclass that alters", (*BLOCKS, SKIP, RESIDUAL, PREACTIVATION, DIRECT_BASIC, SHORTCUT))
 def _(m: nn.Module, draw: Draw) -> Results:
     for c in m.modules():
         if isinstance(c, nn.Conv2d):
@@ -239,7 +240,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
 
 
 # FusedBatchNormAct2d takes a residual, and so is no case.
-@use("two inputs", (STEM, *BLOCKS, SKIP, RESIDUAL), refused=(TypeError,))
+@use("two inputs", (STEM, *BLOCKS, SKIP, RESIDUAL, PREACTIVATION), refused=(TypeError,))
 def _(m: nn.Module, draw: Draw) -> Results:
     return {"y": m(draw.x(), draw.x())}
 
@@ -263,7 +264,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
 
 # ----------------------------------------------------------------------------------------------------- Winograd's range
 
-WINOGRAD = (BASIC, PROJECTED, BOTTLENECK, RESIDUAL, DIRECT_BASIC)
+WINOGRAD = (BASIC, PROJECTED, BOTTLENECK, RESIDUAL, PREACTIVATION, DIRECT_BASIC)
 
 
 def spoilt(x: Tensor, value: float) -> Tensor:

@@ -36,6 +36,7 @@ from tests.altered.subjects import (
     DIRECT_BASIC,
     NETWORK,
     NORM_ACT,
+    PREACTIVATION,
     PROJECTED,
     RESIDUAL,
     SHORTCUT,
@@ -89,14 +90,14 @@ for index in range(4):
 
         @change(
             f"norm {index} alone frozen by {name}",
-            (*BLOCKS, RESIDUAL, NETWORK, DIRECT_BASIC),
+            (*BLOCKS, RESIDUAL, PREACTIVATION, NETWORK, DIRECT_BASIC),
             needs=lambda m, index=index: len(norms(m)) > index,
         )
         def _(m: nn.Module, draw: Draw, index: int = index, freeze: Any = FREEZES[name]) -> None:
             freeze(norms(m)[index])
 
 
-@change("all but one norm frozen", (*BLOCKS, RESIDUAL, NETWORK))
+@change("all but one norm frozen", (*BLOCKS, RESIDUAL, PREACTIVATION, NETWORK))
 def _(m: nn.Module, draw: Draw) -> None:
     for n in norms(m)[1:]:
         n.eval()
@@ -116,7 +117,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
     return results
 
 
-@change("a train() that freezes", (STEM, *BLOCKS, NETWORK, RESIDUAL))
+@change("a train() that freezes", (STEM, *BLOCKS, NETWORK, RESIDUAL, PREACTIVATION))
 def _(m: nn.Module, draw: Draw) -> None:
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         nn.Module.train(self, mode)
@@ -156,7 +157,7 @@ for index in range(6):
 
     @change(
         f"only parameter {index} trained",
-        (*BLOCKS, SKIP, RESIDUAL),
+        (*BLOCKS, SKIP, RESIDUAL, PREACTIVATION),
         needs=lambda m, index=index: len(list(m.parameters())) > index,
     )
     def _(m: nn.Module, draw: Draw, index: int = index) -> None:
