@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn as nn
 
@@ -20,6 +21,7 @@ from fastres.models.resnet import (
     FusedResNet101,
     FusedResNet152,
 )
+from fastres.models.stem import check_width, scaled
 from fastres.models.wide import WideResNet
 
 __all__ = [
@@ -38,6 +40,12 @@ __all__ = [
     "why_unknown",
 ]
 
+
+def _fast(*, width: float, **options: Any) -> FastNet:
+    widths = (scaled(64, check_width(width)), scaled(256, width), scaled(256, width))
+    return FastNet(widths=widths, **options)
+
+
 _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": FusedResNet18,
     "resnet34": FusedResNet34,
@@ -46,7 +54,7 @@ _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "resnet152": FusedResNet152,
     **{f"resnet{depth}": functools.partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
     "article": ArticleResNet18,
-    "fast": FastNet,
+    "fast": _fast,
     **{f"wrn{depth}-{k}": functools.partial(WideResNet, depth, k) for depth, k in ((16, 4), (28, 10), (40, 4))},
 }
 NAMES: tuple[str, ...] = tuple(_CLASSES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastres.train.config import TrainConfig, from_dict
+from fastres.train.config import OLD_DEFAULTS, TrainConfig, from_dict
 from fastres.train.errors import InputError
 
 FORMAT = 1
@@ -76,8 +76,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
         state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
-        for name in ("sync_bn", "fsdp"):
-            state["config"].setdefault(name, False)
+        for name, value in {"sync_bn": False, "fsdp": False, **OLD_DEFAULTS}.items():
+            state["config"].setdefault(name, value)
     return state
 
 

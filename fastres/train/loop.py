@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastres.train import checkpoint as ckpt
+from fastres.train.averages import evaluated_weights
 from fastres.train.config import TrainConfig, to_dict
 from fastres.train.data import ImageData, batches, left_out, train_order
-from fastres.train.engine import Engine
+from fastres.train.engine import Engine, Position
 from fastres.train.errors import DivergedError, InputError
-from fastres.train.optim import lr_factor
 from fastres.train.parallel import by_rank, smallest_batch, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, prepare
 from fastres.train.report import Summary, append_json, keep_rows, show_start, write_summary
+from fastres.train.schedule import lr_factor
 
 
 def train(
@@ -71,7 +72,7 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Mo
     state = ckpt.load_checkpoint(file)
     config = ckpt.saved_config(file)
     model = configured_model(config, len(state["classes"]))
-    ckpt.load_state(model, state["model"], what=f"model {config.model}", path=file)
+    ckpt.load_state(model, evaluated_weights(state), what=f"model {config.model}", path=file)
     return model.to(device).eval()
 
 
@@ -90,12 +91,13 @@ class _Loop:
         self.epochs, self.peak_lr = config.epochs, config.lr
         count = len(self.data.train)
         self.smallest_batch = smallest_batch(run.group, sync_bn=config.sync_bn)
+        if config.drop_last:
+            self.smallest_batch = self.batch_size
         self.epoch_images = count - left_out(count, self.batch_size, self.smallest_batch)
         if not self.epoch_images:
-            raise InputError(f"data: expected {self.smallest_batch} training images for {run.group.size} processes")
+            raise InputError(f"data: expected {self.smallest_batch} training images or more for a batch, got {count}")
         self.steps_per_epoch = math.ceil(self.epoch_images / self.batch_size)
-        self.total_steps = self.epochs * self.steps_per_epoch
-        self.warmup_steps = round((config.warmup_epochs or 0.0) * self.steps_per_epoch)
+        self.total_steps = math.ceil(self.epochs * self.steps_per_epoch)
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.engine = Engine(run)
         self.rates: list[float] = []
@@ -114,6 +116,7 @@ class _Loop:
             self.seconds_before = run.resumed["seconds"]
             self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
             self.engine.train_metrics.to(self.device)
+            self.engine.load_state_dict(run.resumed.get("engine", {}))
         if self.step >= self.stop_step and self.batch < self.steps_per_epoch:
             raise InputError(
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
@@ -144,7 +147,7 @@ class _Loop:
             self.order = train_order(len(self.data.train), self.batch_size, self.generator, self.smallest_batch)
             self.batch = 0
             self.engine.train_metrics.reset()
-        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
+        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs:g}")
         window = _Window(self.device)
         for images, labels in batches(
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
@@ -154,7 +157,7 @@ class _Loop:
             self.interrupted = self.group.any(self.interrupted)
             if self.step >= self.stop_step or self.interrupted:
                 break
-            window.add(self.engine.train_step(images, labels, self._lr()), len(labels))
+            window.add(self.engine.train_step(images, labels, self._lr(), self._at(len(labels))), len(labels))
             self.step += 1
             self.batch += 1
             bar.update(len(labels))
@@ -166,8 +169,14 @@ class _Loop:
     def _lr(self) -> float:
         """The learning rate of the coming step."""
         return self.peak_lr * lr_factor(
-            self.step, schedule=self.config.schedule, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+            self.step, self.config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
         )
+
+    def _at(self, count: int) -> Position:
+        """Where in the run the coming step is, of `count` images."""
+        assert self.order is not None
+        first = self.batch * self.batch_size
+        return Position(self.step, self.total_steps, self.epoch, self.order[first : first + count])
 
     def _log_steps(self, window: "_Window", bar: Any) -> None:
         """Write the losses of the steps since the last call, check them, and show where the run stands."""
@@ -195,18 +204,18 @@ class _Loop:
         number = self.epoch + 1
         if complete:
             self.epoch, self.batch, self.order = number, 0, None
-        self.last_accuracy = test["accuracy"]
-        best = self.best_accuracy is None or test["accuracy"] > self.best_accuracy
+        self.last_accuracy = test.accuracy
+        best = self.best_accuracy is None or test.accuracy > self.best_accuracy
         if best:
-            self.best_accuracy, self.best_epoch = test["accuracy"], number
+            self.best_accuracy, self.best_epoch = test.accuracy, number
         row = {
             "epoch": number,
             "step": self.step,
             "complete": complete,
             "train_loss": train["loss"],
             "train_accuracy": train["accuracy"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": self._rate(),
             "seconds": self._seconds(),
@@ -219,8 +228,8 @@ class _Loop:
         speed = row["images_per_second"]
         bar.clear()
         self.console.print(
-            f"epoch {number}/{self.epochs}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
-            f"{train['accuracy']:.2%}  test loss {test['loss']:.4f}  accuracy {test['accuracy']:.2%}"
+            f"epoch {number}/{self.epochs:g}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
+            f"{train['accuracy']:.2%}  test loss {test.loss:.4f}  accuracy {test.accuracy:.2%}"
             f"{'  best' if best else ''}{f'  {speed:,.1f} images/s' if speed else ''}  {self._seconds():,.0f} s",
             highlight=False,
             soft_wrap=True,
@@ -255,6 +264,7 @@ class _Loop:
             "torch_rng": by_rank(torch.get_rng_state(), self.group),
             "cuda_rng": by_rank(cuda_rng, self.group),
             "metrics": self.engine.train_metrics.state_dict(),
+            "engine": self.engine.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "seconds": self._seconds(),

@@ -19,6 +19,7 @@ from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left,
 from fastres.train.errors import InputError, RunError
 from fastres.train.optim import make_optimizer
 from fastres.train.parallel import OptimizerState, check_job, of_rank, shard
+from fastres.train.weights import start_weights
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", "last.pt", "best.pt")
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
@@ -83,11 +84,13 @@ def prepare(
         model = model.to(memory_format=torch.channels_last)
     if config.sync_bn and group.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    if resumed is None and (note := start_weights(model, config, data)) is not None:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if resumed is not None and config.resume is not None:
         ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
     if config.fsdp:
         model = shard(model, group, device)
-    optimizer = make_optimizer(model.parameters(), config)
+    optimizer = make_optimizer(model, config)
     generator = torch.Generator().manual_seed(config.seed)
     if group.size > 1:
         torch.manual_seed(config.seed + group.rank)
@@ -111,7 +114,7 @@ def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The network that a resolved configuration names."""
     return models.create(
         config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
-        conv_algorithm=config.conv_algorithm,
+        conv_algorithm=config.conv_algorithm, width=config.width,
     )  # fmt: skip
 
 

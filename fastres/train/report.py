@@ -12,6 +12,7 @@ from rich.table import Table
 from fastres.train.checkpoint import write_text
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData
+from fastres.train.precision import AMP_DTYPES
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
         )
     console.print(
         f"{config.model} ({'fused' if config.fused else 'plain'}, {backend}) on {config.device} in "
-        f"{'bfloat16' if config.amp == 'bf16' else 'float32'}, {describe(data)}; "
-        f"{config.epochs} epochs of batches of {config.batch_size}, {config.optimizer}, lr {config.lr:g}, "
+        f"{str(AMP_DTYPES[config.amp]).removeprefix('torch.')}, {describe(data)}; "
+        f"{config.epochs:g} epochs of batches of {config.batch_size}, {config.optimizer}, lr {config.lr:g}, "
         f"weight decay {config.weight_decay:g}, seed {config.seed}; results in {config.output_dir}",
         markup=False,
         highlight=False,

@@ -49,6 +49,7 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> list[TinyNet]:
         dropout: float | None = None,
         fused: bool = True,
         conv_algorithm: str | None = None,
+        width: float = 1.0,
     ) -> nn.Module:
         default = 0.5 if name == "article" else 0.0
         made.append(TinyNet(num_classes, default if dropout is None else dropout, stem))
