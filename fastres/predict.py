@@ -24,8 +24,9 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastres.freeze import freeze
+from fastres.train.augment import normalise
 from fastres.train.checkpoint import load_checkpoint
-from fastres.train.data import decode_image, normalise
+from fastres.train.data import decode_image
 from fastres.train.errors import InputError, RunError
 from fastres.train.loop import load_model
 

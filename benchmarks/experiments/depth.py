@@ -26,7 +26,8 @@ from benchmarks.experiments import alter
 from benchmarks.experiments.study import Interrupted, Place, Settings, Study, network, trainer_config, write
 from benchmarks.records import row
 from fastres.train import DivergedError, ImageData, TrainConfig, pictures, train
-from fastres.train.data import batches, normalise
+from fastres.train.augment import normalise
+from fastres.train.data import batches
 
 DEPTHS = (20, 32, 44, 56, 110)
 STEPS = 20

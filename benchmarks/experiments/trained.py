@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from benchmarks.experiments import alter
@@ -27,7 +28,7 @@ from benchmarks.experiments.study import (
 from benchmarks.records import row
 from fastres.train import ImageData, pictures
 from fastres.train.data import batches, train_order
-from fastres.train.engine import Engine
+from fastres.train.engine import Engine, Position
 from fastres.train.prepare import prepare
 
 # ---------------------------------------------------------------------------------------------- one list of cases each
@@ -112,9 +113,10 @@ def range_test(data: ImageData, settings: Settings, place: Place, steps: int) ->
     losses: list[float] = []
     while len(rates) < steps:
         order = train_order(len(data.train), settings.batch_size, run.generator)
-        for images, labels in batches(data.train, order, settings.batch_size):
+        parts = torch.split(order, settings.batch_size)
+        for part, (images, labels) in zip(parts, batches(data.train, order, settings.batch_size), strict=True):
             rate = LOW * (HIGH / LOW) ** (len(rates) / max(steps - 1, 1))
-            loss = engine.train_step(images, labels, rate).item()
+            loss = engine.train_step(images, labels, rate, Position(len(rates), steps, 0, part)).item()
             if not math.isfinite(loss) or (losses and loss > 4 * losses[0]):
                 return {"rates": rates, "losses": losses}
             rates.append(rate)

@@ -38,6 +38,7 @@ __all__ = [
     "why_unknown",
 ]
 
+
 _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "resnet18": FusedResNet18,
     "resnet34": FusedResNet34,

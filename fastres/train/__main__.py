@@ -11,6 +11,7 @@ from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
 from fastres.train.loop import train
+from fastres.train.recipes import describe_recipes, recipe_config
 
 PROGRAM = "python -m fastres.train"
 
@@ -24,6 +25,12 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         config = tyro.cli(TrainConfig, args=args, prog=PROGRAM)
+        if config.recipe == "list":
+            print(describe_recipes())
+            return 0
+        if config.recipe is not None:
+            # Once more, so that options not given are those of the recipe.
+            config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=recipe_config(config.recipe))
         check_config(config)
         config = resolve_resume(config)
         if config.resume is not None:

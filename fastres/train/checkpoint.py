@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastres.train.config import TrainConfig, from_dict
+from fastres.train.config import OLD_DEFAULTS, TrainConfig, from_dict
 from fastres.train.errors import InputError
 from fastres.train.folder import atomic, writing
 
@@ -99,7 +99,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
         state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
-        for name, value in (("sync_bn", False), ("fsdp", False), ("save_minutes", 10.0)):
+        for name, value in OLD_DEFAULTS.items():
             state["config"].setdefault(name, value)
     return state
 

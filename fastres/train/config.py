@@ -1,6 +1,7 @@
 """The configuration of a training run: every option, its check, and the defaults that depend on the data set."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +17,24 @@ from fastres.train.precision import choose_amp
 
 Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
 Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "constant", "step", "triangle", "onecycle"]
 Stem = Literal["auto", "cifar", "imagenet"]
-Amp = Literal["auto", "none", "bf16"]
+Amp = Literal["auto", "none", "bf16", "fp16"]
+Flip = Literal["auto", "none", "random", "alternating"]
+CropBorder = Literal["zero", "reflect"]
+Tta = Literal["none", "flip", "flip+shift"]
 ConvAlgorithm = Literal["auto", "torch", "winograd", "direct"]
+
+
+OLD_DEFAULTS: dict[str, Any] = {
+    "recipe": None, "width": 1.0, "pretrained": None, "drop_last": False, "accumulate": 1, "decay_norm_bias": True,
+    "bias_lr_factor": 1.0, "clip_grad": None, "milestones": [], "step_factor": 0.1, "triangle_start": 0.2,
+    "triangle_peak": 0.23, "triangle_end": 0.07, "warmup_factor": None, "ema_decay": None, "lookahead_period": None,
+    "lookahead_decay": 0.95, "flip": "auto", "crop_padding": None, "crop_border": "zero", "tta": "none",
+    "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
+    "save_minutes": 10.0, "report": True,
+}  # fmt: skip
+"""Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +42,7 @@ class TrainConfig:
     """Train a residual network for image classification.
 
     An option whose default is None takes a value that suits the data set and the optimizer; the values used are
-    saved in config.json. The recipe of the article that started the project is:
-    --model article --dataset cifar10 --batch-size 128 --optimizer adam --lr 1e-3 --weight-decay 1e-4 --epochs 100
-    --schedule constant
+    saved in config.json.
 
     Args:
         fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
@@ -38,7 +51,13 @@ class TrainConfig:
             winograd, torch (PyTorch's; direct is its old name), or auto, Winograd's where a cost model says that it
             pays. Everything else is PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with
             --no-fused.
-        model: Network: resnet18, resnet34, resnet50, resnet101, resnet152 or article.
+        recipe: Published or proven settings to start from; every option given besides overrides them. list shows all.
+            A name only: from Python, `fastres.train.recipe_config` makes the configuration.
+        model: Network: resnet18, resnet34, resnet50, resnet101 or resnet152; for small images resnet20, resnet32,
+            resnet44, resnet56, resnet110, wrn<depth>-<k>, fast; article.
+        width: Multiplier of the network's channels.
+        pretrained: Weights to start from: a file by torch.save with a state_dict of torchvision's or timm's network of
+            this name, or a checkpoint of this trainer. A last layer for another number of classes is left out.
         dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
             handwritten digits that come with scikit-learn.
         data_dir: Folder of the data. For imagefolder it holds train/ and one of test/, val/, valid/, with a folder a
@@ -48,21 +67,48 @@ class TrainConfig:
         resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint. auto: the
             last one in --output-dir, or from the beginning where there is none, so that the same command serves for
             both.
-        epochs: Passes over the training images. None: 5 for digits, 30 for the others.
+        epochs: Passes over the training images; a fraction ends within the last one. None: 5 for digits, 30 for the
+            others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
         batch_size: Images a training step. None: 64 for digits, 128 for the others.
+        drop_last: Leave out the last batch of an epoch where it is smaller than the others.
+        accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
+            memory, and batch statistics of each part.
         eval_batch_size: Images a batch of the evaluation.
         optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
         lr: Peak learning rate. None: 0.05 for sgd, momentum and nesterov, 0.001 for the others.
         weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
             None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
+        decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
+        bias_lr_factor: Learning rate of all biases, in multiples of lr; their weight decay is divided by it.
         momentum: Momentum of the optimizers momentum and nesterov.
-        schedule: Learning rate after the warm-up: falling to zero on a cosine over all steps, or constant.
+        clip_grad: Largest norm of the gradient; a longer one is shortened to it.
+        schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
+            step_factor at each milestone; triangle is two lines, onecycle two half cosines (torch's OneCycleLR).
+        milestones: Epochs at which the schedule step lowers the learning rate.
+        step_factor: What the schedule step multiplies the learning rate with.
+        triangle_start: Share of lr at the first step of the schedule triangle.
+        triangle_peak: Share of the steps after which the schedule triangle reaches lr.
+        triangle_end: Share of lr at the end of the schedule triangle.
         warmup_epochs: Epochs in which the learning rate rises in a line from zero. None: 1 with cosine (at most a
-            fifth of the epochs), 0 with constant.
+            fifth of the epochs), 0 with the others.
+        warmup_factor: Keep the learning rate of the warm-up at this share of lr, in place of the line.
+        ema_decay: Average the weights as decay * average + (1 - decay) * weights after each step; the average is
+            evaluated and is what a checkpoint's network is read as.
+        lookahead_period: Steps after which the weights are averaged with slow ones, and replaced by them.
+        lookahead_decay: Decay of the slow weights a step at the end of training, to which it rises as the cube of time.
         label_smoothing: Label smoothing of the training loss, from 0 up to but not including 1.
+        flip: Mirror images: random with probability one half each time; alternating every second epoch, half of the
+            images in the even ones; auto as the data set says (random, not for digits).
+        crop_padding: Pixels by which an image is padded before a random crop. None: 4 for CIFAR, 3 for digits, an
+            eighth of the side for image folders.
+        crop_border: What the padding holds: zero, or the reflected image.
+        tta: Average the logits of an image at the evaluation: flip with its mirror image's; flip+shift also with those
+            of the image moved by a pixel, both ways.
         dropout: Dropout probability in the residual blocks. None: the model's own (0; 0.5 for article).
+        zero_init_gamma: Start every residual block as its shortcut: the last normalisation's scale is zero.
+        whitening_bias_epochs: Epochs in which the bias of a whitening layer is trained (network fast). None: all.
         stem: First layers: cifar (3x3, no pooling), imagenet (7x7 with stride 2, pooling). auto: cifar up to 64
             pixels.
         image_size: Side of the images in pixels, imagefolder only. None: the shorter side of the first training
@@ -72,7 +118,8 @@ class TrainConfig:
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
         workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
         amp: Automatic mixed precision: bf16 runs convolutions in bfloat16, none runs everything in float32, auto takes
-            the faster of the two on this device. The choice is saved: a resumed run keeps it.
+            the faster of the two on this device, fp16 is float16 with a scaled loss, for GPUs. The choice is saved: a
+            resumed run keeps it.
         channels_last: Keep images and weights in the channels_last memory format, the faster one.
         reuse_memory: On the CPU, let the C library keep large buffers instead of returning them to the system at each
             free: faster, and the process keeps its peak memory until it ends.
@@ -83,27 +130,51 @@ class TrainConfig:
             holds them whole (DistributedDataParallel).
         save_minutes: Write last.pt after so many minutes as well as after each epoch. The one before stays as
             previous.pt.
+        report: At the end, draw curves.png, confusion.png and mistakes.png, and write report.html.
     """
 
     fused: bool = True
     conv_algorithm: ConvAlgorithm | None = None
+    recipe: str | None = None
     model: str = "resnet18"
+    width: float = 1.0
+    pretrained: Path | None = None
     dataset: Dataset = "auto"
     data_dir: Path = Path("data")
     output_dir: Path | None = None
     resume: Path | None = None
-    epochs: int | None = None
+    epochs: float | None = None
     max_steps: int | None = None
     batch_size: int | None = None
+    drop_last: bool = False
+    accumulate: int = 1
     eval_batch_size: int = 256
     optimizer: Optimizer = "nesterov"
     lr: float | None = None
     weight_decay: float | None = None
+    decay_norm_bias: bool = True
+    bias_lr_factor: float = 1.0
     momentum: float = 0.9
+    clip_grad: float | None = None
     schedule: Schedule = "cosine"
+    milestones: tuple[float, ...] = ()
+    step_factor: float = 0.1
+    triangle_start: float = 0.2
+    triangle_peak: float = 0.23
+    triangle_end: float = 0.07
     warmup_epochs: float | None = None
+    warmup_factor: float | None = None
+    ema_decay: float | None = None
+    lookahead_period: int | None = None
+    lookahead_decay: float = 0.95
     label_smoothing: float = 0.0
+    flip: Flip = "auto"
+    crop_padding: int | None = None
+    crop_border: CropBorder = "zero"
+    tta: Tta = "none"
     dropout: float | None = None
+    zero_init_gamma: bool = False
+    whitening_bias_epochs: float | None = None
     stem: Stem = "auto"
     image_size: int | None = None
     seed: int = 0
@@ -117,6 +188,7 @@ class TrainConfig:
     sync_bn: bool = False
     fsdp: bool = False
     save_minutes: float = 10.0
+    report: bool = True
 
 
 def check_config(config: TrainConfig) -> None:
@@ -135,16 +207,22 @@ def check_config(config: TrainConfig) -> None:
         ("stem", Stem),
         ("amp", Amp),
         ("conv_algorithm", ConvAlgorithm),
+        ("flip", Flip),
+        ("crop_border", CropBorder),
+        ("tta", Tta),
     ):
         _check_choice(name, getattr(config, name), get_args(kind))
-    _check_choice("model", config.model, models.NAMES)
+    unknown = models.why_unknown(config.model)
+    if unknown is not None:
+        raise InputError(f"model: {unknown}")
     # A resumed run has its checkpoint to agree with, which says more.
     if not config.fused and config.conv_algorithm is not None and config.resume is None:
         raise InputError(
             "conv_algorithm: expected nothing with fused=False (--no-fused), where every convolution is PyTorch's, "
             f"got {config.conv_algorithm!r}"
         )
-    for name in ("epochs", "max_steps", "eval_batch_size", "threads", "image_size"):
+    _check_recipe_options(config)
+    for name in ("max_steps", "eval_batch_size", "threads", "image_size", "accumulate", "lookahead_period"):
         _check_range(name, getattr(config, name), low=1)
     _check_range("batch_size", config.batch_size, low=2)
     _check_range("workers", config.workers, low=0)
@@ -164,6 +242,39 @@ def check_config(config: TrainConfig) -> None:
             device = torch.device("meta")
         if device.type not in ("cpu", "cuda"):
             raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {config.device!r}")
+
+
+def _check_recipe_options(config: TrainConfig) -> None:
+    """The options of optimizer, schedule, augmentation and averages, each on its own and those that need each other."""
+    for name in ("epochs", "width", "bias_lr_factor", "clip_grad", "step_factor", "warmup_factor"):
+        _check_range(name, getattr(config, name), low=0.0, low_included=False)
+    for name in ("whitening_bias_epochs", "crop_padding"):
+        _check_range(name, getattr(config, name), low=0)
+    for name in ("triangle_start", "triangle_peak", "triangle_end"):
+        _check_range(name, getattr(config, name), low=0.0, high=1.0)
+    for name in ("ema_decay", "lookahead_decay"):
+        _check_range(name, getattr(config, name), low=0.0, high=1.0, high_included=False)
+    if any(not low < high < math.inf for low, high in itertools.pairwise((0.0, *config.milestones))):
+        raise InputError(f"milestones: expected epochs above 0 in rising order, got {config.milestones}")
+    if bool(config.milestones) != (config.schedule == "step"):
+        raise InputError(
+            "milestones: expected with the schedule step, and only there, "
+            f"got {config.milestones} with {config.schedule}"
+        )
+    if config.schedule in ("triangle", "onecycle") and config.warmup_epochs:
+        raise InputError(
+            f"warmup_epochs: expected 0 with the schedule {config.schedule}, which rises by itself, "
+            f"got {config.warmup_epochs}"
+        )
+    if config.ema_decay is not None and config.lookahead_period is not None:
+        raise InputError("ema_decay: expected nothing with lookahead_period, which averages the weights itself")
+    for name in ("ema_decay", "lookahead_period", "clip_grad"):
+        if config.fsdp and getattr(config, name) is not None:
+            raise InputError(f"{name}: expected nothing with fsdp, got {getattr(config, name)}")
+    if config.batch_size is not None and config.accumulate > 1 and config.batch_size < 2 * config.accumulate:
+        raise InputError(
+            f"accumulate: expected parts of 2 images or more of a batch of {config.batch_size}, got {config.accumulate}"
+        )
 
 
 def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainConfig:
@@ -197,7 +308,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         weight_decay=_first(
             config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4
         ),
-        warmup_epochs=_first(config.warmup_epochs, 0.0 if config.schedule == "constant" else min(1.0, epochs / 5)),
+        warmup_epochs=_first(config.warmup_epochs, min(1.0, epochs / 5) if config.schedule == "cosine" else 0.0),
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
         device=device,
@@ -208,7 +319,8 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """The configuration in plain JSON types."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    plain = {Path: str, type(Path()): str, tuple: list}
+    return {k: plain[type(v)](v) if type(v) in plain else v for k, v in dataclasses.asdict(config).items()}
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
@@ -220,8 +332,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     if set(values) != names:
         raise InputError(f"config: missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
-    paths = {k: Path(values[k]) for k in ("data_dir", "output_dir", "resume") if values[k] is not None}
-    config = TrainConfig(**{**values, **paths})
+    paths = {k: Path(values[k]) for k in ("data_dir", "output_dir", "resume", "pretrained") if values[k] is not None}
+    config = TrainConfig(**{**values, **paths, "milestones": tuple(values["milestones"])})
     check_config(config)
     return config
 
@@ -231,6 +343,10 @@ def _first(value: Any, default: Any) -> Any:
 
 
 def _check_type(name: str, value: object, kind: Any) -> None:
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple) or not all(type(v) in (int, float) for v in value):
+            raise TypeError(f"{name}: expected a tuple of numbers, got {value!r} ({type(value).__name__})")
+        return
     kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
     kinds = tuple(str if get_origin(k) is Literal else k for k in kinds)
     if float in kinds:

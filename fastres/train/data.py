@@ -1,8 +1,7 @@
-"""Data sets as uint8 images, batches of them, and the augmentation of a batch.
+"""Data sets as uint8 images, and batches of them.
 
-Images stay uint8 [N, 3, H, W] until they are in a batch; a batch is cropped, flipped and normalised by one gather for
-all its images. All random draws come from one explicit CPU generator, so a seed gives the same batches on every
-device, for every model, and after a resume.
+Images stay uint8 [N, 3, H, W] until they are in a batch. The order is drawn from an explicit CPU generator, so a seed
+gives the same batches on every device, for every model, and after a resume.
 """
 
 import socket
@@ -23,6 +22,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
+from fastres.train.augment import Augmentation
 from fastres.train.config import Dataset, TrainConfig
 from fastres.train.distributed import SINGLE, Group
 from fastres.train.errors import InputError, RunError
@@ -61,14 +61,6 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to a training image: a random crop after zero padding, and a flip where mirror images make sense."""
-
-    padding: int  # pixels on each side
-    flip: bool
 
 
 @dataclass(frozen=True)
@@ -234,46 +226,6 @@ def train_order(count: int, batch_size: int, generator: torch.Generator, smalles
     """A random order of `count` images, without those that an epoch leaves out."""
     order = torch.randperm(count, generator=generator)
     return order[: count - left_out(count, batch_size, smallest)]
-
-
-def augment(images: Tensor, how: Augmentation, generator: torch.Generator, share: slice = slice(None)) -> Tensor:
-    """Crop each image at random out of its zero-padded self, and flip it with probability one half.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        generator: CPU generator; draws are the same whatever the images' device.
-        share: the part of the batch to augment; draws are made for all of it, so that a process gets what it would
-            have got of the whole.
-
-    Returns:
-        uint8 [share of B, 3, H, W], channels_last.
-    """
-    count, _, height, width = images.shape
-    top = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
-    left = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
-    rows, columns = torch.arange(height).repeat(count, 1), torch.arange(width).repeat(count, 1)
-    if how.flip:
-        flipped = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    images, top, left, rows, columns = (values[share] for values in (images, top, left, rows, columns))
-    rows, columns = (rows + top).to(images.device), (columns + left).to(images.device)
-    padded = F.pad(images, (how.padding,) * 4)
-    picture = torch.arange(len(images), device=images.device)
-    # Indices apart from each other put their dimensions first: the result is [B, H, W, 3] in memory.
-    return padded[picture[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], *, channels_last: bool = True) -> Tensor:
-    """(images / 255 - mean) / std a channel, in float32.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        mean, std: 3 values, of pixels in 0..1.
-    """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
-    return torch.addcmul(shift, images.to(torch.float32, memory_format=layout), scale).contiguous(memory_format=layout)
 
 
 def _measured(

@@ -1,5 +1,6 @@
 """The training loop: epochs of steps, an evaluation after each, checkpoints, signals, the report."""
 
+import io
 import json
 import math
 import shutil
@@ -15,18 +16,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastres.train import checkpoint as ckpt
+from fastres.train.averages import evaluated_weights
+from fastres.train.boards import Board
 from fastres.train.config import TrainConfig, to_dict
 from fastres.train.data import ImageData, batches, left_out, train_order
-from fastres.train.engine import Engine
+from fastres.train.engine import Engine, Evaluation, Position
 from fastres.train.errors import DivergedError, InputError
 from fastres.train.folder import append_json, atomic, claim, keep_rows, write_text
-from fastres.train.optim import lr_factor
+from fastres.train.page import write_report
 from fastres.train.parallel import by_rank, smallest_batch, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, prepare
-from fastres.train.report import Summary, show_start, write_summary
+from fastres.train.progress import Progress
+from fastres.train.report import Summary, show_start, show_summary, write_summary
+from fastres.train.schedule import lr_factor
 
 
 def train(
@@ -74,7 +78,7 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Mo
     state = ckpt.load_checkpoint(path)
     config = ckpt.saved_config(path)
     model = configured_model(config, len(state["classes"]))
-    ckpt.load_state(model, state["model"], what=f"model {config.model}", path=path)
+    ckpt.load_state(model, evaluated_weights(state), what=f"model {config.model}", path=path)
     return model.to(device).eval()
 
 
@@ -85,7 +89,6 @@ class _Loop:
         self.config, self.data, self.device = run.config, run.data, run.device
         self.model, self.optimizer, self.generator = run.model, run.optimizer, run.generator
         self.backend, self.console, self.group = run.backend, console, run.group
-        self.hide_bar = None if run.group.is_main else True
         config = self.config
         if config.output_dir is None or config.batch_size is None or config.epochs is None or config.lr is None:
             raise ValueError("config: expected a resolved one")
@@ -93,18 +96,20 @@ class _Loop:
         self.epochs, self.peak_lr = config.epochs, config.lr
         count = len(self.data.train)
         self.smallest_batch = smallest_batch(run.group, sync_bn=config.sync_bn)
+        if config.drop_last:
+            self.smallest_batch = self.batch_size
         self.epoch_images = count - left_out(count, self.batch_size, self.smallest_batch)
         if not self.epoch_images:
-            raise InputError(f"data: expected {self.smallest_batch} training images for {run.group.size} processes")
+            raise InputError(f"data: expected {self.smallest_batch} training images or more for a batch, got {count}")
         self.steps_per_epoch = math.ceil(self.epoch_images / self.batch_size)
-        self.total_steps = self.epochs * self.steps_per_epoch
-        self.warmup_steps = round((config.warmup_epochs or 0.0) * self.steps_per_epoch)
+        self.total_steps = math.ceil(self.epochs * self.steps_per_epoch)
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.engine = Engine(run)
         self.rates: list[float] = []
         self.stopped_by: str | None = None
         self.started = self.saved = time.perf_counter()
-        self.last_accuracy: float | None = None
+        self.evaluation: Evaluation | None = None
+        self.board: Board | None = None
         # What follows is in the checkpoint.
         self.step = self.epoch = self.batch = 0
         self.order: Tensor | None = None
@@ -119,6 +124,7 @@ class _Loop:
             self.seconds_before = run.resumed["seconds"]
             self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
             self.engine.train_metrics.to(self.device)
+            self.engine.load_state_dict(run.resumed.get("engine", {}))
         if self.step >= self.stop_step and self.batch < self.steps_per_epoch:
             raise InputError(
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
@@ -138,27 +144,31 @@ class _Loop:
     def _run(self) -> Summary:
         self._open_output()
         show_start(self.console, self.config, self.data, self.backend)
+        if self.group.is_main:
+            self.board = Board(self.directory, self.step, notify=self._tell)
         total, done = self._images_until(self.stop_step), self._images_until(self.step)
-        bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=self.hide_bar)
-        with bar, self._catch_signals():
+        # Lines of several processes would overwrite each other.
+        with Progress(total, done, file=None if self.group.is_main else io.StringIO()) as line, self._catch_signals():
             while self.stopped_by is None:
-                self._train_epoch(bar)
-                if self.stopped_by is not None or not self._evaluate_and_save(bar):
+                self._train_epoch(line)
+                if self.stopped_by is not None or not self._evaluate_and_save(line):
                     break
                 if self.step >= self.stop_step:
                     break
             if self.stopped_by is not None:
                 self._save(ckpt.LAST)
+        if self.board is not None:
+            self.board.close()
         return self._finish()
 
-    def _train_epoch(self, bar: Any) -> None:
+    def _train_epoch(self, line: Progress) -> None:
         """Train to the end of the epoch, to max_steps, or to a signal; starts where the checkpoint stopped."""
         self.model.train()
         if self.order is None:
             self.order = train_order(len(self.data.train), self.batch_size, self.generator, self.smallest_batch)
             self.batch = 0
             self.engine.train_metrics.reset()
-        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}")
+        line.epoch(self.epoch + 1, math.ceil(self.epochs))
         window = _Window(self.device)
         for images, labels in batches(
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
@@ -166,18 +176,17 @@ class _Loop:
         ):  # fmt: skip
             if self._is_stopped() or self.step >= self.stop_step:
                 break
-            window.add(self.engine.train_step(images, labels, self._lr()), len(labels))
+            window.add(self.engine.train_step(images, labels, self._lr(), self._at(len(labels))), len(labels))
             self.step += 1
             self.batch += 1
-            bar.update(len(labels))
             if window.full or self.step == self.stop_step or self.batch == self.steps_per_epoch:
-                self._log_steps(window, bar)
+                self._log_steps(window, line)
                 # By the first one's clock: all have a part in saving.
                 due = time.perf_counter() - self.saved > 60 * self.config.save_minutes
                 if self.batch < self.steps_per_epoch and self.group.any(due and self.group.is_main):
                     self._save(ckpt.LAST)
         if window.losses:
-            self._log_steps(window, bar)
+            self._log_steps(window, line)
 
     def _is_stopped(self) -> bool:
         """Whether a signal came. It reaches the processes between different steps; all stop after the same one."""
@@ -188,11 +197,18 @@ class _Loop:
     def _lr(self) -> float:
         """The learning rate of the coming step."""
         return self.peak_lr * lr_factor(
-            self.step, schedule=self.config.schedule, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+            self.step, self.config, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
         )
 
-    def _log_steps(self, window: "_Window", bar: Any) -> None:
+    def _at(self, count: int) -> Position:
+        """Where in the run the coming step is, of `count` images."""
+        assert self.order is not None
+        first = self.batch * self.batch_size
+        return Position(self.step, self.total_steps, self.epoch, self.order[first : first + count])
+
+    def _log_steps(self, window: "_Window", line: Progress) -> None:
         """Write the losses of the steps since the last call, check them, and show where the run stands."""
+        images = window.images
         losses, rate = window.close()
         first = self.step - len(losses) + 1
         for step, loss in enumerate(losses, start=first):
@@ -200,13 +216,18 @@ class _Loop:
                 raise DivergedError(
                     f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); try an lr below {self.peak_lr:g}"
                 )
-            if self.group.is_main:
-                append_json(self.directory / "steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
+            self._record("steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
         self.rates.append(rate)
         accuracy = self.engine.train_metrics["accuracy"].compute().item()
-        bar.set_postfix(loss=f"{losses[-1]:.4f}", accuracy=f"{accuracy:.2%}", refresh=False)
+        line.update(images, loss=losses[-1], accuracy=accuracy, rate=rate)
 
-    def _evaluate_and_save(self, bar: Any) -> bool:
+    def _record(self, file: str, row: dict[str, Any]) -> None:
+        if self.group.is_main:
+            append_json(self.directory / file, row)
+        if self.board is not None:
+            self.board.add(row)
+
+    def _evaluate_and_save(self, line: Progress) -> bool:
         """Evaluate, write the line of the epoch and the checkpoints. False where a signal came in between."""
         test = self.engine.evaluate(lambda: self.stopped_by is not None)
         if test is None:
@@ -217,38 +238,36 @@ class _Loop:
         number = self.epoch + 1
         if complete:
             self.epoch, self.batch, self.order = number, 0, None
-        self.last_accuracy = test["accuracy"]
-        best = self.best_accuracy is None or test["accuracy"] > self.best_accuracy
+        self.evaluation = test
+        best = self.best_accuracy is None or test.accuracy > self.best_accuracy
         if best:
-            self.best_accuracy, self.best_epoch, self.best_step = test["accuracy"], number, self.step
+            self.best_accuracy, self.best_epoch, self.best_step = test.accuracy, number, self.step
         row = {
             "epoch": number,
             "step": self.step,
             "complete": complete,
             "train_loss": train["loss"],
             "train_accuracy": train["accuracy"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": self._rate(),
             "seconds": self._seconds(),
         }
-        if self.group.is_main:
-            append_json(self.directory / "metrics.jsonl", row)
+        self._record("metrics.jsonl", row)
         if best:
             # Before last.pt: after a kill in between the run goes on from the one before, and writes both again.
             self._save(ckpt.BEST)
         self._save(ckpt.LAST)
         speed = row["images_per_second"]
-        bar.clear()
+        line.clear()
         self.console.print(
-            f"epoch {number}/{self.epochs}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
-            f"{train['accuracy']:.2%}  test loss {test['loss']:.4f}  accuracy {test['accuracy']:.2%}"
+            f"epoch {number}/{self.epochs:g}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
+            f"{train['accuracy']:.2%}  test loss {test.loss:.4f}  accuracy {test.accuracy:.2%}"
             f"{'  best' if best else ''}{f'  {speed:,.1f} images/s' if speed else ''}  {self._seconds():,.0f} s",
             highlight=False,
             soft_wrap=True,
         )
-        bar.refresh()
         return True
 
     def _images_until(self, step: int) -> int:
@@ -278,6 +297,7 @@ class _Loop:
             "torch_rng": by_rank(torch.get_rng_state(), self.group),
             "cuda_rng": by_rank(cuda_rng, self.group),
             "metrics": self.engine.train_metrics.state_dict(),
+            "engine": self.engine.state_dict(),
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
@@ -371,13 +391,17 @@ class _Loop:
             step=self.step,
             best_accuracy=self.best_accuracy,
             best_epoch=self.best_epoch,
-            last_accuracy=self.last_accuracy,
+            last_accuracy=None if self.evaluation is None else self.evaluation.accuracy,
             images_per_second=self._rate(),
             seconds=self._seconds(),
             output_dir=str(self.directory),
         )
         if self.group.is_main:
-            write_summary(self.console, summary, self.data)
+            write_summary(summary)
+            if self.config.report and self.evaluation is not None:
+                for problem in write_report(self.directory, self.data, self.evaluation):
+                    self._tell(problem)
+            show_summary(self.console, summary, self.data)
         if self.stopped_by is not None:
             self.console.print(
                 f"Stopped by {self.stopped_by}; go on with: python -m fastres.train --resume {self.directory}",

@@ -1,48 +1,51 @@
-"""Optimizers by name, and the learning rate as a function of the step."""
+"""Optimizers by name, and their groups of parameters."""
 
-import math
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastres.train.config import Schedule, TrainConfig
+from fastres.train.config import TrainConfig
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that a resolved configuration names, from torch.optim, with torch's own weight decay."""
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """The trained parameters in groups that differ in learning rate or weight decay, weights first.
+
+    A group has params, weight_decay, and lr_factor: its learning rate in multiples of the run's.
+    """
     if config.lr is None or config.weight_decay is None:
         raise ValueError(f"config: expected a resolved one, got lr={config.lr}, weight_decay={config.weight_decay}")
-    lr, weight_decay = config.lr, config.weight_decay
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = config.bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0
+        # Biases, and scales of normalisations, are vectors.
+        decayed = config.decay_norm_bias or parameter.dim() > 1
+        found.setdefault((factor, config.weight_decay / factor if decayed else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": config.lr * factor, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in sorted(found.items(), key=lambda item: item[0][0] != 1.0)
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer that a resolved configuration names, from torch.optim, with torch's own weight decay."""
+    groups = parameter_groups(model, config)
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     match config.optimizer:
         case "sgd":
-            return torch.optim.SGD(parameters, lr, weight_decay=weight_decay)
+            return torch.optim.SGD(groups, **common)
         case "momentum":
-            return torch.optim.SGD(parameters, lr, momentum=config.momentum, weight_decay=weight_decay)
+            return torch.optim.SGD(groups, momentum=config.momentum, **common)
         case "nesterov":
             # SGD refuses nesterov with a momentum of 0, where the two are the same.
-            nesterov = config.momentum > 0
-            return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=weight_decay, nesterov=nesterov)
+            return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **common)
         case "rmsprop":
-            return torch.optim.RMSprop(parameters, lr, weight_decay=weight_decay)
+            return torch.optim.RMSprop(groups, **common)
         case "adam":
-            return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+            return torch.optim.Adam(groups, **common)
         case "amsgrad":
-            return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, amsgrad=True)
+            return torch.optim.Adam(groups, amsgrad=True, **common)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-
-
-def lr_factor(step: int, *, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
-    """Share of the peak learning rate at a step, counted from 0.
-
-    Rises as (step + 1) / warmup_steps, then stays at 1 or falls as (1 + cos(pi t)) / 2 with t from 0 to 1.
-    A pure function of the step, so a resumed run needs no schedule state.
-
-    Source: Loshchilov and Hutter 2016, equation 5, without restarts.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+            return torch.optim.AdamW(groups, **common)

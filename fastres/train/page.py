@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastres.train import pictures
-from fastres.train.folder import write_text
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData
+from fastres.train.folder import write_text
 from fastres.train.history import History, read_history
 from fastres.train.page_template import TEMPLATE
 from fastres.train.progress import duration

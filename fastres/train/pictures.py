@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.train.folder import atomic
 from fastres.train.data import ImageData
+from fastres.train.folder import atomic
 from fastres.train.history import History
 
 if TYPE_CHECKING:

@@ -4,6 +4,9 @@ from typing import Literal
 
 import torch
 
+AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype that autocast computes in; with none there is no autocast."""
+
 
 def fastest_on_cpu(*, amx: bool, avx512_bf16: bool) -> Literal["none", "bf16"]:
     """The faster of float32 and bfloat16 autocast on a CPU. The rule for the CPU, all of it.

@@ -21,10 +21,11 @@ from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
 from fastres.train.optim import make_optimizer
 from fastres.train.parallel import OptimizerState, check_job, of_rank, shard
+from fastres.train.weights import start_weights
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
-                  "workers", "reuse_memory", "compile", "save_minutes")  # fmt: skip
+                  "workers", "reuse_memory", "compile", "save_minutes", "report")  # fmt: skip
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 
 
@@ -87,11 +88,13 @@ def prepare(
     model = make_model(config, len(data.classes)).to(device)
     if config.channels_last and not config.fsdp:  # FSDP2 refuses parameters that are not contiguous
         model = model.to(memory_format=torch.channels_last)
+    if resumed is None and (note := start_weights(model, config, data)) is not None:
+        notify(note)
     if resumed is not None and config.resume is not None:
         ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
     if config.fsdp:
         model = shard(model, group, device, sync_bn=config.sync_bn)
-    optimizer = make_optimizer(model.parameters(), config)
+    optimizer = make_optimizer(model, config)
     generator = torch.Generator().manual_seed(config.seed)
     if group.size > 1:
         torch.manual_seed(config.seed + group.rank)
@@ -115,7 +118,7 @@ def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
     """The network that a resolved configuration names."""
     return models.create(
         config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
-        conv_algorithm=config.conv_algorithm,
+        conv_algorithm=config.conv_algorithm, width=config.width,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData
 from fastres.train.folder import write_text
+from fastres.train.precision import AMP_DTYPES
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
         )
     console.print(
         f"{config.model} ({'fused' if config.fused else 'plain'}, {backend}) on {config.device} in "
-        f"{'bfloat16' if config.amp == 'bf16' else 'float32'}, {describe(data)}; "
-        f"{config.epochs} epochs of batches of {config.batch_size}, {config.optimizer}, lr {config.lr:g}, "
+        f"{str(AMP_DTYPES[config.amp]).removeprefix('torch.')}, {describe(data)}; "
+        f"{config.epochs:g} epochs of batches of {config.batch_size}, {config.optimizer}, lr {config.lr:g}, "
         f"weight decay {config.weight_decay:g}, seed {config.seed}; results in {config.output_dir}",
         markup=False,
         highlight=False,
@@ -63,10 +64,14 @@ def describe(data: ImageData) -> str:
     return f"{data.name} ({len(data.train):,} training and {len(data.test):,} test images)"
 
 
-def write_summary(console: Console, summary: Summary, data: ImageData) -> None:
-    """Write summary.json and print the final table."""
+def write_summary(summary: Summary) -> None:
+    """Write summary.json."""
+    write_text(Path(summary.output_dir) / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+
+
+def show_summary(console: Console, summary: Summary, data: ImageData) -> None:
+    """Print the final table."""
     directory = Path(summary.output_dir)
-    write_text(directory / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
     table = Table(title="Training finished" if summary.finished else "Training stopped early", show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -49,6 +49,7 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> list[TinyNet]:
         dropout: float | None = None,
         fused: bool = True,
         conv_algorithm: str | None = None,
+        width: float = 1.0,
     ) -> nn.Module:
         default = 0.5 if name == "article" else 0.0
         made.append(TinyNet(num_classes, default if dropout is None else dropout, stem))
@@ -98,6 +99,7 @@ def run(tiny_models: list[TinyNet], data: ImageData, tmp_path: Path) -> Callable
             "batch_size": 8,
             "epochs": 2,
             "reuse_memory": False,
+            "report": False,
             "output_dir": tmp_path / to,
             **fields,
         }

@@ -7,22 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
 from fastres.train import data as module
+from fastres.train.augment import Augmentation, augment, flip_bits, normalise
 from fastres.train.config import TrainConfig
-from fastres.train.data import (
-    Augmentation,
-    Split,
-    augment,
-    batches,
-    load_data,
-    load_image_folder,
-    normalise,
-    train_order,
-)
+from fastres.train.data import Split, batches, load_data, load_image_folder, train_order
 from fastres.train.errors import InputError, RunError
 
 WriteFolder = Callable[..., Path]
@@ -35,22 +28,27 @@ def crop_one_by_one(images: Tensor, how: Augmentation, generator: torch.Generato
     left = torch.randint(0, 2 * how.padding + 1, (count, 1), generator=generator)
     flip = torch.rand(count, 1, generator=generator) < 0.5 if how.flip else torch.zeros(count, 1)
     out = torch.zeros_like(images)
+    pad = how.padding
+    reflected = F.pad(images.float(), (pad,) * 4, mode="reflect").to(torch.uint8) if how.border == "reflect" else None
     for n in range(count):
         for i in range(height):
             for j in range(width):
                 y = i + int(top[n]) - how.padding
                 x = (width - 1 - j if flip[n] else j) + int(left[n]) - how.padding
-                if 0 <= y < height and 0 <= x < width:
+                if reflected is not None:
+                    out[n, :, i, j] = reflected[n, :, y + pad, x + pad]
+                elif 0 <= y < height and 0 <= x < width:
                     out[n, :, i, j] = images[n, :, y, x]
     return out
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("padding", [0, 1, 4])
+@pytest.mark.parametrize("border", ["zero", "reflect"])
 @pytest.mark.parametrize("size", [(6, 6), (5, 9)])
-def test_augmentation_equals_an_image_at_a_time(flip: bool, padding: int, size: tuple[int, int]) -> None:
+def test_augmentation_equals_an_image_at_a_time(flip: bool, padding: int, border: Any, size: tuple[int, int]) -> None:
     images = torch.randint(1, 256, (16, 3, *size), dtype=torch.uint8)
-    how = Augmentation(padding, flip)
+    how = Augmentation(padding, flip, border)
     ours = augment(images, how, torch.Generator().manual_seed(3))
     torch.testing.assert_close(ours, crop_one_by_one(images, how, torch.Generator().manual_seed(3)), rtol=0, atol=0)
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -60,6 +58,15 @@ def test_augmentation_reaches_every_crop_and_both_sides() -> None:
     images = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(2000, 3, 3, 3)
     seen = {tuple(image.flatten().tolist()) for image in augment(images, Augmentation(1, True), torch.Generator())}
     assert len(seen) == 3 * 3 * 2
+
+
+def test_alternating_flips_show_every_image_both_ways() -> None:
+    images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
+    bits = flip_bits(64, seed=3)
+    assert 16 < int(bits.sum()) < 48
+    even, odd = (augment(images, Augmentation(0, False), torch.Generator(), flipped=bits ^ epoch) for epoch in (0, 1))
+    assert torch.equal(odd, even.flip(-1))
+    assert torch.equal(even[~bits], images[~bits])
 
 
 def test_augmentation_leaves_the_global_generator_alone() -> None:

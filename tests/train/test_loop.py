@@ -26,8 +26,8 @@ from fastres.train import (
 )
 from fastres.train import config as config_module
 from fastres.train import data as data_module
+from fastres.train.augment import normalise
 from fastres.train.config import Optimizer
-from fastres.train.data import normalise
 
 Run = Callable[..., Summary]
 

@@ -1,0 +1,107 @@
+"""The weights that training starts from, where they are not simply the network's own random ones."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fastres import models
+from fastres.train.augment import normalise
+from fastres.train.averages import evaluated_weights
+from fastres.train.config import TrainConfig
+from fastres.train.data import ImageData
+from fastres.train.errors import InputError
+
+WHITENING_IMAGES = 5000
+"""How many of the training images the whitening is computed from."""
+
+
+def start_weights(model: nn.Module, config: TrainConfig, data: ImageData) -> str | None:
+    """Set what zero_init_gamma, the network's whitening and pretrained ask for, before the first step.
+
+    Returns:
+        What a pretrained state_dict has and the network does not take, as a sentence; None where it took all.
+
+    Raises:
+        InputError: an option that the network does not have, or weights that do not fit it.
+    """
+    if config.whitening_bias_epochs is not None and not hasattr(model, "set_whitening"):
+        raise InputError(f"whitening_bias_epochs: expected a network with a whitening layer, got {config.model}")
+    if config.zero_init_gamma:
+        _zero_last_gammas(model, config.model)
+    if config.pretrained is not None:
+        return load_pretrained(model, config.pretrained)
+    if isinstance(model, models.FastNet):
+        images = data.train.images
+        if isinstance(images, Tensor):
+            first = images[:WHITENING_IMAGES]
+        else:
+            first = torch.stack([images[index] for index in range(min(len(images), WHITENING_IMAGES))])
+        model.set_whitening(normalise(first.cpu(), data.mean, data.std))
+    return None
+
+
+def load_pretrained(model: nn.Module, path: Path) -> str | None:
+    """Load a state_dict of torchvision's or timm's network, bare or in a dict under a usual name, or a checkpoint.
+
+    The last layer is left as it is where the file's has another number of classes.
+
+    Returns:
+        Which layer was left as it is, as a sentence, or None.
+
+    Raises:
+        InputError: no such file, not a file of tensors, or names or shapes that differ.
+    """
+    weights = {name.removeprefix("module."): value for name, value in _read(path).items()}
+    own = model.state_dict()
+    # Torch counts batches since 0.4; files from before lack the counts.
+    for name, value in own.items():
+        if name.endswith("num_batches_tracked"):
+            weights.setdefault(name, value)
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unknown:
+        raise InputError(
+            f"pretrained: {path} does not fit the network: {_some('it lacks', missing)}{_some('unknown:', unknown)}"
+        )
+    other = [name for name, value in weights.items() if value.shape != own[name].shape]
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    bad = [name for name in other if name.rpartition(".")[0] not in head]
+    if bad:
+        shapes = ", ".join(f"{n} is {tuple(weights[n].shape)}, expected {tuple(own[n].shape)}" for n in bad[:3])
+        raise InputError(f"pretrained: {path} does not fit the network: {shapes}")
+    model.load_state_dict({**weights, **{name: own[name] for name in own if name.rpartition(".")[0] in head and other}})
+    if not other:
+        return None
+    return f"{path.name} has {len(weights[other[0]])} classes; the last layer {head[0]} starts from random weights"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"pretrained: no such file: {path}")
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
+        raise InputError(f"pretrained: {path} is damaged, or holds more than tensors") from error
+    if isinstance(state, dict) and "engine" in state:
+        state = evaluated_weights(state)
+    for name in ("state_dict", "model", "model_state_dict", "state_dict_ema"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"pretrained: {path} holds no state_dict")
+    return state
+
+
+def _some(text: str, names: list[str]) -> str:
+    return f"{text} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}; " if names else ""
+
+
+def _zero_last_gammas(model: nn.Module, name: str) -> None:
+    """Goyal et al. 2017, section 5.1: with a scale of zero a residual block starts as its shortcut."""
+    blocks = [module for module in model.modules() if isinstance(module, (BasicBlock, Bottleneck))]
+    if not blocks:
+        raise InputError(f"zero_init_gamma: expected a network whose residual branches end in a norm, got {name}")
+    for block in blocks:
+        nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
