@@ -277,7 +277,8 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         image_size: side of its images in pixels.
 
     Raises:
-        InputError: the environment variable FASTRES_CONV, where it counts, names no algorithm; amp is fp16 without CUDA.
+        InputError: the environment variable FASTRES_CONV, where it counts, names no algorithm; amp is
+            fp16 without CUDA.
     """
     small = dataset == "digits"
     plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
@@ -291,9 +292,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
     if amp == "auto":
         amp = choose_amp(torch.device(device))
     if amp == "fp16" and not device.startswith("cuda"):
-        raise InputError(
-            f"amp: expected a CUDA device for fp16, got {device}; bf16 needs no scaled loss, and runs there"
-        )
+        raise InputError(f"amp: expected a CUDA device for fp16, got {device}, where bf16 runs")
     return dataclasses.replace(
         config,
         dataset=dataset,
