@@ -88,8 +88,8 @@ class TrainConfig:
         triangle_start: Share of lr at the first step of the schedule triangle.
         triangle_peak: Share of the steps after which the schedule triangle reaches lr.
         triangle_end: Share of lr at the end of the schedule triangle.
-        warmup_epochs: Epochs in which the learning rate rises in a line from zero. None: 1 with cosine (0.25 for digits, at
-            most a fifth of the epochs), 0 with the others.
+        warmup_epochs: Epochs in which the learning rate rises in a line from zero. None: 1 with cosine (0.25 for
+            digits; at most a fifth of the epochs), 0 with the others.
         warmup_factor: Keep the learning rate of the warm-up at this share of lr, in place of the line.
         ema_decay: Average the weights as decay * average + (1 - decay) * weights after each step; the average is
             evaluated and is what a checkpoint's network is read as.
