@@ -71,13 +71,13 @@ class TrainConfig:
             others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
-        batch_size: Images a training step. None: 64 for digits, 128 for the others.
+        batch_size: Images a training step. None: 16 for digits, 128 for the others.
         drop_last: Leave out the last batch of an epoch where it is smaller than the others.
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
             memory, and batch statistics of each part.
         eval_batch_size: Images a batch of the evaluation.
         optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
-        lr: Peak learning rate. None: 0.05 for sgd, momentum and nesterov, 0.001 for the others.
+        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 0.001 for the others.
         weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
             None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
@@ -91,8 +91,8 @@ class TrainConfig:
         triangle_start: Share of lr at the first step of the schedule triangle.
         triangle_peak: Share of the steps after which the schedule triangle reaches lr.
         triangle_end: Share of lr at the end of the schedule triangle.
-        warmup_epochs: Epochs in which the learning rate rises in a line from zero. None: 1 with cosine (at most a
-            fifth of the epochs), 0 with the others.
+        warmup_epochs: Epochs in which the learning rate rises in a line from zero. None: 1 with cosine (0.25 for
+            digits; at most a fifth of the epochs), 0 with the others.
         warmup_factor: Keep the learning rate of the warm-up at this share of lr, in place of the line.
         ema_decay: Average the weights as decay * average + (1 - decay) * weights after each step; the average is
             evaluated and is what a checkpoint's network is read as.
@@ -286,7 +286,8 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         image_size: side of its images in pixels.
 
     Raises:
-        InputError: the environment variable FASTRES_CONV, where it counts, names no algorithm.
+        InputError: the environment variable FASTRES_CONV, where it counts, names no algorithm; amp is
+            fp16 without CUDA.
     """
     small = dataset == "digits"
     plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
@@ -299,16 +300,20 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
     amp = config.amp
     if amp == "auto":
         amp = choose_amp(torch.device(device))
+    if amp == "fp16" and not device.startswith("cuda"):
+        raise InputError(f"amp: expected a CUDA device for fp16, got {device}, where bf16 runs")
     return dataclasses.replace(
         config,
         dataset=dataset,
         epochs=epochs,
-        batch_size=_first(config.batch_size, 64 if small else 128),
-        lr=_first(config.lr, 0.05 if plain_gradient else 1e-3),
+        batch_size=_first(config.batch_size, 16 if small else 128),
+        lr=_first(config.lr, 1e-3 if not plain_gradient else 0.01 if small else 0.05),
         weight_decay=_first(
             config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4
         ),
-        warmup_epochs=_first(config.warmup_epochs, min(1.0, epochs / 5) if config.schedule == "cosine" else 0.0),
+        warmup_epochs=_first(
+            config.warmup_epochs, min(0.25 if small else 1.0, epochs / 5) if config.schedule == "cosine" else 0.0
+        ),
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
         device=device,

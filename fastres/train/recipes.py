@@ -77,14 +77,17 @@ RECIPES: dict[str, Recipe] = {
             "whitening_bias_epochs": 3.0,
         },
     ),
-    # Of digits there are 22 batches of 64 an epoch. Running statistics take a tenth of each batch's, so after the
-    # first epoch a tenth of them is still the start value, and the rest an average of weights that changed much: the
-    # network is evaluated with statistics that are not its own. More, smaller steps and a lower learning rate mend
-    # both; the weights move less while the statistics follow.
+    # Running statistics are an average of about the last ten batches'. With 22 batches of 64 in an epoch, and a warm-up
+    # over the whole of it, the weights changed fastest just before the first evaluation, which used statistics that
+    # were not those of the weights: test loss 111. With 90 batches, a fifth of the learning rate and a warm-up that
+    # ends early, the statistics follow: 0.75. The settings are the data set's defaults.
     "digits": Recipe(
         "chosen here, for a computer without a network: scikit-learn's handwritten digits",
         "accuracy about 99 % (of 360 test images)",
-        {"dataset": "digits"},
+        {
+            "dataset": "digits", "model": "resnet18", "epochs": 5.0, "batch_size": 16, "optimizer": "nesterov",
+            "lr": 0.01, "warmup_epochs": 0.25,
+        },
     ),
 }  # fmt: skip
 

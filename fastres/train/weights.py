@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from fastres import models
 from fastres.train.augment import normalise
 from fastres.train.averages import evaluated_weights
 from fastres.train.config import TrainConfig
@@ -27,19 +26,20 @@ def start_weights(model: nn.Module, config: TrainConfig, data: ImageData) -> str
     Raises:
         InputError: an option that the network does not have, or weights that do not fit it.
     """
-    if config.whitening_bias_epochs is not None and not hasattr(model, "set_whitening"):
+    set_whitening: Any = getattr(model, "set_whitening", None)
+    if config.whitening_bias_epochs is not None and set_whitening is None:
         raise InputError(f"whitening_bias_epochs: expected a network with a whitening layer, got {config.model}")
     if config.zero_init_gamma:
         _zero_last_gammas(model, config.model)
     if config.pretrained is not None:
         return load_pretrained(model, config.pretrained)
-    if isinstance(model, models.FastNet):
+    if set_whitening is not None:
         images = data.train.images
         if isinstance(images, Tensor):
             first = images[:WHITENING_IMAGES]
         else:
             first = torch.stack([images[index] for index in range(min(len(images), WHITENING_IMAGES))])
-        model.set_whitening(normalise(first.cpu(), data.mean, data.std))
+        set_whitening(normalise(first.cpu(), data.mean, data.std))
     return None
 
 

@@ -96,6 +96,29 @@ def test_convolution_algorithm_of_a_plain_network_is_refused(algorithm: Any) -> 
         check_config(TrainConfig(conv_algorithm=algorithm, fused=False))
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"schedule": "step"}, "milestones"),
+        ({"milestones": (1.0,)}, "milestones"),
+        ({"schedule": "triangle", "warmup_epochs": 1.0}, "warmup_epochs"),
+        ({"ema_decay": 0.9, "lookahead_period": 5}, "ema_decay"),
+        ({"ema_decay": 0.9, "fsdp": True}, "ema_decay"),
+        ({"lookahead_period": 5, "fsdp": True}, "lookahead_period"),
+        ({"clip_grad": 1.0, "fsdp": True}, "clip_grad"),
+        ({"batch_size": 7, "accumulate": 4}, "accumulate"),
+    ],
+)
+def test_options_in_conflict_are_named(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=rf"^{named}: "):
+        check_config(TrainConfig(**fields))
+
+
+def test_float16_is_refused_where_there_is_no_gpu() -> None:
+    with pytest.raises(InputError, match=r"^amp: .*fp16.*cpu"):
+        resolve(TrainConfig(amp="fp16", device="cpu"), dataset="digits", image_size=32)
+
+
 def test_warmup_longer_than_the_run_is_refused() -> None:
     with pytest.raises(InputError, match=r"^warmup_epochs: .*epochs = 2"):
         check_config(TrainConfig(epochs=2, warmup_epochs=3.0))

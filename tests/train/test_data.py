@@ -64,7 +64,9 @@ def test_alternating_flips_show_every_image_both_ways() -> None:
     images = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
     bits = flip_bits(64, seed=3)
     assert 16 < int(bits.sum()) < 48
-    even, odd = (augment(images, Augmentation(0, False), torch.Generator(), flipped=bits ^ epoch) for epoch in (0, 1))
+    even, odd = (
+        augment(images, Augmentation(0, False), torch.Generator(), flipped=bits ^ epoch) for epoch in (False, True)
+    )
     assert torch.equal(odd, even.flip(-1))
     assert torch.equal(even[~bits], images[~bits])
 

@@ -70,7 +70,7 @@ def test_run_leaves_all_its_files(run: Run, tmp_path: Path) -> None:
     }  # fmt: skip
     assert json.loads((folder / "summary.json").read_text()) == dataclasses.asdict(summary)
     config = json.loads((folder / "config.json").read_text())
-    assert (config["lr"], config["dataset"], config["epochs"]) == (0.05, "digits", 2)
+    assert (config["lr"], config["dataset"], config["epochs"]) == (0.01, "digits", 2)
     # 45 images make five batches of eight and one of five.
     assert [row["step"] for row in rows(folder / "steps.jsonl")] == list(range(1, 13))
     epochs = rows(folder / "metrics.jsonl")
@@ -331,7 +331,7 @@ def test_options_left_open_are_those_of_the_checkpoint(run: Run, tmp_path: Path)
     ("change", "said"),
     [
         ({"model": "article"}, "model was 'resnet18', is 'article'"),
-        ({"lr": 0.01}, "lr was 0.05, is 0.01"),
+        ({"lr": 0.05}, "lr was 0.01, is 0.05"),
         ({"batch_size": 9}, "batch_size was 8, is 9"),
         ({"optimizer": "adam"}, "optimizer was 'nesterov', is 'adam'"),
         ({"fused": False}, "fused was True, is False"),
