@@ -26,8 +26,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from fastres.freeze import freeze
 from fastres.train.augment import normalise
 from fastres.train.checkpoint import load_checkpoint
-from fastres.train.data import decode_image
 from fastres.train.errors import InputError, RunError
+from fastres.train.image_folder import decode_image
 from fastres.train.loop import load_model
 
 PROGRAM = "python -m fastres.predict"

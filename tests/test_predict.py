@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fastres import predict
 from fastres.train import InputError, RunError, load_data, load_model
-from fastres.train.config import TrainConfig
 from fastres.train.augment import normalise
+from fastres.train.config import TrainConfig
 from tests.oracle import assert_close
 from tests.train.conftest import run, tiny_models, write_folder  # noqa: F401
 

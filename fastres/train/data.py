@@ -4,19 +4,18 @@ Images stay uint8 [N, 3, H, W] until they are in a batch. The order is drawn fro
 gives the same batches on every device, for every model, and after a resume.
 """
 
+import hashlib
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -27,36 +26,18 @@ from fastres.train.config import Dataset, TrainConfig
 from fastres.train.distributed import SINGLE, Group
 from fastres.train.errors import InputError, RunError
 
-MEMORY_LIMIT = 2 * 2**30
-"""Bytes of decoded images (training and test together) up to which an image folder is held in memory."""
+if TYPE_CHECKING:
+    from fastres.train.image_folder import ImageFiles
 
-TEST_FOLDERS = ("test", "val", "valid")
 PROBE_SECONDS = 8.0
 """How long the site of a data set may take to answer before it counts as out of reach."""
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""For image folders too large to measure: the values that torchvision's models use."""
-
-
-class ImageFiles(torch.utils.data.Dataset[Tensor]):
-    """Images decoded when asked for: item i is a uint8 [3, size, size] tensor."""
-
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths = list(paths)
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return decode_image(self.paths[index], self.size)
 
 
 @dataclass(frozen=True)
 class Split:
     """The training or the test images of a data set."""
 
-    images: Tensor | ImageFiles  # uint8 [N, 3, H, W], or files that give uint8 [3, H, W]
+    images: "Tensor | ImageFiles"  # uint8 [N, 3, H, W], or files that give uint8 [3, H, W]
     labels: Tensor  # int64 [N]
 
     def __len__(self) -> int:
@@ -94,6 +75,8 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
     if config.dataset == "digits":
         return load_handwritten_digits()
     if config.dataset == "imagefolder":
+        from fastres.train.image_folder import load_image_folder  # which builds on this module
+
         return load_image_folder(config.data_dir, image_size=config.image_size, notify=notify)
     if config.dataset == "cifar100":
         return load_cifar("cifar100", config.data_dir, notify=notify)
@@ -117,7 +100,7 @@ def load_handwritten_digits(*, instead_of: str | None = None) -> ImageData:
     labels = torch.from_numpy(digits.target).long()
     parts = train_test_split(np.arange(len(labels)), test_size=360, stratify=digits.target, random_state=0)
     train, test = (Split(images[part].contiguous(), labels[part]) for part in map(torch.from_numpy, parts))
-    return _measured("digits", train, test, tuple("0123456789"), Augmentation(padding=3, flip=False), instead_of)
+    return measured("digits", train, test, tuple("0123456789"), Augmentation(padding=3, flip=False), instead_of)
 
 
 def load_cifar(name: Dataset, root: Path, *, notify: Callable[[str], None] = print) -> ImageData:
@@ -139,48 +122,7 @@ def load_cifar(name: Dataset, root: Path, *, notify: Callable[[str], None] = pri
         Split(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for part in parts
     )
-    return _measured(name, train, test, tuple(parts[0].classes), Augmentation(padding=4, flip=True), None)
-
-
-def load_image_folder(root: Path, *, image_size: int | None, notify: Callable[[str], None] = print) -> ImageData:
-    """Images in root/train/<class>/ and root/test/<class>/ (or val/, valid/): torchvision's ImageFolder layout.
-
-    Each image becomes RGB, its shorter side is resized to `image_size` and its middle is cut out. Up to MEMORY_LIMIT
-    all images are decoded here; beyond, when a batch asks for them.
-    """
-    if not root.is_dir():
-        raise InputError(f"data_dir: no such folder: {root}")
-    test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if not (root / "train").is_dir() or test_root is None:
-        raise InputError(f"data_dir: {root} must hold a folder train and one of {', '.join(TEST_FOLDERS)}")
-    train_paths, train_labels, classes = _list_images(root / "train")
-    test_paths, test_labels, test_classes = _list_images(test_root)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise InputError(f"data_dir: {root / 'train'} and {test_root} differ in classes: {', '.join(odd[:5])}")
-    size = image_size or min(224, *_read_rgb(train_paths[0]).size)
-    files = ImageFiles(train_paths, size), ImageFiles(test_paths, size)
-    augmentation = Augmentation(padding=max(1, size // 8), flip=True)
-    bytes_needed = (len(train_paths) + len(test_paths)) * 3 * size * size
-    if bytes_needed > MEMORY_LIMIT:
-        notify(f"{bytes_needed / 2**30:.1f} GiB of images stay on disk and are decoded batch by batch.")
-        train, test = Split(files[0], train_labels), Split(files[1], test_labels)
-        return ImageData("imagefolder", train, test, classes, size, IMAGENET_MEAN, IMAGENET_STD, augmentation)
-    notify(f"Decoding {len(train_paths) + len(test_paths):,} images from {root} ...")
-    train, test = Split(_decode_all(files[0]), train_labels), Split(_decode_all(files[1]), test_labels)
-    return _measured("imagefolder", train, test, classes, augmentation, None)
-
-
-def decode_image(path: Path, size: int) -> Tensor:
-    """Read an image file as uint8 [3, size, size]: shorter side resized to `size`, middle cut out.
-
-    Raises:
-        InputError: the file cannot be decoded; the message names it.
-    """
-    image = _read_rgb(path)
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return measured(name, train, test, tuple(parts[0].classes), Augmentation(padding=4, flip=True), None)
 
 
 def batches(
@@ -193,6 +135,9 @@ def batches(
         start: number of the first batch to give.
         workers: processes that decode, for a split that is not in memory.
         group: of images that are not in memory only this process's share is decoded; the others are undefined.
+
+    Raises:
+        InputError: an image that is not in memory cannot be decoded; the message names the file.
     """
     parts = list(torch.split(order, batch_size))[start:] if len(order) else []
     if isinstance(split.images, Tensor):
@@ -201,18 +146,103 @@ def batches(
             yield split.images[part], split.labels[part]
         return
     loader = torch.utils.data.DataLoader(
-        split.images,
+        _Decoded(split.images),
         batch_sampler=[part[group.share(len(part))].tolist() for part in parts],
+        collate_fn=_stacked,
         num_workers=workers,
         # Without a generator of its own the loader would draw from the global one, which belongs to the dropout.
         generator=torch.Generator(),
     )
     for part, decoded in zip(parts, loader, strict=True):
+        if isinstance(decoded, InputError):
+            raise decoded
         images = decoded
         if group.size > 1:
             images = decoded.new_empty(len(part), *decoded.shape[1:])
             images[group.share(len(part))] = decoded
         yield images, split.labels[part]
+
+
+class _Decoded(torch.utils.data.Dataset[Tensor | InputError]):
+    """Image files whose errors are values: one raised in a worker process would arrive as the text of a traceback."""
+
+    def __init__(self, files: "ImageFiles") -> None:
+        self.files = files
+
+    def __getitem__(self, index: int) -> Tensor | InputError:
+        try:
+            return self.files[index]
+        except InputError as error:
+            return error
+
+
+def _stacked(images: list[Tensor | InputError]) -> Tensor | InputError:
+    """The batch, or the first error among its images."""
+    error = next((image for image in images if isinstance(image, InputError)), None)
+    return error or torch.stack([image for image in images if isinstance(image, Tensor)])
+
+
+def fingerprint(data: ImageData) -> dict[str, Any]:
+    """What tells a data set from another, in plain JSON types; the same whatever device holds the images.
+
+    A part's sha256 is over its labels and, of images in memory, their shape and bytes; of files, their names below the
+    part's folder and their sizes.
+
+    Raises:
+        InputError: an image file is gone.
+    """
+    return {
+        "name": data.name,
+        "classes": list(data.classes),
+        "image_size": data.image_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "train": {"images": len(data.train), "sha256": _sha256(data.train)},
+        "test": {"images": len(data.test), "sha256": _sha256(data.test)},
+    }
+
+
+def fingerprint_differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, a sentence each without a full stop; empty where nothing does."""
+    differences = []
+    if then["name"] != now["name"]:
+        differences.append(f"the data set was {then['name']}, is {now['name']}")
+    if then["classes"] != now["classes"]:
+        differences.append(f"the classes were {_few(then['classes'])}, are {_few(now['classes'])}")
+    if then["image_size"] != now["image_size"]:
+        differences.append(f"the images were {then['image_size']} pixels wide, are {now['image_size']}")
+    for part, title in (("train", "training"), ("test", "test")):
+        if then[part]["images"] != now[part]["images"]:
+            differences.append(f"the {title} images were {then[part]['images']:,}, are {now[part]['images']:,}")
+        elif then[part]["sha256"] != now[part]["sha256"]:
+            differences.append(f"the {title} images or their labels are not the same as then")
+    for what in ("mean", "std"):
+        # Another machine may add up in another order.
+        if not np.allclose(then[what], now[what], rtol=1e-9, atol=0):
+            differences.append(f"the pixels' {what} was {then[what]}, is {now[what]}")
+    return differences
+
+
+def _few(classes: list[str]) -> str:
+    return f"{len(classes)} ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
+
+
+def _sha256(part: Split) -> str:
+    digest = hashlib.sha256(part.labels.cpu().numpy().astype("<i8").tobytes())
+    images = part.images
+    if isinstance(images, Tensor):
+        digest.update(repr(tuple(images.shape)).encode())
+        for some in torch.split(images, 4096):  # a copy of a few only, where the images are on a GPU or not contiguous
+            digest.update(some.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+    for path in images.paths:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"data_dir: cannot read {path}: {error.strerror}") from error
+        name = path.relative_to(images.root).as_posix()
+        digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def left_out(count: int, batch_size: int, smallest: int = 2) -> int:
@@ -228,7 +258,7 @@ def train_order(count: int, batch_size: int, generator: torch.Generator, smalles
     return order[: count - left_out(count, batch_size, smallest)]
 
 
-def _measured(
+def measured(
     name: Dataset, train: Split, test: Split, classes: tuple[str, ...], how: Augmentation, instead_of: str | None
 ) -> ImageData:
     """An in-memory data set, with the mean and deviation of its training pixels."""
@@ -244,31 +274,6 @@ def _measured(
     return ImageData(
         name, train, test, classes, images.shape[-1], tuple(mean.tolist()), tuple(std.tolist()), how, instead_of
     )
-
-
-def _list_images(folder: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
-    try:
-        found = datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise InputError(f"data_dir: {folder} must hold a folder a class with images in each ({error})") from error
-    return [Path(path) for path, _ in found.samples], torch.tensor(found.targets), tuple(found.classes)
-
-
-def _read_rgb(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
-    except Exception as error:  # Pillow's decoders raise many kinds
-        raise InputError(f"data_dir: broken image {path}: {error}") from error
-
-
-def _decode_all(files: ImageFiles) -> Tensor:
-    images = torch.empty(len(files), 3, files.size, files.size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
-        for index, image in enumerate(pool.map(files.__getitem__, range(len(files)))):
-            images[index] = image
-    return images
 
 
 def _download_cifar(kind: type[datasets.CIFAR10], title: str, root: Path, notify: Callable[[str], None]) -> None:

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from fastres.train.augment import augment, augmentation_of, flip_bits, normalise
 from fastres.train.averages import Lookahead, averaged_model
 from fastres.train.data import batches
+from fastres.train.diagnosis import diagnose
+from fastres.train.errors import DivergedError
 from fastres.train.parallel import loss_weight, share_buffers, spread, without_reduction
 from fastres.train.precision import AMP_DTYPES
 from fastres.train.prepare import Run
@@ -104,6 +106,9 @@ class Engine:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad()
         loss, logits = self._gradients(x, labels, count)
+        # On a GPU, and in several processes, the loop finds it later: looking at each step would make the step wait.
+        if self.device.type == "cpu" and self.group.size == 1 and not math.isfinite(loss.item()):
+            raise DivergedError(self._diverged(loss.item(), x, labels, lr, at))
         self._update(at)
         if self.group.size == 1:
             self.train_metrics["accuracy"].update(logits, labels)
@@ -115,6 +120,17 @@ class Engine:
             self.train_metrics["accuracy"].update(predictions.long(), torch.ones_like(predictions).long())
         self.train_metrics["loss"].update(loss.expand(count))
         return loss
+
+    def _diverged(self, loss: float, x: Tensor, labels: Tensor, lr: float, at: Position) -> str:
+        def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+
+        with self.amp:
+            found = diagnose(self.model, x, labels, loss_of)
+        return (
+            f"the loss is {loss} at step {at.step + 1} (epoch {at.epoch + 1}), with an lr of {lr:g}: {found.what}; "
+            "the last checkpoint is of before; try a lower lr"
+        )
 
     def _gradients(self, x: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Add up the gradients of the share's parts; `count` images in all shares. Returns the loss and the logits."""

@@ -88,6 +88,7 @@ class _Loop:
     def __init__(self, run: Run, console: Console) -> None:
         self.config, self.data, self.device = run.config, run.data, run.device
         self.model, self.optimizer, self.generator = run.model, run.optimizer, run.generator
+        self.fingerprint = run.fingerprint
         self.backend, self.console, self.group = run.backend, console, run.group
         config = self.config
         if config.output_dir is None or config.batch_size is None or config.epochs is None or config.lr is None:
@@ -302,6 +303,7 @@ class _Loop:
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
             "seconds": self._seconds(),
+            "data": self.fingerprint,
             "mean": list(self.data.mean),
             "std": list(self.data.std),
             "image_size": self.data.image_size,

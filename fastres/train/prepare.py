@@ -15,7 +15,7 @@ from fastres import _extension, models
 from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
-from fastres.train.data import ImageData, load_data
+from fastres.train.data import ImageData, fingerprint, fingerprint_differences, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
@@ -42,6 +42,7 @@ class Run:
     resumed: dict[str, Any] | None  # the checkpoint
     backend: str
     group: Group = SINGLE
+    fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the data
 
 
 def prepare(
@@ -74,13 +75,16 @@ def prepare(
         torch.set_num_threads(config.threads)
     if data is None:
         data = _load(config, group, notify)
+    if len(data.classes) < 2:
+        raise InputError(f"data: expected 2 classes or more, got {list(data.classes)}")
     if len(data.train) < 2 or len(data.test) < 1:
         raise InputError(
             f"data: expected 2 training images and 1 test image or more, got {len(data.train)}, {len(data.test)}"
         )
     config = resolve(config, dataset=data.name, image_size=data.image_size)
+    print_of_data = fingerprint(data)
     if resumed is not None:
-        _check_same_run(config, resumed, data)
+        _check_same_run(config, resumed, data, print_of_data)
     check_job(config, group, resumed)
     if device.type == "cpu" and config.reuse_memory:
         reuse_cpu_memory()
@@ -111,7 +115,7 @@ def prepare(
     if device.type == "cuda":
         data = _to_device(data, device)
     backend = _backend(config, device)
-    return Run(config, data, device, model, optimizer, generator, resumed, backend, group)
+    return Run(config, data, device, model, optimizer, generator, resumed, backend, group, print_of_data)
 
 
 def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
@@ -162,7 +166,9 @@ def _inherit(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
-def _check_same_run(config: TrainConfig, resumed: dict[str, Any], data: ImageData) -> None:
+def _check_same_run(
+    config: TrainConfig, resumed: dict[str, Any], data: ImageData, print_of_data: dict[str, Any]
+) -> None:
     now = to_dict(config)
     differences = [
         f"{name} was {resumed['config'].get(name)!r}, is {now[name]!r}"
@@ -171,8 +177,10 @@ def _check_same_run(config: TrainConfig, resumed: dict[str, Any], data: ImageDat
     ]
     if list(data.classes) != resumed["classes"]:
         differences.append(f"classes were {resumed['classes'][:5]}..., are {list(data.classes)[:5]}...")
+    elif "data" in resumed:
+        differences += fingerprint_differences(resumed["data"], print_of_data)
     order = resumed["order"]
-    if order is not None and len(order) and int(order.max()) >= len(data.train):
+    if not differences and order is not None and len(order) and int(order.max()) >= len(data.train):
         differences.append(f"the training images are fewer than then ({len(data.train)})")
     if differences:
         raise InputError(f"resume: the checkpoint {config.resume} is of another run: {'; '.join(differences)}")

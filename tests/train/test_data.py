@@ -1,6 +1,7 @@
+import dataclasses
+import json
 import pickle
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
 from fastres.train import data as module
 from fastres.train.augment import Augmentation, augment, flip_bits, normalise
 from fastres.train.config import TrainConfig
-from fastres.train.data import Split, batches, load_data, load_image_folder, train_order
+from fastres.train.data import (
+    ImageData,
+    Split,
+    batches,
+    fingerprint,
+    fingerprint_differences,
+    load_data,
+    train_order,
+)
 from fastres.train.errors import InputError, RunError
-
-WriteFolder = Callable[..., Path]
 
 
 def crop_one_by_one(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
@@ -138,99 +144,63 @@ def test_statistics_are_those_of_the_training_pixels() -> None:
     assert data.std == pytest.approx(pixels.std((0, 2, 3), correction=0).tolist())
 
 
-# --- Image folders ---
+# --- Fingerprints ---
 
 
-@pytest.mark.parametrize("test", ["test", "val", "valid"])
-def test_image_folder_gives_images_and_labels(write_folder: WriteFolder, tmp_path: Path, test: str) -> None:
-    data = load_image_folder(write_folder(tmp_path, size=(8, 8), test=test), image_size=None)
-    assert data.classes == ("cat", "dog")
-    assert data.image_size == 8
-    assert data.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert isinstance(data.test.images, Tensor)
-    oracle = np.array(Image.open(tmp_path / test / "dog" / "1.png"))
-    assert np.array_equal(data.test.images[3].permute(1, 2, 0).numpy(), oracle)
+def some_data() -> ImageData:
+    def split(count: int) -> Split:
+        return Split(torch.randint(0, 256, (count, 3, 4, 4), dtype=torch.uint8), torch.arange(count) % 2)
+
+    return ImageData(
+        "cifar10", split(9), split(4), ("a", "b"), 4, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), Augmentation(1, False)
+    )
 
 
-def test_image_folder_is_resized_and_cut_to_squares(write_folder: WriteFolder, tmp_path: Path) -> None:
-    data = load_image_folder(write_folder(tmp_path, size=(12, 6)), image_size=4)
+def test_fingerprint_is_json_and_that_of_equal_images() -> None:
+    data = some_data()
+    now = fingerprint(data)
+    assert json.loads(json.dumps(now)) == now
     assert isinstance(data.train.images, Tensor)
-    assert data.train.images.shape == (8, 3, 4, 4)
+    copied = Split(data.train.images.clone(memory_format=torch.channels_last), data.train.labels.int())
+    assert fingerprint(dataclasses.replace(data, train=copied)) == now
+    assert fingerprint_differences(now, now) == []
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
-def test_images_of_other_modes_become_rgb(write_folder: WriteFolder, tmp_path: Path, mode: str) -> None:
-    write_folder(tmp_path)
-    path = tmp_path / "train" / "cat" / "0.png"
-    Image.open(path).convert(mode).save(path)
-    assert module.decode_image(path, 8).shape == (3, 8, 8)
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("change", ["pixel", "label", "order"])
+def test_one_pixel_or_label_makes_another_fingerprint(part: str, change: str) -> None:
+    data = some_data()
+    split: Split = getattr(data, part)
+    assert isinstance(split.images, Tensor)
+    images, labels = split.images.clone(), split.labels.clone()
+    if change == "pixel":
+        images[1, 2, 3, 0] ^= 1
+    elif change == "label":
+        labels[1] = 0
+    else:
+        images = images.flip(0)
+    other = dataclasses.replace(data, **{part: Split(images, labels)})
+    title = "training" if part == "train" else "test"
+    assert fingerprint_differences(fingerprint(data), fingerprint(other)) == [
+        f"the {title} images or their labels are not the same as then"
+    ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_left_on_disk_equal_those_in_memory(
-    write_folder: WriteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
-) -> None:
-    write_folder(tmp_path)
-    held = load_image_folder(tmp_path, image_size=6)
-    monkeypatch.setattr(module, "MEMORY_LIMIT", 0)
-    on_disk = load_image_folder(tmp_path, image_size=6)
-    assert not isinstance(on_disk.train.images, Tensor)
-    order = torch.tensor([5, 0, 7, 2, 1])
-    before = torch.get_rng_state()
-    pairs = zip(batches(held.train, order, 2), batches(on_disk.train, order, 2, workers=workers), strict=True)
-    for (images, labels), (disk_images, disk_labels) in pairs:
-        assert torch.equal(images, disk_images)
-        assert torch.equal(labels, disk_labels)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def remove_folder(root: Path) -> Path:
-    return root / "nowhere"
-
-
-def empty_folder(root: Path) -> Path:
-    (root / "empty").mkdir()
-    return root / "empty"
-
-
-def no_test_folder(root: Path) -> Path:
-    (root / "test").rename(root / "exam")
-    return root
-
-
-def empty_class(root: Path) -> Path:
-    for path in (root / "train" / "dog").iterdir():
-        path.unlink()
-    return root / "train"
-
-
-def other_classes(root: Path) -> Path:
-    (root / "test" / "dog").rename(root / "test" / "wolf")
-    return root / "train"
-
-
-def broken_image(root: Path) -> Path:
-    path = root / "test" / "dog" / "1.png"
-    path.write_bytes(path.read_bytes()[:60])
-    return path
-
-
-def not_an_image(root: Path) -> Path:
-    path = root / "train" / "cat" / "0.png"
-    path.write_text("hello")
-    return path
-
-
-@pytest.mark.parametrize(
-    "damage", [remove_folder, empty_folder, no_test_folder, empty_class, other_classes, broken_image, not_an_image]
-)
-def test_damaged_image_folder_is_named(write_folder: WriteFolder, tmp_path: Path, damage: Any) -> None:
-    root = write_folder(tmp_path / "images")
-    culprit = damage(root)
-    start = culprit if damage in (remove_folder, empty_folder) else root
-    with pytest.raises(InputError, match=r"^data_dir: ") as caught:
-        load_image_folder(start, image_size=None)
-    assert str(culprit) in str(caught.value)
+def test_each_difference_of_fingerprints_is_a_sentence() -> None:
+    data = some_data()
+    assert isinstance(data.test.images, Tensor)
+    shorter = Split(data.test.images[:3], data.test.labels[:3])
+    other = dataclasses.replace(
+        data, name="digits", test=shorter, classes=("a", "c"), image_size=5, mean=(0.1, 0.2, 0.4), std=(0.5, 0.5, 0.6)
+    )
+    assert fingerprint_differences(fingerprint(data), fingerprint(other)) == [
+        "the data set was cifar10, is digits",
+        "the classes were 2 (a, b), are 2 (a, c)",
+        "the images were 4 pixels wide, are 5",
+        "the test images were 4, are 3",
+        "the pixels' mean was [0.1, 0.2, 0.3], is [0.1, 0.2, 0.4]",
+        "the pixels' std was [0.5, 0.5, 0.5], is [0.5, 0.5, 0.6]",
+    ]
 
 
 # --- CIFAR ---

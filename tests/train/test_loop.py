@@ -19,13 +19,13 @@ from fastres.train import (
     Split,
     Summary,
     TrainConfig,
+    image_folder,
     load_checkpoint,
     load_model,
     saved_config,
     train,
 )
 from fastres.train import config as config_module
-from fastres.train import data as data_module
 from fastres.train.augment import normalise
 from fastres.train.config import Optimizer
 
@@ -211,11 +211,11 @@ def test_images_left_on_disk_train_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_folder(tmp_path / "images", size=(8, 8))
-    held = data_module.load_image_folder(tmp_path / "images", image_size=None)
-    monkeypatch.setattr(data_module, "IMAGENET_MEAN", held.mean)
-    monkeypatch.setattr(data_module, "IMAGENET_STD", held.std)
+    held = image_folder.load_image_folder(tmp_path / "images", image_size=None)
+    monkeypatch.setattr(image_folder, "IMAGENET_MEAN", held.mean)
+    monkeypatch.setattr(image_folder, "IMAGENET_STD", held.std)
     for name, limit in (("held", 2**30), ("disk", 0)):
-        monkeypatch.setattr(data_module, "MEMORY_LIMIT", limit)
+        monkeypatch.setattr(image_folder, "MEMORY_LIMIT", limit)
         train(
             TrainConfig(dataset="imagefolder", data_dir=tmp_path / "images", output_dir=tmp_path / name, batch_size=3,
                         epochs=2, dropout=0.5, device="cpu", workers=0),
