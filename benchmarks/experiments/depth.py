@@ -74,7 +74,7 @@ def measure(kind: str, depth: int, data: ImageData, settings: Settings, place: P
 
     folder = place.output_dir / f"run-{depth}"
     shutil.rmtree(folder, ignore_errors=True)
-    options = {"fused": False, "max_steps": steps, "epochs": max(1, settings.epochs), "lr": LR, "schedule": "constant"}
+    options = {"fused": False, "max_steps": steps, "epochs": steps, "lr": LR, "schedule": "constant"}
     config = trainer_config(own, place, folder, options)
     after: list[float] | None = None
     try:
