@@ -42,7 +42,7 @@ class Experiment(Protocol):
 
 # Epochs and training images that make each a matter of minutes.
 EXPERIMENTS: dict[str, tuple[Any, int, int]] = {
-    "depth": (depth, 1, 5000),
+    "depth": (depth, 0, 5000),  # steps, not epochs
     "optimizers": (trained.optimizers, 5, 10000),
     "rates": (trained.rates, 3, 8000),
     "dropout": (trained.dropout, 5, 10000),
@@ -98,6 +98,8 @@ def main(config: Config, command: str) -> bool:
         batch_size=config.batch_size,
         seed=config.seed,
     )
+    if config.name == "depth":
+        settings = dataclasses.replace(settings, model=f"resnet{depth.DEPTHS[0]} to {depth.DEPTHS[-1]}", epochs=0)
     place = Place(config.data_dir, config.output_dir, accuracy.describe_cpu(), command)
     study = read(config.name, settings, place)
     data = load(settings, place)

@@ -56,7 +56,7 @@ def gradient_norms(model: nn.Module, x: Tensor, labels: Tensor) -> list[float]:
 def measure(kind: str, depth: int, data: ImageData, settings: Settings, place: Place, steps: int) -> dict[str, Any]:
     """Gradient norms of one network at initialisation and after `steps` steps; None after a loss that is not finite."""
     # The subset lies in the order of its classes, so a batch takes every n-th image.
-    order = torch.arange(settings.batch_size) * (len(data.train) // settings.batch_size)
+    order = torch.linspace(0, len(data.train) - 1, settings.batch_size).long()
     ((images, labels),) = batches(data.train, order, settings.batch_size)
     x = normalise(images, data.mean, data.std)
     own = dataclasses.replace(settings, model=f"resnet{depth}")
@@ -75,7 +75,7 @@ def measure(kind: str, depth: int, data: ImageData, settings: Settings, place: P
 
     folder = place.output_dir / f"run-{depth}"
     shutil.rmtree(folder, ignore_errors=True)
-    options = {"fused": False, "max_steps": steps, "epochs": max(1, settings.epochs), "lr": LR, "schedule": "constant"}
+    options = {"fused": False, "max_steps": steps, "epochs": steps, "lr": LR, "schedule": "constant"}
     config = trainer_config(own, place, folder, options)
     after: list[float] | None = None
     try:
