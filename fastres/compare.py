@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fastres.train import pictures
 from fastres.train.errors import InputError, RunError
+from fastres.train.folder import writing
 from fastres.train.history import History, read_history
 from fastres.train.progress import duration
 
@@ -199,11 +200,9 @@ def run(options: Options, console: Console) -> None:
     if not any(history.metrics for history in histories):
         console.print("No run has finished an epoch yet, so there are no curves.", highlight=False)
         return
-    try:
+    with writing(options.output):
         options.output.parent.mkdir(parents=True, exist_ok=True)
         draw(histories, names, options.output)
-    except (OSError, ValueError) as error:
-        raise RunError(f"output: {options.output} cannot be written: {error}") from error
     if not options.json:
         console.print(f"curves: {options.output}", highlight=False, soft_wrap=True, markup=False)
 

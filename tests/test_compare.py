@@ -122,8 +122,8 @@ def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
         ([good, tmp_path / "gone"], "no such folder"),
         ([empty], "holds neither config.json nor metrics.jsonl"),
         ([], "expected at least one"),
-        ([good, "--output", blocked / "c.png"], "cannot be written"),
-        ([good, "--output", tmp_path], "cannot be written"),
+        ([good, "--output", blocked / "c.png"], "cannot write"),
+        ([good, "--output", tmp_path], "cannot write"),
     ):
         assert compare.main(list(map(str, args))) == 2
         error = capsys.readouterr().err

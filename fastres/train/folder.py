@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[None]:
     except RunError:
         raise
     except (OSError, RuntimeError) as error:
-        raise RunError(f"output_dir: cannot write {_short(path)}: {_reason(error, path)}") from error
+        raise RunError(f"cannot write {_short(path)}: {_reason(error, path)}") from error
 
 
 @contextmanager

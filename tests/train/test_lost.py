@@ -187,7 +187,7 @@ def test_full_disk_ends_the_run_in_one_line(run: Run, tmp_path: Path, monkeypatc
     try:
         with (
             monkeypatch.context() as patch,
-            pytest.raises(RunError, match=r"^output_dir: cannot write .*pt: ") as caught,
+            pytest.raises(RunError, match=r"^cannot write .*pt: ") as caught,
         ):
             patch.setattr(torch, "save", save)
             run(to="full")
@@ -208,9 +208,7 @@ def test_any_failed_write_is_one_sentence_and_leaves_the_old_file(tmp_path: Path
     file = tmp_path / "a.txt"
     write_text(file, "old")
     with (
-        pytest.raises(
-            RunError, match=r"^output_dir: cannot write .*a\.txt: (No space left on device|enforce fail at x)$"
-        ),
+        pytest.raises(RunError, match=r"^cannot write .*a\.txt: (No space left on device|enforce fail at x)$"),
         atomic(file) as temporary,
     ):
         temporary.write_text("half")
@@ -222,13 +220,13 @@ def test_any_failed_write_is_one_sentence_and_leaves_the_old_file(tmp_path: Path
 @pytest.mark.parametrize("resume", [None, AUTO])
 def test_impossible_folder_is_one_sentence(run: Run, tmp_path: Path, name: str, resume: Path | None) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(RunError, match=r"^output_dir: cannot write .*: (Not a directory|File name too long)$"):
+    with pytest.raises(RunError, match=r"^cannot write .*: (Not a directory|File name too long)$"):
         run(output_dir=tmp_path / name, resume=resume)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_folder_that_nobody_may_write_is_one_sentence(run: Run) -> None:
-    with pytest.raises(RunError, match=r"^output_dir: cannot write /proc/.*: "):
+    with pytest.raises(RunError, match=r"^cannot write /proc/.*: "):
         run(output_dir=Path("/proc/fastres/run"))
 
 

@@ -24,8 +24,10 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from fastres.train import InputError, TrainConfig, pictures
 from fastres.train.boards import FOLDER, Board
 from fastres.train.config import to_dict
-from fastres.train.data import ImageFiles, Split
+from fastres.train.data import Split
+from fastres.train.errors import RunError
 from fastres.train.history import read_history
+from fastres.train.image_folder import ImageFiles
 from fastres.train.page import PAGE, class_rows, confused_pairs, write_report
 from fastres.train.progress import Progress, duration
 from tests.train.conftest import make_data
@@ -317,7 +319,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure, "savefig", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="No space"):
         pictures.save(figure, path)
     assert [file.name for file in tmp_path.iterdir()] == ["c.png"] and path.read_text() == "before"
 
