@@ -108,7 +108,8 @@ def test_a_broken_image_is_named_and_the_others_are_told(trained, images, capsys
 
 def test_one_picture_of_any_mode_is_taken(trained, tmp_path):
     for mode in ("L", "RGBA", "P"):
-        Image.new(mode, (30, 20)).save(tmp_path / f"{mode}.png")
+        # What is transparent would show white.
+        Image.new(mode, (30, 20), (0, 0, 0, 255) if mode == "RGBA" else 0).save(tmp_path / f"{mode}.png")
     found = list(predict.Predictor(trained).predict([tmp_path / f"{mode}.png" for mode in ("L", "RGBA", "P")]))
     assert all(one.error is None for one in found)
     for one in found[1:]:  # all are black
