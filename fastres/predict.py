@@ -97,7 +97,7 @@ class Predictor:
         self.image_size: int = state["image_size"]
         self.mean, self.std = tuple(state["mean"]), tuple(state["std"])
         self.device = torch.device(device)
-        self.bfloat16 = state["config"]["amp"] == "bf16"
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(state["config"]["amp"])
         self.channels_last: bool = state["config"]["channels_last"]
         layout: dict[str, Any] = {"memory_format": torch.channels_last} if self.channels_last else {}
         self.model = (freeze(model) if frozen else model).to(self.device, **layout)
@@ -118,7 +118,7 @@ class Predictor:
                 f"{list(images.shape)}"
             )
         x = normalise(images.to(self.device), self.mean, self.std, channels_last=self.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             logits = self.model(x)
         chances: Tensor = logits.float().softmax(1).cpu()
         return chances

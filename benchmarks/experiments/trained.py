@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from benchmarks.experiments import alter
@@ -27,8 +28,8 @@ from benchmarks.experiments.study import (
 )
 from benchmarks.records import row
 from fastres.train import ImageData, pictures
+from fastres.train.augment import normalise
 from fastres.train.data import batches, train_order
-from fastres.train.engine import Engine, Position
 from fastres.train.prepare import prepare
 
 # ---------------------------------------------------------------------------------------------- one list of cases each
@@ -102,21 +103,27 @@ RANGE = "range test"
 def range_test(data: ImageData, settings: Settings, place: Place, steps: int) -> dict[str, list[float]]:
     """The loss of each step while the learning rate grows geometrically from LOW to HIGH; ends where it quadruples.
 
+    On the images as they are, without augmentation.
+
     Source: Smith 2017, "Cyclical learning rates for training neural networks", section 3.3.
     """
     with tempfile.TemporaryDirectory() as folder:
         config = trainer_config(settings, place, Path(folder) / "run", {"epochs": max(1, settings.epochs)})
         run = prepare(config, data, network(settings, None), Console(file=io.StringIO()))
-    engine = Engine(run)
     run.model.train()
     rates: list[float] = []
     losses: list[float] = []
     while len(rates) < steps:
         order = train_order(len(data.train), settings.batch_size, run.generator)
-        parts = torch.split(order, settings.batch_size)
-        for part, (images, labels) in zip(parts, batches(data.train, order, settings.batch_size), strict=True):
+        for images, labels in batches(data.train, order, settings.batch_size):
             rate = LOW * (HIGH / LOW) ** (len(rates) / max(steps - 1, 1))
-            loss = engine.train_step(images, labels, rate, Position(len(rates), steps, 0, part)).item()
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            run.optimizer.zero_grad()
+            mean = F.cross_entropy(run.model(normalise(images, data.mean, data.std)), labels)
+            torch.autograd.backward(mean)
+            run.optimizer.step()
+            loss = mean.item()
             if not math.isfinite(loss) or (losses and loss > 4 * losses[0]):
                 return {"rates": rates, "losses": losses}
             rates.append(rate)

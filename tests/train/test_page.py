@@ -302,7 +302,7 @@ def test_the_mean_of_thinned_steps_is_that_of_all():
 
 def test_mistakes_are_drawn_from_files_as_well(tmp_path, write_folder):
     root = write_folder(tmp_path / "images")
-    files = ImageFiles(sorted((root / "test").rglob("*.png")), 8)
+    files = ImageFiles(root / "test", sorted((root / "test").rglob("*.png")), 8)
     data = dataclasses.replace(make_data(), test=Split(files, torch.tensor([0, 0, 1, 1])), classes=("cat", "dog"))
     found = pictures.worst_mistakes(torch.tensor([[0.0, 1], [1, 0], [1, 0], [0, 1]]), data.test.labels, 5)
     pictures.draw_mistakes(found, data, tmp_path / "m.png")
