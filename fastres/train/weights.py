@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from fastres.train.augment import normalise
 from fastres.train.averages import evaluated_weights
 from fastres.train.config import TrainConfig
-from fastres.train.data import ImageData
+from fastres.train.data import ImageData, batches
 from fastres.train.errors import InputError
 
 WHITENING_IMAGES = 5000
@@ -34,12 +34,10 @@ def start_weights(model: nn.Module, config: TrainConfig, data: ImageData) -> str
     if config.pretrained is not None:
         return load_pretrained(model, config.pretrained)
     if set_whitening is not None:
-        images = data.train.images
-        if isinstance(images, Tensor):
-            first = images[:WHITENING_IMAGES]
-        else:
-            first = torch.stack([images[index] for index in range(min(len(images), WHITENING_IMAGES))])
-        set_whitening(normalise(first.cpu(), data.mean, data.std))
+        # At random: a folder of images is in the order of its classes.
+        chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(config.seed))
+        images, _ = next(batches(data.train, chosen[:WHITENING_IMAGES], WHITENING_IMAGES))
+        set_whitening(normalise(images.cpu(), data.mean, data.std))
     return None
 
 
