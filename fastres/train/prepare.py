@@ -194,6 +194,8 @@ def _check_output_dir(config: TrainConfig) -> None:
         if directory.exists() and not directory.is_dir():
             raise InputError(f"output_dir: expected a folder, got the file {directory}")
         held = [name for name in RUN_FILES if (directory / name).exists()]
+    if was_restarted() and config.resume is None:
+        return  # the failed attempt's, which had no checkpoint yet
     if config.resume is not None and directory.resolve() == ckpt.folder_of(config.resume).resolve():
         return
     if held and not _never_saved(directory, held):

@@ -24,14 +24,14 @@ TINY_DROPOUT = 0.2
 train_step = Engine.train_step
 
 
-def fail_or_train(engine: Engine, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+def fail_or_train(engine: Engine, *step_arguments: Any) -> Tensor:
     rank, step, how = os.environ.get("FAIL", "-1:0:").split(":")
     engine.taken = getattr(engine, "taken", 0) + 1
     if engine.group.rank == int(rank) and engine.taken == int(step) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise InputError("data_dir: broken image cat.png") if how == "broken" else ZeroDivisionError("by zero")
-    return train_step(engine, images, labels, lr)
+    return train_step(engine, *step_arguments)
 
 
 def create(name: str, *, num_classes: int, **options: Any) -> TinyNet:
