@@ -9,7 +9,7 @@ from torch import Tensor
 from fastres.models.stem import STEM_CHANNELS, check_head, check_width, init_convolution, make_stem, scaled
 from fastres.nn.blocks import PlainResidualBlock, ResidualBlock, set_conv_algorithm
 from fastres.nn.norm import take_over_norm
-from fastres.nn.stem import FusedTrunk, through_stages
+from fastres.nn.stem import FusedNetwork, through_stages
 from fastres.nn.steps import check_dropout, norm_act
 from fastres.nn.trust import activation_of, renamed
 
@@ -51,7 +51,7 @@ class PlainArticleResNet18(nn.Module):
         return logits + self.skip(torch.flatten(self.avgpool(stem), 1))  # type: ignore[no-any-return]
 
 
-class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
+class ArticleResNet18(FusedNetwork, PlainArticleResNet18):
     """Four stages of two `fastres.nn.ResidualBlock`, and the long skip.
 
         f = maxpool(relu(bn1(conv1 x)))
@@ -86,16 +86,8 @@ class ArticleResNet18(FusedTrunk, PlainArticleResNet18):
         super().__init__(num_classes, stem=stem, dropout=dropout, width=width)
         set_conv_algorithm(self, conv_algorithm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] to [N, num_classes]."""
-        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
-            return self._plain(x)  # type: ignore[no-any-return]
-        return self._fused(x)
-
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        if self._gains_by_channels_last(x):
-            x = x.contiguous(memory_format=torch.channels_last)
         stem = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
         features = through_stages(stem, (self.layer1, self.layer2, self.layer3, self.layer4))
         logits = self.fc(torch.flatten(self.avgpool(features), 1))

@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock
 from fastres.models.stem import check_head, check_width, init_small_network, make_stem, scaled
 from fastres.nn.blocks import DropoutBasicBlock, FusedBasicBlock, set_conv_algorithm
 from fastres.nn.shortcut import PadShortcut
-from fastres.nn.stem import FusedTrunk, through_stages
+from fastres.nn.stem import FusedNetwork, through_stages
 from fastres.nn.steps import check_dropout, norm_act
 from fastres.nn.trust import activation_of, renamed
 
@@ -75,7 +75,7 @@ class PlainCifarResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 
 
-class CifarResNet(FusedTrunk, PlainCifarResNet):
+class CifarResNet(FusedNetwork, PlainCifarResNet):
     """ResNet-20, -32, -44, -56 and -110: three stages of n basic blocks with 16, 32 and 64 channels.
 
     Where the channels double, the shortcut takes every second pixel and appends channels of zeros (option A).
@@ -105,16 +105,8 @@ class CifarResNet(FusedTrunk, PlainCifarResNet):
     ) -> nn.Module:
         return FusedBasicBlock(in_channels, out_channels, stride, shortcut, dropout=dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] to [N, num_classes]."""
-        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
-            return self._plain(x)  # type: ignore[no-any-return]
-        return self._fused(x)
-
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        if self._gains_by_channels_last(x):
-            x = x.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
         x = through_stages(x, (self.layer1, self.layer2, self.layer3))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from fastres.models.cifar import check_depth
 from fastres.models.stem import check_head, check_width, init_small_network, make_stem, scaled
 from fastres.nn.blocks import set_conv_algorithm
 from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
-from fastres.nn.stem import FusedTrunk, through_stages
+from fastres.nn.stem import FusedNetwork, through_stages
 from fastres.nn.steps import check_dropout, norm_act
 from fastres.nn.trust import activation_of, renamed
 
@@ -63,7 +63,7 @@ class PlainWideResNet(nn.Module):
         return self.fc(torch.flatten(x, 1))  # type: ignore[no-any-return]
 
 
-class WideResNet(FusedTrunk, PlainWideResNet):
+class WideResNet(FusedNetwork, PlainWideResNet):
     """WRN-d-k: three stages of n pre-activation blocks with 16k, 32k and 64k channels.
 
     The first convolution has 16 channels and no normalisation of its own; `bn1` and `relu` follow the last block.
@@ -93,16 +93,8 @@ class WideResNet(FusedTrunk, PlainWideResNet):
         super().__init__(depth, k, num_classes, **options)
         set_conv_algorithm(self, conv_algorithm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] to [N, num_classes]."""
-        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
-            return self._plain(x)  # type: ignore[no-any-return]
-        return self._fused(x)
-
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        if self._gains_by_channels_last(x):
-            x = x.contiguous(memory_format=torch.channels_last)
         x = through_stages(self.maxpool(self.conv1(x)), (self.layer1, self.layer2, self.layer3))
         x = self.avgpool(norm_act(self.bn1, x, activation=activation_of(self.relu)))
         return self.fc(torch.flatten(x, 1))  # type: ignore[no-any-return]

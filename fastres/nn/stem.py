@@ -98,6 +98,30 @@ class FusedTrunk(Fused):
             take_over_norm(self, "bn1")
 
 
+class FusedNetwork(FusedTrunk):
+    """A network of ours over its plain twin: `_fused`, or the twin's forward where somebody would see the difference.
+
+    Subclasses give both, the latter as `_plain`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] to [N, num_classes]."""
+        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
+            return self._plain(x)  # type: ignore[no-any-return]
+        return self._in_memory_format(x)
+
+    @torch.jit.unused
+    def _in_memory_format(self, x: Tensor) -> Tensor:
+        """The fused steps, in channels_last where that pays."""
+        if self._gains_by_channels_last(x):
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self._fused(x)
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__}: expected a subclass that says how it is fused")
+
+
 class FusedStemResNet(FusedTrunk, ResNet):  # type: ignore[misc]
     """torchvision's ResNet with a faster way through its stem, and its input taken to channels_last where that pays.
 
