@@ -24,11 +24,13 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastres.freeze import freeze
+from fastres.train import checkpoint as ckpt
 from fastres.train.augment import normalise
-from fastres.train.checkpoint import load_checkpoint
+from fastres.train.config import check_device
 from fastres.train.errors import InputError, RunError
 from fastres.train.image_folder import decode_image
-from fastres.train.loop import load_model
+from fastres.train.loop import restored_model
+from fastres.train.prepare import pick_device
 
 PROGRAM = "python -m fastres.predict"
 PREPROCESSING = ("mean", "std", "image_size")
@@ -82,8 +84,8 @@ class Predictor:
         """
         file = checkpoint_file(Path(checkpoint))
         try:
-            state = load_checkpoint(file)
-            model = load_model(file)
+            state = ckpt.load_checkpoint(file)
+            model = restored_model(state, file)
         except InputError as error:
             raise InputError(f"checkpoint: {str(error).removeprefix('resume: ')}") from error
         missing = [name for name in PREPROCESSING if name not in state]
@@ -155,7 +157,7 @@ def checkpoint_file(path: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    files = [path / "best.pt", path / "last.pt"] if path.is_dir() else [path]
+    files = [path / ckpt.BEST, path / ckpt.LAST] if path.is_dir() else [path]
     for file in files:
         if file.is_file():
             return file
@@ -235,8 +237,8 @@ def run(options: Options, console: Console) -> int:
     paths = image_files(options.images)
     if not paths:
         raise InputError("image: expected at least one")
-    device = _device(options.device)
-    predictor = Predictor(options.checkpoint, device=device, frozen=options.freeze)
+    check_device(options.device, "cpu, cuda or cuda:N")
+    predictor = Predictor(options.checkpoint, device=pick_device(options.device), frozen=options.freeze)
     found = predictor.predict(paths, top=options.top, batch_size=options.batch_size)
     failed = False
     predictions = []
@@ -249,18 +251,6 @@ def run(options: Options, console: Console) -> int:
     if not options.json:
         show(predictions, console)
     return int(failed)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"device: {name} is not there, {torch.cuda.device_count()} CUDA devices are available")
-    return device
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastres.train.config import OLD_DEFAULTS, TrainConfig, from_dict
-from fastres.train.errors import InputError
+from fastres.train.errors import InputError, first_line
 from fastres.train.folder import atomic, writing
 
 FORMAT = 1
@@ -90,7 +90,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
-        raise InputError(f"resume: {file} is truncated or not a checkpoint ({_first_line(error)})") from error
+        raise InputError(f"resume: {file} is truncated or not a checkpoint ({first_line(error)})") from error
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise InputError(f"resume: {file} is not a checkpoint of this trainer, it lacks {', '.join(missing)}")
@@ -109,9 +109,13 @@ def saved_config(path: Path) -> TrainConfig:
 
     `resume` is set to `path`; `output_dir` and `max_steps`, which belong to one sitting, are unset.
     """
-    config = load_checkpoint(path)["config"]
+    return config_of(load_checkpoint(path), path)
+
+
+def config_of(state: dict[str, Any], path: Path) -> TrainConfig:
+    """`saved_config` of a checkpoint that was read from `path`."""
     try:
-        return from_dict({**config, "resume": str(path), "output_dir": None, "max_steps": None})
+        return from_dict({**state["config"], "resume": str(path), "output_dir": None, "max_steps": None})
     except (TypeError, InputError) as error:
         raise InputError(f"resume: {path} holds a configuration that does not fit this version: {error}") from error
 
@@ -128,8 +132,3 @@ def load_state(module: Any, state: Any, *, what: str, path: Path) -> None:
         detail = " ".join(str(error).split())
         detail = detail if len(detail) <= 200 else detail[:200] + "..."
         raise InputError(f"resume: {path} does not fit the {what}: {detail}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

@@ -236,12 +236,20 @@ def check_config(config: TrainConfig) -> None:
     if config.epochs is not None and config.warmup_epochs is not None and config.warmup_epochs > config.epochs:
         raise InputError(f"warmup_epochs: expected at most epochs = {config.epochs}, got {config.warmup_epochs}")
     if config.device != "auto":
-        try:
-            device = torch.device(config.device)
-        except RuntimeError:
-            device = torch.device("meta")
-        if device.type not in ("cpu", "cuda"):
-            raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {config.device!r}")
+        check_device(config.device, "auto, cpu, cuda or cuda:N")
+
+
+def check_device(name: str, expected: str) -> None:
+    """
+    Raises:
+        InputError: `name` is neither the CPU nor a CUDA device; `expected` says what would do.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected {expected}, got {name!r}")
 
 
 def _check_recipe_options(config: TrainConfig) -> None:

@@ -11,3 +11,9 @@ class RunError(RuntimeError):
 
 class DivergedError(RunError):
     """The loss became NaN or infinite; training stopped at the step named."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, at most 160 characters; or its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

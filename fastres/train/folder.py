@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastres.train.errors import InputError, RunError
+from fastres.train.errors import InputError, RunError, first_line
 
 LOCK = ".lock"
 
@@ -134,5 +134,4 @@ def _reason(error: Exception, path: Path) -> str:
     with suppress(OSError):
         if shutil.disk_usage(path.parent).free < 2**20:
             return "no space left on the disk"
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    return first_line(error)

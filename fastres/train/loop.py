@@ -75,11 +75,15 @@ def load_model(path: Path | str, *, device: torch.device | str = "cpu") -> nn.Mo
         InputError: no usable checkpoint at `path`.
     """
     path = Path(path)
-    state = ckpt.load_checkpoint(path)
-    config = ckpt.saved_config(path)
+    return restored_model(ckpt.load_checkpoint(path), path).to(device)
+
+
+def restored_model(state: dict[str, Any], path: Path) -> nn.Module:
+    """`load_model` of a checkpoint that was read from `path`."""
+    config = ckpt.config_of(state, path)
     model = configured_model(config, len(state["classes"]))
     ckpt.load_state(model, evaluated_weights(state), what=f"model {config.model}", path=path)
-    return model.to(device).eval()
+    return model.eval()
 
 
 class _Loop:

@@ -61,7 +61,7 @@ def prepare(
     def notify(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    device = _pick_device(config.device)
+    device = pick_device(config.device)
     group = start_group(device)
     with group.agreed():
         device = rank_device(device, group)
@@ -227,7 +227,12 @@ def _default_output_dir(config: TrainConfig) -> Path:
     return directory
 
 
-def _pick_device(name: str) -> torch.device:
+def pick_device(name: str) -> torch.device:
+    """The device of a checked name.
+
+    Raises:
+        RunError: it is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
