@@ -1,7 +1,9 @@
 """A tiny network in place of the real ones, and a tiny data set, so that a whole run takes well under a second."""
 
 import io
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,25 @@ def tiny_models(monkeypatch: pytest.MonkeyPatch) -> list[TinyNet]:
 
     monkeypatch.setattr(models, "create", create)
     return made
+
+
+@contextmanager
+def signal_in_call(calls: int, number: signal.Signals) -> Iterator[None]:
+    """Raise a signal in the call of that number of a `TinyNet`, counted from 1 over steps and evaluations."""
+    count = 0
+
+    def send(module: nn.Module, inputs: Any) -> None:
+        nonlocal count
+        if isinstance(module, nn.Conv2d):
+            count += 1
+            if count == calls:
+                signal.raise_signal(number)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(send)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def make_data(train: int = 45, test: int = 12, *, size: int = 8) -> ImageData:

@@ -28,6 +28,7 @@ from fastres.train import (
 from fastres.train import config as config_module
 from fastres.train.augment import normalise
 from fastres.train.config import Optimizer
+from tests.train.conftest import signal_in_call
 
 Run = Callable[..., Summary]
 
@@ -276,21 +277,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_interrupted_run_saves_and_goes_on_as_if_nothing_had_been(run: Run, tmp_path: Path, calls: int) -> None:
     """Ctrl-C arrives during the given call of the network: in a step, in an evaluation, in the last step."""
     run(to="whole", dropout=0.3)
-    count = 0
-
-    def press(module: nn.Module, inputs: Any) -> None:
-        nonlocal count
-        if isinstance(module, nn.Conv2d):
-            count += 1
-            if count == calls:
-                signal.raise_signal(signal.SIGINT)
-
     text = io.StringIO()
-    hook = nn.modules.module.register_module_forward_pre_hook(press)
-    try:
+    with signal_in_call(calls, signal.SIGINT):
         summary = run(to="parts", dropout=0.3, console=Console(file=text, width=300))
-    finally:
-        hook.remove()
     assert not summary.finished
     assert f"--resume {tmp_path / 'parts'}" in text.getvalue()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

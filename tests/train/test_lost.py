@@ -21,6 +21,7 @@ from fastres.train import InputError, RunError, Summary, __main__, load_checkpoi
 from fastres.train.checkpoint import AUTO, BEST, LAST, PREVIOUS
 from fastres.train.folder import append_json, atomic, claim, keep_rows, write_text
 from tests.oracle import SEED
+from tests.train.conftest import signal_in_call
 from tests.train.test_loop import assert_same_run, assert_same_weights, contents, rows
 
 Run = Callable[..., Summary]
@@ -265,21 +266,9 @@ def test_signal_finishes_the_step_saves_and_gives_its_status(
 ) -> None:
     """The signal comes in the first step, in an evaluation, and after it."""
     run(to="whole", dropout=0.3)
-    count = 0
-
-    def send(module: nn.Module, inputs: Any) -> None:
-        nonlocal count
-        if isinstance(module, nn.Conv2d):
-            count += 1
-            if count == calls:
-                signal.raise_signal(signal.Signals[name])
-
     before = signal.getsignal(signal.Signals[name])
-    hook = nn.modules.module.register_module_forward_pre_hook(send)
-    try:
+    with signal_in_call(calls, signal.Signals[name]):
         summary = run(to="parts", dropout=0.3)
-    finally:
-        hook.remove()
     assert summary.stopped_by == name and not summary.finished
     assert signal.getsignal(signal.Signals[name]) is before
     assert json.loads((tmp_path / "parts" / "summary.json").read_text())["stopped_by"] == name
