@@ -23,7 +23,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.records import commit, row, to_json, write_text
+from benchmarks.records import commit, insert_table, row, to_json, write_text
 from fastres import FusedResNet18
 from fastres.train import parallel
 from fastres.train.distributed import start_group
@@ -37,6 +37,8 @@ WAYS: dict[str, dict[str, bool]] = {
 SIZES = {"float": 4, "double": 8, "long int": 8, "int": 4}
 BANDWIDTHS = {"1 Gbit/s": 0.125, "10 Gbit/s": 1.25, "25 Gbit/s": 3.125, "100 Gbit/s": 12.5}
 """GB/s that a process can send."""
+STEPS = {"2 s": 2.0, "100 ms": 0.1, "25 ms": 0.025}
+"""Seconds of a step, for the predictions."""
 
 
 def sent(name: str, payload: float, processes: int) -> float:
@@ -172,16 +174,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__.partition("\n")[0])
     parser.add_argument("--output-dir", type=Path, default=Path("runs/distributed"))
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--page", type=Path, help="a document whose tables `counted` and `predicted` are renewed")
     options = parser.parse_args(arguments)
     model = FusedResNet18(num_classes=10)
     rows = [summary(way, n, measure(n, WAYS[way]), model) for way in WAYS for n in options.processes]
     options.output_dir.mkdir(parents=True, exist_ok=True)
     data = {"network": "resnet18, 10 classes, cifar stem", "torch": torch.__version__, "commit": commit(), "rows": rows}
-    write_text(options.output_dir / "distributed.json", to_json(data))
-    write_text(options.output_dir / "distributed.md", table(rows))
-    print(table(rows))
     gradients = 4 * sum(p.numel() for p in model.parameters())
-    print(predictions({"2 s": 2.0, "100 ms": 0.1, "25 ms": 0.025}, gradients))
+    tables = {"counted": table(rows), "predicted": predictions(STEPS, gradients)}
+    write_text(options.output_dir / "distributed.json", to_json(data))
+    write_text(options.output_dir / "distributed.md", "\n".join(tables.values()))
+    if options.page is not None:
+        for name, text in tables.items():
+            insert_table(options.page, text, name)
+    print(*tables.values(), sep="\n")
     return 0
 
 
