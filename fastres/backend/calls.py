@@ -71,7 +71,13 @@ def norm_of(node: Any) -> Norm | str:
         return "it has one running statistic of two"
     if any(t is not None and value(t) is None for t in tensors):
         return "one of its parameters is no tensor that Dynamo knows"
-    return Norm(node, given["input"], NormParams(*tensors, momentum, eps), training)
+    return Norm(node, given["input"], norm_params(tensors, momentum, eps), training)
+
+
+def norm_params(nodes: list[Any], momentum: float, eps: float) -> NormParams:
+    """NormParams whose tensors are nodes: running_mean, running_var, weight and bias."""
+    mean, var, weight, bias = nodes
+    return NormParams(mean, var, weight, bias, momentum, eps)
 
 
 # -------------------------------------------------------------------------------------------------------- convolutions
@@ -139,7 +145,7 @@ def conv_of(node: Any, kernel: int) -> Conv | str:
 
 def _pair(given: Any) -> tuple[Any, Any]:
     if isinstance(given, (tuple, list)):
-        return tuple(given) if len(given) == 2 else (given[0], given[0])  # type: ignore[return-value]
+        return tuple(given) if len(given) == 2 else (given[0], given[0])
     return (given, given)
 
 

@@ -92,7 +92,7 @@ def fastres(
     note(report)
     if inner == "eager":
         return gm.forward
-    return torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)  # type: ignore[no-any-return]
+    return torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)
 
 
 def compile(model: nn.Module | Callable[..., Any], **keywords: Any) -> Any:

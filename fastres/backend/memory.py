@@ -78,7 +78,7 @@ class _Recorder(TorchDispatchMode):
 def _is_of_torch(target: Any) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return False
-    module = getattr(target, "__module__", None) or getattr(type(target), "__module__", "")
+    module: str = getattr(target, "__module__", None) or type(target).__module__
     # Built-in methods of torch's classes have no module.
     return module.split(".")[0] in ("torch", "_operator", "math", "builtins") or hasattr(torch, target.__name__)
 

@@ -37,6 +37,7 @@ class GraphReport:
     Attributes:
         norms, convolutions: how many calls of batch normalisation and of two-dimensional convolution there were.
         fused_norms, fused_convolutions: how many of them calls of ours compute.
+        pointwise: how many activations, additions and dropouts are part of these calls.
         operators: function of fastres.functional -> number of its calls.
         left: the others, each with its reason.
         inner: the backend that compiled the changed graph.
@@ -46,6 +47,7 @@ class GraphReport:
     convolutions: int = 0
     fused_norms: int = 0
     fused_convolutions: int = 0
+    pointwise: int = 0
     operators: Counter[str] = field(default_factory=Counter)
     left: list[Left] = field(default_factory=list)
     inner: str = ""
@@ -54,7 +56,7 @@ class GraphReport:
         calls = ", ".join(f"{count} {name}" for name, count in sorted(self.operators.items())) or "nothing"
         lines = [
             f"{self.fused_norms} of {self.norms} normalisations and {self.fused_convolutions} of {self.convolutions}"
-            f" convolutions fused: {calls}; inner backend {self.inner}"
+            f" convolutions fused, with {self.pointwise} pointwise calls: {calls}; inner backend {self.inner}"
         ]
         for text, count in Counter(map(str, self.left)).items():
             lines.append(f"  {text}" if count == 1 else f"  {text}, {count} times")
@@ -66,6 +68,7 @@ class GraphReport:
         self.convolutions += other.convolutions
         self.fused_norms += other.fused_norms
         self.fused_convolutions += other.fused_convolutions
+        self.pointwise += other.pointwise
         self.operators += other.operators
         self.left += other.left
 
@@ -103,11 +106,17 @@ def compile_report(*, clear: bool = False) -> CompileReport:
 
 
 def place_of(node: Node) -> str:
-    """The innermost line of source that Dynamo kept for the call: file, line and its text."""
+    """The innermost line of the user's source that Dynamo kept for the call, and the module that made it."""
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(modules[-1][0]) if modules else ""
+    for prefix in ("L['self'].", "L['fn'].", "L['self']", "L['fn']"):
+        path = path.removeprefix(prefix)
+    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    module = f"module {path}" if path else f"call {node.name}"
     lines = (node.stack_trace or "").splitlines()
     for i in reversed(range(len(lines))):
         frame = _FRAME.match(lines[i].strip())
         if frame is not None:
             text = lines[i + 1].strip() if i + 1 < len(lines) else ""
-            return f"{frame['file']}:{frame['line']}" + (f": {text}" if text else "")
-    return f"call {node.name}"
+            return f"{module}, {frame['file']}:{frame['line']}" + (f": {text}" if text else "")
+    return module

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from fastres import functional
 from fastres.backend import chains, convolutions
-from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of
+from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of, norm_params
 from fastres.backend.chains import Chain
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
@@ -54,6 +54,10 @@ def rename_after_writes(graph: Graph) -> None:
 
 def _replace_later_uses(old: Any, new: Node, position: dict[Node, int]) -> None:
     old.replace_all_uses_with(new, lambda user: position[user] > position[new])
+
+
+def _with(params: NormParams, **nodes: Any) -> NormParams:
+    return params._replace(**nodes)
 
 
 class Rewriter:
@@ -116,7 +120,7 @@ class Rewriter:
         return node
 
     def params(self, norm: Norm) -> NormParams:
-        return NormParams(*map(self.current, norm.params[:4]), *norm.params[4:])
+        return norm_params([self.current(t) for t in norm.params[:4]], norm.params.momentum, norm.params.eps)
 
     def count(self, function: Any, norms: int = 0, convs: int = 0) -> Any:
         self.report.operators[function.__name__] += 1
@@ -126,6 +130,7 @@ class Rewriter:
 
     def write(self, chain: Chain) -> Node:
         """The call of ours that computes the chain."""
+        self.report.pointwise += len(chain.nodes) - 1
         options: dict[str, Any] = {"activation": chain.activation}
         if chain.residual is not None and chain.projection is None:
             options["residual"] = self.current(chain.residual)
@@ -136,7 +141,7 @@ class Rewriter:
             return self._write_convolution_and_norm(chain, params, options)
         conv_bias = self._biases.get(chain.norm.node)
         if conv_bias is not None:
-            params = params._replace(bias=self.call(add_zero_gradient, params.bias, conv_bias))
+            params = _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
         if chain.norm.training:
             options["dropout_p"] = chain.dropout_p
             options["statistics"] = self._statistics.get(chain.norm.x)
@@ -162,7 +167,8 @@ class Rewriter:
         conv = chain.before
         assert conv is not None
         if conv.bias is not None:
-            params = params._replace(running_mean=self.call(operator.sub, params.running_mean, self.current(conv.bias)))
+            mean = self.call(operator.sub, params.running_mean, self.current(conv.bias))
+            params = _with(params, running_mean=mean)
         function = self.count(functional.conv3x3_norm_act, 1, 1)
         x, weight = self.current(conv.x), self.current(conv.weight)
         return self.call(function, x, weight, params, stride=conv.stride[0], algorithm=self.algorithm, **options)
@@ -180,7 +186,7 @@ class Rewriter:
             assert options is not None
             params, conv_bias = self.params(chain.norm), self._biases.get(chain.norm.node)
             if conv_bias is not None:
-                params = params._replace(bias=self.call(add_zero_gradient, params.bias, conv_bias))
+                params = _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
             norm_x = self.current(chain.norm.x)
             made = self.call(
                 self.count(functional.norm_act_conv3x3, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p,
