@@ -19,7 +19,7 @@ from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is
 from fastres.backend.chains import Chain
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
-from fastres.backend.values import only_user, same_layout, value
+from fastres.backend.values import bind, only_user, same_layout, value
 from fastres.contract import NormParams
 
 # Who may read a convolution's input in place of the tensor that it was: calls that only read it, and that give nothing
@@ -31,7 +31,7 @@ def remove_idle_dropout(graph: Graph) -> None:
     """Take out dropout in evaluation, and with rate 0, which returns its input."""
     for node in list(graph.nodes):
         if dropout_of(node) == 0.0:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(bind(node, {"input": None})["input"])
             graph.erase_node(node)
 
 
