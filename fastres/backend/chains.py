@@ -132,7 +132,8 @@ def _with_normalised_residual(chain: Chain, other: Node, user: Node, memory: Mem
         return
     with_norm = replace(chain, residual=norm.x, residual_norm=norm)
     conv = conv_of(norm.x, 1)
-    if not isinstance(conv, str) and conv.bias is None and only_user(norm.x) is norm.node:
+    # The projection's operator adds before the activation only.
+    if not isinstance(conv, str) and chain.order == "add_act" and conv.bias is None and only_user(norm.x) is norm.node:
         x, y = value(conv.x), value(chain.norm.node)
         # The operator computes in the dtype of its input, and writes the memory format of the main branch.
         if x is not None and y is not None and conv.dtype == y.dtype == x.dtype:
