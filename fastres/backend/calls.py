@@ -128,6 +128,8 @@ def conv_of(node: Any, kernel: int) -> Conv | str:
     x, weight, y = value(given["input"]), value(given["weight"]), value(node)
     if x is None or weight is None or y is None or x.dim() != 4:
         return "its input is no batch of images"
+    if y.dim() != 4:
+        return "its output is given another shape in place"
     if not same_sizes(weight.shape[2:], (kernel, kernel)):
         return f"its kernel is {'x'.join(str(size) for size in weight.shape[2:])}"
     stride, padding, dilation = (_pair(given[name]) for name in ("stride", "padding", "dilation"))

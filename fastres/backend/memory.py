@@ -56,22 +56,21 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
-        self.is_known = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = getattr(func, "_schema", None)
-        # An operator that changes a tensor's shape or storage changes what its other names mean.
+        # An operator that changes a tensor's shape or storage changes what its other names mean, and the graph's own
+        # fake tensor if it is run on it once more.
         if schema is None or torch.Tag.inplace_view in func.tags:
-            self.is_known = False
-        else:
-            for i, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self.written |= storages_of(args[i] if i < len(args) else kwargs.get(argument.name))
-            if schema.name in _UNMARKED:
-                first, last, flag = _UNMARKED[schema.name]
-                if len(args) <= flag or args[flag]:
-                    self.written |= storages_of(args[first : last + 1])
+            raise NotImplementedError(f"{func} cannot be run again")
+        for i, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written |= storages_of(args[i] if i < len(args) else kwargs.get(argument.name))
+        if schema.name in _UNMARKED:
+            first, last, flag = _UNMARKED[schema.name]
+            if len(args) <= flag or args[flag]:
+                self.written |= storages_of(args[first : last + 1])
         return func(*args, **kwargs)
 
 
@@ -255,7 +254,7 @@ def _run_again(node: Node) -> Storages | None:
                 node.target(*args, **kwargs)  # type: ignore[operator]
         except Exception:  # whatever it is, the call is not understood
             return None
-    return frozenset(recorder.written) if recorder.is_known else None
+    return frozenset(recorder.written)
 
 
 @contextlib.contextmanager
