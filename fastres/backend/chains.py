@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from fastres.activations import IDENTITY, Activation
+from fastres.activations import IDENTITY, KINDS, Activation
 from fastres.backend.calls import Conv, Norm, activation_of, addends_of, conv_of, dropout_of, is_norm, norm_of
 from fastres.backend.memory import Memory
 from fastres.backend.values import only_user, same_sizes, value
@@ -89,7 +89,12 @@ def _extensions(chain: Chain, user: Node, memory: Memory) -> Iterator[Chain]:
     ended = chain.residual is not None and chain.order == "act_add"
     activation = activation_of(user)
     if activation is not None:
-        if user.args[:1] == (last,) and chain.activation == IDENTITY and chain.dropout_p == 0 and not ended:
+        fits = user.args[:1] == (last,) and chain.activation == IDENTITY and chain.dropout_p == 0 and not ended
+        # A smooth activation's input is computed again in backward, out of the residual, which the addition itself does
+        # not save.
+        if fits and (
+            chain.residual is None or KINDS[activation.kind].passes is not None or memory.stays(chain.residual, user)
+        ):
             yield replace(longer, activation=activation)
         return
     p = dropout_of(user)
