@@ -176,7 +176,8 @@ class Rewriter:
     def convolve(self, conv: Conv, chain: Chain | None = None, options: dict[str, Any] | None = None) -> Node:
         """A 3x3 convolution, in training after the chain that only it reads, where there is one."""
         n, x, weight, bias = conv.node, self.current(conv.x), self.current(conv.weight), self.current(conv.bias)
-        reader = next((c for c in self.chains if c.norm.training and c.norm.x is n), None)
+        readers = [c for c in self.chains if c.norm.training and c.norm.x is n]
+        reader = max(readers, key=lambda c: self.memory.position[c.norm.node], default=None)  # the last: they share
         measures = reader is not None and not self.memory.is_written_between(
             self.memory.storages([n]), n, reader.norm.node
         )
