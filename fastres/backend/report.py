@@ -38,6 +38,7 @@ class GraphReport:
         norms, convolutions: how many calls of batch normalisation and of two-dimensional convolution there were.
         fused_norms, fused_convolutions: how many of them calls of ours compute.
         pointwise: how many activations, additions and dropouts are part of these calls.
+        channels_last: calls of a network in NCHW that are computed in channels_last.
         operators: function of fastres.functional -> number of its calls.
         left: the others, each with its reason.
         inner: the backend that compiled the changed graph.
@@ -48,6 +49,7 @@ class GraphReport:
     fused_norms: int = 0
     fused_convolutions: int = 0
     pointwise: int = 0
+    channels_last: int = 0
     operators: Counter[str] = field(default_factory=Counter)
     left: list[Left] = field(default_factory=list)
     inner: str = ""
@@ -58,6 +60,8 @@ class GraphReport:
             f"{self.fused_norms} of {self.norms} normalisations and {self.fused_convolutions} of {self.convolutions}"
             f" convolutions fused, with {self.pointwise} pointwise calls: {calls}; inner backend {self.inner}"
         ]
+        if self.channels_last > 0:
+            lines.append(f"  {self.channels_last} calls computed in channels_last, between copies")
         for text, count in Counter(map(str, self.left)).items():
             lines.append(f"  {text}" if count == 1 else f"  {text}, {count} times")
         return "\n".join(lines)
@@ -69,6 +73,7 @@ class GraphReport:
         self.fused_norms += other.fused_norms
         self.fused_convolutions += other.fused_convolutions
         self.pointwise += other.pointwise
+        self.channels_last += other.channels_last
         self.operators += other.operators
         self.left += other.left
 
