@@ -10,6 +10,8 @@ from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in .*')
 _MOST_GRAPHS = 256
+# As many places are printed for each reason.
+_PLACES = 4
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,11 @@ class GraphReport:
         ]
         if self.channels_last > 0:
             lines.append(f"  {self.channels_last} calls computed in channels_last, between copies")
-        for text, count in Counter(map(str, self.left)).items():
-            lines.append(f"  {text}" if count == 1 else f"  {text}, {count} times")
+        for (call, reason), count in Counter((line.call, line.reason) for line in self.left).items():
+            places = [line.place for line in self.left if (line.call, line.reason) == (call, reason)]
+            lines.append(f"  {call} left: {reason}" + (f", {count} times" if count > 1 else ""))
+            lines += [f"    {place}" for place in places[:_PLACES]]
+            lines += [f"    and {count - _PLACES} more, which `left` has"] * (count > _PLACES)
         return "\n".join(lines)
 
     def add(self, other: GraphReport) -> None:
