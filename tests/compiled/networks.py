@@ -80,7 +80,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.last(self.blocks(self.relu(self.bn1(self.conv1(x)))))
-        return self.linear(F.avg_pool2d(out, 3).mean((2, 3)))
+        return self.linear(F.adaptive_avg_pool2d(out, 2).mean((2, 3)))
 
 
 class DoubleConv(nn.Sequential):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastres.backend import GraphReport
+from fastres.backend import GraphReport, layout
 from tests.compiled import compare, networks
 
 
@@ -67,3 +67,22 @@ def test_values_are_those_of_pytorch_by_our_convolutions(name):
         make, shapes, dtype=torch.float32, layout="channels_last", conv_algorithm="winograd"
     )
     assert (counts(training), counts(evaluation)) == EXPECTED[name][1:]
+
+
+# Network -> calls in channels_last; in training and evaluation.
+IN_CHANNELS_LAST = {"basic": 19, "preactivation": 18, "unet": 22}
+
+
+@pytest.mark.parametrize("name", IN_CHANNELS_LAST)
+def test_a_network_in_nchw_is_computed_in_channels_last_and_keeps_its_strides(name, monkeypatch):
+    monkeypatch.setattr(layout, "_COPY_COST", 0)  # these images are too small for the copies to pay
+    make, shapes = networks.NETWORKS[name]
+    training, evaluation = compare.check(make, shapes, dtype=torch.float32, conv_algorithm="winograd")
+    assert (counts(training), counts(evaluation)) == EXPECTED[name][1:]
+    assert training.channels_last == evaluation.channels_last == IN_CHANNELS_LAST[name]
+
+
+def test_small_images_in_nchw_stay_there():
+    make, _ = networks.NETWORKS["basic"]
+    training, _ = compare.check(make, [(2, 3, 6, 6)], dtype=torch.float32)
+    assert training.channels_last == 0 and training.fused_norms == 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastres.backend import layout
 from tests.compiled import compare, traps
 from tests.compiled.test_networks import counts
 
@@ -63,6 +64,22 @@ def test_values_are_those_of_pytorch(trap):
 def test_values_are_those_of_pytorch_by_our_convolutions(trap):
     training, _ = compare.check(trap, IMAGES, dtype=torch.float32, layout="channels_last", conv_algorithm="winograd")
     assert counts(training) == BY_OUR_CONVOLUTIONS[trap]
+
+
+IN_ANOTHER_FORMAT = (
+    traps.ViewBeforeInPlaceReLU,
+    traps.OldNameAfterInPlaceAddition,
+    traps.InPlaceOnInput,
+    traps.ListOfTensors,
+    traps.WithoutGradients,
+)
+
+
+@pytest.mark.parametrize("trap", IN_ANOTHER_FORMAT, ids=lambda t: t.__name__)
+def test_values_are_those_of_pytorch_in_another_memory_format(trap, monkeypatch):
+    monkeypatch.setattr(layout, "_COPY_COST", 0)  # these images are too small for the copies to pay
+    training, _ = compare.check(trap, IMAGES, dtype=torch.float32, conv_algorithm="winograd")
+    assert training.channels_last > 0
 
 
 def test_statistics_that_are_not_kept_or_averaged_over_all_batches():
