@@ -20,7 +20,7 @@ from fastres.backend.chains import Chain
 from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
-from fastres.backend.values import bind, only_user, same_layout, value
+from fastres.backend.values import bind, elements, only_user, same_layout, value
 from fastres.contract import NormParams
 
 # Who may read a convolution's input in place of the tensor that it was: calls that only read it, and that give nothing
@@ -69,10 +69,11 @@ class Rewriter:
         owned: storages of parameters and buffers, where the graph does not say itself.
         algorithm: of the convolutions, as in `fastres.functional.conv3x3`.
         requested: the same, read from the environment where it is None.
+        smallest: elements below which a normalisation on the CPU, with no convolution of ours beside it, is left.
     """
 
-    def __init__(self, graph: Graph, owned: Storages, algorithm: str | None, requested: str) -> None:
-        self.graph, self.algorithm, self.requested = graph, algorithm, requested
+    def __init__(self, graph: Graph, owned: Storages, algorithm: str | None, requested: str, smallest: int) -> None:
+        self.graph, self.algorithm, self.requested, self.smallest = graph, algorithm, requested, smallest
         remove_idle_dropout(graph)
         rename_after_writes(graph)
         converted = to_channels_last(graph, requested)
@@ -101,6 +102,13 @@ class Rewriter:
             chain = chains.find(norm, self.memory, self.claimed)
             for extend in (convolutions.with_prologue, convolutions.with_convolution_before):
                 chain = extend(chain, self.memory, self.claimed, self.requested)
+            y = value(norm.node)
+            alone = chain.before is None and chain.after is None and chain.projection is None
+            if alone and y is not None and y.device.type == "cpu" and elements(y) < self.smallest:
+                self.leave(
+                    "normalisation", norm.node, f"its {elements(y)} elements are too few for a call of ours to pay"
+                )
+                continue
             self.chains.append(chain)
             self.claimed.update(chain.own)
 

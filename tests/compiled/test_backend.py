@@ -16,6 +16,9 @@ import fastres
 from tests import oracle
 from tests.compiled import compare, networks
 
+# Small images, too.
+ALWAYS = {"smallest": 0}
+
 
 @pytest.fixture(autouse=True)
 def _alone():
@@ -33,7 +36,7 @@ def test_torch_compile_knows_its_name():
         pytest.skip("the installed metadata of fastres is older than its entry point; install it again with pip")
     assert "fastres" in torch._dynamo.list_backends()
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    torch.compile(model, backend="fastres")(images(2, 3, 4, 4, dtype=torch.float32))
+    torch.compile(model, backend="fastres", options=ALWAYS)(images(2, 3, 4, 4, dtype=torch.float32))
     assert fastres.compile_report()[0].fused_norms == 1
 
 
@@ -47,6 +50,7 @@ def test_an_inner_backend_gets_the_changed_graph(inner):
     ("keywords", "error", "words"),
     [
         ({"options": {"inner": 3}}, TypeError, "inner"),
+        ({"options": {"smallest": 0.5}}, TypeError, "smallest"),
         ({"options": {"outer": "eager"}}, ValueError, "outer"),
         ({"options": {"inner": "fastres"}}, ValueError, "fastres"),
         ({"options": {"conv_algorithm": "fast"}}, ValueError, "fast"),
@@ -66,7 +70,7 @@ def test_compile_has_a_backend_already():
 
 def test_the_report_names_reason_module_and_line():
     model = networks.ResNet(networks.Basic).double()
-    fastres.compile(model)(images(2, 3, 12, 12))
+    fastres.compile(model, options=ALWAYS)(images(2, 3, 12, 12))
     (graph,) = fastres.compile_report(clear=True)
     assert len(graph.left) == graph.convolutions - graph.fused_convolutions == 5
     left = [str(line) for line in graph.left]
@@ -79,7 +83,7 @@ def test_the_report_names_reason_module_and_line():
 
 def test_other_batch_sizes_compile_once_more_and_then_no_more():
     model = networks.ResNet(networks.Basic).double()
-    plain, compiled = copy.deepcopy(model), fastres.compile(model)
+    plain, compiled = copy.deepcopy(model), fastres.compile(model, options=ALWAYS)
     for batch in (2, 3, 5, 7, 4):
         x = images(batch, 3, 12, 12)
         y, expected = compiled(x), plain(x)
@@ -123,7 +127,7 @@ class Checkpointed(nn.Module):
 def test_a_checkpointed_part_is_rewritten_and_counts_as_torch_compile_counts_it():
     model = Checkpointed().double()
     plain, x = copy.deepcopy(model), images(2, 3, 8, 8)
-    compiled, peer = fastres.compile(model), torch.compile(plain, backend="aot_eager")
+    compiled, peer = fastres.compile(model, options=ALWAYS), torch.compile(plain, backend="aot_eager")
     for _ in range(2):
         y, expected = compiled(x), peer(x)
         y.sum().backward()
@@ -138,7 +142,7 @@ def test_a_checkpointed_part_is_rewritten_and_counts_as_torch_compile_counts_it(
 
 
 def test_a_copy_of_a_compiled_network_is_one_of_its_own():
-    compiled = fastres.compile(networks.ResNet(networks.Basic).double())
+    compiled = fastres.compile(networks.ResNet(networks.Basic).double(), options=ALWAYS)
     x = images(2, 3, 12, 12)
     compiled(x)
     clone = copy.deepcopy(compiled)
@@ -164,7 +168,7 @@ class Aliased(nn.Module):
 
 def test_inputs_may_share_memory_in_a_later_call():
     model = Aliased().double().eval()
-    compiled = fastres.compile(model)
+    compiled = fastres.compile(model, options=ALWAYS)
     with torch.no_grad():
         compiled(images(2, 3, 4, 4), images(2, 3, 4, 4))
         base = images(2, 3, 4, 4)
@@ -186,7 +190,7 @@ def test_autocast(name, dtype):
 def test_dropout_is_part_of_the_operator():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.25)).double()
     x = images(4, 3, 8, 8)
-    compiled = fastres.compile(model)
+    compiled = fastres.compile(model, options=ALWAYS)
     y = compiled(x)
     expected = model[:3](x) / 0.75
     dropped = y == 0
@@ -201,4 +205,12 @@ def test_a_transform_of_functorch_is_right():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).double().eval()
     x = images(4, 2, 3, 4, 4)
     mapped = torch.func.vmap(model)
-    assert (fastres.compile(mapped)(x) - mapped(x)).abs().max() < compare.EXACT
+    assert (fastres.compile(mapped, options=ALWAYS)(x) - mapped(x)).abs().max() < compare.EXACT
+
+
+def test_small_normalisations_are_left_to_pytorch():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    x = images(2, 3, 4, 4, dtype=torch.float32)
+    assert torch.equal(fastres.compile(model)(x), model(x))
+    (graph,) = fastres.compile_report()
+    assert graph.fused_norms == 0 and "96 elements" in graph.left[0].reason
