@@ -103,6 +103,7 @@ def to_channels_last(graph: Graph, requested: str) -> int:
     if _gain(members, requested) <= 0:
         return 0
     inside: dict[Node, Node] = {}
+    outside: dict[Node, Node] = {}  # one copy for all, so that an output and its views share memory
     for node in memory.nodes:
         if node in members:
             for image in _images(node.all_input_nodes):
@@ -110,7 +111,7 @@ def to_channels_last(graph: Graph, requested: str) -> int:
                     node.replace_input_with(image, _copy(graph, node, image, torch.channels_last, inside, memory))
         else:
             for image in [n for n in node.all_input_nodes if n in members]:
-                node.replace_input_with(image, _copy(graph, node, image, torch.contiguous_format, {}, memory))
+                node.replace_input_with(image, _copy(graph, node, image, torch.contiguous_format, outside, memory))
     _set_values(memory, members)
     return len(members)
 

@@ -98,10 +98,8 @@ def check(seed: int) -> None:
     """Compare a network in all phases: in float64, or in float32 and one of the layouts by our convolutions."""
     text = f"seed {seed}, FASTRES_TEST_SEED={oracle.SEED}\n{programs.text_of(seed)}"
     kind = ("float64", "nchw", "channels_last")[seed % 3]
-    how = {
-        "conv_algorithm": "torch" if kind == "float64" else "winograd",
-        "inner": ("eager", "aot_eager")[seed // 3 % 2],
-    }
+    inner = ("eager", "aot_eager")[seed // 3 % 2]
+    how = {"conv_algorithm": "torch" if kind == "float64" else "winograd", "inner": inner, "smallest": 0}
     for phase in PHASES:
         for draw in range(DRAWS):
             model, inputs = prepared(seed, draw)
@@ -125,7 +123,7 @@ def check(seed: int) -> None:
         if isinstance(exact, RuntimeError):
             continue  # what PyTorch refuses may be refused or computed
         assert isinstance(ours, compare.Run), f"{phase}, {how}: {type(ours).__name__}: {ours}\n{text}"
-        if how["inner"] != "eager":
+        if inner != "eager":
             # AOTAutograd gives what out= has written strides of its own.
             ours.values |= {name: t for name, t in exact.values.items() if "strides" in name}
         assert ours.values.keys() == exact.values.keys(), f"{phase}: {ours.values.keys() ^ exact.values.keys()}\n{text}"
@@ -219,3 +217,20 @@ def test_a_small_network_gives_what_pytorch_gives(network, winograd):
     how = {"dtype": torch.float32, "layout": "channels_last", "conv_algorithm": "winograd"} if winograd else {}
     for report in compare.check(network, [(2, 3, 8, 8)], **how):
         assert report.fused_norms == report.norms > 0
+
+
+class OutputsThatShareMemory(Small):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.bn(self.conv(x)))
+        return y, y.flatten(1)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_outputs_in_nchw_share_memory_where_they_do_in_pytorch(inner):
+    x = torch.randn(2, 3, 8, 8, generator=oracle.generator("shared outputs", inner))
+    options = {"inner": inner, "conv_algorithm": "winograd", "smallest": 0}
+    with compare.fresh():
+        y, flat = torch.compile(OutputsThatShareMemory(), backend=fastres.backend.fastres, options=options)(x)
+        (graph,) = fastres.compile_report()
+    assert graph.operators["conv3x3_with_statistics"] == 1
+    assert y.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
