@@ -28,6 +28,8 @@ USUAL, MANY = 25, 500
 PHASES = ((True, True), (True, False), (False, False), (False, True))
 STEPS = 2
 FLOAT32 = 1e-5
+# Of PyTorch itself in float32: one sample of such errors does not bound those of another order of summation.
+ILL_CONDITIONED = 2e-5
 DRAWS = 20
 
 
@@ -116,7 +118,10 @@ def check(seed: int) -> None:
             if isinstance(eager, RuntimeError):
                 exact = eager  # what PyTorch refuses may depend on the layout
             elif not isinstance(exact, RuntimeError):
-                allowed = FLOAT32 + 8 * compare.worst(eager, exact)[0]
+                error, _ = compare.worst(eager, exact)
+                if error > ILL_CONDITIONED:
+                    continue
+                allowed = FLOAT32 + 8 * error
                 exact.values |= {name: t for name, t in eager.values.items() if "strides" in name}
         with compare.fresh():
             ours, _ = attempt(model, inputs, phase, **how)
