@@ -32,7 +32,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "triangle_peak": 0.23, "triangle_end": 0.07, "warmup_factor": None, "ema_decay": None, "lookahead_period": None,
     "lookahead_decay": 0.95, "flip": "auto", "crop_padding": None, "crop_border": "zero", "tta": "none",
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
-    "save_minutes": 10.0, "report": True,
+    "save_minutes": 10.0, "report": True, "find_lr": False,
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -78,6 +78,8 @@ class TrainConfig:
         eval_batch_size: Images a batch of the evaluation.
         optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
         lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 0.001 for the others.
+        find_lr: Train nothing; raise the learning rate from 1e-5 to 10 over an epoch (50 to 200 steps, or max_steps) of
+            the run configured otherwise, write the curve of the loss (lr_test.json, lr_test.png), and suggest an lr.
         weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
             None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
@@ -151,6 +153,7 @@ class TrainConfig:
     eval_batch_size: int = 256
     optimizer: Optimizer = "nesterov"
     lr: float | None = None
+    find_lr: bool = False
     weight_decay: float | None = None
     decay_norm_bias: bool = True
     bias_lr_factor: float = 1.0
@@ -221,6 +224,8 @@ def check_config(config: TrainConfig) -> None:
             "conv_algorithm: expected nothing with fused=False (--no-fused), where every convolution is PyTorch's, "
             f"got {config.conv_algorithm!r}"
         )
+    if config.find_lr and config.resume is not None:
+        raise InputError(f"find_lr: tests a run from its first step on, expected no resume, got {str(config.resume)!r}")
     _check_recipe_options(config)
     for name in ("max_steps", "eval_batch_size", "threads", "image_size", "accumulate", "lookahead_period"):
         _check_range(name, getattr(config, name), low=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fastres.train.distributed import Group
 from fastres.train.errors import InputError, RunError, first_line
 
 LOCK = ".lock"
@@ -109,6 +110,22 @@ def claim(directory: Path) -> FileLock:
         for temporary in directory.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
     return lock
+
+
+@contextmanager
+def claimed(directory: Path, group: Group) -> Iterator[None]:
+    """`claim` a folder for a job, in its main process, until the end of the block.
+
+    Raises:
+        InputError, RunError: as `claim`, in every process.
+    """
+    with group.agreed():
+        lock = claim(directory) if group.is_main else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _sync(path: Path) -> None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,12 +16,12 @@ from fastres import _extension, models
 from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
-from fastres.train.data import ImageData, fingerprint, fingerprint_differences, load_data
+from fastres.train.data import ImageData, fingerprint, fingerprint_differences, left_out, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
 from fastres.train.optim import make_optimizer
-from fastres.train.parallel import OptimizerState, check_job, of_rank, shard
+from fastres.train.parallel import OptimizerState, check_job, of_rank, shard, smallest_batch
 from fastres.train.weights import start_weights
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
@@ -43,6 +44,31 @@ class Run:
     backend: str
     group: Group = SINGLE
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the data
+
+
+class Plan(NamedTuple):
+    """How the training images fall into batches and epochs."""
+
+    smallest_batch: int  # images; fewer at the end of an epoch are left out
+    epoch_images: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+def plan_of(run: Run) -> Plan:
+    """
+    Raises:
+        InputError: too few images for a batch.
+    """
+    config, count = run.config, len(run.data.train)
+    if config.batch_size is None or config.epochs is None:
+        raise ValueError("config: expected a resolved one")
+    smallest = config.batch_size if config.drop_last else smallest_batch(run.group, sync_bn=config.sync_bn)
+    images = count - left_out(count, config.batch_size, smallest)
+    if not images:
+        raise InputError(f"data: expected {smallest} training images or more for a batch, got {count}")
+    steps = math.ceil(images / config.batch_size)
+    return Plan(smallest, images, steps, math.ceil(config.epochs * steps))
 
 
 def prepare(
@@ -135,7 +161,7 @@ def _after_restart(config: TrainConfig) -> TrainConfig:
     if config.output_dir is None and config.resume is None and (was_restarted() or restarts_left()):
         raise InputError("output_dir: torchrun --max-restarts needs one, in which a restarted job finds its checkpoint")
     folder = config.output_dir or config.resume
-    if not was_restarted() or folder is None or not ckpt.has_checkpoint(folder):
+    if not was_restarted() or config.find_lr or folder is None or not ckpt.has_checkpoint(folder):
         return config
     return dataclasses.replace(config, resume=folder)
 
@@ -219,7 +245,8 @@ def _default_output_dir(config: TrainConfig) -> Path:
     if config.resume is not None:
         return ckpt.folder_of(config.resume)
     kind = "fused" if config.fused else "plain"
-    name = f"{config.dataset}-{config.model}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    what = "lr-test-" if config.find_lr else ""
+    name = f"{config.dataset}-{config.model}-{kind}-{what}{time.strftime('%Y%m%d-%H%M%S')}"
     directory, number = Path("runs") / name, 1
     while directory.exists():
         number += 1
