@@ -66,6 +66,8 @@ class Engine:
             None if config.lookahead_period is None
             else Lookahead(self.model, config.lookahead_period, config.lookahead_decay)
         )  # fmt: skip
+        # Whether a step looks at its loss. On a GPU that would make it wait, so the loop looks at many together.
+        self.watchful = self.device.type == "cpu"
         # Every process counts the whole batch in training; what it counts of the test images is added up.
         self.train_metrics = self._metrics()
 
@@ -106,15 +108,15 @@ class Engine:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad()
         loss, logits = self._gradients(x, labels, count)
-        # On a GPU, and in several processes, the loop finds it later: looking at each step would make the step wait.
-        if self.device.type == "cpu" and self.group.size == 1 and not math.isfinite(loss.item()):
+        if self.group.size > 1:
+            right = (logits.argmax(1) == labels).sum()
+            loss, right = self.group.sum(torch.stack([loss.float() / self.group.size, right.float()]))
+        if self.watchful and not math.isfinite(loss.item()):  # in all processes alike
             raise DivergedError(self._diverged(loss.item(), x, labels, lr, at))
         self._update(at)
         if self.group.size == 1:
             self.train_metrics["accuracy"].update(logits, labels)
         else:
-            right = (logits.argmax(1) == labels).sum()
-            loss, right = self.group.sum(torch.stack([loss.float() / self.group.size, right.float()]))
             # As many predictions that are right as there were in all shares.
             predictions = torch.arange(count, device=self.device) < right
             self.train_metrics["accuracy"].update(predictions.long(), torch.ones_like(predictions).long())
@@ -126,7 +128,7 @@ class Engine:
             return F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
 
         with self.amp:
-            found = diagnose(self.model, x, labels, loss_of)
+            found = diagnose(self.model, x, labels, loss_of, self.group)
         return (
             f"the loss is {loss} at step {at.step + 1} (epoch {at.epoch + 1}), with an lr of {lr:g}: {found.what}; "
             "the last checkpoint is of before; try a lower lr"

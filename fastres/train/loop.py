@@ -27,8 +27,12 @@ from fastres.train.parallel import by_rank, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, plan_of, prepare
 from fastres.train.progress import Progress
 from fastres.train.report import Summary, show_start, show_summary, write_summary
+from fastres.train.rewind import Rewind
 from fastres.train.schedule import lr_factor
 from fastres.train.stop import Stop
+
+LATE_STEPS = 20
+"""Steps on a GPU whose losses are looked at together."""
 
 
 def train(
@@ -104,6 +108,7 @@ class _Loop:
         self.steps_per_epoch, self.total_steps = plan.steps_per_epoch, plan.total_steps
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.engine = Engine(run)
+        self.rewind = None if self.engine.watchful else Rewind(self.engine)
         self.rates: list[float] = []
         self.stop = Stop(run.group)
         self.started = self.saved = time.perf_counter()
@@ -163,13 +168,15 @@ class _Loop:
             self.batch = 0
             self.engine.train_metrics.reset()
         line.epoch(self.epoch + 1, math.ceil(self.epochs))
-        window = _Window(self.device)
+        window = _Window(1 if self.engine.watchful else LATE_STEPS)
         for images, labels in batches(
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
             group=self.group,
         ):  # fmt: skip
             if self.stop.anywhere() or self.step >= self.stop_step:
                 break
+            if self.rewind is not None:
+                self.rewind.keep(self.step, self.batch)
             window.add(self.engine.train_step(images, labels, self._lr(), self._at(len(labels))), len(labels))
             self.step += 1
             self.batch += 1
@@ -201,13 +208,37 @@ class _Loop:
         first = self.step - len(losses) + 1
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
-                raise DivergedError(
-                    f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); try an lr below {self.peak_lr:g}"
-                )
+                raise self._diverged(step, loss)
             self._record("steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
         self.rates.append(rate)
         accuracy = self.engine.train_metrics["accuracy"].compute().item()
         line.update(images, loss=losses[-1], accuracy=accuracy, rate=rate)
+
+    def _diverged(self, step: int, loss: float) -> DivergedError:
+        """What a loss that was looked at late is due to: the steps since the copy, looked at one by one.
+
+        All processes have the same losses, and do the same here.
+        """
+        assert self.rewind is not None and self.order is not None
+        self.rewind.restore()
+        self.step, self.batch, self.engine.watchful = self.rewind.step, self.rewind.batch, True
+        first = self.step + 1
+        for images, labels in batches(
+            self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
+            group=self.group,
+        ):  # fmt: skip
+            try:
+                self.engine.train_step(images, labels, self._lr(), self._at(len(labels)))
+            except DivergedError as error:
+                return error
+            self.step += 1
+            self.batch += 1
+            if self.step == step:
+                break
+        return DivergedError(
+            f"the loss is {loss} at step {step} (epoch {self.epoch + 1}), but finite when the steps from {first} on are"
+            f" computed again; the last checkpoint is of before; try an lr below {self.peak_lr:g}"
+        )
 
     def _record(self, file: str, row: dict[str, Any]) -> None:
         if self.group.is_main:
@@ -377,8 +408,8 @@ class _Loop:
 class _Window:
     """The steps since losses were last fetched. On a GPU several, since fetching waits for the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.length = 1 if device.type == "cpu" else 20
+    def __init__(self, length: int) -> None:
+        self.length = length
         self.losses: list[Tensor] = []
         self.images = 0
         self.since = time.perf_counter()
