@@ -250,8 +250,7 @@ class _Loop:
         """Evaluate, write the line of the epoch and the checkpoints. False where a signal came in between."""
         test = self.engine.evaluate(lambda: self.stop.asked is not None)
         if test is None:
-            self.stop.agree(True)
-            return False
+            return not self.stop.anywhere()
         train = self.engine.trained()
         complete = self.batch == self.steps_per_epoch
         number = self.epoch + 1

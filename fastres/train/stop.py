@@ -18,18 +18,15 @@ class Stop:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.asked: str | None = None  # name of the signal
-        self.by: str | None = None  # the same; of a signal that came to other processes only, SIGTERM
+        self.asked: signal.Signals | None = None
+        self.by: str | None = None  # name of the signal; of several, SIGTERM
 
     def anywhere(self) -> bool:
         """Agree on whether a signal came to any process. All must call this, in the order of their collectives."""
-        return self.by is not None or self.agree(self.group.any(self.asked is not None))
-
-    def agree(self, stop: bool) -> bool:
-        """Take the answer of all processes to whether one of them was asked to stop."""
-        if stop:
-            self.by = self.asked or "SIGTERM"
-        return stop
+        if self.by is None:
+            number = self.group.largest(self.asked or 0)
+            self.by = signal.Signals(number).name if number else None
+        return self.by is not None
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -40,7 +37,7 @@ class Stop:
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def stop(number: int, frame: Any) -> None:
-            self.asked = signal.Signals(number).name
+            self.asked = signal.Signals(number)
             # torchrun passes a Ctrl-C on to processes that the terminal has told already.
             if self.group.size == 1:
                 for each in previous:
