@@ -33,6 +33,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "lookahead_decay": 0.95, "flip": "auto", "crop_padding": None, "crop_border": "zero", "tta": "none",
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
     "save_minutes": 10.0, "report": True,
+    "mixup": 0.0, "cutmix": 0.0, "randaugment": [], "random_erasing": 0.0,
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -104,6 +105,13 @@ class TrainConfig:
         crop_padding: Pixels by which an image is padded before a random crop. None: 4 for CIFAR, 3 for digits, an
             eighth of the side for image folders.
         crop_border: What the padding holds: zero, or the reflected image.
+        mixup: Mix each image of a batch with another one by lambda and 1 - lambda, from Beta(mixup, mixup), and the
+            labels too. 0: none. With cutmix, one of the two for each batch.
+        cutmix: Replace a box of each image of a batch by another one's; its area is a share of 1 - lambda, from
+            Beta(cutmix, cutmix), and labels are mixed by it. 0: none.
+        randaugment: Two numbers, such as 2 9: random operations on each image (shear, rotation, contrast and others),
+            one after the other, and their magnitude from 0 to 30. None by default.
+        random_erasing: Probability with which a rectangle of a training image is erased.
         tta: Average the logits of an image at the evaluation: flip with its mirror image's; flip+shift also with those
             of the image moved by a pixel, both ways.
         dropout: Dropout probability in the residual blocks. None: the model's own (0; 0.5 for article).
@@ -171,6 +179,10 @@ class TrainConfig:
     flip: Flip = "auto"
     crop_padding: int | None = None
     crop_border: CropBorder = "zero"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: tuple[int, ...] = ()
+    random_erasing: float = 0.0
     tta: Tta = "none"
     dropout: float | None = None
     zero_init_gamma: bool = False
@@ -256,9 +268,15 @@ def _check_recipe_options(config: TrainConfig) -> None:
     """The options of optimizer, schedule, augmentation and averages, each on its own and those that need each other."""
     for name in ("epochs", "width", "bias_lr_factor", "clip_grad", "step_factor", "warmup_factor"):
         _check_range(name, getattr(config, name), low=0.0, low_included=False)
-    for name in ("whitening_bias_epochs", "crop_padding"):
+    for name in ("whitening_bias_epochs", "crop_padding", "mixup", "cutmix"):
         _check_range(name, getattr(config, name), low=0)
-    for name in ("triangle_start", "triangle_peak", "triangle_end"):
+    operations, magnitude = config.randaugment if len(config.randaugment) == 2 else (0, 0)
+    if config.randaugment and not (operations >= 1 and 0 <= magnitude <= 30):
+        raise InputError(
+            "randaugment: expected two integers, operations (1 or more) and their magnitude (0 to 30), "
+            f"got {config.randaugment}"
+        )
+    for name in ("triangle_start", "triangle_peak", "triangle_end", "random_erasing"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0)
     for name in ("ema_decay", "lookahead_decay"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0, high_included=False)
@@ -346,7 +364,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     if set(values) != names:
         raise InputError(f"config: missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
     paths = {k: Path(values[k]) for k in ("data_dir", "output_dir", "resume", "pretrained") if values[k] is not None}
-    config = TrainConfig(**{**values, **paths, "milestones": tuple(values["milestones"])})
+    tuples = {k: tuple(values[k]) for k in ("milestones", "randaugment")}
+    config = TrainConfig(**{**values, **paths, **tuples})
     check_config(config)
     return config
 
@@ -357,8 +376,10 @@ def _first(value: Any, default: Any) -> Any:
 
 def _check_type(name: str, value: object, kind: Any) -> None:
     if get_origin(kind) is tuple:
-        if not isinstance(value, tuple) or not all(type(v) in (int, float) for v in value):
-            raise TypeError(f"{name}: expected a tuple of numbers, got {value!r} ({type(value).__name__})")
+        number = (int, float) if float in get_args(kind) else (int,)
+        if not isinstance(value, tuple) or not all(type(v) in number for v in value):
+            numbers = "numbers" if float in number else "integers"
+            raise TypeError(f"{name}: expected a tuple of {numbers}, got {value!r} ({type(value).__name__})")
         return
     kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
     kinds = tuple(str if get_origin(k) is Literal else k for k in kinds)

@@ -215,7 +215,10 @@ def logged(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("options", [{}, {"fsdp": True}, {"optimizer": "adamw", "fsdp": True}], ids=str)
+MIXED = {"mixup": 0.4, "cutmix": 1.0, "randaugment": (2, 9), "random_erasing": 0.5}
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": True}, {"optimizer": "adamw", "fsdp": True}, MIXED], ids=str)
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_processes_train_as_one(size: int, options: dict[str, Any], tmp_path: Path) -> None:
     """Batches, the last one of an epoch, and 13 test images have uneven shares."""
