@@ -16,7 +16,7 @@ from fastres.train.errors import InputError
 from fastres.train.precision import choose_amp
 
 Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
-Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
+Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw", "lars", "muon"]
 Schedule = Literal["cosine", "constant", "step", "triangle", "onecycle"]
 Stem = Literal["auto", "cifar", "imagenet"]
 Amp = Literal["auto", "none", "bf16", "fp16"]
@@ -77,13 +77,16 @@ class TrainConfig:
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
             memory, and batch statistics of each part.
         eval_batch_size: Images a batch of the evaluation.
-        optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
-        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 0.001 for the others.
-        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
-            None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
+        optimizer: Optimizer, from torch.optim; lars and muon from timm, which they need. sgd has no momentum; amsgrad
+            is Adam with the running maximum.
+        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 4 for lars, 0.004 for muon,
+            0.001 for the others.
+        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw and muon taken from the
+            weight. None: 5e-4 for sgd, momentum, nesterov and lars, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw
+            and muon.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
         bias_lr_factor: Learning rate of all biases, in multiples of lr; their weight decay is divided by it.
-        momentum: Momentum of the optimizers momentum and nesterov.
+        momentum: Momentum of the optimizers momentum, nesterov, lars and muon.
         clip_grad: Largest norm of the gradient; a longer one is shortened to it.
         schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
             step_factor at each milestone; triangle is two lines, onecycle two half cosines (torch's OneCycleLR).
@@ -316,7 +319,10 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
             fp16 without CUDA.
     """
     small = dataset == "digits"
-    plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
+    usual_lr, usual_decay = {
+        **dict.fromkeys(("sgd", "momentum", "nesterov"), (0.01 if small else 0.05, 5e-4)),
+        "lars": (4.0, 5e-4), "adamw": (1e-3, 0.01), "muon": (4e-3, 0.01),
+    }.get(config.optimizer, (1e-3, 1e-4))  # fmt: skip
     epochs = _first(config.epochs, 5 if small else 30)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
@@ -333,10 +339,8 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         dataset=dataset,
         epochs=epochs,
         batch_size=_first(config.batch_size, 16 if small else 128),
-        lr=_first(config.lr, 1e-3 if not plain_gradient else 0.01 if small else 0.05),
-        weight_decay=_first(
-            config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4
-        ),
+        lr=_first(config.lr, usual_lr),
+        weight_decay=_first(config.weight_decay, usual_decay),
         warmup_epochs=_first(
             config.warmup_epochs, min(0.25 if small else 1.0, epochs / 5) if config.schedule == "cosine" else 0.0
         ),
