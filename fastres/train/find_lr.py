@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 CURVE, PICTURE = "lr_test.json", "lr_test.png"
 LOW, HIGH = 1e-5, 10.0
-"""The learning rates between which a test runs: every optimizer's usual ones, and a factor of ten or more beyond."""
+"""The learning rates between which a test runs: the usual ones of all optimizers but LARS, ten times more and less."""
+LARS_SCALE = 100.0
+"""LARS shortens each update to a share of its layer's weights, and its learning rates are that much larger."""
 FEWEST_STEPS, MOST_STEPS = 50, 200
 """An epoch, within these limits: 10 to 33 steps for each factor of ten."""
 SMOOTHING = 0.9
@@ -118,10 +120,12 @@ def find_learning_rate(
     stop = Stop(run.group)
     plan = plan_of(run)
     steps = run.config.max_steps or min(max(plan.steps_per_epoch, FEWEST_STEPS), MOST_STEPS)
+    scale = LARS_SCALE if run.config.optimizer == "lars" else 1.0
+    low, high = scale * LOW, scale * HIGH
     with claimed(directory, run.group), stop.on_signals():
         show_start(console, run.config, run.data, run.backend)
-        say(f"Learning-rate range test: at most {steps} steps, lr rises from {LOW:g} to {HIGH:g}; nothing is trained.")
-        found = range_test(run, steps=steps, stop=stop)
+        say(f"Learning-rate range test: at most {steps} steps, lr rises from {low:g} to {high:g}; nothing is trained.")
+        found = range_test(run, steps=steps, low=low, high=high, stop=stop)
         if found.stopped_by is None and run.group.is_main:
             _write(found, run.config, directory)
     if found.stopped_by is not None:
