@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,19 @@ def test_wrong_environment_is_named(name: str, value: str, monkeypatch: pytest.M
     for key, number in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", name: value}.items():
         monkeypatch.setenv(key, number)
     with pytest.raises(InputError, match=rf"^{name}: .*{value}"):
+        start_group(CPU)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_job_whose_others_do_not_come_is_told(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for key, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, **address}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(RunError, match=rf"^rank {rank} of 2 cannot reach the others: "):
         start_group(CPU)
 
 
@@ -547,6 +561,18 @@ def test_first_process_to_fail_speaks_for_all(job_of_two: Any, capsys: pytest.Ca
     for reason in ("no space", "the connection is lost"):
         distributed.report_failure("train", RunError(reason))
     assert capsys.readouterr().err == "train: error: rank 0 of 2: no space\n"
+
+
+def test_each_process_speaks_where_the_store_is_gone(
+    job_of_two: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone:
+        def add(self, name: str, count: int) -> int:
+            raise RuntimeError("Broken pipe")
+
+    job_of_two.store = Gone()
+    distributed.report_failure("train", RunError("rank 1 has died"))
+    assert capsys.readouterr().err == "train: error: rank 0 of 2: rank 1 has died\n"
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "train: error: lr: too high\n"), ("1", "")])
