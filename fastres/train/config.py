@@ -34,6 +34,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
     "save_minutes": 10.0, "report": True,
     "mixup": 0.0, "cutmix": 0.0, "randaugment": [], "random_erasing": 0.0,
+    "test_only": False,
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -72,6 +73,8 @@ class TrainConfig:
             others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
+        test_only: Evaluate the checkpoint of --resume (a folder's last one, or a file), or the weights of --pretrained,
+            on the test images, print loss and accuracy, and write nothing.
         batch_size: Images a training step. None: 16 for digits, 128 for the others.
         drop_last: Leave out the last batch of an epoch where it is smaller than the others.
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
@@ -156,6 +159,7 @@ class TrainConfig:
     resume: Path | None = None
     epochs: float | None = None
     max_steps: int | None = None
+    test_only: bool = False
     batch_size: int | None = None
     drop_last: bool = False
     accumulate: int = 1
@@ -230,6 +234,8 @@ def check_config(config: TrainConfig) -> None:
     unknown = models.why_unknown(config.model)
     if unknown is not None:
         raise InputError(f"model: {unknown}")
+    if config.test_only and config.resume is None and config.pretrained is None:
+        raise InputError("test_only: expected a checkpoint (resume) or weights (pretrained) to test, got neither")
     # A resumed run has its checkpoint to agree with, which says more.
     if not config.fused and config.conv_algorithm is not None and config.resume is None:
         raise InputError(
