@@ -10,6 +10,7 @@ from fastres.train.checkpoint import resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
+from fastres.train.evaluation import evaluate
 from fastres.train.find_lr import find_learning_rate
 from fastres.train.loop import train
 from fastres.train.recipes import describe_recipes, recipe_config
@@ -18,7 +19,7 @@ PROGRAM = "python -m fastres.train"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train, or make the learning-rate range test, as the command line says.
+    """Train, test, or look for a learning rate, as the command line says.
 
     Returns:
         Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
@@ -37,6 +38,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
+        if config.test_only:
+            evaluate(config)
+            return 0
         stopped_by = find_learning_rate(config).stopped_by if config.find_lr else train(config).stopped_by
     except (InputError, RunError) as error:
         report_failure(PROGRAM, error)

@@ -34,7 +34,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
     "save_minutes": 10.0, "report": True,
     "mixup": 0.0, "cutmix": 0.0, "randaugment": [], "random_erasing": 0.0,
-    "find_lr": False,
+    "find_lr": False, "test_only": False,
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -73,6 +73,8 @@ class TrainConfig:
             others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
+        test_only: Evaluate the checkpoint of --resume (a folder's last one, or a file), or the weights of --pretrained,
+            on the test images, print loss and accuracy, and write nothing.
         batch_size: Images a training step. None: 16 for digits, 128 for the others.
         drop_last: Leave out the last batch of an epoch where it is smaller than the others.
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
@@ -160,6 +162,7 @@ class TrainConfig:
     resume: Path | None = None
     epochs: float | None = None
     max_steps: int | None = None
+    test_only: bool = False
     batch_size: int | None = None
     drop_last: bool = False
     accumulate: int = 1
@@ -235,12 +238,16 @@ def check_config(config: TrainConfig) -> None:
     unknown = models.why_unknown(config.model)
     if unknown is not None:
         raise InputError(f"model: {unknown}")
+    if config.test_only and config.resume is None and config.pretrained is None:
+        raise InputError("test_only: expected a checkpoint (resume) or weights (pretrained) to test, got neither")
     # A resumed run has its checkpoint to agree with, which says more.
     if not config.fused and config.conv_algorithm is not None and config.resume is None:
         raise InputError(
             "conv_algorithm: expected nothing with fused=False (--no-fused), where every convolution is PyTorch's, "
             f"got {config.conv_algorithm!r}"
         )
+    if config.find_lr and config.test_only:
+        raise InputError("find_lr: expected nothing with test_only, which takes no training step")
     if config.find_lr and config.resume is not None:
         raise InputError(f"find_lr: tests a run from its first step on, expected no resume, got {str(config.resume)!r}")
     _check_recipe_options(config)

@@ -150,9 +150,11 @@ def test_signal_ends_the_test_and_nothing_is_written(
 def test_test_of_a_run_that_has_begun_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"^find_lr: .*expected no resume, got 'there'"):
         check_config(TrainConfig(find_lr=True, resume=Path("there")))
+    with pytest.raises(InputError, match=r"^find_lr: .*test_only"):
+        check_config(TrainConfig(find_lr=True, test_only=True, pretrained=Path("there")))
     assert main(["--find-lr", "--resume", "auto", "--output-dir", str(tmp_path / "run")]) == 2
     assert "error: find_lr: " in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"^find_lr: expected False"):
+    with pytest.raises(InputError, match=r"^find_lr: train\(\) trains"):
         train(TrainConfig(find_lr=True))
     assert not list(tmp_path.iterdir())
 
