@@ -241,6 +241,7 @@ def draw(axes: "Axes", test: RangeTest) -> None:
     axes.axvline(test.suggestion, color=red, linestyle="--", label=f"suggested {test.suggestion:.2g}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate", fontsize=9)
-    pictures.loss_scale(axes, test.losses)
+    # Up to where the test ends: single losses that are far above would press the curve flat.
+    axes.set_ylim(0.9 * min(test.losses), 1.05 * min(max(test.losses), DIVERGED * test.smoothed[test.best]))
     pictures.tidy(axes, "Training loss in the range test")
     axes.legend(fontsize=8, frameon=False)
