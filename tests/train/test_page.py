@@ -25,9 +25,9 @@ from fastres.train import InputError, TrainConfig, pictures
 from fastres.train.boards import FOLDER, Board
 from fastres.train.config import to_dict
 from fastres.train.data import Split
+from fastres.train.decoding import ImageFile, ImageFiles
 from fastres.train.errors import RunError
 from fastres.train.history import read_history
-from fastres.train.image_folder import ImageFiles
 from fastres.train.page import PAGE, class_rows, confused_pairs, write_report
 from fastres.train.progress import Progress, duration
 from tests.train.conftest import make_data
@@ -302,7 +302,7 @@ def test_the_mean_of_thinned_steps_is_that_of_all():
 
 def test_mistakes_are_drawn_from_files_as_well(tmp_path, write_folder):
     root = write_folder(tmp_path / "images")
-    files = ImageFiles(root / "test", sorted((root / "test").rglob("*.png")), 8)
+    files = ImageFiles(root / "test", [ImageFile(str(path)) for path in sorted((root / "test").rglob("*.png"))], 8)
     data = dataclasses.replace(make_data(), test=Split(files, torch.tensor([0, 0, 1, 1])), classes=("cat", "dog"))
     found = pictures.worst_mistakes(torch.tensor([[0.0, 1], [1, 0], [1, 0], [0, 1]]), data.test.labels, 5)
     pictures.draw_mistakes(found, data, tmp_path / "m.png")
