@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ class TrainConfig:
         seed: Seed of the weights, the order of the images, the augmentation and the dropout.
         device: cpu, cuda or cuda:N; auto is CUDA where there is a GPU.
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
-        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
+        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded); 0 decodes
+            between the steps. None: 1 on a CPU, where they and the training share the cores; on a GPU one for each core
+            but one, at most 8, of this process's share of the machine.
         amp: Automatic mixed precision: bf16 runs convolutions in bfloat16, none runs everything in float32, auto takes
             the faster of the two on this device, fp16 is float16 with a scaled loss, for GPUs. The choice is saved: a
             resumed run keeps it.
@@ -180,7 +183,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    workers: int = 2
+    workers: int | None = None
     amp: Amp = "none"
     channels_last: bool = True
     reuse_memory: bool = True
@@ -325,9 +328,17 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
         device=device,
+        workers=_first(config.workers, _usual_workers(device)),
         conv_algorithm=conv_algorithm,
         amp=amp,
     )
+
+
+def _usual_workers(device: str) -> int:
+    if device == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 8)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def load_cifar(name: Dataset, root: Path, *, notify: Callable[[str], None] = pri
 
 
 def batches(
-    split: Split, order: Tensor, batch_size: int, *, start: int = 0, workers: int = 0, group: Group = SINGLE
+    split: Split, order: Tensor, batch_size: int, *, start: int = 0, workers: int | None = 0, group: Group = SINGLE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of uint8 images [B, 3, H, W] and labels [B] in a given order.
 
@@ -132,6 +132,7 @@ def batches(
         order: int64 [N], indices into the split.
         start: number of the first batch to give.
         workers: processes that decode, for a split that is not in memory; they live as long as its images.
+            None is 0.
         group: of images that are not in memory only this process's share is decoded; the others are undefined.
 
     Raises:
@@ -145,7 +146,7 @@ def batches(
             yield split.images[part], split.labels[part]
         return
     shares = (part[group.share(len(part))] for part in parts)
-    for part, decoded in zip(parts, split.images.batches(shares, workers=workers), strict=True):
+    for part, decoded in zip(parts, split.images.batches(shares, workers=workers or 0), strict=True):
         images = decoded
         if group.size > 1:
             images = decoded.new_empty(len(part), *decoded.shape[1:])

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -176,6 +177,18 @@ def test_wrong_algorithm_in_the_environment_is_named(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("size", "stem"), [(32, "cifar"), (64, "cifar"), (65, "imagenet"), (224, "imagenet")])
 def test_stem_follows_the_image_size(size: int, stem: str) -> None:
     assert resolve(TrainConfig(), dataset="imagefolder", image_size=size).stem == stem
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (16, 4, 3)])
+def test_workers_leave_a_core_to_the_gpus_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for device, expected in (("cuda", workers), ("cpu", 1)):
+        config = resolve(TrainConfig(device=device), dataset="imagefolder", image_size=224)
+        assert config.workers == expected
+    assert resolve(TrainConfig(workers=0), dataset="imagefolder", image_size=224).workers == 0
 
 
 def test_saved_configuration_with_other_fields_is_refused() -> None:
