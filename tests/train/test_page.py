@@ -170,7 +170,7 @@ def test_a_run_without_files_but_its_configuration_has_a_page(tmp_path):
 def test_broken_lines_are_told_and_odd_figures_drawn(tmp_path):
     directory = write_run(tmp_path / "run", epochs=2)
     with (directory / "steps.jsonl").open("ab") as file:
-        file.write(b'{"step": 9, "epoch": 3, "loss": NaN}\n\xff\xfe\n{"step": 10, "epo')
+        file.write(b'{"step": 9, "epoch": 3, "loss": NaN}\n\xff\xfe\n[2]\n{"step": 10, "epo')
     data = make_data()
     logits = made_logits(data.test.labels, 3, wrong=1).to(torch.bfloat16)
     assert write_report(directory, data, SimpleNamespace(logits=logits)) == []
