@@ -72,7 +72,7 @@ def read_rows(path: Path, numbers: tuple[str, ...] = ("step",)) -> tuple[Rows, i
 
     Returns:
         The rows in the order of their steps, a step that was written twice as it was written last; and how many lines
-        are no such rows. A last line without its end, which a kill or a look at a run at work finds, counts for nothing.
+        are no such rows. A last line without its end, as a kill leaves it or a run at work has it, counts for nothing.
     """
     rows: dict[int, dict[str, Any]] = {}
     broken = 0
