@@ -16,7 +16,7 @@ from fastres.ops.algorithms import requested_algorithm
 from fastres.train.errors import InputError
 from fastres.train.precision import choose_amp
 
-Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
+Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "webdataset", "digits"]
 Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
 Schedule = Literal["cosine", "constant", "step", "triangle", "onecycle"]
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -62,7 +62,8 @@ class TrainConfig:
         dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
             handwritten digits that come with scikit-learn.
         data_dir: Folder of the data. For imagefolder it holds train/ and one of test/, val/, valid/, with a folder a
-            class.
+            class; for webdataset shards train-*.tar and test-*.tar (val-, valid-) of NAME.jpg with its class in
+            NAME.cls.
         output_dir: Folder for the results; must not hold a run that has saved a checkpoint. None is
             runs/<dataset>-<model>-<fused|plain>-<time>, or the checkpoint's own folder with --resume.
         resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint. auto: the
@@ -112,8 +113,8 @@ class TrainConfig:
         whitening_bias_epochs: Epochs in which the bias of a whitening layer is trained (network fast). None: all.
         stem: First layers: cifar (3x3, no pooling), imagenet (7x7 with stride 2, pooling). auto: cifar up to 64
             pixels.
-        image_size: Side of the images in pixels, imagefolder only. None: the shorter side of the first training
-            image, at most 224.
+        image_size: Side of the images in pixels, imagefolder and webdataset only. None: the shorter side of the first
+            training image, at most 224.
         seed: Seed of the weights, the order of the images, the augmentation and the dropout.
         device: cpu, cuda or cuda:N; auto is CUDA where there is a GPU.
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.

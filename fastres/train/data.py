@@ -68,14 +68,20 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
         InputError: the folder is missing, empty, damaged, or holds a broken image.
         RunError: the data set is not there and cannot be downloaded.
     """
-    if config.dataset != "imagefolder" and config.image_size not in (None, 32):
-        raise InputError(f"image_size: only imagefolder is resized, {config.dataset} has 32, got {config.image_size}")
+    if config.dataset not in ("imagefolder", "webdataset") and config.image_size not in (None, 32):
+        raise InputError(
+            f"image_size: only imagefolder and webdataset are resized, {config.dataset} has 32, got {config.image_size}"
+        )
     if config.dataset == "digits":
         return load_handwritten_digits()
     if config.dataset == "imagefolder":
         from fastres.train.image_folder import load_image_folder  # which builds on this module
 
         return load_image_folder(config.data_dir, image_size=config.image_size, notify=notify)
+    if config.dataset == "webdataset":
+        from fastres.train.shards import load_shards  # which does so too
+
+        return load_shards(config.data_dir, image_size=config.image_size, notify=notify)
     if config.dataset == "cifar100":
         return load_cifar("cifar100", config.data_dir, notify=notify)
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,39 +39,48 @@ def load_image_folder(root: Path, *, image_size: int | None, notify: Callable[[s
     test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_root is None:
         raise InputError(f"data_dir: {root} must hold a folder train and one of {', '.join(TEST_FOLDERS)}")
-    train_files, train_labels, classes = _list_images(root / "train")
-    test_files, test_labels, test_classes = _list_images(test_root)
-    if classes != test_classes:
-        odd = sorted(set(classes) ^ set(test_classes))
-        raise InputError(f"data_dir: {root / 'train'} and {test_root} differ in classes: {', '.join(odd[:5])}")
-    if len(classes) < 2:
-        raise InputError(f"data_dir: expected two classes or more in {root / 'train'}, got only {classes[0]}")
-    size, workers = image_size or min(224, *image_shape(train_files[0])), Workers()
-    train = ImageFiles(root / "train", train_files, size, workers), train_labels
-    test = ImageFiles(test_root, test_files, size, workers), test_labels
-    return held_or_on_disk("imagefolder", train, test, classes, notify)
+    return image_data("imagefolder", _list_images(root / "train"), _list_images(test_root), image_size, notify)
 
 
-def held_or_on_disk(
-    name: Dataset,
-    train: tuple[ImageFiles, Tensor],
-    test: tuple[ImageFiles, Tensor],
-    classes: tuple[str, ...],
-    notify: Callable[[str], None],
+class Listing(NamedTuple):
+    """The training or the test images of a data set, not decoded yet."""
+
+    place: Path  # what holds them, for messages
+    root: Path  # the folder below which their names count
+    files: list[ImageFile]
+    labels: Tensor  # int64 [N]
+    classes: tuple[str, ...]
+
+
+def image_data(
+    name: Dataset, train: Listing, test: Listing, image_size: int | None, notify: Callable[[str], None]
 ) -> ImageData:
-    """The data set of these files and labels; the images are decoded here where they take at most MEMORY_LIMIT."""
-    count, size = len(train[0]) + len(test[0]), train[0].size
+    """The data set of these images: decoded here where they take at most MEMORY_LIMIT.
+
+    Raises:
+        InputError: as `load_image_folder`.
+    """
+    classes = train.classes
+    if classes != test.classes:
+        odd = sorted(set(classes) ^ set(test.classes))
+        raise InputError(f"data_dir: {train.place} and {test.place} differ in classes: {', '.join(odd[:5])}")
+    if len(classes) < 2:
+        raise InputError(f"data_dir: expected two classes or more in {train.place}, got only {classes[0]}")
+    count, size = len(train.files) + len(test.files), image_size or min(224, *image_shape(train.files[0]))
     augmentation = Augmentation(padding=max(1, size // 8), flip=True)
+    workers = Workers()
+    stored = [(ImageFiles(part.root, part.files, size, workers), part) for part in (train, test)]
     bytes_needed = count * 3 * size * size
     if bytes_needed > MEMORY_LIMIT:
         notify(f"{bytes_needed / 2**30:.1f} GiB of images stay on disk and are decoded batch by batch.")
-        return ImageData(name, Split(*train), Split(*test), classes, size, IMAGENET_MEAN, IMAGENET_STD, augmentation)
-    notify(f"Decoding {count:,} images from {train[0].root.parent} ...")
-    held = [Split(files.decode_all(), labels) for files, labels in (train, test)]
+        parts = [Split(images, part.labels) for images, part in stored]
+        return ImageData(name, parts[0], parts[1], classes, size, IMAGENET_MEAN, IMAGENET_STD, augmentation)
+    notify(f"Decoding {count:,} images from {train.place.parent} ...")
+    held = [Split(images.decode_all(), part.labels) for images, part in stored]
     return measured(name, held[0], held[1], classes, augmentation, None)
 
 
-def _list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]]:
+def _list_images(folder: Path) -> Listing:
     try:
         found = datasets.ImageFolder(str(folder))
     except (FileNotFoundError, PermissionError) as error:
@@ -78,4 +88,5 @@ def _list_images(folder: Path) -> tuple[list[ImageFile], Tensor, tuple[str, ...]
     for name in found.classes:
         if not name.isprintable():  # such as bytes that are no UTF-8, which no report could show
             raise InputError(f"data_dir: {folder} has a class folder whose name cannot be printed: {name!a}")
-    return [ImageFile(path) for path, _ in found.samples], torch.tensor(found.targets), tuple(found.classes)
+    files = [ImageFile(path) for path, _ in found.samples]
+    return Listing(folder, folder, files, torch.tensor(found.targets), tuple(found.classes))
