@@ -16,6 +16,8 @@ from PIL import Image
 from fastres.train import ImageData, InputError, RunError, Split, Summary, decoding
 from fastres.train.data import batches
 from fastres.train.decoding import ImageFile, ImageFiles, Workers
+from fastres.train.folder import claim
+from tests.train import kills
 from tests.train.conftest import CLASSES, make_data, signal_in_call
 from tests.train.test_loop import assert_same_run
 
@@ -61,6 +63,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def claimed(folder: Path) -> bool:
+    try:
+        claim(folder).release()
+    except InputError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 16])
@@ -112,6 +122,19 @@ def test_run_with_workers_is_the_same_as_without_also_when_resumed(
         assert run(to="parts", on=on_disk, workers=2, **fields).stopped_by == "SIGTERM"
     run(to="parts", on=on_disk, workers=1, resume=tmp_path / "parts", **fields)
     assert_same_run(tmp_path / "disk", tmp_path / "parts")
+
+
+def test_killed_run_with_workers_ends_with_the_same_weights(on_disk: ImageData, tmp_path: Path) -> None:
+    process = kills.attempt(tmp_path / "parts", on_disk)
+    steps = tmp_path / "parts" / "steps.jsonl"
+    wait_for(lambda: steps.exists() and len(steps.read_text().splitlines()) >= 8)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    wait_for(lambda: not claimed(tmp_path / "parts"))  # until its workers have noticed
+    kills.run(tmp_path / "parts", on_disk)
+    assert processes(on_disk)
+    kills.run(tmp_path / "whole", on_disk)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_signal_to_all_processes_of_a_terminal_leaves_the_workers_alone(on_disk: ImageData) -> None:
