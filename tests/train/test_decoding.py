@@ -145,7 +145,7 @@ def test_signal_to_all_processes_of_a_terminal_leaves_the_workers_alone(on_disk:
     wait_for(lambda: [os.getpgid(process) for process in workers] == workers)
 
 
-def test_dead_worker_is_one_line(run: Run, on_disk: ImageData, tmp_path: Path) -> None:
+def test_dead_worker_is_one_line(on_disk: ImageData) -> None:
     rounds = batches(on_disk.train, torch.arange(45), 4, workers=2)
     next(rounds)
     os.kill(processes(on_disk)[0], signal.SIGKILL)
