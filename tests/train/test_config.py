@@ -219,6 +219,11 @@ def test_flag_chooses_fused_or_plain(parsed: list[TrainConfig], flag: str, fused
     assert parsed == [TrainConfig(fused=fused)]
 
 
+def test_options_of_several_numbers_are_read_from_the_command_line(parsed: list[TrainConfig]) -> None:
+    assert cli.main(["--randaugment", "2", "9", "--schedule", "step", "--milestones", "3", "4.5"]) == 0
+    assert (parsed[0].randaugment, parsed[0].milestones) == ((2, 9), (3.0, 4.5))
+
+
 def test_recipe_of_the_article_is_the_one_that_was_published(parsed: list[TrainConfig]) -> None:
     assert cli.main(["--recipe", "article"]) == 0
     config = parsed[0]
