@@ -81,7 +81,8 @@ class TrainConfig:
         weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
             None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
-        bias_lr_factor: Learning rate of all biases, in multiples of lr; their weight decay is divided by it.
+        bias_lr_factor: Learning rate of the normalisations' biases, in multiples of lr; their weight decay is divided
+            by it.
         momentum: Momentum of the optimizers momentum and nesterov.
         clip_grad: Largest norm of the gradient; a longer one is shortened to it.
         schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
