@@ -88,7 +88,8 @@ class TrainConfig:
             weight. None: 5e-4 for sgd, momentum, nesterov and lars, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw
             and muon.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
-        bias_lr_factor: Learning rate of all biases, in multiples of lr; their weight decay is divided by it.
+        bias_lr_factor: Learning rate of the normalisations' biases, in multiples of lr; their weight decay is divided
+            by it.
         momentum: Momentum of the optimizers momentum, nesterov, lars and muon.
         clip_grad: Largest norm of the gradient; a longer one is shortened to it.
         schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
