@@ -5,6 +5,7 @@ from fastres.train.checkpoint import load_checkpoint, saved_config
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData, Split, load_data
 from fastres.train.errors import DivergedError, InputError, RunError
+from fastres.train.evaluation import evaluate
 from fastres.train.loop import load_model, train
 from fastres.train.recipes import RECIPES, recipe_config
 from fastres.train.report import Summary
@@ -19,6 +20,7 @@ __all__ = [
     "Split",
     "Summary",
     "TrainConfig",
+    "evaluate",
     "load_checkpoint",
     "load_data",
     "load_model",

@@ -10,6 +10,7 @@ from fastres.train.checkpoint import resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
+from fastres.train.evaluation import evaluate
 from fastres.train.loop import train
 from fastres.train.recipes import describe_recipes, recipe_config
 
@@ -17,7 +18,7 @@ PROGRAM = "python -m fastres.train"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train as the command line says.
+    """Train, or test, as the command line says.
 
     Returns:
         Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
@@ -36,6 +37,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
+        if config.test_only:
+            evaluate(config)
+            return 0
         summary = train(config)
     except (InputError, RunError) as error:
         report_failure(PROGRAM, error)

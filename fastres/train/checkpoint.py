@@ -44,7 +44,7 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
     """`config` with `resume` a path or None, where it was "auto".
 
     Raises:
-        InputError: "auto" without an output folder.
+        InputError: "auto" without an output folder, or without a checkpoint where one is to be tested.
     """
     if config.resume != AUTO:
         return config
@@ -52,6 +52,8 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
         raise InputError("resume: auto looks for a checkpoint in output_dir, expected one, got None")
     with writing(config.output_dir):
         found = has_checkpoint(config.output_dir)
+    if config.test_only and not found:
+        raise InputError(f"resume: test_only needs a checkpoint, and auto found none in {config.output_dir}")
     return dataclasses.replace(config, resume=config.output_dir if found else None)
 
 

@@ -17,7 +17,7 @@ from fastres.train.errors import InputError
 from fastres.train.precision import choose_amp
 
 Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "webdataset", "digits"]
-Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
+Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw", "lars", "muon"]
 Schedule = Literal["cosine", "constant", "step", "triangle", "onecycle"]
 Stem = Literal["auto", "cifar", "imagenet"]
 Amp = Literal["auto", "none", "bf16", "fp16"]
@@ -34,6 +34,8 @@ OLD_DEFAULTS: dict[str, Any] = {
     "lookahead_decay": 0.95, "flip": "auto", "crop_padding": None, "crop_border": "zero", "tta": "none",
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
     "save_minutes": 10.0, "report": True,
+    "mixup": 0.0, "cutmix": 0.0, "randaugment": [], "random_erasing": 0.0,
+    "test_only": False,
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -73,18 +75,24 @@ class TrainConfig:
             others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
+        test_only: Evaluate the checkpoint of --resume (a folder's last one, or a file), or the weights of --pretrained,
+            on the test images, print loss and accuracy, and write nothing.
         batch_size: Images a training step. None: 16 for digits, 128 for the others.
         drop_last: Leave out the last batch of an epoch where it is smaller than the others.
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
             memory, and batch statistics of each part.
         eval_batch_size: Images a batch of the evaluation.
-        optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
-        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 0.001 for the others.
-        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
-            None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
+        optimizer: Optimizer, from torch.optim; lars and muon from timm, which they need. sgd has no momentum; amsgrad
+            is Adam with the running maximum.
+        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 4 for lars, 0.004 for muon,
+            0.001 for the others.
+        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw and muon taken from the
+            weight. None: 5e-4 for sgd, momentum, nesterov and lars, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw
+            and muon.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
-        bias_lr_factor: Learning rate of all biases, in multiples of lr; their weight decay is divided by it.
-        momentum: Momentum of the optimizers momentum and nesterov.
+        bias_lr_factor: Learning rate of the normalisations' biases, in multiples of lr; their weight decay is divided
+            by it.
+        momentum: Momentum of the optimizers momentum, nesterov, lars and muon.
         clip_grad: Largest norm of the gradient; a longer one is shortened to it.
         schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
             step_factor at each milestone; triangle is two lines, onecycle two half cosines (torch's OneCycleLR).
@@ -106,6 +114,13 @@ class TrainConfig:
         crop_padding: Pixels by which an image is padded before a random crop. None: 4 for CIFAR, 3 for digits, an
             eighth of the side for image folders.
         crop_border: What the padding holds: zero, or the reflected image.
+        mixup: Mix each image of a batch with another one by lambda and 1 - lambda, from Beta(mixup, mixup), and the
+            labels too. 0: none. With cutmix, one of the two for each batch.
+        cutmix: Replace a box of each image of a batch by another one's; its area is a share of 1 - lambda, from
+            Beta(cutmix, cutmix), and labels are mixed by it. 0: none.
+        randaugment: Two numbers, such as 2 9: random operations on each image (shear, rotation, contrast and others),
+            one after the other, and their magnitude from 0 to 30. None by default.
+        random_erasing: Probability with which a rectangle of a training image is erased.
         tta: Average the logits of an image at the evaluation: flip with its mirror image's; flip+shift also with those
             of the image moved by a pixel, both ways.
         dropout: Dropout probability in the residual blocks. None: the model's own (0; 0.5 for article).
@@ -149,6 +164,7 @@ class TrainConfig:
     resume: Path | None = None
     epochs: float | None = None
     max_steps: int | None = None
+    test_only: bool = False
     batch_size: int | None = None
     drop_last: bool = False
     accumulate: int = 1
@@ -175,6 +191,10 @@ class TrainConfig:
     flip: Flip = "auto"
     crop_padding: int | None = None
     crop_border: CropBorder = "zero"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: tuple[int, ...] = ()
+    random_erasing: float = 0.0
     tta: Tta = "none"
     dropout: float | None = None
     zero_init_gamma: bool = False
@@ -219,6 +239,8 @@ def check_config(config: TrainConfig) -> None:
     unknown = models.why_unknown(config.model)
     if unknown is not None:
         raise InputError(f"model: {unknown}")
+    if config.test_only and config.resume is None and config.pretrained is None:
+        raise InputError("test_only: expected a checkpoint (resume) or weights (pretrained) to test, got neither")
     # A resumed run has its checkpoint to agree with, which says more.
     if not config.fused and config.conv_algorithm is not None and config.resume is None:
         raise InputError(
@@ -260,9 +282,15 @@ def _check_recipe_options(config: TrainConfig) -> None:
     """The options of optimizer, schedule, augmentation and averages, each on its own and those that need each other."""
     for name in ("epochs", "width", "bias_lr_factor", "clip_grad", "step_factor", "warmup_factor"):
         _check_range(name, getattr(config, name), low=0.0, low_included=False)
-    for name in ("whitening_bias_epochs", "crop_padding"):
+    for name in ("whitening_bias_epochs", "crop_padding", "mixup", "cutmix"):
         _check_range(name, getattr(config, name), low=0)
-    for name in ("triangle_start", "triangle_peak", "triangle_end"):
+    operations, magnitude = config.randaugment if len(config.randaugment) == 2 else (0, 0)
+    if config.randaugment and not (operations >= 1 and 0 <= magnitude <= 30):
+        raise InputError(
+            "randaugment: expected two integers, operations (1 or more) and their magnitude (0 to 30), "
+            f"got {config.randaugment}"
+        )
+    for name in ("triangle_start", "triangle_peak", "triangle_end", "random_erasing"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0)
     for name in ("ema_decay", "lookahead_decay"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0, high_included=False)
@@ -302,7 +330,10 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
             fp16 without CUDA.
     """
     small = dataset == "digits"
-    plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
+    usual_lr, usual_decay = {
+        **dict.fromkeys(("sgd", "momentum", "nesterov"), (0.01 if small else 0.05, 5e-4)),
+        "lars": (4.0, 5e-4), "adamw": (1e-3, 0.01), "muon": (4e-3, 0.01),
+    }.get(config.optimizer, (1e-3, 1e-4))  # fmt: skip
     epochs = _first(config.epochs, 5 if small else 30)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
@@ -319,10 +350,8 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         dataset=dataset,
         epochs=epochs,
         batch_size=_first(config.batch_size, 16 if small else 128),
-        lr=_first(config.lr, 1e-3 if not plain_gradient else 0.01 if small else 0.05),
-        weight_decay=_first(
-            config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4
-        ),
+        lr=_first(config.lr, usual_lr),
+        weight_decay=_first(config.weight_decay, usual_decay),
         warmup_epochs=_first(
             config.warmup_epochs, min(0.25 if small else 1.0, epochs / 5) if config.schedule == "cosine" else 0.0
         ),
@@ -358,7 +387,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     if set(values) != names:
         raise InputError(f"config: missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
     paths = {k: Path(values[k]) for k in ("data_dir", "output_dir", "resume", "pretrained") if values[k] is not None}
-    config = TrainConfig(**{**values, **paths, "milestones": tuple(values["milestones"])})
+    tuples = {k: tuple(values[k]) for k in ("milestones", "randaugment")}
+    config = TrainConfig(**{**values, **paths, **tuples})
     check_config(config)
     return config
 
@@ -369,8 +399,10 @@ def _first(value: Any, default: Any) -> Any:
 
 def _check_type(name: str, value: object, kind: Any) -> None:
     if get_origin(kind) is tuple:
-        if not isinstance(value, tuple) or not all(type(v) in (int, float) for v in value):
-            raise TypeError(f"{name}: expected a tuple of numbers, got {value!r} ({type(value).__name__})")
+        number = (int, float) if float in get_args(kind) else (int,)
+        if not isinstance(value, tuple) or not all(type(v) in number for v in value):
+            numbers = "numbers" if float in number else "integers"
+            raise TypeError(f"{name}: expected a tuple of {numbers}, got {value!r} ({type(value).__name__})")
         return
     kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
     kinds = tuple(str if get_origin(k) is Literal else k for k in kinds)

@@ -61,6 +61,8 @@ def train(
             not be written: the last good checkpoint is there.
         DivergedError: the loss is no longer finite. The files hold the state before that.
     """
+    if config.test_only:
+        raise InputError("test_only: train() trains; fastres.train.evaluate() tests, as the command does")
     console = console or Console()
     run = prepare(config, data, make_model or configured_model, console)
     if not run.group.is_main:

@@ -233,6 +233,7 @@ def test_the_convolutions_begin_as_the_identity_of_their_input():
     assert [m.out_channels for m in FastNet().modules() if isinstance(m, nn.Conv2d)] == [24, 64, 64, *[256] * 4]
     assert all(m.weight is None and m.bias.eq(0).all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert model.whitening.bias.eq(0).all()
     assert "whitening.bias" in trained
     assert "whitening.weight" not in trained
 
