@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastres.ops.algorithms import requested_algorithm
 from fastres.train.errors import InputError
 from fastres.train.precision import choose_amp
 
-Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
+Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "webdataset", "digits"]
 Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw", "lars", "muon"]
 Schedule = Literal["cosine", "constant", "step", "triangle", "onecycle"]
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -63,7 +64,8 @@ class TrainConfig:
         dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
             handwritten digits that come with scikit-learn.
         data_dir: Folder of the data. For imagefolder it holds train/ and one of test/, val/, valid/, with a folder a
-            class.
+            class; for webdataset shards train-*.tar and test-*.tar (val-, valid-) of NAME.jpg with its class in
+            NAME.cls.
         output_dir: Folder for the results; must not hold a run that has saved a checkpoint. None is
             runs/<dataset>-<model>-<fused|plain>-<time>, or the checkpoint's own folder with --resume.
         resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint. auto: the
@@ -91,7 +93,8 @@ class TrainConfig:
             weight. None: 5e-4 for sgd, momentum, nesterov and lars, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw
             and muon.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
-        bias_lr_factor: Learning rate of all biases, in multiples of lr; their weight decay is divided by it.
+        bias_lr_factor: Learning rate of the normalisations' biases, in multiples of lr; their weight decay is divided
+            by it.
         momentum: Momentum of the optimizers momentum, nesterov, lars and muon.
         clip_grad: Largest norm of the gradient; a longer one is shortened to it.
         schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
@@ -128,12 +131,14 @@ class TrainConfig:
         whitening_bias_epochs: Epochs in which the bias of a whitening layer is trained (network fast). None: all.
         stem: First layers: cifar (3x3, no pooling), imagenet (7x7 with stride 2, pooling). auto: cifar up to 64
             pixels.
-        image_size: Side of the images in pixels, imagefolder only. None: the shorter side of the first training
-            image, at most 224.
+        image_size: Side of the images in pixels, imagefolder and webdataset only. None: the shorter side of the first
+            training image, at most 224.
         seed: Seed of the weights, the order of the images, the augmentation and the dropout.
         device: cpu, cuda or cuda:N; auto is CUDA where there is a GPU.
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
-        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
+        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded); 0 decodes
+            between the steps. None: 1 on a CPU, where they and the training share the cores; on a GPU one for each core
+            but one, at most 8, of this process's share of the machine.
         amp: Automatic mixed precision: bf16 runs convolutions in bfloat16, none runs everything in float32, auto takes
             the faster of the two on this device, fp16 is float16 with a scaled loss, for GPUs. The choice is saved: a
             resumed run keeps it.
@@ -203,7 +208,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    workers: int = 2
+    workers: int | None = None
     amp: Amp = "none"
     channels_last: bool = True
     reuse_memory: bool = True
@@ -361,9 +366,17 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
         device=device,
+        workers=_first(config.workers, _usual_workers(device)),
         conv_algorithm=conv_algorithm,
         amp=amp,
     )
+
+
+def _usual_workers(device: str) -> int:
+    if device == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 8)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

@@ -17,11 +17,16 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """
     if config.lr is None or config.weight_decay is None:
         raise ValueError(f"config: expected a resolved one, got lr={config.lr}, weight_decay={config.weight_decay}")
+    norm_biases = {
+        id(module.bias)
+        for module in model.modules()
+        if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+    }
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        factor = config.bias_lr_factor if name.rpartition(".")[2] == "bias" else 1.0
+        factor = config.bias_lr_factor if id(parameter) in norm_biases else 1.0
         # Biases, and scales of normalisations, are vectors.
         decayed = config.decay_norm_bias or parameter.dim() > 1
         found.setdefault((factor, config.weight_decay / factor if decayed else 0.0), []).append(parameter)
