@@ -9,6 +9,7 @@ build: ## compile the modules in place, only what changed
 test:
 	$(PYTHON) -m pytest
 
+coverage: export COVERAGE_FILE = $(abspath build/coverage)
 coverage: ## the lines of the trainer that its tests run; fails below 90 %
 	mkdir -p build
 	rm -f build/coverage build/coverage.*
