@@ -202,7 +202,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
       }
       const auto of_chunk = epilogue.chunk(slot);
       for (int64_t g = 0; g < groups; ++g) {
-        sums.compute(kernel, g * kColumns, direct.data(), count);
+        sums.compute(kernel, g * kColumns, in_range, direct.data(), count);
         transform_products(
             chunks.tiles,
             product.data() + g * size * kColumns,
@@ -259,10 +259,10 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
               depth);
         }
         if (in_range) {
-          sums.compute(kernel, g * kColumns, direct.data() + first, size);
+          sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);
         } else {
           InputReader<T> reader(tiles, x.data, kernel.inputs, x.prologue);
-          sums.compute(kernel, g * kColumns, read_tiles(reader, first, size).data(), size);
+          sums.compute(kernel, g * kColumns, in_range, read_tiles(reader, first, size).data(), size);
         }
         transform_products(
             tiles,

@@ -2,8 +2,10 @@
 #pragma once
 
 #include "winograd_tiles.h"
+#include "workspace.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -12,29 +14,31 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
+// Outputs, whole rows of a tile's, that are summed in registers: two vectors of channels each.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kDirectOutputs = 2 * kOut;
+#else
+constexpr int kDirectOutputs = kOut;
+#endif
+
 // The outputs of direct tiles for one column group.
 class DirectSums {
 public:
-  // tiles [count], of which those that are not empty are summed.
-  void compute(const Kernel& kernel, int64_t from, const DirectTile* tiles, int64_t count) {
+  // tiles [count], of which those that are not empty are summed. finite: that all of the group's weights are.
+  void compute(const Kernel& kernel, int64_t from, bool finite, const DirectTile* tiles, int64_t count) {
     const int64_t direct = std::count_if(tiles, tiles + count, [](const DirectTile& t) { return !t.empty(); });
     place_.assign(direct > 0 ? count : 0, -1);
     if (direct == 0) {
       return;
     }
-    constexpr int64_t part = kWidth * kTaps * kTaps * kColumns;
-    weights_.resize(round_up(kernel.inputs, kWidth) / kWidth * part);
-    for (int64_t c = 0; c < kernel.inputs; c += kWidth) {
-      gather_weights(kernel, from, c, weights_.data() + c / kWidth * part);
-    }
+    gather(kernel, from);
     sums_.resize(direct * kOut * kOut * kColumns);
     int64_t next = 0;
     for (int64_t p = 0; p < count; ++p) {
       if (!tiles[p].empty()) {
         place_[p] = next++ * kOut * kOut * kColumns;
-        for (int64_t c = 0; c < kColumns; c += kWidth) {
-          sum_rows<0>(tiles[p], kernel.inputs, c, sums_.data() + place_[p]);
-          sum_rows<kOut / 2>(tiles[p], kernel.inputs, c, sums_.data() + place_[p]);
+        for (int first = 0; first < kOut * kOut; first += kDirectOutputs) {
+          sum_outputs(tiles[p], kernel.inputs, finite, first, sums_.data() + place_[p]);
         }
       }
     }
@@ -46,42 +50,62 @@ public:
   }
 
 private:
-  // Output rows First and First + 1, a vector of channels from `column` on: each input is read once, and goes to the
-  // outputs that it is under. Taps outside the image are left out, as an infinite weight times zero would be NaN.
-  template <int First>
-  void sum_rows(const DirectTile& tile, int64_t inputs, int64_t column, float* to) const {
-    constexpr int height = kOut / 2;
-    Lanes sums[height * kOut] = {};
-    for (int64_t c = 0; c < inputs; ++c) {
-      const float* w = weights_.data() + c * kTaps * kTaps * kColumns + column;
-#pragma GCC unroll 4
-      for (int y = 0; y < height + kTaps - 1; ++y) {
-#pragma GCC unroll 6
-        for (int x = 0; x < kIn; ++x) {
-          const int position = (First + y) * kIn + x;
-          if (!tile.has(position)) {
-            continue;
-          }
-          const Lanes value = broadcast(tile.values[position * inputs + c]);
-#pragma GCC unroll 3
-          for (int u = 0; u < kTaps; ++u) {
-#pragma GCC unroll 3
-            for (int v = 0; v < kTaps; ++v) {
-              const int i = y - u, j = x - v;
-              if (i >= 0 && i < height && j >= 0 && j < kOut) {
-                sums[i * kOut + j] = multiply_add(value, load(w + (u * kTaps + v) * kColumns), sums[i * kOut + j]);
-              }
-            }
-          }
+  void gather(const Kernel& kernel, int64_t from) {
+    constexpr int taps = kTaps * kTaps;
+    if (!weights_) {
+      weights_.emplace(taps * kernel.inputs * kColumns);
+    }
+    alignas(64) float part[kWidth * taps * kColumns];
+    for (int64_t c = 0; c < kernel.inputs; c += kWidth) {
+      gather_weights(kernel, from, c, part);
+      for (int64_t i = 0; i < std::min(kWidth, kernel.inputs - c); ++i) {
+        for (int tap = 0; tap < taps; ++tap) {
+          std::copy_n(
+              part + (i * taps + tap) * kColumns,
+              kColumns,
+              weights_->data() + (tap * kernel.inputs + c + i) * kColumns);
         }
       }
     }
-    for (int i = 0; i < height * kOut; ++i) {
-      store(to + (First * kOut + i) * kColumns + column, sums[i]);
+  }
+
+  // Outputs first ... first + kDirectOutputs - 1 of a tile. Positions outside the image are zeros; a tap on one of them
+  // is left out where weights are not finite, as an infinite weight times zero would be NaN.
+  void sum_outputs(const DirectTile& tile, int64_t inputs, bool finite, int first, float* to) const {
+    Lanes low[kDirectOutputs] = {}, high[kDirectOutputs] = {};
+    for (int tap = 0; tap < kTaps * kTaps; ++tap) {
+      const int corner = (first / kOut + tap / kTaps) * kIn + tap % kTaps;
+      const float* values = tile.values.data() + corner * inputs;
+      const float* weights = weights_->data() + tap * inputs * kColumns;
+      const auto position = [](int i) { return i / kOut * kIn + i % kOut; };
+      const auto sum = [&](const auto& each) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < inputs; ++c) {
+          const float* w = weights + c * kColumns;
+          const Lanes weights_low = load(w), weights_high = load(w + kWidth);
+#pragma GCC unroll 8
+          for (int i = 0; i < kDirectOutputs; ++i) {
+            if (each(i)) {
+              const Lanes value = broadcast(values[position(i) * inputs + c]);
+              low[i] = multiply_add(value, weights_low, low[i]);
+              high[i] = multiply_add(value, weights_high, high[i]);
+            }
+          }
+        }
+      };
+      if (finite) {
+        sum([](int) { return true; });
+      } else {
+        sum([&](int i) { return tile.has(corner + position(i)); });
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kDirectOutputs; ++i) {
+      store(to + (first + i) * kColumns, low[i]);
+      store(to + (first + i) * kColumns + kWidth, high[i]);
     }
   }
 
-  std::vector<float> weights_; // [input channel][tap][kColumns]
+  std::optional<Workspace> weights_; // [tap][input channel][kColumns]
   std::vector<float> sums_;
   std::vector<int64_t> place_;
 };

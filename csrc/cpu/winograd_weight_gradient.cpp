@@ -25,6 +25,8 @@ namespace {
 // Tiles over which a weight gradient is summed in registers, where there are many, and its threads' sums in all.
 constexpr int64_t kGradientTiles = 128;
 constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
+// Pairs of tiles whose direct sums are computed together: their rows stay in the caches for a product.
+constexpr int64_t kDirectPairs = 16;
 // Output channels whose products are computed together where there are few tiles.
 constexpr int64_t kGradientRows = 48;
 
@@ -166,7 +168,7 @@ void transform_gradient(
 }
 
 // dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
-// Every input meets the outputs that it is under, of those inside the image.
+// For each tap the outputs meet the inputs above them, where both are inside the image.
 template <typename T>
 void add_directly(
     const Problem<T>& w,
@@ -179,41 +181,37 @@ void add_directly(
     return;
   }
   constexpr int taps = kTaps * kTaps;
-  for (int64_t c = group * kColumns; c < std::min(w.inputs, (group + 1) * kColumns); c += kWidth) {
-    const int64_t lanes = std::min(kWidth, w.inputs - c);
-    for (int64_t k = begin; k < begin + size; ++k) {
-      float* to = dw + k * taps * w.inputs + c;
-      Lanes sums[taps];
-#pragma GCC unroll 9
-      for (int t = 0; t < taps; ++t) {
-        sums[t] = load(to + t * w.inputs, lanes);
-      }
-      for (const DirectPair& tile : tiles) {
-#pragma GCC unroll 6
-        for (int y = 0; y < kIn; ++y) {
-#pragma GCC unroll 6
-          for (int x = 0; x < kIn; ++x) {
-            if (!tile.x.has(y * kIn + x)) {
-              continue;
-            }
-            const Lanes value = load(tile.x.values.data() + (y * kIn + x) * w.inputs + c, lanes);
-#pragma GCC unroll 3
-            for (int u = 0; u < kTaps; ++u) {
-#pragma GCC unroll 3
-              for (int v = 0; v < kTaps; ++v) {
-                const int i = y - u, j = x - v;
-                if (i >= 0 && i < kOut && j >= 0 && j < kOut && tile.dy.has(i * kOut + j)) {
-                  const Lanes factor = broadcast(tile.dy.values[(i * kOut + j) * w.outputs + k]);
-                  sums[u * kTaps + v] = multiply_add(factor, value, sums[u * kTaps + v]);
-                }
-              }
-            }
+  const int64_t from = group * kColumns, inputs = std::min(kColumns, w.inputs - from);
+  const int64_t count = tiles.size(), most = std::min(kDirectPairs, count) * kOut * kOut;
+  const int64_t row = round_up(size, kWidth) + kSkew;
+  const RowGroups groups{size};
+  const Workspace rows(most * row), columns(most * kColumns), product(size * kColumns);
+  std::fill_n(columns.data(), most * kColumns, 0.0f);
+  for (int64_t first = 0; first < count; first += kDirectPairs) {
+    for (int tap = 0; tap < taps; ++tap) {
+      int64_t depth = 0;
+      for (int64_t p = first; p < std::min(count, first + kDirectPairs); ++p) {
+        for (int output = 0; output < kOut * kOut; ++output) {
+          const int position = (output / kOut + tap / kTaps) * kIn + output % kOut + tap % kTaps;
+          if (tiles[p].dy.has(output) && tiles[p].x.has(position)) {
+            std::copy_n(tiles[p].dy.values.data() + output * w.outputs + begin, size, rows.data() + depth * row);
+            std::copy_n(
+                tiles[p].x.values.data() + position * w.inputs + from, inputs, columns.data() + depth * kColumns);
+            ++depth;
           }
         }
       }
-#pragma GCC unroll 9
-      for (int t = 0; t < taps; ++t) {
-        store(to + t * w.inputs, sums[t], lanes);
+      for (int64_t r = 0; r < groups.count(); ++r) {
+        with_rows(groups.size(r), [&](auto height) {
+          const int64_t at = groups.begin(r);
+          gradient_product<height>(rows.data() + at, row, columns.data(), product.data() + at * kColumns, depth, false);
+        });
+      }
+      for (int64_t k = 0; k < size; ++k) {
+        float* to = dw + ((begin + k) * taps + tap) * w.inputs + from;
+        for (int64_t c = 0; c < inputs; ++c) {
+          to[c] += product.data()[k * kColumns + c];
+        }
       }
     }
   }

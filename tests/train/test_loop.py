@@ -448,6 +448,12 @@ def test_too_few_images_are_refused(run: Run, data: ImageData, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_one_class_is_refused(run: Run, data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^data: expected 2 classes or more, got \['left'\]"):
+        run(on=dataclasses.replace(data, classes=("left",)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_gpu_is_named(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"^device: cuda:99"):
         run(device="cuda:99")
