@@ -16,8 +16,8 @@ from fastres.backend.values import value
 from fastres.ops.algorithms import known_algorithm, requested_algorithm
 
 _OPTIONS = ("inner", "conv_algorithm", "smallest")
-# What the changed graph runs by. AOTAutograd's graph costs some 250 us more for each of our calls, which networks with
-# small images do not earn back.
+# What the changed graph runs by. AOTAutograd's graph costs 260 us and more for each of our calls, which networks with
+# small images do not earn back; with large ones it may be the faster (docs/compile.md).
 TRAINING_INNER, INFERENCE_INNER = "eager", "eager"
 # Elements from which on a normalisation by our operators is faster than PyTorch's, call and all: forward and backward
 # of norm and ReLU took 1.2 times PyTorch's time with 65,000 and a third of it with 260,000.
