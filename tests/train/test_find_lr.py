@@ -5,7 +5,7 @@ import json
 import math
 import signal
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fastres.train import DivergedError, InputError, RangeTest, TrainConfig, find_learning_rate, prepare, train
 from fastres.train.__main__ import main
-from fastres.train.config import Optimizer, check_config
+from fastres.train.config import check_config
 from fastres.train.distributed import Group
 from fastres.train.find_lr import CURVE, FEWEST_STEPS, HIGH, LOW, PICTURE
 from fastres.train.prepare import RUN_FILES
 from tests.train.conftest import TinyNet, make_data, signal_in_call
+from tests.train.optimizers import EACH
 from tests.train.test_distributed import Plain, in_processes, torchrun
 
 SCALE = 10.0
@@ -91,7 +92,7 @@ def test_smallest_loss_of_too_few_steps_does_not_count() -> None:
     assert RangeTest(rates[:3], losses[:3]).best_rate == rates[2]
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize("optimizer", EACH)
 def test_every_optimizer_has_a_curve(tmp_path: Path, optimizer: str) -> None:
     text = io.StringIO()
     found = find(tmp_path / "run", optimizer=optimizer, text=text, amp="bf16" if optimizer == "adam" else "none")

@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ from fastres.train import (
 )
 from fastres.train import config as config_module
 from fastres.train.augment import normalise
-from fastres.train.config import Optimizer
 from tests.train.conftest import signal_in_call
+from tests.train.optimizers import EACH
 
 Run = Callable[..., Summary]
 
@@ -87,7 +87,7 @@ def test_training_learns(run: Run) -> None:
     assert accuracy > 0.9
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize("optimizer", EACH)
 def test_each_optimizer_lowers_the_loss(run: Run, tmp_path: Path, optimizer: str) -> None:
     run(optimizer=optimizer, epochs=6, warmup_epochs=0.0, schedule="constant")
     losses = [row["train_loss"] for row in rows(tmp_path / "run" / "metrics.jsonl")]

@@ -1,19 +1,19 @@
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastres.train import ImageData, Summary
-from fastres.train.config import Optimizer, TrainConfig
+from fastres.train.config import TrainConfig
 from fastres.train.errors import RunError
 from fastres.train.optim import make_optimizer, own_implementation, restore
 from tests.oracle import generator as fresh
+from tests.train.optimizers import EACH, TIMM, TORCH, with_timm
 from tests.train.test_engine import make_engine, step
 
 EXPECTED: list[tuple[Any, type[torch.optim.Optimizer], dict[str, Any]]] = [
@@ -25,10 +25,6 @@ EXPECTED: list[tuple[Any, type[torch.optim.Optimizer], dict[str, Any]]] = [
     ("amsgrad", torch.optim.Adam, {"amsgrad": True, "fused": True}),
     ("adamw", torch.optim.AdamW, {"amsgrad": False, "fused": True}),
 ]
-TORCH: list[Any] = [name for name, _, _ in EXPECTED]
-OTHERS: list[Any] = sorted(set(get_args(Optimizer)) - set(TORCH))
-with_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
-EACH = [*TORCH, *(pytest.param(name, marks=with_timm) for name in OTHERS)]
 
 
 @pytest.mark.parametrize(("name", "kind", "settings"), EXPECTED)
@@ -230,7 +226,7 @@ def test_muon_steps_a_convolution_by_an_orthogonal_matrix_of_its_filters() -> No
         torch.testing.assert_close(vector, -vector.abs().mean() * parameter.grad.sign().double(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", TIMM)
 @pytest.mark.parametrize(("module", "said"), [(None, "it is not installed"), (SimpleNamespace(), "this one has none")])
 def test_missing_timm_is_told_with_how_to_install_it(
     name: Any, module: Any, said: str, monkeypatch: pytest.MonkeyPatch
