@@ -236,8 +236,9 @@ MIXED = {"mixup": 0.4, "cutmix": 1.0, "randaugment": (2, 9), "random_erasing": 0
 SHARDED = [{"optimizer": name, "fsdp": True} for name in ("nesterov", "adamw", "lars", "muon")]
 
 
-@pytest.mark.parametrize("options", [{}, MIXED, *SHARDED], ids=str)
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("size", "options"), [(2, {}), (3, {}), (2, MIXED), (3, MIXED), *((2, each) for each in SHARDED)], ids=str
+)
 def test_several_processes_train_as_one(size: int, options: dict[str, Any], tmp_path: Path) -> None:
     """Batches, the last one of an epoch, and 13 test images have uneven shares."""
     tolerance, relative = {"rtol": 1e-5, "atol": 1e-6}, 1e-5
