@@ -489,8 +489,15 @@ def test_failing_process_ends_the_job_with_one_line(tmp_path: Path) -> None:
     assert "InputError: data_dir: broken image cat.png" in failed.stderr  # in torchrun's own summary
 
 
-@pytest.mark.parametrize("to", ["", "*"], ids=["rank 1", "torchrun"])
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "status", "to"),
+    [
+        pytest.param("SIGTERM", 143, "*", id="SIGTERM to torchrun"),
+        pytest.param("SIGINT", 130, "", id="SIGINT to rank 1"),
+        pytest.param("SIGTERM", 143, "", id="SIGTERM to rank 1", marks=pytest.mark.slow),
+        pytest.param("SIGINT", 130, "*", id="SIGINT to torchrun", marks=pytest.mark.slow),
+    ],
+)
 def test_signal_stops_all_after_one_step_and_the_job_goes_on(
     whole: Path, tmp_path: Path, name: str, status: int, to: str
 ) -> None:
