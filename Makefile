@@ -1,13 +1,21 @@
 PYTHON ?= python
 OUT ?= runs/gpu
 
-.PHONY: build test bench lint format gpu sanitize
+.PHONY: build test coverage bench lint format gpu sanitize
 
 build: ## compile the modules in place, only what changed
 	$(PYTHON) setup.py build_ext --inplace
 
 test:
 	$(PYTHON) -m pytest
+
+coverage: export COVERAGE_FILE = $(abspath build/coverage)
+coverage: ## the lines of the trainer that its tests run; fails below 90 %
+	mkdir -p build
+	rm -f build/coverage build/coverage.*
+	$(PYTHON) -m coverage run -m pytest tests/train $(ARGS)
+	$(PYTHON) -m coverage combine --quiet
+	$(PYTHON) -m coverage report
 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only

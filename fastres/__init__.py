@@ -2,6 +2,7 @@
 
 from fastres import functional, models, nn, reference
 from fastres.activations import Activation
+from fastres.backend import compile, compile_report
 from fastres.freeze import freeze
 from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.memory import reuse_cpu_memory
@@ -24,6 +25,8 @@ __all__ = [
     "FusedResNet50",
     "FusedResNet101",
     "FusedResNet152",
+    "compile",
+    "compile_report",
     "freeze",
     "functional",
     "fuse",

@@ -15,6 +15,7 @@ done to the model before or after fusing it means what it means in torchvision's
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -211,7 +212,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
     Outputs, gradients, running statistics, state_dict, children, hooks and the mode of every module stay, and so does
     what later changes to the model mean: a fused block whose child is replaced, converted or hooked computes child by
     child as torchvision's does. Tracing and exporting give the plain network. The report goes to the log
-    "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time.
+    "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time. A model in which there is nothing to
+    fuse gets a warning that names torch.compile's backend, which finds its patterns in any network.
 
     Args:
         model: a torchvision ResNet, or any module that has one, or its blocks, inside. A fused one is left as it is.
@@ -237,8 +239,14 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
             module.__class__ = fused_class
         if conv_algorithm is not None and isinstance(module, FusedBlock):
             module.dropout, module.conv_algorithm = module.dropout, conv_algorithm
-    if _log.isEnabledFor(logging.INFO):
-        _log.info("%s", fuse_report(fused))
+    report = fuse_report(fused)
+    if not report.swapped and not report.left:
+        warnings.warn(
+            f"fuse: found nothing to fuse in {class_name(type(model))}, which has no block of torchvision's or ours; "
+            'torch.compile(model, backend="fastres") finds what there is in any network',
+            stacklevel=2,
+        )
+    _log.info("%s", report)
     return fused
 
 

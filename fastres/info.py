@@ -1,7 +1,11 @@
-"""`python -m fastres.info`: versions, the CPU capability in use, which backends are live and why the others are not."""
+"""`python -m fastres.info`: versions, the CPU capability in use, which backends are live and why the others are not.
+
+With --backend: how torch.compile knows the backend "fastres", what gets its graphs, and what it looks for in them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -12,6 +16,7 @@ from rich.table import Table
 
 import fastres
 from fastres import _build, _extension, _triton
+from fastres.backend.compiler import INFERENCE_INNER, PATTERNS, TRAINING_INNER
 
 Rows = list[tuple[str, str]]
 
@@ -74,6 +79,24 @@ def backends() -> Rows:
     return rows
 
 
+def compile_backend() -> Rows:
+    """torch.compile's side of it."""
+    entries = importlib.metadata.entry_points(group="torch_dynamo_backends")
+    known = "fastres" in entries.names
+    name = 'torch.compile(model, backend="fastres")'
+    anew = "needs fastres to be installed anew with pip; fastres.compile(model) works"
+    rows = [
+        (name, "works without an import" if known else anew),
+        ("inner backend of a graph with gradients", TRAINING_INNER),
+        ("inner backend of one without", INFERENCE_INNER),
+    ]
+    try:
+        rows.append(('options={"inner": "inductor"}', f"compiles with {_build.compiler_version()}"))
+    except _build.Unavailable as e:
+        rows.append(('options={"inner": "inductor"}', f"lacks a C++ compiler: {e}"))
+    return [*rows, *PATTERNS]
+
+
 def _served_by(problem: str) -> str:
     return f"plain PyTorch: {problem}" if problem else "the Triton kernels"
 
@@ -87,8 +110,14 @@ def _cpu_model() -> str:
 
 def main() -> None:
     """Print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m fastres.info", description=__doc__)
+    parser.add_argument("--backend", action="store_true", help="torch.compile's backend alone")
+    if parser.parse_args().backend:
+        tables = [("torch.compile", compile_backend())]
+    else:
+        tables = [("Versions", versions()), ("Processors", processors()), ("Backends", backends())]
     console = Console()
-    for title, rows in (("Versions", versions()), ("Processors", processors()), ("Backends", backends())):
+    for title, rows in tables:
         table = Table(title=title, title_justify="left", show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")

@@ -27,8 +27,8 @@ from fastres.freeze import freeze
 from fastres.train import checkpoint as ckpt
 from fastres.train.augment import normalise
 from fastres.train.config import check_device
+from fastres.train.decoding import ImageFile, decode_image
 from fastres.train.errors import InputError, RunError
-from fastres.train.image_folder import decode_image
 from fastres.train.loop import restored_model
 from fastres.train.prepare import pick_device
 
@@ -146,7 +146,7 @@ class Predictor:
 
     def _decode(self, path: Path) -> Tensor | str:
         try:
-            return decode_image(path, self.image_size)
+            return decode_image(ImageFile(str(path)), self.image_size)
         except InputError as error:
             return str(error).removeprefix("data_dir: ")
 

@@ -22,7 +22,7 @@ def three(tmp_path):
     (done / "summary.json").write_text(json.dumps(summary))
     write_run(tmp_path / "b" / "run", epochs=2, optimizer="adam")
     fresh = write_run(tmp_path / "fresh", epochs=1)
-    (fresh / "metrics.jsonl").write_text('{"epoch": 1, "st')
+    (fresh / "metrics.jsonl").write_text('[2]\n{"epoch": 1, "st')
     return [done, tmp_path / "b" / "run", fresh]
 
 

@@ -891,3 +891,8 @@ def test_a_scripted_part_of_a_model_is_shared_as_it_is():
     assert fused[0] is part
     assert type(fused[1][0]) is FusedBasicBlock
     assert unfuse(fused)[0] is part
+
+
+def test_a_model_with_nothing_to_fuse_is_told_of_the_backend():
+    with pytest.warns(UserWarning, match='backend="fastres"'):
+        fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))

@@ -10,9 +10,9 @@ import torch
 from fastres import _build, _extension
 
 
-def info(**environment: str) -> str:
+def info(*arguments: str, **environment: str) -> str:
     run = subprocess.run(
-        [sys.executable, "-m", "fastres.info"],
+        [sys.executable, "-m", "fastres.info", *arguments],
         cwd=_build.SOURCES.parent,
         env=os.environ | {"COLUMNS": "300"} | environment,
         capture_output=True,
@@ -34,3 +34,12 @@ def test_it_names_the_missing_compiler(tmp_path: Path):
     text = info(FASTRES_EXTENSION="build", TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/nonexistent/c++")
     assert text.count("/nonexistent/c++") >= 2
     assert "plain PyTorch" in text
+
+
+def test_it_says_what_the_backend_looks_for_and_what_gets_its_graphs():
+    text = info("--backend", CXX="/nonexistent/c++")
+    assert 'backend="fastres"' in text and "inner backend" in text and "lacks a C++ compiler" in text
+    assert all(
+        name in text for name in ("batch_norm_act", "projection_shortcut", "norm_act_conv3x3", "conv3x3_norm_act")
+    )
+    assert "Versions" not in text

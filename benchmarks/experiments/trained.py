@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 
 from benchmarks.experiments import alter
@@ -27,9 +24,9 @@ from benchmarks.experiments.study import (
     write,
 )
 from benchmarks.records import row
-from fastres.train import ImageData, pictures
-from fastres.train.augment import normalise
-from fastres.train.data import batches, train_order
+from fastres.train import ImageData, RangeTest, pictures
+from fastres.train.find_lr import draw as draw_range
+from fastres.train.find_lr import range_test
 from fastres.train.prepare import prepare
 
 # ---------------------------------------------------------------------------------------------- one list of cases each
@@ -96,56 +93,15 @@ GRID = {
     for lr in RATES
     for decay in DECAYS
 }
-SMOOTHING = 0.9
 RANGE = "range test"
 
 
-def range_test(data: ImageData, settings: Settings, place: Place, steps: int) -> dict[str, list[float]]:
-    """The loss of each step while the learning rate grows geometrically from LOW to HIGH; ends where it quadruples.
-
-    On the images as they are, without augmentation.
-
-    Source: Smith 2017, "Cyclical learning rates for training neural networks", section 3.3.
-    """
+def rates_and_losses(data: ImageData, settings: Settings, place: Place, steps: int) -> RangeTest:
+    """The trainer's range test of an experiment's network."""
     with tempfile.TemporaryDirectory() as folder:
         config = trainer_config(settings, place, Path(folder) / "run", {"epochs": max(1, settings.epochs)})
         run = prepare(config, data, network(settings, None), Console(file=io.StringIO()))
-    run.model.train()
-    rates: list[float] = []
-    losses: list[float] = []
-    while len(rates) < steps:
-        order = train_order(len(data.train), settings.batch_size, run.generator)
-        for images, labels in batches(data.train, order, settings.batch_size):
-            rate = LOW * (HIGH / LOW) ** (len(rates) / max(steps - 1, 1))
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
-            run.optimizer.zero_grad()
-            mean = F.cross_entropy(run.model(normalise(images, data.mean, data.std)), labels)
-            torch.autograd.backward(mean)
-            run.optimizer.step()
-            loss = mean.item()
-            if not math.isfinite(loss) or (losses and loss > 4 * losses[0]):
-                return {"rates": rates, "losses": losses}
-            rates.append(rate)
-            losses.append(loss)
-            if len(rates) == steps:
-                break
-    return {"rates": rates, "losses": losses}
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential mean of the losses so far, free of the bias of its beginning."""
-    mean, found = 0.0, []
-    for count, loss in enumerate(losses, start=1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        found.append(mean / (1 - SMOOTHING**count))
-    return found
-
-
-def suggestion(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """A third of the rate at which the smoothed loss is smallest: large, and with room to the rise."""
-    values = smoothed(losses)
-    return rates[values.index(min(values))] / 3
+    return range_test(run, steps=steps, low=LOW, high=HIGH)
 
 
 class Rates:
@@ -155,16 +111,15 @@ class Rates:
         """Do what is missing."""
         if RANGE not in study.cases:
             print(f"{RANGE} ...", flush=True)
-            study.cases[RANGE] = range_test(data, settings, place, RANGE_STEPS)
+            study.cases[RANGE] = rates_and_losses(data, settings, place, RANGE_STEPS)._asdict()
             write(study, place)
         train_cases(list(GRID.values()), study, data, settings, place)
 
     def body(self, study: Study) -> list[str]:
         """What the range test suggests, and the grid."""
-        found = study.cases[RANGE]
         lines = [
-            f"The range test suggests a peak learning rate of {suggestion(found['rates'], found['losses']):.2g}, a"
-            " third of the rate at which the smoothed loss is smallest. Test accuracy, %, of the grid:",
+            f"The range test suggests a peak learning rate of {RangeTest(**study.cases[RANGE]).suggestion:.2g}, a"
+            " tenth of the rate at which the smoothed loss is smallest. Test accuracy, %, of the grid:",
             "",
             row("weight decay", *(f"lr {lr:g}" for lr in RATES)),
             row("---", *["---:"] * len(RATES)),
@@ -178,15 +133,7 @@ class Rates:
         """The range test, and the grid as a table of colours."""
         figure = pictures.new_figure(10, 3.9)
         left, right = figure.subplots(1, 2)
-        found = study.cases[RANGE]
-        left.plot(found["rates"], found["losses"], color=pictures.COLOURS[0], alpha=0.3, linewidth=0.8, label="step")
-        left.plot(found["rates"], smoothed(found["losses"]), color=pictures.COLOURS[0], label="smoothed")
-        chosen = suggestion(found["rates"], found["losses"])
-        left.axvline(chosen, color=pictures.COLOURS[1], linestyle="--", label=f"suggested {chosen:.2g}")
-        left.set_xscale("log")
-        left.set_xlabel("learning rate", fontsize=9)
-        pictures.tidy(left, "Training loss in the range test")
-        left.legend(fontsize=8, frameon=False)
+        draw_range(left, RangeTest(**study.cases[RANGE]))
         grid = [[100 * last(study.cases[f"lr {lr:g}, decay {d:g}"], "test_accuracy") for lr in RATES] for d in DECAYS]
         finite = [v for line in grid for v in line if math.isfinite(v)] or [0.0]
         right.imshow(grid, cmap="cividis", aspect="auto")

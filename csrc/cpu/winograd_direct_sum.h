@@ -61,7 +61,9 @@ private:
       for (int64_t i = 0; i < std::min(kWidth, kernel.inputs - c); ++i) {
         for (int tap = 0; tap < taps; ++tap) {
           std::copy_n(
-              part + (i * taps + tap) * kColumns, kColumns, weights_->data() + (tap * kernel.inputs + c + i) * kColumns);
+              part + (i * taps + tap) * kColumns,
+              kColumns,
+              weights_->data() + (tap * kernel.inputs + c + i) * kColumns);
         }
       }
     }

@@ -204,8 +204,7 @@ void add_directly(
       for (int64_t r = 0; r < groups.count(); ++r) {
         with_rows(groups.size(r), [&](auto height) {
           const int64_t at = groups.begin(r);
-          gradient_product<height>(
-              rows.data() + at, row, columns.data(), product.data() + at * kColumns, depth, false);
+          gradient_product<height>(rows.data() + at, row, columns.data(), product.data() + at * kColumns, depth, false);
         });
       }
       for (int64_t k = 0; k < size; ++k) {

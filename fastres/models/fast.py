@@ -55,7 +55,7 @@ class FastNet(nn.Module):
         super().__init__()
         self.whitening = nn.Conv2d(3, _WHITENING_CHANNELS, kernel_size=_PATCH)
         self.whitening.weight.requires_grad_(False)
-        nn.init.zeros_(self.whitening.bias)
+        self.whitening.bias = nn.Parameter(torch.zeros(_WHITENING_CHANNELS))
         self.act = nn.GELU()
         channels = (_WHITENING_CHANNELS, *widths)
         self.block1, self.block2, self.block3 = (

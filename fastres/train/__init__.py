@@ -5,6 +5,8 @@ from fastres.train.checkpoint import load_checkpoint, saved_config
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData, Split, load_data
 from fastres.train.errors import DivergedError, InputError, RunError
+from fastres.train.evaluation import evaluate
+from fastres.train.find_lr import RangeTest, find_learning_rate
 from fastres.train.loop import load_model, train
 from fastres.train.recipes import RECIPES, recipe_config
 from fastres.train.report import Summary
@@ -15,10 +17,13 @@ __all__ = [
     "DivergedError",
     "ImageData",
     "InputError",
+    "RangeTest",
     "RunError",
     "Split",
     "Summary",
     "TrainConfig",
+    "evaluate",
+    "find_learning_rate",
     "load_checkpoint",
     "load_data",
     "load_model",

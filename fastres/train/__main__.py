@@ -10,6 +10,8 @@ from fastres.train.checkpoint import resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
+from fastres.train.evaluation import evaluate
+from fastres.train.find_lr import find_learning_rate
 from fastres.train.loop import train
 from fastres.train.recipes import describe_recipes, recipe_config
 
@@ -17,7 +19,7 @@ PROGRAM = "python -m fastres.train"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train as the command line says.
+    """Train, test, or look for a learning rate, as the command line says.
 
     Returns:
         Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
@@ -36,7 +38,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
-        summary = train(config)
+        if config.test_only:
+            evaluate(config)
+            return 0
+        stopped_by = find_learning_rate(config).stopped_by if config.find_lr else train(config).stopped_by
     except (InputError, RunError) as error:
         report_failure(PROGRAM, error)
         return 1 if isinstance(error, DivergedError) else 2
@@ -50,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
         # Before the loop, or a second time: nothing to save.
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0 if summary.stopped_by is None else 128 + signal.Signals[summary.stopped_by]
+    return 0 if stopped_by is None else 128 + signal.Signals[stopped_by]
 
 
 if __name__ == "__main__":

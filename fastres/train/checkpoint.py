@@ -44,7 +44,7 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
     """`config` with `resume` a path or None, where it was "auto".
 
     Raises:
-        InputError: "auto" without an output folder.
+        InputError: "auto" without an output folder, or without a checkpoint where one is to be tested.
     """
     if config.resume != AUTO:
         return config
@@ -52,6 +52,8 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
         raise InputError("resume: auto looks for a checkpoint in output_dir, expected one, got None")
     with writing(config.output_dir):
         found = has_checkpoint(config.output_dir)
+    if config.test_only and not found:
+        raise InputError(f"resume: test_only needs a checkpoint, and auto found none in {config.output_dir}")
     return dataclasses.replace(config, resume=config.output_dir if found else None)
 
 
@@ -85,12 +87,7 @@ def load_checkpoint(path: Path, *, notify: Callable[[str], None] | None = None) 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Read one file as `load_checkpoint` does."""
-    if not file.is_file():
-        raise InputError(f"resume: no checkpoint at {file}")
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
-        raise InputError(f"resume: {file} is truncated or not a checkpoint ({first_line(error)})") from error
+    state: dict[str, Any] = read_tensors(file, "resume", "checkpoint")
     missing = [key for key in KEYS if key not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise InputError(f"resume: {file} is not a checkpoint of this trainer, it lacks {', '.join(missing)}")
@@ -102,6 +99,20 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         for name, value in OLD_DEFAULTS.items():
             state["config"].setdefault(name, value)
     return state
+
+
+def read_tensors(file: Path, option: str, what: str) -> Any:
+    """What torch.save wrote, onto the CPU: tensors and plain Python values.
+
+    Raises:
+        InputError: no such file, or one that is damaged or holds other objects; `option` and `what` name it.
+    """
+    if not file.is_file():
+        raise InputError(f"{option}: no {what} at {file}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
+        raise InputError(f"{option}: {file} is truncated or not a {what} ({first_line(error)})") from error
 
 
 def saved_config(path: Path) -> TrainConfig:

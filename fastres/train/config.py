@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from fastres.ops.algorithms import requested_algorithm
 from fastres.train.errors import InputError
 from fastres.train.precision import choose_amp
 
-Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "digits"]
-Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw"]
+Dataset = Literal["auto", "cifar10", "cifar100", "imagefolder", "webdataset", "digits"]
+Optimizer = Literal["sgd", "momentum", "nesterov", "rmsprop", "adam", "amsgrad", "adamw", "lars", "muon"]
 Schedule = Literal["cosine", "constant", "step", "triangle", "onecycle"]
 Stem = Literal["auto", "cifar", "imagenet"]
 Amp = Literal["auto", "none", "bf16", "fp16"]
@@ -33,6 +34,8 @@ OLD_DEFAULTS: dict[str, Any] = {
     "lookahead_decay": 0.95, "flip": "auto", "crop_padding": None, "crop_border": "zero", "tta": "none",
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
     "save_minutes": 10.0, "report": True,
+    "mixup": 0.0, "cutmix": 0.0, "randaugment": [], "random_erasing": 0.0,
+    "find_lr": False, "test_only": False,
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -61,7 +64,8 @@ class TrainConfig:
         dataset: Data set. auto is CIFAR-10 where it lies under --data-dir or can be downloaded, otherwise the
             handwritten digits that come with scikit-learn.
         data_dir: Folder of the data. For imagefolder it holds train/ and one of test/, val/, valid/, with a folder a
-            class.
+            class; for webdataset shards train-*.tar and test-*.tar (val-, valid-) of NAME.jpg with its class in
+            NAME.cls.
         output_dir: Folder for the results; must not hold a run that has saved a checkpoint. None is
             runs/<dataset>-<model>-<fused|plain>-<time>, or the checkpoint's own folder with --resume.
         resume: Checkpoint, or folder of a run, to go on from. Options not given are those of the checkpoint. auto: the
@@ -71,19 +75,27 @@ class TrainConfig:
             others.
         max_steps: Stop after this many steps in total, evaluate and save. The schedule still spans all epochs, so a
             short run is the beginning of a long one.
+        test_only: Evaluate the checkpoint of --resume (a folder's last one, or a file), or the weights of --pretrained,
+            on the test images, print loss and accuracy, and write nothing.
         batch_size: Images a training step. None: 16 for digits, 128 for the others.
         drop_last: Leave out the last batch of an epoch where it is smaller than the others.
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
             memory, and batch statistics of each part.
         eval_batch_size: Images a batch of the evaluation.
-        optimizer: Optimizer, from torch.optim. sgd has no momentum; amsgrad is Adam with the running maximum.
-        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 0.001 for the others.
-        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw taken from the weight.
-            None: 5e-4 for sgd, momentum and nesterov, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw.
+        optimizer: Optimizer, from torch.optim; lars and muon from timm, which they need. sgd has no momentum; amsgrad
+            is Adam with the running maximum.
+        lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 4 for lars, 0.004 for muon,
+            0.001 for the others.
+        find_lr: Train nothing; raise the learning rate from 1e-5 to 10 (lars: 1e-3 to 1000) over an epoch (50 to 200
+            steps, or max_steps) of the run configured otherwise, write the curve of the loss (lr_test.json,
+            lr_test.png), and suggest an lr.
+        weight_decay: Weight decay as torch.optim means it: added to the gradient, in adamw and muon taken from the
+            weight. None: 5e-4 for sgd, momentum, nesterov and lars, 1e-4 for rmsprop, adam and amsgrad, 0.01 for adamw
+            and muon.
         decay_norm_bias: Weight decay also on biases and on the scales of normalisations.
         bias_lr_factor: Learning rate of the normalisations' biases, in multiples of lr; their weight decay is divided
             by it.
-        momentum: Momentum of the optimizers momentum and nesterov.
+        momentum: Momentum of the optimizers momentum, nesterov, lars and muon.
         clip_grad: Largest norm of the gradient; a longer one is shortened to it.
         schedule: Learning rate after the warm-up: cosine falls to zero over all steps; constant; step is multiplied by
             step_factor at each milestone; triangle is two lines, onecycle two half cosines (torch's OneCycleLR).
@@ -105,6 +117,13 @@ class TrainConfig:
         crop_padding: Pixels by which an image is padded before a random crop. None: 4 for CIFAR, 3 for digits, an
             eighth of the side for image folders.
         crop_border: What the padding holds: zero, or the reflected image.
+        mixup: Mix each image of a batch with another one by lambda and 1 - lambda, from Beta(mixup, mixup), and the
+            labels too. 0: none. With cutmix, one of the two for each batch.
+        cutmix: Replace a box of each image of a batch by another one's; its area is a share of 1 - lambda, from
+            Beta(cutmix, cutmix), and labels are mixed by it. 0: none.
+        randaugment: Two numbers, such as 2 9: random operations on each image (shear, rotation, contrast and others),
+            one after the other, and their magnitude from 0 to 30. None by default.
+        random_erasing: Probability with which a rectangle of a training image is erased.
         tta: Average the logits of an image at the evaluation: flip with its mirror image's; flip+shift also with those
             of the image moved by a pixel, both ways.
         dropout: Dropout probability in the residual blocks. None: the model's own (0; 0.5 for article).
@@ -112,12 +131,14 @@ class TrainConfig:
         whitening_bias_epochs: Epochs in which the bias of a whitening layer is trained (network fast). None: all.
         stem: First layers: cifar (3x3, no pooling), imagenet (7x7 with stride 2, pooling). auto: cifar up to 64
             pixels.
-        image_size: Side of the images in pixels, imagefolder only. None: the shorter side of the first training
-            image, at most 224.
+        image_size: Side of the images in pixels, imagefolder and webdataset only. None: the shorter side of the first
+            training image, at most 224.
         seed: Seed of the weights, the order of the images, the augmentation and the dropout.
         device: cpu, cuda or cuda:N; auto is CUDA where there is a GPU.
         threads: CPU threads of PyTorch. None leaves PyTorch's own choice.
-        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded).
+        workers: Processes that decode images where the data set is too large for memory (2 GiB decoded); 0 decodes
+            between the steps. None: 1 on a CPU, where they and the training share the cores; on a GPU one for each core
+            but one, at most 8, of this process's share of the machine.
         amp: Automatic mixed precision: bf16 runs convolutions in bfloat16, none runs everything in float32, auto takes
             the faster of the two on this device, fp16 is float16 with a scaled loss, for GPUs. The choice is saved: a
             resumed run keeps it.
@@ -146,12 +167,14 @@ class TrainConfig:
     resume: Path | None = None
     epochs: float | None = None
     max_steps: int | None = None
+    test_only: bool = False
     batch_size: int | None = None
     drop_last: bool = False
     accumulate: int = 1
     eval_batch_size: int = 256
     optimizer: Optimizer = "nesterov"
     lr: float | None = None
+    find_lr: bool = False
     weight_decay: float | None = None
     decay_norm_bias: bool = True
     bias_lr_factor: float = 1.0
@@ -172,6 +195,10 @@ class TrainConfig:
     flip: Flip = "auto"
     crop_padding: int | None = None
     crop_border: CropBorder = "zero"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    randaugment: tuple[int, ...] = ()
+    random_erasing: float = 0.0
     tta: Tta = "none"
     dropout: float | None = None
     zero_init_gamma: bool = False
@@ -181,7 +208,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
-    workers: int = 2
+    workers: int | None = None
     amp: Amp = "none"
     channels_last: bool = True
     reuse_memory: bool = True
@@ -216,12 +243,18 @@ def check_config(config: TrainConfig) -> None:
     unknown = models.why_unknown(config.model)
     if unknown is not None:
         raise InputError(f"model: {unknown}")
+    if config.test_only and config.resume is None and config.pretrained is None:
+        raise InputError("test_only: expected a checkpoint (resume) or weights (pretrained) to test, got neither")
     # A resumed run has its checkpoint to agree with, which says more.
     if not config.fused and config.conv_algorithm is not None and config.resume is None:
         raise InputError(
             "conv_algorithm: expected nothing with fused=False (--no-fused), where every convolution is PyTorch's, "
             f"got {config.conv_algorithm!r}"
         )
+    if config.find_lr and config.test_only:
+        raise InputError("find_lr: expected nothing with test_only, which takes no training step")
+    if config.find_lr and config.resume is not None:
+        raise InputError(f"find_lr: tests a run from its first step on, expected no resume, got {str(config.resume)!r}")
     _check_recipe_options(config)
     for name in ("max_steps", "eval_batch_size", "threads", "image_size", "accumulate", "lookahead_period"):
         _check_range(name, getattr(config, name), low=1)
@@ -257,9 +290,15 @@ def _check_recipe_options(config: TrainConfig) -> None:
     """The options of optimizer, schedule, augmentation and averages, each on its own and those that need each other."""
     for name in ("epochs", "width", "bias_lr_factor", "clip_grad", "step_factor", "warmup_factor"):
         _check_range(name, getattr(config, name), low=0.0, low_included=False)
-    for name in ("whitening_bias_epochs", "crop_padding"):
+    for name in ("whitening_bias_epochs", "crop_padding", "mixup", "cutmix"):
         _check_range(name, getattr(config, name), low=0)
-    for name in ("triangle_start", "triangle_peak", "triangle_end"):
+    operations, magnitude = config.randaugment if len(config.randaugment) == 2 else (0, 0)
+    if config.randaugment and not (operations >= 1 and 0 <= magnitude <= 30):
+        raise InputError(
+            "randaugment: expected two integers, operations (1 or more) and their magnitude (0 to 30), "
+            f"got {config.randaugment}"
+        )
+    for name in ("triangle_start", "triangle_peak", "triangle_end", "random_erasing"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0)
     for name in ("ema_decay", "lookahead_decay"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0, high_included=False)
@@ -299,7 +338,10 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
             fp16 without CUDA.
     """
     small = dataset == "digits"
-    plain_gradient = config.optimizer in ("sgd", "momentum", "nesterov")
+    usual_lr, usual_decay = {
+        **dict.fromkeys(("sgd", "momentum", "nesterov"), (0.01 if small else 0.05, 5e-4)),
+        "lars": (4.0, 5e-4), "adamw": (1e-3, 0.01), "muon": (4e-3, 0.01),
+    }.get(config.optimizer, (1e-3, 1e-4))  # fmt: skip
     epochs = _first(config.epochs, 5 if small else 30)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     try:
@@ -316,19 +358,25 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         dataset=dataset,
         epochs=epochs,
         batch_size=_first(config.batch_size, 16 if small else 128),
-        lr=_first(config.lr, 1e-3 if not plain_gradient else 0.01 if small else 0.05),
-        weight_decay=_first(
-            config.weight_decay, 5e-4 if plain_gradient else 0.01 if config.optimizer == "adamw" else 1e-4
-        ),
+        lr=_first(config.lr, usual_lr),
+        weight_decay=_first(config.weight_decay, usual_decay),
         warmup_epochs=_first(
             config.warmup_epochs, min(0.25 if small else 1.0, epochs / 5) if config.schedule == "cosine" else 0.0
         ),
         image_size=image_size,
         stem=("cifar" if image_size <= 64 else "imagenet") if config.stem == "auto" else config.stem,
         device=device,
+        workers=_first(config.workers, _usual_workers(device)),
         conv_algorithm=conv_algorithm,
         amp=amp,
     )
+
+
+def _usual_workers(device: str) -> int:
+    if device == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 8)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -347,7 +395,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     if set(values) != names:
         raise InputError(f"config: missing {sorted(names - set(values))}, unknown {sorted(set(values) - names)}")
     paths = {k: Path(values[k]) for k in ("data_dir", "output_dir", "resume", "pretrained") if values[k] is not None}
-    config = TrainConfig(**{**values, **paths, "milestones": tuple(values["milestones"])})
+    tuples = {k: tuple(values[k]) for k in ("milestones", "randaugment")}
+    config = TrainConfig(**{**values, **paths, **tuples})
     check_config(config)
     return config
 
@@ -358,8 +407,10 @@ def _first(value: Any, default: Any) -> Any:
 
 def _check_type(name: str, value: object, kind: Any) -> None:
     if get_origin(kind) is tuple:
-        if not isinstance(value, tuple) or not all(type(v) in (int, float) for v in value):
-            raise TypeError(f"{name}: expected a tuple of numbers, got {value!r} ({type(value).__name__})")
+        number = (int, float) if float in get_args(kind) else (int,)
+        if not isinstance(value, tuple) or not all(type(v) in number for v in value):
+            numbers = "numbers" if float in number else "integers"
+            raise TypeError(f"{name}: expected a tuple of {numbers}, got {value!r} ({type(value).__name__})")
         return
     kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
     kinds = tuple(str if get_origin(k) is Literal else k for k in kinds)

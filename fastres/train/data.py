@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,9 @@ from torchvision import datasets
 
 from fastres.train.augment import Augmentation
 from fastres.train.config import Dataset, TrainConfig
+from fastres.train.decoding import ImageFiles
 from fastres.train.distributed import SINGLE, Group
 from fastres.train.errors import InputError, RunError
-
-if TYPE_CHECKING:
-    from fastres.train.image_folder import ImageFiles
 
 PROBE_SECONDS = 8.0
 """How long the site of a data set may take to answer before it counts as out of reach."""
@@ -37,7 +35,7 @@ PROBE_SECONDS = 8.0
 class Split:
     """The training or the test images of a data set."""
 
-    images: "Tensor | ImageFiles"  # uint8 [N, 3, H, W], or files that give uint8 [3, H, W]
+    images: Tensor | ImageFiles  # uint8 [N, 3, H, W], or files that give uint8 [3, H, W]
     labels: Tensor  # int64 [N]
 
     def __len__(self) -> int:
@@ -70,14 +68,20 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
         InputError: the folder is missing, empty, damaged, or holds a broken image.
         RunError: the data set is not there and cannot be downloaded.
     """
-    if config.dataset != "imagefolder" and config.image_size not in (None, 32):
-        raise InputError(f"image_size: only imagefolder is resized, {config.dataset} has 32, got {config.image_size}")
+    if config.dataset not in ("imagefolder", "webdataset") and config.image_size not in (None, 32):
+        raise InputError(
+            f"image_size: only imagefolder and webdataset are resized, {config.dataset} has 32, got {config.image_size}"
+        )
     if config.dataset == "digits":
         return load_handwritten_digits()
     if config.dataset == "imagefolder":
         from fastres.train.image_folder import load_image_folder  # which builds on this module
 
         return load_image_folder(config.data_dir, image_size=config.image_size, notify=notify)
+    if config.dataset == "webdataset":
+        from fastres.train.shards import load_shards  # which does so too
+
+        return load_shards(config.data_dir, image_size=config.image_size, notify=notify)
     if config.dataset == "cifar100":
         return load_cifar("cifar100", config.data_dir, notify=notify)
     try:
@@ -126,18 +130,20 @@ def load_cifar(name: Dataset, root: Path, *, notify: Callable[[str], None] = pri
 
 
 def batches(
-    split: Split, order: Tensor, batch_size: int, *, start: int = 0, workers: int = 0, group: Group = SINGLE
+    split: Split, order: Tensor, batch_size: int, *, start: int = 0, workers: int | None = 0, group: Group = SINGLE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of uint8 images [B, 3, H, W] and labels [B] in a given order.
 
     Args:
         order: int64 [N], indices into the split.
         start: number of the first batch to give.
-        workers: processes that decode, for a split that is not in memory.
+        workers: processes that decode, for a split that is not in memory; they live as long as its images.
+            None is 0.
         group: of images that are not in memory only this process's share is decoded; the others are undefined.
 
     Raises:
         InputError: an image that is not in memory cannot be decoded; the message names the file.
+        RunError: a process that decodes cannot be started, or has died.
     """
     parts = list(torch.split(order, batch_size))[start:] if len(order) else []
     if isinstance(split.images, Tensor):
@@ -145,41 +151,13 @@ def batches(
             part = part.to(split.images.device)
             yield split.images[part], split.labels[part]
         return
-    loader = torch.utils.data.DataLoader(
-        _Decoded(split.images),
-        batch_sampler=[part[group.share(len(part))].tolist() for part in parts],
-        collate_fn=_stacked,
-        num_workers=workers,
-        # Without a generator of its own the loader would draw from the global one, which belongs to the dropout.
-        generator=torch.Generator(),
-    )
-    for part, decoded in zip(parts, loader, strict=True):
-        if isinstance(decoded, InputError):
-            raise decoded
+    shares = (part[group.share(len(part))] for part in parts)
+    for part, decoded in zip(parts, split.images.batches(shares, workers=workers or 0), strict=True):
         images = decoded
         if group.size > 1:
             images = decoded.new_empty(len(part), *decoded.shape[1:])
             images[group.share(len(part))] = decoded
         yield images, split.labels[part]
-
-
-class _Decoded(torch.utils.data.Dataset[Tensor | InputError]):
-    """Image files whose errors are values: one raised in a worker process would arrive as the text of a traceback."""
-
-    def __init__(self, files: "ImageFiles") -> None:
-        self.files = files
-
-    def __getitem__(self, index: int) -> Tensor | InputError:
-        try:
-            return self.files[index]
-        except InputError as error:
-            return error
-
-
-def _stacked(images: list[Tensor | InputError]) -> Tensor | InputError:
-    """The batch, or the first error among its images."""
-    error = next((image for image in images if isinstance(image, InputError)), None)
-    return error or torch.stack([image for image in images if isinstance(image, Tensor)])
 
 
 def fingerprint(data: ImageData) -> dict[str, Any]:
@@ -235,12 +213,7 @@ def _sha256(part: Split) -> str:
         for some in torch.split(images, 4096):  # a copy of a few only, where the images are on a GPU or not contiguous
             digest.update(some.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
-    for path in images.paths:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise InputError(f"data_dir: cannot read {path}: {error.strerror}") from error
-        name = path.relative_to(images.root).as_posix()
+    for name, size in images.identities():
         digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

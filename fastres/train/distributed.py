@@ -52,11 +52,15 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in one process or more."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         if self.size == 1:
-            return flag
-        found = torch.tensor(int(flag))
+            return number
+        found = torch.tensor(number)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        return int(found)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of the processes' tensors, of one shape, dtype and kind of device. The argument stays as it is."""

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
-from fastres.train.augment import augment, augmentation_of, flip_bits, normalise
+from fastres.train.augment import Mixing, RandAugment, augment, augmentation_of, erase, flip_bits, normalise
 from fastres.train.averages import Lookahead, averaged_model
 from fastres.train.data import batches
 from fastres.train.diagnosis import diagnose
@@ -54,6 +54,10 @@ class Engine:
         config = self.config
         self.augmentation = augmentation_of(config, self.data.augmentation, self.data.image_size)
         self.flip_bits = flip_bits(len(self.data.train), config.seed) if config.flip == "alternating" else None
+        self.rand_augment = RandAugment(*config.randaugment) if config.randaugment else None
+        self.mixing = None
+        if config.mixup > 0 or config.cutmix > 0:
+            self.mixing = Mixing(config.mixup, config.cutmix, len(self.data.classes))
         # Evaluation calls the network itself: its processes have different numbers of batches.
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.compute = spread(
@@ -66,6 +70,8 @@ class Engine:
             None if config.lookahead_period is None
             else Lookahead(self.model, config.lookahead_period, config.lookahead_decay)
         )  # fmt: skip
+        # Whether a step looks at its loss. On a GPU that would make it wait, so the loop looks at many together.
+        self.watchful = self.device.type == "cpu"
         # Every process counts the whole batch in training; what it counts of the test images is added up.
         self.train_metrics = self._metrics()
 
@@ -89,6 +95,9 @@ class Engine:
     def train_step(self, images: Tensor, labels: Tensor, lr: float, at: Position) -> Tensor:
         """Augment, forward, backward, a step of the optimizer, averages of the weights.
 
+        The accuracy that `trained` gives counts a mixed image as right where the network names the class of its larger
+        part, as torchvision's reference does.
+
         Args:
             images: uint8 [N, C, H, W], as the data set has them; the batch of all processes.
             labels: int64 [N].
@@ -98,52 +107,74 @@ class Engine:
         Returns:
             The mean loss of the batch, on the device, without a graph.
         """
-        count, share = len(images), self.group.share(len(images))
-        flipped = None if self.flip_bits is None else self.flip_bits[at.images] ^ bool(at.epoch % 2)
-        x = self._input(augment(images, self.augmentation, self.generator, share, flipped=flipped))
-        labels = labels[share].to(self.device)
+        count = len(images)
+        x, targets = self._batch(images, labels, at)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad()
-        loss, logits = self._gradients(x, labels, count)
-        # On a GPU, and in several processes, the loop finds it later: looking at each step would make the step wait.
-        if self.device.type == "cpu" and self.group.size == 1 and not math.isfinite(loss.item()):
-            raise DivergedError(self._diverged(loss.item(), x, labels, lr, at))
+        loss, logits = self._gradients(x, targets, count)
+        labels = targets if targets.dim() == 1 else targets.argmax(1)
+        if self.group.size > 1:
+            right = (logits.argmax(1) == labels).sum()
+            loss, right = self.group.sum(torch.stack([loss.float() / self.group.size, right.float()]))
+        if self.watchful and not math.isfinite(loss.item()):  # in all processes alike
+            raise DivergedError(self._diverged(loss.item(), x, targets, lr, at))
         self._update(at)
         if self.group.size == 1:
             self.train_metrics["accuracy"].update(logits, labels)
         else:
-            right = (logits.argmax(1) == labels).sum()
-            loss, right = self.group.sum(torch.stack([loss.float() / self.group.size, right.float()]))
             # As many predictions that are right as there were in all shares.
             predictions = torch.arange(count, device=self.device) < right
             self.train_metrics["accuracy"].update(predictions.long(), torch.ones_like(predictions).long())
         self.train_metrics["loss"].update(loss.expand(count))
         return loss
 
-    def _diverged(self, loss: float, x: Tensor, labels: Tensor, lr: float, at: Position) -> str:
+    def _batch(self, images: Tensor, labels: Tensor, at: Position) -> tuple[Tensor, Tensor]:
+        """This process's share of a batch, as the network takes it, and its targets: int64 [share of N]; where images
+        are mixed, float32 [share of N, classes]."""
+        config, count, own = self.config, len(images), self.group.share(len(images))
+        share: slice | Tensor = own
+        if self.mixing is not None and self.group.size > 1:
+            share = self.mixing.needed(own, count)
+            if not isinstance(self.data.train.images, Tensor):
+                # Only the process's own images are decoded; the one before them is another's last.
+                images[own.start - 1] = self.group.gather(images[own.stop - 1])[self.group.rank - 1]
+        flipped = None if self.flip_bits is None else self.flip_bits[at.images] ^ bool(at.epoch % 2)
+        images = augment(images, self.augmentation, self.generator, share, flipped=flipped)
+        if self.rand_augment is not None:
+            images = self.rand_augment(images, self.generator, count, share)
+        x, targets = self._input(images), labels[share].to(self.device)
+        if config.random_erasing > 0:
+            x = erase(x, config.random_erasing, self.generator, count, share)
+        if self.mixing is not None:
+            x, targets = self.mixing(x, targets, self.generator)
+            if self.group.size > 1:
+                x, targets = x[1:], targets[1:]
+        return x, targets
+
+    def _diverged(self, loss: float, x: Tensor, targets: Tensor, lr: float, at: Position) -> str:
         def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
 
         with self.amp:
-            found = diagnose(self.model, x, labels, loss_of)
+            found = diagnose(self.model, x, targets, loss_of, self.group)
         return (
             f"the loss is {loss} at step {at.step + 1} (epoch {at.epoch + 1}), with an lr of {lr:g}: {found.what}; "
             "the last checkpoint is of before; try a lower lr"
         )
 
-    def _gradients(self, x: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _gradients(self, x: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Add up the gradients of the share's parts; `count` images in all shares. Returns the loss and the logits."""
         # As many parts in every process, and two images a part, for their batch statistics.
         parts = max(1, min(self.config.accumulate, count // (2 * self.group.size)))
         losses, outputs = [], []
-        for index, (part, targets) in enumerate(
-            zip(x.tensor_split(parts), labels.tensor_split(parts), strict=True), start=1
+        for index, (part, wanted) in enumerate(
+            zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True), start=1
         ):
             with contextlib.nullcontext() if index == parts else without_reduction(self.compute):
                 with self.amp:
                     logits = self.compute(part)
-                    loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+                    loss = F.cross_entropy(logits, wanted, label_smoothing=self.config.label_smoothing)
                     if parts > 1:
                         loss = loss * (len(part) / len(x))
                     if self.group.size > 1:

@@ -10,9 +10,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fastres.train.distributed import Group
 from fastres.train.errors import InputError, RunError, first_line
 
 LOCK = ".lock"
+
+Rows = list[dict[str, Any]]
 
 
 @contextmanager
@@ -65,29 +68,41 @@ def append_json(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def read_rows(path: Path, numbers: tuple[str, ...] = ("step",)) -> tuple[Rows, int]:
+    """The JSON objects of a file of lines that have these numbers, among them "step"; none where there is no file.
+
+    Returns:
+        The rows in the order of their steps, a step that was written twice as it was written last; and how many lines
+        are no such rows. A last line without its end, as a kill leaves it or a run at work has it, counts for nothing.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    broken = 0
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not all(isinstance(row[name], (int, float)) for name in numbers):
+                raise TypeError
+            rows[int(row["step"])] = row
+        except (ValueError, TypeError, KeyError, OverflowError):
+            broken += number < len(lines)
+    return [rows[step] for step in sorted(rows)], broken
+
+
 def keep_rows(path: Path, last_step: int) -> int:
     """Drop the lines that a resumed run will write again: those after `last_step`, and of epochs cut short.
 
     Returns:
-        How many lines before the last one are no records, and were dropped too. A last line may have been cut by a
-        kill.
+        How many lines are no rows, and were dropped too.
     """
     if not path.exists():
         return 0
     with writing(path):
-        lines = path.read_bytes().splitlines()
-    kept, broken = [], 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step, complete = row["step"], row.get("complete", True)
-            wanted = int(step) <= last_step and complete
-        except (ValueError, KeyError, TypeError, AttributeError):
-            broken += number < len(lines)
-            continue
-        if wanted:
-            kept.append(json.dumps(row) + "\n")
-    write_text(path, "".join(kept))
+        rows, broken = read_rows(path)
+    kept = [row for row in rows if row["step"] <= last_step and row.get("complete", True)]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return broken
 
 
@@ -109,6 +124,22 @@ def claim(directory: Path) -> FileLock:
         for temporary in directory.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
     return lock
+
+
+@contextmanager
+def claimed(directory: Path, group: Group) -> Iterator[None]:
+    """`claim` a folder for a job, in its main process, until the end of the block.
+
+    Raises:
+        InputError, RunError: as `claim`, in every process.
+    """
+    with group.agreed():
+        lock = claim(directory) if group.is_main else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _sync(path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.train.errors import InputError
-
-Rows = list[dict[str, Any]]
+from fastres.train.folder import Rows, read_rows
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class History:
     metrics: Rows  # a row an epoch, in the order of the epochs
     steps: Rows  # a row a step
     summary: dict[str, Any]  # empty before the run has ended
-    broken: int  # lines that could not be read
+    broken: int  # lines that could not be read, but for a last one cut short
 
     @property
     def steps_per_epoch(self) -> float:
@@ -54,8 +53,8 @@ def read_history(directory: Path) -> History:
         raise InputError(f"run: no such folder: {directory}")
     if not any((directory / name).is_file() for name in ("config.json", "metrics.jsonl")):
         raise InputError(f"run: {directory} holds neither config.json nor metrics.jsonl, so it is no run's folder")
-    metrics, lost_metrics = _read_rows(directory / "metrics.jsonl", ("epoch", "step"))
-    steps, lost_steps = _read_rows(directory / "steps.jsonl", ("epoch", "step", "loss"))
+    metrics, lost_metrics = read_rows(directory / "metrics.jsonl", ("epoch", "step"))
+    steps, lost_steps = read_rows(directory / "steps.jsonl", ("epoch", "step", "loss"))
     return History(
         directory,
         _read_object(directory / "config.json"),
@@ -64,24 +63,6 @@ def read_history(directory: Path) -> History:
         _read_object(directory / "summary.json"),
         lost_metrics + lost_steps,
     )
-
-
-def _read_rows(path: Path, numbers: tuple[str, ...]) -> tuple[Rows, int]:
-    """The rows in the order of their steps, a step that was written twice as it was written last; and lines lost."""
-    rows: dict[int, dict[str, Any]] = {}
-    broken = 0
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not all(isinstance(row[name], (int, float)) for name in numbers):
-                raise TypeError
-            rows[int(row["step"])] = row
-        except (ValueError, TypeError, KeyError):
-            broken += 1
-    return [rows[step] for step in sorted(rows)], broken
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -4,12 +4,9 @@ import io
 import json
 import math
 import shutil
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +18,21 @@ from fastres.train import checkpoint as ckpt
 from fastres.train.averages import evaluated_weights
 from fastres.train.boards import Board
 from fastres.train.config import TrainConfig, to_dict
-from fastres.train.data import ImageData, batches, left_out, train_order
+from fastres.train.data import ImageData, batches, train_order
 from fastres.train.engine import Engine, Evaluation, Position
 from fastres.train.errors import DivergedError, InputError
-from fastres.train.folder import append_json, atomic, claim, keep_rows, write_text
+from fastres.train.folder import append_json, atomic, claimed, keep_rows, write_text
 from fastres.train.page import write_report
-from fastres.train.parallel import by_rank, smallest_batch, whole_model, whole_optimizer
-from fastres.train.prepare import Run, configured_model, prepare
+from fastres.train.parallel import by_rank, whole_model, whole_optimizer
+from fastres.train.prepare import Run, configured_model, plan_of, prepare
 from fastres.train.progress import Progress
 from fastres.train.report import Summary, show_start, show_summary, write_summary
+from fastres.train.rewind import Rewind
 from fastres.train.schedule import lr_factor
+from fastres.train.stop import Stop
+
+LATE_STEPS = 20
+"""Steps on a GPU whose losses are looked at together."""
 
 
 def train(
@@ -61,6 +63,12 @@ def train(
             not be written: the last good checkpoint is there.
         DivergedError: the loss is no longer finite. The files hold the state before that.
     """
+    if config.test_only:
+        raise InputError("test_only: train() trains; fastres.train.evaluate() tests, as the command does")
+    if config.find_lr:
+        raise InputError(
+            "find_lr: train() trains; fastres.train.find_learning_rate() makes the test, as the command does"
+        )
     console = console or Console()
     run = prepare(config, data, make_model or configured_model, console)
     if not run.group.is_main:
@@ -99,19 +107,14 @@ class _Loop:
             raise ValueError("config: expected a resolved one")
         self.directory, self.batch_size = config.output_dir, config.batch_size
         self.epochs, self.peak_lr = config.epochs, config.lr
-        count = len(self.data.train)
-        self.smallest_batch = smallest_batch(run.group, sync_bn=config.sync_bn)
-        if config.drop_last:
-            self.smallest_batch = self.batch_size
-        self.epoch_images = count - left_out(count, self.batch_size, self.smallest_batch)
-        if not self.epoch_images:
-            raise InputError(f"data: expected {self.smallest_batch} training images or more for a batch, got {count}")
-        self.steps_per_epoch = math.ceil(self.epoch_images / self.batch_size)
-        self.total_steps = math.ceil(self.epochs * self.steps_per_epoch)
+        plan = plan_of(run)
+        self.smallest_batch, self.epoch_images = plan.smallest_batch, plan.epoch_images
+        self.steps_per_epoch, self.total_steps = plan.steps_per_epoch, plan.total_steps
         self.stop_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.engine = Engine(run)
+        self.rewind = None if self.engine.watchful else Rewind(self.engine)
         self.rates: list[float] = []
-        self.stopped_by: str | None = None
+        self.stop = Stop(run.group)
         self.started = self.saved = time.perf_counter()
         self.evaluation: Evaluation | None = None
         self.board: Board | None = None
@@ -138,13 +141,8 @@ class _Loop:
 
     def run(self) -> Summary:
         """Train to the end, to max_steps, or to a signal."""
-        with self.group.agreed():
-            lock = claim(self.directory) if self.group.is_main else None
-        try:
+        with claimed(self.directory, self.group):
             return self._run()
-        finally:
-            if lock is not None:
-                lock.release()
 
     def _run(self) -> Summary:
         self._open_output()
@@ -153,14 +151,14 @@ class _Loop:
             self.board = Board(self.directory, self.step, notify=self._tell)
         total, done = self._images_until(self.stop_step), self._images_until(self.step)
         # Lines of several processes would overwrite each other.
-        with Progress(total, done, file=None if self.group.is_main else io.StringIO()) as line, self._catch_signals():
-            while self.stopped_by is None:
+        with Progress(total, done, file=None if self.group.is_main else io.StringIO()) as line, self.stop.on_signals():
+            while not self.stop.anywhere():
                 self._train_epoch(line)
-                if self.stopped_by is not None or not self._evaluate_and_save(line):
+                if self.stop.anywhere() or not self._evaluate_and_save(line):
                     break
                 if self.step >= self.stop_step:
                     break
-            if self.stopped_by is not None:
+            if self.stop.by is not None:
                 self._save(ckpt.LAST)
         if self.board is not None:
             self.board.close()
@@ -174,13 +172,15 @@ class _Loop:
             self.batch = 0
             self.engine.train_metrics.reset()
         line.epoch(self.epoch + 1, math.ceil(self.epochs))
-        window = _Window(self.device)
+        window = _Window(1 if self.engine.watchful else LATE_STEPS)
         for images, labels in batches(
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
             group=self.group,
         ):  # fmt: skip
-            if self._is_stopped() or self.step >= self.stop_step:
+            if self.stop.anywhere() or self.step >= self.stop_step:
                 break
+            if self.rewind is not None:
+                self.rewind.keep(self.step, self.batch)
             window.add(self.engine.train_step(images, labels, self._lr(), self._at(len(labels))), len(labels))
             self.step += 1
             self.batch += 1
@@ -192,12 +192,6 @@ class _Loop:
                     self._save(ckpt.LAST)
         if window.losses:
             self._log_steps(window, line)
-
-    def _is_stopped(self) -> bool:
-        """Whether a signal came. It reaches the processes between different steps; all stop after the same one."""
-        if self.group.any(self.stopped_by is not None) and self.stopped_by is None:
-            self.stopped_by = "SIGTERM"
-        return self.stopped_by is not None
 
     def _lr(self) -> float:
         """The learning rate of the coming step."""
@@ -218,13 +212,37 @@ class _Loop:
         first = self.step - len(losses) + 1
         for step, loss in enumerate(losses, start=first):
             if not math.isfinite(loss):
-                raise DivergedError(
-                    f"the loss is {loss} at step {step} (epoch {self.epoch + 1}); try an lr below {self.peak_lr:g}"
-                )
+                raise self._diverged(step, loss)
             self._record("steps.jsonl", {"step": step, "epoch": self.epoch + 1, "loss": loss})
         self.rates.append(rate)
         accuracy = self.engine.train_metrics["accuracy"].compute().item()
         line.update(images, loss=losses[-1], accuracy=accuracy, rate=rate)
+
+    def _diverged(self, step: int, loss: float) -> DivergedError:
+        """What a loss that was looked at late is due to: the steps since the copy, looked at one by one.
+
+        All processes have the same losses, and do the same here.
+        """
+        assert self.rewind is not None and self.order is not None
+        self.rewind.restore()
+        self.step, self.batch, self.engine.watchful = self.rewind.step, self.rewind.batch, True
+        first = self.step + 1
+        for images, labels in batches(
+            self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
+            group=self.group,
+        ):  # fmt: skip
+            try:
+                self.engine.train_step(images, labels, self._lr(), self._at(len(labels)))
+            except DivergedError as error:
+                return error
+            self.step += 1
+            self.batch += 1
+            if self.step == step:
+                break
+        return DivergedError(
+            f"the loss is {loss} at step {step} (epoch {self.epoch + 1}), but finite when the steps from {first} on are"
+            f" computed again; the last checkpoint is of before; try an lr below {self.peak_lr:g}"
+        )
 
     def _record(self, file: str, row: dict[str, Any]) -> None:
         if self.group.is_main:
@@ -234,10 +252,9 @@ class _Loop:
 
     def _evaluate_and_save(self, line: Progress) -> bool:
         """Evaluate, write the line of the epoch and the checkpoints. False where a signal came in between."""
-        test = self.engine.evaluate(lambda: self.stopped_by is not None)
+        test = self.engine.evaluate(lambda: self.stop.asked is not None)
         if test is None:
-            self.stopped_by = self.stopped_by or "SIGTERM"  # which came to another process
-            return False
+            return not self.stop.anywhere()
         train = self.engine.trained()
         complete = self.batch == self.steps_per_epoch
         number = self.epoch + 1
@@ -358,29 +375,6 @@ class _Loop:
     def _tell(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Let SIGINT (Ctrl-C) and SIGTERM end the run after the current step; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def stop(number: int, frame: Any) -> None:
-            self.stopped_by = signal.Signals(number).name
-            # torchrun passes a Ctrl-C on to processes that the terminal has told already.
-            if self.group.size == 1:
-                for each in previous:
-                    signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
-
-        for number in previous:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     def _finish(self) -> Summary:
         summary = Summary(
             model=self.config.model,
@@ -391,8 +385,8 @@ class _Loop:
             train_images=len(self.data.train),
             test_images=len(self.data.test),
             instead_of=self.data.instead_of,
-            finished=self.stopped_by is None,
-            stopped_by=self.stopped_by,
+            finished=self.stop.by is None,
+            stopped_by=self.stop.by,
             epoch=self.epoch,
             step=self.step,
             best_accuracy=self.best_accuracy,
@@ -408,20 +402,17 @@ class _Loop:
                 for problem in write_report(self.directory, self.data, self.evaluation):
                     self._tell(problem)
             show_summary(self.console, summary, self.data)
-        if self.stopped_by is not None:
-            self.console.print(
-                f"Stopped by {self.stopped_by}; go on with: python -m fastres.train --resume {self.directory}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        if self.stop.by is not None:
+            command = "python" if self.group.size == 1 else f"torchrun (of {self.group.size} processes)"
+            self._tell(f"Stopped by {self.stop.by}; go on with: {command} -m fastres.train --resume {self.directory}")
         return summary
 
 
 class _Window:
     """The steps since losses were last fetched. On a GPU several, since fetching waits for the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.length = 1 if device.type == "cpu" else 20
+    def __init__(self, length: int) -> None:
+        self.length = length
         self.losses: list[Tensor] = []
         self.images = 0
         self.since = time.perf_counter()

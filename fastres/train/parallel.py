@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastres.train.config import TrainConfig
 from fastres.train.distributed import Group
 from fastres.train.errors import InputError
+from fastres.train.optim import own_implementation, restore
 
 # What only --fsdp needs is imported in its functions: it takes half a second, and a PyTorch with torch.distributed.
 
@@ -184,8 +185,9 @@ class OptimizerState:
         self.model, self.optimizer = model, optimizer
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = own_implementation(self.optimizer, state)
         if not is_sharded(self.model):
-            self.optimizer.load_state_dict(state)
+            restore(self.optimizer, state)
             return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 

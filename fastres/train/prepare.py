@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,18 +16,20 @@ from fastres import _extension, models
 from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
-from fastres.train.data import ImageData, fingerprint, fingerprint_differences, load_data
+from fastres.train.data import ImageData, fingerprint, fingerprint_differences, left_out, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
 from fastres.train.optim import make_optimizer
-from fastres.train.parallel import OptimizerState, check_job, of_rank, shard
+from fastres.train.parallel import OptimizerState, check_job, of_rank, shard, smallest_batch
 from fastres.train.weights import start_weights
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
-                  "workers", "reuse_memory", "compile", "save_minutes", "report")  # fmt: skip
+                  "workers", "reuse_memory", "compile", "save_minutes", "report", "test_only")  # fmt: skip
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
+TEST_FIELDS = ("fused", "conv_algorithm", "amp", "channels_last", "tta", "sync_bn", "fsdp")
+"""Fields in which an evaluation (test_only) may differ as well: the same weights, computed in another way."""
 
 
 @dataclasses.dataclass
@@ -43,6 +46,31 @@ class Run:
     backend: str
     group: Group = SINGLE
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the data
+
+
+class Plan(NamedTuple):
+    """How the training images fall into batches and epochs."""
+
+    smallest_batch: int  # images; fewer at the end of an epoch are left out
+    epoch_images: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+def plan_of(run: Run) -> Plan:
+    """
+    Raises:
+        InputError: too few images for a batch.
+    """
+    config, count = run.config, len(run.data.train)
+    if config.batch_size is None or config.epochs is None:
+        raise ValueError("config: expected a resolved one")
+    smallest = config.batch_size if config.drop_last else smallest_batch(run.group, sync_bn=config.sync_bn)
+    images = count - left_out(count, config.batch_size, smallest)
+    if not images:
+        raise InputError(f"data: expected {smallest} training images or more for a batch, got {count}")
+    steps = math.ceil(images / config.batch_size)
+    return Plan(smallest, images, steps, math.ceil(config.epochs * steps))
 
 
 def prepare(
@@ -70,7 +98,11 @@ def prepare(
         if config.resume is not None:
             resumed = ckpt.load_checkpoint(config.resume, notify=notify)
             config = _inherit(config, resumed["config"])
-        _check_output_dir(config)
+        if config.test_only:
+            # Each process evaluates the whole network.
+            config = dataclasses.replace(config, fsdp=False, sync_bn=False)
+        else:
+            _check_output_dir(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if data is None:
@@ -85,7 +117,8 @@ def prepare(
     print_of_data = fingerprint(data)
     if resumed is not None:
         _check_same_run(config, resumed, data, print_of_data)
-    check_job(config, group, resumed)
+    if not config.test_only:
+        check_job(config, group, resumed)
     if device.type == "cpu" and config.reuse_memory:
         reuse_cpu_memory()
     torch.manual_seed(config.seed)
@@ -93,6 +126,8 @@ def prepare(
     if config.channels_last and not config.fsdp:  # FSDP2 refuses parameters that are not contiguous
         model = model.to(memory_format=torch.channels_last)
     if resumed is None and (note := start_weights(model, config, data)) is not None:
+        if config.test_only:
+            raise InputError(f"pretrained: expected weights to test, but {note}")
         notify(note)
     if resumed is not None and config.resume is not None:
         ckpt.load_state(model, resumed["model"], what=f"model {config.model}", path=config.resume)
@@ -102,7 +137,7 @@ def prepare(
     generator = torch.Generator().manual_seed(config.seed)
     if group.size > 1:
         torch.manual_seed(config.seed + group.rank)
-    if resumed is not None and config.resume is not None:
+    if resumed is not None and config.resume is not None and not config.test_only:
         optimizer_state = OptimizerState(model, optimizer)
         ckpt.load_state(optimizer_state, resumed["optimizer"], what=f"optimizer {config.optimizer}", path=config.resume)
         generator.set_state(resumed["generator"])
@@ -132,6 +167,8 @@ def _after_restart(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: torchrun may restart the job, and no folder is named that it would find again.
     """
+    if config.test_only or config.find_lr:
+        return config
     if config.output_dir is None and config.resume is None and (was_restarted() or restarts_left()):
         raise InputError("output_dir: torchrun --max-restarts needs one, in which a restarted job finds its checkpoint")
     folder = config.output_dir or config.resume
@@ -170,10 +207,11 @@ def _check_same_run(
     config: TrainConfig, resumed: dict[str, Any], data: ImageData, print_of_data: dict[str, Any]
 ) -> None:
     now = to_dict(config)
+    free = (*SITTING_FIELDS, *TEST_FIELDS) if config.test_only else SITTING_FIELDS
     differences = [
         f"{name} was {resumed['config'].get(name)!r}, is {now[name]!r}"
         for name in now
-        if name not in SITTING_FIELDS and now[name] != resumed["config"].get(name)
+        if name not in free and now[name] != resumed["config"].get(name)
     ]
     if list(data.classes) != resumed["classes"]:
         differences.append(f"classes were {resumed['classes'][:5]}..., are {list(data.classes)[:5]}...")
@@ -219,7 +257,8 @@ def _default_output_dir(config: TrainConfig) -> Path:
     if config.resume is not None:
         return ckpt.folder_of(config.resume)
     kind = "fused" if config.fused else "plain"
-    name = f"{config.dataset}-{config.model}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    what = "lr-test-" if config.find_lr else ""
+    name = f"{config.dataset}-{config.model}-{kind}-{what}{time.strftime('%Y%m%d-%H%M%S')}"
     directory, number = Path("runs") / name, 1
     while directory.exists():
         number += 1

@@ -9,6 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from fastres.train.augment import normalise
 from fastres.train.averages import evaluated_weights
+from fastres.train.checkpoint import read_tensors
 from fastres.train.config import TrainConfig
 from fastres.train.data import ImageData, batches
 from fastres.train.errors import InputError
@@ -76,12 +77,7 @@ def load_pretrained(model: nn.Module, path: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"pretrained: no such file: {path}")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load fails in many ways on a damaged file, none of them documented
-        raise InputError(f"pretrained: {path} is damaged, or holds more than tensors") from error
+    state = read_tensors(path, "pretrained", "file of tensors")
     if isinstance(state, dict) and "engine" in state:
         state = evaluated_weights(state)
     for name in ("state_dict", "model", "model_state_dict", "state_dict_ema"):

@@ -190,10 +190,3 @@ def test_gradient_norms_are_those_of_the_weights():
 def test_the_ratio_compares_the_first_block_with_the_last():
     assert depth.ratio([9.0, 1.0, 5.0, 4.0]) == 0.25
     assert math.isnan(depth.ratio(None)) and math.isnan(depth.ratio([1.0, 1.0, 0.0]))
-
-
-def test_the_range_test_suggests_a_third_of_the_best_rate():
-    rates = [10.0**k for k in range(-4, 2)]
-    assert trained.smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    assert trained.smoothed([1.0, 0.0]) == pytest.approx([1.0, 0.9 / 1.9])
-    assert trained.suggestion(rates, [9, 8, 5, 0, 90, 99]) == pytest.approx(rates[3] / 3)

@@ -1,10 +1,12 @@
 """`python -m fastres.train` with a tiny network and few images, for torchrun; one process may be told to fail.
 
-FAIL=rank:step:how, how being killed, broken (an InputError) or raised (an exception that nobody expects). A job that
-torchrun has restarted does not fail again.
+FAIL=rank:step:how, how being killed, broken (an InputError), raised (an exception that nobody expects), or a signal's
+name, which comes to this process alone, or with a * to torchrun, which passes it on to all. A job that torchrun has
+restarted does not fail again.
 """
 
 import os
+import select
 import signal
 import sys
 from typing import Any
@@ -30,8 +32,21 @@ def fail_or_train(engine: Engine, *step_arguments: Any) -> Tensor:
     if engine.group.rank == int(rank) and engine.taken == int(step) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how.startswith("SIG"):
+            send(how)
+            return train_step(engine, *step_arguments)
         raise InputError("data_dir: broken image cat.png") if how == "broken" else ZeroDivisionError("by zero")
     return train_step(engine, *step_arguments)
+
+
+def send(name: str) -> None:
+    """Send a signal, and wait until it has come back here."""
+    arrived, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake)
+    os.kill(os.getppid() if name.endswith("*") else os.getpid(), signal.Signals[name.rstrip("*")])
+    assert select.select([arrived], [], [], 60)[0]
+    signal.set_wakeup_fd(-1)
 
 
 def create(name: str, *, num_classes: int, **options: Any) -> TinyNet:

@@ -35,7 +35,7 @@ def run(folder: Path, data: ImageData) -> None:
     """The command that is given again and again."""
     config = TrainConfig(
         device="cpu", batch_size=8, epochs=3, optimizer="adam", output_dir=folder, resume=AUTO, save_minutes=1e-4,
-        reuse_memory=False, report=False, threads=1,
+        mixup=0.2, cutmix=1.0, randaugment=(2, 9), random_erasing=0.5, reuse_memory=False, report=False, threads=1,
     )  # fmt: skip
     train(config, data=data, make_model=slow_network, console=Console(file=io.StringIO()))
 

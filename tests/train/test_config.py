@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +42,16 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("lookahead_period", 0),
     ("lookahead_decay", 1.0),
     ("crop_padding", -1),
+    ("mixup", -0.1),
+    ("mixup", float("nan")),
+    ("cutmix", float("inf")),
+    ("randaugment", (2,)),
+    ("randaugment", (0, 9)),
+    ("randaugment", (2, 31)),
+    ("randaugment", (2, -1)),
+    ("randaugment", (2, 9, 1)),
+    ("random_erasing", 1.1),
+    ("random_erasing", -0.1),
     ("whitening_bias_epochs", -1.0),
     ("stem", "tiny"),
     ("amp", "fp8"),
@@ -81,6 +92,7 @@ def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epochs", "3"), ("epochs", True), ("milestones", [1.0]), ("batch_size", True),
+     ("mixup", "0.2"), ("randaugment", [2, 9]), ("randaugment", (2, 9.0)), ("randaugment", (2, True)),
      ("lr", "fast"), ("fused", 1), ("data_dir", "data"),
      ("model", None), ("seed", None), ("output_dir", "runs"), ("amp", None), ("conv_algorithm", True)],
 )  # fmt: skip
@@ -178,6 +190,18 @@ def test_stem_follows_the_image_size(size: int, stem: str) -> None:
     assert resolve(TrainConfig(), dataset="imagefolder", image_size=size).stem == stem
 
 
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 1), (2, 1, 1), (6, 1, 5), (64, 1, 8), (16, 4, 3)])
+def test_workers_leave_a_core_to_the_gpus_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for device, expected in (("cuda", workers), ("cpu", 1)):
+        config = resolve(TrainConfig(device=device), dataset="imagefolder", image_size=224)
+        assert config.workers == expected
+    assert resolve(TrainConfig(workers=0), dataset="imagefolder", image_size=224).workers == 0
+
+
 def test_saved_configuration_with_other_fields_is_refused() -> None:
     values = to_dict(TrainConfig())
     values["colour"] = values.pop("seed")
@@ -206,6 +230,11 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 def test_flag_chooses_fused_or_plain(parsed: list[TrainConfig], flag: str, fused: bool) -> None:
     assert cli.main([flag]) == 0
     assert parsed == [TrainConfig(fused=fused)]
+
+
+def test_options_of_several_numbers_are_read_from_the_command_line(parsed: list[TrainConfig]) -> None:
+    assert cli.main(["--randaugment", "2", "9", "--schedule", "step", "--milestones", "3", "4.5"]) == 0
+    assert (parsed[0].randaugment, parsed[0].milestones) == ((2, 9), (3.0, 4.5))
 
 
 def test_recipe_of_the_article_is_the_one_that_was_published(parsed: list[TrainConfig]) -> None:

@@ -141,6 +141,14 @@ def test_whitening_is_that_of_the_images_and_its_bias_stops(tmp_path: Path) -> N
     assert torch.equal(biases[1], biases[3])
 
 
+@pytest.mark.usefixtures("tiny_models")
+def test_bias_of_a_whitening_layer_needs_one(data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"^whitening_bias_epochs: expected a network with a whitening layer, got resnet18"
+    ):
+        make_engine(tmp_path, data, whitening_bias_epochs=1.0)
+
+
 def test_last_gamma_starts_at_zero(tmp_path: Path) -> None:
     data = make_data(8, 4, size=16)
     engine = make_engine(tmp_path, data, model="resnet20", width=0.5, zero_init_gamma=True, threads=1)

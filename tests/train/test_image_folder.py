@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastres.train import decoding
 from fastres.train import image_folder as module
 from fastres.train.config import TrainConfig
 from fastres.train.data import batches, fingerprint, fingerprint_differences, load_data
+from fastres.train.decoding import ImageFile, decode_image
 from fastres.train.errors import InputError
-from fastres.train.image_folder import decode_image, load_image_folder
+from fastres.train.image_folder import load_image_folder
 
 WriteFolder = Callable[..., Path]
 
@@ -39,7 +41,7 @@ def test_images_of_other_modes_become_rgb(write_folder: WriteFolder, tmp_path: P
     write_folder(tmp_path)
     path = tmp_path / "train" / "cat" / "0.png"
     Image.open(path).convert(mode).save(path)
-    assert decode_image(path, 8).shape == (3, 8, 8)
+    assert decode_image(ImageFile(str(path)), 8).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -147,7 +149,7 @@ def test_grayscale_of_16_bits_keeps_its_levels(tmp_path: Path, dtype: str, endin
     Image.fromarray(values.astype(dtype)).save(path)
     assert Image.open(path).mode.startswith("I")
     oracle = torch.from_numpy(np.rint(values / 257)).to(torch.uint8)
-    assert torch.equal(decode_image(path, 20), oracle.expand(3, -1, -1))
+    assert torch.equal(decode_image(ImageFile(str(path)), 20), oracle.expand(3, -1, -1))
     assert len(oracle.unique()) == 256
 
 
@@ -155,7 +157,7 @@ def test_floats_are_of_zero_to_one(tmp_path: Path) -> None:
     values = torch.rand(8, 8)
     Image.fromarray(values.numpy()).save(tmp_path / "image.tif")
     oracle = (values.double() * 255).round().to(torch.uint8)
-    assert torch.equal(decode_image(tmp_path / "image.tif", 8), oracle.expand(3, -1, -1))
+    assert torch.equal(decode_image(ImageFile(str(tmp_path / "image.tif")), 8), oracle.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("<i4", 70000), ("<i4", -1), ("<f4", 1.5), ("<f4", float("nan"))])
@@ -164,7 +166,7 @@ def test_levels_beyond_the_range_are_refused(tmp_path: Path, dtype: str, value: 
     values[3, 4] = value
     Image.fromarray(values).save(tmp_path / "image.tif")
     with pytest.raises(InputError, match=r"^data_dir: broken image .*image\.tif: values from .* expected 0 to"):
-        decode_image(tmp_path / "image.tif", 8)
+        decode_image(ImageFile(str(tmp_path / "image.tif")), 8)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "quantized", "P"])
@@ -181,7 +183,7 @@ def test_transparent_shows_white_and_opaque_its_colour(tmp_path: Path, mode: str
         image.convert("LA" if mode == "LA" else "RGBA").save(path)
         if mode == "quantized":
             Image.open(path).quantize(4).save(path)
-    pixels = np.array(module._read_rgb(path))
+    pixels = np.array(decoding._read_rgb(ImageFile(str(path))))
     assert pixels.tolist() == [[[90] * 3, [255] * 3]]
 
 
@@ -190,7 +192,7 @@ def test_opaque_alpha_and_palette_are_as_pillow_converts_them(tmp_path: Path) ->
     for image in (colours.convert("RGBA"), colours.quantize(16), colours.convert("L"), colours.convert("CMYK")):
         path = tmp_path / ("image.tif" if image.mode == "CMYK" else "image.png")
         image.save(path)
-        assert np.array_equal(module._read_rgb(path), image.convert("RGB"))
+        assert np.array_equal(decoding._read_rgb(ImageFile(str(path))), image.convert("RGB"))
 
 
 def test_orientation_is_ignored(tmp_path: Path) -> None:
@@ -199,19 +201,21 @@ def test_orientation_is_ignored(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     assert Image.open(tmp_path / "turned.png").getexif()[0x0112] == 6
-    assert np.array_equal(decode_image(tmp_path / "turned.png", 8).permute(1, 2, 0), np.array(image))
+    assert np.array_equal(decode_image(ImageFile(str(tmp_path / "turned.png")), 8).permute(1, 2, 0), np.array(image))
 
 
 def test_large_jpeg_is_decoded_at_a_reduced_size(tmp_path: Path) -> None:
     slope = np.add.outer(np.arange(240), np.arange(320)) * 255 // 558
     path = tmp_path / "large.jpg"
     Image.fromarray(slope.astype(np.uint8)).convert("RGB").save(path, quality=95)
-    assert module._read_rgb(path).size == (320, 240)
-    assert module._read_rgb(path, 16).size == (80, 60)
-    assert module._read_rgb(path, 60).size == (160, 120)
-    assert module._read_rgb(path, 61).size == (320, 240)
+    assert decoding._read_rgb(ImageFile(str(path))).size == (320, 240)
+    assert decoding._read_rgb(ImageFile(str(path)), 16).size == (80, 60)
+    assert decoding._read_rgb(ImageFile(str(path)), 60).size == (160, 120)
+    assert decoding._read_rgb(ImageFile(str(path)), 61).size == (320, 240)
     whole = Image.open(path).resize((64, 48), Image.Resampling.BILINEAR).crop((8, 0, 56, 48))
-    difference = decode_image(path, 48).permute(1, 2, 0).numpy().astype(int) - np.array(whole).astype(int)
+    difference = decode_image(ImageFile(str(path)), 48).permute(1, 2, 0).numpy().astype(int) - np.array(whole).astype(
+        int
+    )
     assert abs(difference).max() <= 4
 
 

@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ from fastres.train import (
 )
 from fastres.train import config as config_module
 from fastres.train.augment import normalise
-from fastres.train.config import Optimizer
 from tests.train.conftest import signal_in_call
+from tests.train.optimizers import EACH
 
 Run = Callable[..., Summary]
 
@@ -87,7 +87,7 @@ def test_training_learns(run: Run) -> None:
     assert accuracy > 0.9
 
 
-@pytest.mark.parametrize("optimizer", get_args(Optimizer))
+@pytest.mark.parametrize("optimizer", EACH)
 def test_each_optimizer_lowers_the_loss(run: Run, tmp_path: Path, optimizer: str) -> None:
     run(optimizer=optimizer, epochs=6, warmup_epochs=0.0, schedule="constant")
     losses = [row["train_loss"] for row in rows(tmp_path / "run" / "metrics.jsonl")]
@@ -445,6 +445,12 @@ def test_too_few_images_are_refused(run: Run, data: ImageData, tmp_path: Path) -
     lone = dataclasses.replace(data, train=Split(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1).long()))
     with pytest.raises(InputError, match=r"2 training images"):
         run(on=lone)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_class_is_refused(run: Run, data: ImageData, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^data: expected 2 classes or more, got \['left'\]"):
+        run(on=dataclasses.replace(data, classes=("left",)))
     assert not list(tmp_path.iterdir())
 
 

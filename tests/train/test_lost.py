@@ -5,9 +5,11 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,18 @@ def test_best_checkpoint_is_made_good(run: Run, tmp_path: Path, damage: str, sto
         assert now["step"] > stop
 
 
+def test_best_checkpoint_that_nobody_has_is_found_anew(run: Run, tmp_path: Path) -> None:
+    run(max_steps=6)
+    folder = tmp_path / "run"
+    state = load_checkpoint(folder)
+    torch.save({**state, "best_step": 3, "best_accuracy": 2.0}, folder / LAST)  # no accuracy can be better
+    (folder / BEST).unlink()
+    text = io.StringIO()
+    summary = run(resume=AUTO, console=Console(file=text, width=400))
+    assert "is lost; the next evaluation counts as the best" in text.getvalue()
+    assert summary.best_epoch == 2 and load_checkpoint(folder / BEST)["step"] == 12
+
+
 def test_broken_lines_of_the_logs_are_told_and_dropped(run: Run, tmp_path: Path) -> None:
     run(to="whole")
     run(to="parts", max_steps=6)
@@ -217,6 +231,39 @@ def test_any_failed_write_is_one_sentence_and_leaves_the_old_file(tmp_path: Path
     assert contents(tmp_path) == {"a.txt": b"old"}
 
 
+def test_full_disk_is_named_whatever_the_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=r"a\.txt: no space left on the disk$"), atomic(tmp_path / "a.txt"):
+        raise RuntimeError("enforce fail at x")
+
+
+def test_folder_that_cannot_be_synced_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems; of a file it is an error."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if broken(Path(f"/proc/self/fd/{descriptor}").resolve()):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    broken = Path.is_dir
+    write_text(tmp_path / "a.txt", "new")
+    broken = Path.is_file
+    with pytest.raises(RunError, match=r"a\.txt: Invalid argument$"):
+        write_text(tmp_path / "a.txt", "newer")
+    assert contents(tmp_path) == {"a.txt": b"new"}
+
+
+def test_picture_that_cannot_be_written_is_told_and_ends_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run" / "curves.png" / "mine").mkdir(parents=True)
+    text = io.StringIO()
+    assert run(report=True, console=Console(file=text, width=400)).finished
+    assert "curves.png" in text.getvalue().split("epoch 2/2")[1].split("Training finished")[0]
+    assert (tmp_path / "run" / "confusion.png").is_file() and (tmp_path / "run" / "report.html").is_file()
+
+
 @pytest.mark.parametrize("name", ["file/run", "x" * 300])
 @pytest.mark.parametrize("resume", [None, AUTO])
 def test_impossible_folder_is_one_sentence(run: Run, tmp_path: Path, name: str, resume: Path | None) -> None:
@@ -277,6 +324,15 @@ def test_signal_finishes_the_step_saves_and_gives_its_status(
     assert __main__.main([]) == {"SIGTERM": 143, "SIGINT": 130}[name]
     run(to="parts", dropout=0.3, resume=AUTO)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_run_in_another_thread_leaves_signals_alone(run: Run) -> None:
+    """Python sets handlers in the main thread only."""
+    before, found = signal.getsignal(signal.SIGINT), []
+    thread = threading.Thread(target=lambda: found.append(run(max_steps=2)))
+    thread.start()
+    thread.join()
+    assert found[0].finished and signal.getsignal(signal.SIGINT) is before
 
 
 def test_interruption_before_the_loop_ends_at_once(

@@ -25,9 +25,9 @@ from fastres.train import InputError, TrainConfig, pictures
 from fastres.train.boards import FOLDER, Board
 from fastres.train.config import to_dict
 from fastres.train.data import Split
+from fastres.train.decoding import ImageFile, ImageFiles
 from fastres.train.errors import RunError
 from fastres.train.history import read_history
-from fastres.train.image_folder import ImageFiles
 from fastres.train.page import PAGE, class_rows, confused_pairs, write_report
 from fastres.train.progress import Progress, duration
 from tests.train.conftest import make_data
@@ -170,7 +170,7 @@ def test_a_run_without_files_but_its_configuration_has_a_page(tmp_path):
 def test_broken_lines_are_told_and_odd_figures_drawn(tmp_path):
     directory = write_run(tmp_path / "run", epochs=2)
     with (directory / "steps.jsonl").open("ab") as file:
-        file.write(b'{"step": 9, "epoch": 3, "loss": NaN}\n\xff\xfe\n{"step": 10, "epo')
+        file.write(b'{"step": 9, "epoch": 3, "loss": NaN}\n\xff\xfe\n[2]\n{"step": 10, "epo')
     data = make_data()
     logits = made_logits(data.test.labels, 3, wrong=1).to(torch.bfloat16)
     assert write_report(directory, data, SimpleNamespace(logits=logits)) == []
@@ -302,7 +302,7 @@ def test_the_mean_of_thinned_steps_is_that_of_all():
 
 def test_mistakes_are_drawn_from_files_as_well(tmp_path, write_folder):
     root = write_folder(tmp_path / "images")
-    files = ImageFiles(root / "test", sorted((root / "test").rglob("*.png")), 8)
+    files = ImageFiles(root / "test", [ImageFile(str(path)) for path in sorted((root / "test").rglob("*.png"))], 8)
     data = dataclasses.replace(make_data(), test=Split(files, torch.tensor([0, 0, 1, 1])), classes=("cat", "dog"))
     found = pictures.worst_mistakes(torch.tensor([[0.0, 1], [1, 0], [1, 0], [0, 1]]), data.test.labels, 5)
     pictures.draw_mistakes(found, data, tmp_path / "m.png")

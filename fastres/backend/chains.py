@@ -1,0 +1,146 @@
+"""A normalisation, and the pointwise calls after it that one operator computes with it.
+
+    dropout(f(norm(x) + residual))   or   dropout(f(norm(x))) + residual
+
+Each is optional; the residual may have a normalisation of its own, and that one a 1x1 convolution before it (a
+projection shortcut). A chain is computed where its last call stands. So it grows by one call only where everything in
+it may be computed there (`memory.Memory.may_move`), and where nobody else reads what lies between its calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from fastres.activations import IDENTITY, KINDS, Activation
+from fastres.backend.calls import Conv, Norm, activation_of, addends_of, conv_of, dropout_of, is_norm, norm_of
+from fastres.backend.memory import Memory
+from fastres.backend.values import only_user, same_sizes, value
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What one call of ours will compute.
+
+    Attributes:
+        norm: the normalisation at its beginning.
+        nodes: the calls from there to the last, in order, without what follows here.
+        residual: what is added; where it has a normalisation, what that one normalises.
+        residual_norm: the residual's own.
+        order: on which side of activation and dropout the residual is added.
+        projection: the 1x1 convolution that makes the normalised residual.
+        before: in evaluation, the 3x3 convolution that makes x.
+        after: in training, the 3x3 convolution that alone reads the result.
+    """
+
+    norm: Norm
+    nodes: tuple[Node, ...]
+    residual: Node | None = None
+    residual_norm: Norm | None = None
+    activation: Activation = IDENTITY
+    dropout_p: float = 0.0
+    order: str = "add_act"
+    projection: Conv | None = None
+    before: Conv | None = None
+    after: Conv | None = None
+
+    @property
+    def own(self) -> list[Node]:
+        """All calls that it takes the place of."""
+        around = (self.residual_norm, self.projection, self.before, self.after)
+        return [*self.nodes, *(part.node for part in around if part is not None)]
+
+    @property
+    def last(self) -> Node:
+        """The call whose place it takes."""
+        return self.nodes[-1] if self.after is None else self.after.node
+
+    @property
+    def norms(self) -> list[Norm]:
+        return [self.norm] if self.residual_norm is None else [self.norm, self.residual_norm]
+
+
+def find(norm: Norm, memory: Memory, claimed: set[Node]) -> Chain:
+    """The longest chain that begins at a normalisation, around which no convolution has been looked for yet."""
+    chain = Chain(norm, (norm.node,))
+    while (user := only_user(chain.nodes[-1])) is not None:
+        # Candidates from the longest down: the residual with its normalisation, or as it is.
+        longer = next((c for c in _extensions(chain, user, memory) if _is_allowed(c, memory, claimed)), None)
+        if longer is None:
+            break
+        chain = longer
+    return chain
+
+
+def _is_allowed(chain: Chain, memory: Memory, claimed: set[Node]) -> bool:
+    """Whether the chain can be computed where its last call stands, in the memory format of its first."""
+    first, last = value(chain.norm.node), value(chain.nodes[-1])
+    if first is None or last is None or not same_sizes(first.stride(), last.stride()) or first.dtype != last.dtype:
+        return False
+    return claimed.isdisjoint(chain.own) and memory.may_move(chain.own)
+
+
+def _extensions(chain: Chain, user: Node, memory: Memory) -> Iterator[Chain]:
+    """The chain with one more call at its end, in the ways that there are, best first."""
+    last = chain.nodes[-1]
+    longer = replace(chain, nodes=(*chain.nodes, user))
+    ended = chain.residual is not None and chain.order == "act_add"
+    activation = activation_of(user)
+    if activation is not None:
+        fits = user.args[:1] == (last,) and chain.activation == IDENTITY and chain.dropout_p == 0 and not ended
+        # A smooth activation's input is computed again in backward, out of the residual, which the addition itself does
+        # not save.
+        if fits and (
+            chain.residual is None or KINDS[activation.kind].passes is not None or memory.stays(chain.residual, user)
+        ):
+            yield replace(longer, activation=activation)
+        return
+    p = dropout_of(user)
+    if p is not None:
+        if user.args[:1] == (last,) and chain.norm.training and chain.dropout_p == 0 and p < 1 and not ended:
+            yield replace(longer, dropout_p=p)
+        return
+    addends = addends_of(user)
+    if addends is None or chain.residual is not None:
+        return
+    other = addends[1] if addends[0] is last else addends[0]
+    if other is last or not _may_be_overwritten(other, user, memory):
+        return
+    plain = chain.activation == IDENTITY and chain.dropout_p == 0
+    added = replace(longer, residual=other, order="add_act" if plain else "act_add")
+    yield from _with_normalised_residual(added, other, user, memory)
+    yield added
+
+
+def _may_be_overwritten(other: Node, user: Node, memory: Memory) -> bool:
+    """Whether it makes no difference to anybody that an addition in place, other += norm(x), leaves `other` as it is:
+    its memory is of the graph's own making and nobody has another name for it.
+    """
+    if memory.writes(user).isdisjoint(memory.storages([other])):
+        return True
+    earlier = [n for n in memory.sharing(other) if memory.position[n] < memory.position[user]]
+    return memory.is_made_here(other) and earlier == [other]
+
+
+def _with_normalised_residual(chain: Chain, other: Node, user: Node, memory: Memory) -> Iterator[Chain]:
+    if not is_norm(other) or only_user(other) is not user:
+        return
+    norm = norm_of(other)
+    if isinstance(norm, str) or norm.training != chain.norm.training:
+        return
+    # One that is used twice counts the first batch before the second.
+    written = memory.writes(norm.node) | memory.writes(chain.norm.node)
+    tensors = [memory.storages([*n.params[:4]]) for n in (norm, chain.norm)]
+    if written and memory.overlap(*tensors):
+        return
+    with_norm = replace(chain, residual=norm.x, residual_norm=norm)
+    conv = conv_of(norm.x, 1)
+    # The projection's operator adds before the activation only.
+    if not isinstance(conv, str) and chain.order == "add_act" and conv.bias is None and only_user(norm.x) is norm.node:
+        x, y = value(conv.x), value(chain.norm.node)
+        # The operator computes in the dtype of its input, and writes the memory format of the main branch.
+        if x is not None and y is not None and conv.dtype == y.dtype == x.dtype:
+            yield replace(with_norm, projection=conv)
+    yield with_norm

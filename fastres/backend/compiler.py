@@ -1,0 +1,137 @@
+"""The backend's function: what torch.compile calls with each graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch.fx import GraphModule
+
+from fastres.backend.memory import owned_storages
+from fastres.backend.report import GraphReport, note
+from fastres.backend.rewriter import Rewriter
+from fastres.backend.values import value
+from fastres.ops.algorithms import known_algorithm, requested_algorithm
+
+_OPTIONS = ("inner", "conv_algorithm", "smallest")
+# What the changed graph runs by. AOTAutograd's graph costs 260 us and more for each of our calls, which networks with
+# small images do not earn back; with large ones it may be the faster (docs/compile.md).
+TRAINING_INNER, INFERENCE_INNER = "eager", "eager"
+# Elements from which on a normalisation by our operators is faster than PyTorch's, call and all: forward and backward
+# of norm and ReLU took 1.2 times PyTorch's time with 65,000 and a third of it with 260,000.
+_SMALLEST = 100_000
+# (what is looked for, what computes it)
+PATTERNS = [
+    ("normalisation, residual, activation, dropout", "batch_norm_act, with the residual's own normalisation"),
+    ("1x1 convolution and normalisation of a residual", "projection_shortcut"),
+    ("3x3 convolution behind these, in training", "norm_act_conv3x3: they are its prologue"),
+    ("3x3 convolution before a normalisation, in training", "conv3x3_with_statistics: taken in its epilogue"),
+    ("3x3 convolution before these, in evaluation", "conv3x3_norm_act: they are its epilogue"),
+    ("3x3 convolution alone", "conv3x3"),
+    ("a network in NCHW", "channels_last between copies, where its convolutions gain"),
+]
+
+
+def _checked(options: Mapping[str, Any] | None) -> tuple[str | None, str | None, int]:
+    """(inner, conv_algorithm, smallest)."""
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options: expected a dict, got {type(options).__name__}")
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(f"options: expected names among {_OPTIONS}, got {unknown[0]!r}")
+    inner, algorithm = options.get("inner"), options.get("conv_algorithm")
+    for name, given in (("inner", inner), ("conv_algorithm", algorithm)):
+        if given is not None and not isinstance(given, str):
+            raise TypeError(f"options[{name!r}]: expected a string or None, got {type(given).__name__}")
+    if inner == "fastres":
+        raise ValueError("options['inner']: expected another backend, got 'fastres' itself")
+    smallest = options.get("smallest", _SMALLEST)
+    if isinstance(smallest, bool) or not isinstance(smallest, int):
+        raise TypeError(f"options['smallest']: expected an int, got {type(smallest).__name__}")
+    algorithm = None if algorithm is None else known_algorithm("options['conv_algorithm']", algorithm)
+    return inner, algorithm, smallest
+
+
+def _parts(module: GraphModule) -> list[GraphModule]:
+    """The graphs that higher-order operators of this one run, such as the parts of a checkpointed network."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            part = getattr(module, str(node.target), None)
+            if isinstance(part, GraphModule):
+                found += [part, *_parts(part)]
+    return found
+
+
+def _default_inner(module: GraphModule) -> str:
+    # A checkpointed part does not run as it stands, for it counts batches in place.
+    if _parts(module):
+        return "aot_eager"
+    (output,) = module.graph.find_nodes(op="output")
+    differentiable = any(t is not None and t.requires_grad for t in map(value, output.all_input_nodes))
+    return TRAINING_INNER if differentiable else INFERENCE_INNER
+
+
+def rewrite(module: GraphModule, conv_algorithm: str | None = None, smallest: int = _SMALLEST) -> GraphReport:
+    """Put calls of fastres into a graph of Dynamo's, in place, and say what became of it."""
+    requested = requested_algorithm(conv_algorithm)
+    report = GraphReport()
+    owned = owned_storages(module.graph)
+    for part in (module, *_parts(module)):
+        report.add(Rewriter(part.graph, owned, conv_algorithm, requested, smallest).run())
+        part.graph.lint()
+        part.recompile()
+    return report
+
+
+def fastres(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """A backend of torch.compile: normalisations, convolutions and what lies between them by fastres's operators.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        options: "inner", the name of the backend that gets the changed graph; without, it runs as it is, or by
+            "aot_eager" where parts of it are checkpointed, and neither needs a C++ compiler. "conv_algorithm", as in
+            `fastres.fuse`. "smallest", the elements below which a normalisation alone is left to PyTorch.
+        mode: of torch.compile; it is the inner backend "inductor" that it is for.
+    Returns:
+        The compiled graph.
+    Raises:
+        TypeError, ValueError: an option is of the wrong type, or unknown; a mode that the inner backend does not have.
+    """
+    inner, conv_algorithm, smallest = _checked(options)
+    if inner is None:
+        inner = _default_inner(gm) if mode in (None, "default") else "inductor"
+    keywords: dict[str, Any] = {}
+    if mode not in (None, "default"):
+        if inner != "inductor":
+            raise ValueError(f"mode: expected None with the inner backend {inner!r}, got {mode!r}")
+        keywords["mode"] = mode
+    report = rewrite(gm, conv_algorithm, smallest)
+    report.inner = inner
+    note(report)
+    if inner == "eager":
+        return gm.forward
+    return torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)
+
+
+def compile(model: nn.Module | Callable[..., Any], **keywords: Any) -> Any:
+    """`torch.compile(model, backend="fastres", **keywords)`: any network, trained and evaluated with our operators.
+
+    Args:
+        model: a module or function.
+        keywords: of torch.compile; `options={"inner": "inductor"}` names the backend that gets the changed graph.
+    Raises:
+        TypeError: a backend is among the keywords.
+    """
+    if "backend" in keywords:
+        raise TypeError("backend: expected none, for this is the backend 'fastres'; name others in options['inner']")
+    return torch.compile(model, backend=fastres, **keywords)

@@ -1,0 +1,154 @@
+"""Channels_last inside a network that is kept in NCHW, where its convolutions gain by it.
+
+Our convolutions read and write channels_last. A region of calls that give the same in every memory format is computed
+in that one: what comes in is copied once, and whoever reads a value from outside reads a copy in PyTorch's own format,
+so the strides of outputs, and of all that the network looks at, are those of eager. Right whatever format the calls
+inside choose; the region is only worth its copies where enough convolutions are in it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from fastres.backend.calls import ADDITIONS, activation_of, conv_of, is_conv, is_norm
+from fastres.backend.memory import Memory
+from fastres.backend.values import elements, same_sizes, value
+from fastres.ops.algorithms import choose_algorithm
+
+_ANY_FORMAT = (
+    *ADDITIONS, torch.conv2d, torch.conv_transpose2d, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.interpolate,
+    torch.cat, operator.mul, operator.imul, "mul", "mul_", torch.sigmoid, F.sigmoid, F.hardsigmoid, F.relu,
+)  # fmt: skip
+# Floating-point operations, as `fastres.ops.algorithms` counts them, that the copy of an element costs, there and back;
+# and the share of a direct convolution's that Winograd's saves.
+_COPY_COST = 400
+_SAVED = 0.3
+
+
+def _is_nchw(node: Any) -> bool:
+    """Whether a value is a batch of images in NCHW, and not in channels_last as well."""
+    t = value(node)
+    if t is None or t.dim() != 4 or t.device.type != "cpu":
+        return False
+    _, c, h, w = t.shape
+    return same_sizes(t.stride(), (c * h * w, h * w, w, 1)) and not same_sizes(t.shape[2:], (1, 1))
+
+
+def _candidates(memory: Memory) -> set[Node]:
+    """Calls whose result may be in either format, and whose memory nobody outside knows under another name."""
+    found = {
+        node
+        for node in memory.nodes
+        if node.op in ("call_function", "call_method")
+        and _is_nchw(node)
+        and (node.target in _ANY_FORMAT or activation_of(node) is not None)
+    }
+    while True:
+        outside = {node for node in found if not _is_inside(node, found, memory)}
+        if not outside:
+            return found
+        found -= outside
+
+
+def _is_inside(node: Node, members: set[Node], memory: Memory) -> bool:
+    """Whether all that writes to the node's memory, and where it is written all that shares it, are members too."""
+    if not is_norm(node) and memory.writes(node) - memory.storages([node]):
+        return False
+    if not memory.is_made_here(memory.sharing(node)[0]):
+        return False
+    storages = memory.storages([node])
+    writers = [n for n in memory.nodes if not memory.writes(n).isdisjoint(storages)]
+    if any(memory.is_barrier(user) for user in node.users) and writers:
+        return False
+    return all(n in members for n in (writers and [*writers, *memory.sharing(node)]))
+
+
+def _images(nodes: Iterable[Node]) -> list[Node]:
+    return [n for n in nodes if _is_nchw(n)]
+
+
+def _gain(members: set[Node], requested: str) -> float:
+    """Operations that Winograd's convolutions save in the region, less those that the copies at its border cost."""
+    gain = 0.0
+    for node in members:
+        conv = conv_of(node, 3) if is_conv(node) else "another call"
+        if not isinstance(conv, str):
+            y = value(node)
+            assert y is not None
+            problem = conv.problem(needs_grad=y.requires_grad)._replace(channels_last=True)
+            if choose_algorithm(problem, requested).algorithm == "winograd":
+                gain += _SAVED * 18 * problem.shape[1] * elements(y)
+        copied = [n for n in _images(node.all_input_nodes) if n not in members]
+        copied += [node] if any(user not in members for user in node.users) else []
+        gain -= _COPY_COST * sum(elements(t) for t in map(value, copied) if t is not None)
+    return gain
+
+
+def to_channels_last(graph: Graph, requested: str) -> int:
+    """Compute what may be in channels_last there, where that pays; the number of calls in the region.
+
+    Args:
+        requested: the convolutions' algorithm.
+    """
+    if not any(is_conv(node) and _is_nchw(node) for node in graph.nodes):
+        return 0
+    memory = Memory(graph)
+    members = _candidates(memory)
+    if _gain(members, requested) <= 0:
+        return 0
+    inside: dict[Node, Node] = {}
+    outside: dict[Node, Node] = {}  # one copy for all, so that an output and its views share memory
+    for node in memory.nodes:
+        if node in members:
+            for image in _images(node.all_input_nodes):
+                if image not in members:
+                    node.replace_input_with(image, _copy(graph, node, image, torch.channels_last, inside, memory))
+        else:
+            for image in [n for n in node.all_input_nodes if n in members]:
+                node.replace_input_with(image, _copy(graph, node, image, torch.contiguous_format, outside, memory))
+    _set_values(memory, members)
+    return len(members)
+
+
+def _copy(
+    graph: Graph, reader: Node, image: Node, memory_format: torch.memory_format, known: dict[Node, Node], memory: Memory
+) -> Node:
+    """The image in this format where `reader` stands; one that was copied before, if nobody has written to it since."""
+    earlier = known.get(image)
+    if earlier is not None and not memory.is_written_between(memory.storages([image]), image, reader):
+        return earlier
+    with graph.inserting_before(reader):
+        made = graph.call_method("contiguous", (image,), {"memory_format": memory_format})
+    made.meta.update(image.meta)
+    found = value(image)
+    assert found is not None
+    made.meta["example_value"] = _formatted(found, memory_format)
+    known[image] = made
+    return made
+
+
+def _formatted(t: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """A fake tensor like t, in memory of its own."""
+    mode: Any = t.fake_mode  # type: ignore[attr-defined]
+    with mode, torch.no_grad():
+        made = torch.empty_like(t, memory_format=memory_format)
+    return made.requires_grad_(t.requires_grad)
+
+
+def _set_values(memory: Memory, members: set[Node]) -> None:
+    """Give the members fake tensors in channels_last, one for all that share their memory."""
+    for node in memory.nodes:
+        if node in members:
+            first = memory.sharing(node)[0]
+            old = value(node)
+            assert old is not None
+            if node is first:
+                node.meta["example_value"] = _formatted(old, torch.channels_last)
+            else:
+                node.meta["example_value"] = value(first)

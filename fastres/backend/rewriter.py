@@ -1,0 +1,290 @@
+"""From a graph of torch's calls to one of ours: find chains, give them their convolutions, write the calls.
+
+The new calls are written in the order of the old graph, each where the last call stands that it takes the place of.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fastres import functional
+from fastres.backend import chains, convolutions
+from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of, norm_params
+from fastres.backend.chains import Chain
+from fastres.backend.layout import to_channels_last
+from fastres.backend.memory import Memory, Storages
+from fastres.backend.report import GraphReport, Left, place_of
+from fastres.backend.values import bind, elements, only_user, same_layout, value
+from fastres.contract import NormParams
+
+# Who may read a convolution's input in place of the tensor that it was: calls that only read it, and that give nothing
+# on which somebody could look at its gradient.
+_READERS = (*ADDITIONS, torch.conv2d, torch.cat, F.batch_norm, F.relu, F.avg_pool2d, F.max_pool2d)
+
+
+def remove_idle_dropout(graph: Graph) -> None:
+    """Take out dropout in evaluation, and with rate 0, which returns its input."""
+    for node in list(graph.nodes):
+        if dropout_of(node) == 0.0:
+            node.replace_all_uses_with(bind(node, {"input": None})["input"])
+            graph.erase_node(node)
+
+
+def rename_after_writes(graph: Graph) -> None:
+    """Let whoever reads a tensor after a call wrote to it read that call's result, which is the tensor itself.
+
+    Then what a node's users read is what the node computed.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    memory = Memory(graph)
+    for node in memory.nodes:
+        target, result = next(iter(node.args), None), value(node)
+        written = value(target)
+        if result is None or written is None or memory.writes(node) != memory.storages([target]):
+            continue
+        is_itself = memory.storages([node]) == memory.storages([target]) and same_layout(written, result)
+        if is_itself and result.storage_offset() == written.storage_offset():
+            _replace_later_uses(target, node, position)
+
+
+def _replace_later_uses(old: Any, new: Node, position: dict[Node, int]) -> None:
+    old.replace_all_uses_with(new, lambda user: position[user] > position[new])
+
+
+def _with(params: NormParams, **nodes: Any) -> NormParams:
+    return params._replace(**nodes)
+
+
+class Rewriter:
+    """Rewrites one graph in place.
+
+    Args:
+        graph: Dynamo's, or a part of it.
+        owned: storages of parameters and buffers, where the graph does not say itself.
+        algorithm: of the convolutions, as in `fastres.functional.conv3x3`.
+        requested: the same, read from the environment where it is None.
+        smallest: elements below which a normalisation on the CPU, with no convolution of ours beside it, is left.
+    """
+
+    def __init__(self, graph: Graph, owned: Storages, algorithm: str | None, requested: str, smallest: int) -> None:
+        self.graph, self.algorithm, self.requested, self.smallest = graph, algorithm, requested, smallest
+        remove_idle_dropout(graph)
+        rename_after_writes(graph)
+        converted = to_channels_last(graph, requested)
+        self.memory = Memory(graph, owned)
+        self.report = GraphReport(channels_last=converted)
+        self.claimed: set[Node] = set()
+        self.chains: list[Chain] = []
+        self._now: dict[Node, Node] = {}
+        self._statistics: dict[Node, Node] = {}
+        self._biases: dict[Node, Node] = {}
+
+    # ---------------------------------------------------------------------------------------------------------- finding
+
+    def find(self) -> None:
+        """Choose the chains; a normalisation behind a 1x1 convolution last, for it may be that of a projection."""
+        found: list[Norm] = []
+        for node in filter(is_norm, self.memory.nodes):
+            norm = norm_of(node)
+            if isinstance(norm, str):
+                self.leave("normalisation", node, norm)
+            else:
+                found.append(norm)
+        for norm in sorted(found, key=lambda n: not isinstance(conv_of(n.x, 1), str)):
+            if norm.node in self.claimed:
+                continue
+            chain = chains.find(norm, self.memory, self.claimed)
+            for extend in (convolutions.with_prologue, convolutions.with_convolution_before):
+                chain = extend(chain, self.memory, self.claimed, self.requested)
+            y = value(norm.node)
+            alone = chain.before is None and chain.after is None and chain.projection is None
+            if alone and y is not None and y.device.type == "cpu" and elements(y) < self.smallest:
+                self.leave(
+                    "normalisation", norm.node, f"its {elements(y)} elements are too few for a call of ours to pay"
+                )
+                continue
+            self.chains.append(chain)
+            self.claimed.update(chain.own)
+
+    def leave(self, call: str, node: Node, reason: str) -> None:
+        self.report.left.append(Left(call, reason, place_of(node)))
+
+    # ---------------------------------------------------------------------------------------------------------- writing
+
+    def call(self, function: Any, *args: Any, like: Node | None = None, **kwargs: Any) -> Node:
+        node = self.graph.call_function(function, args, kwargs)
+        if like is not None:
+            node.meta.update(like.meta)
+        return node
+
+    def current(self, node: Any) -> Any:
+        """What stands for a node of the old graph here in the new one."""
+        while node in self._now:
+            node = self._now[node]
+        return node
+
+    def params(self, norm: Norm) -> NormParams:
+        return norm_params([self.current(t) for t in norm.params[:4]], norm.params.momentum, norm.params.eps)
+
+    def count(self, function: Any, norms: int = 0, convs: int = 0) -> Any:
+        self.report.operators[function.__name__] += 1
+        self.report.fused_norms += norms
+        self.report.fused_convolutions += convs
+        return function
+
+    def write(self, chain: Chain) -> Node:
+        """The call of ours that computes the chain."""
+        self.report.pointwise += len(chain.nodes) - 1
+        options: dict[str, Any] = {"activation": chain.activation}
+        if chain.residual is not None and chain.projection is None:
+            options["residual"] = self.current(chain.residual)
+        if chain.after is not None:
+            return self.convolve(chain.after, chain, options)
+        params, x = self.params(chain.norm), self.current(chain.norm.x)
+        if chain.before is not None:
+            return self._write_convolution_and_norm(chain, params, options)
+        conv_bias = self._biases.get(chain.norm.node)
+        if conv_bias is not None:
+            params = _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
+        if chain.norm.training:
+            options["dropout_p"] = chain.dropout_p
+            options["statistics"] = self._statistics.get(chain.norm.x)
+        options["training"] = chain.norm.training
+        if chain.projection is not None and chain.residual_norm is not None:
+            conv = chain.projection
+            if "statistics" in options:
+                options["x_statistics"] = options.pop("statistics")
+            function = self.count(functional.projection_shortcut, 2, 1)
+            s, weight = self.current(conv.x), self.current(conv.weight)
+            y = self.call(
+                function, s, weight, self.params(chain.residual_norm), x, params, stride=conv.stride, **options
+            )
+        else:
+            options |= {"momentum": params.momentum, "eps": params.eps, "order": chain.order}
+            if chain.residual_norm is not None:
+                options["residual_norm"] = self.params(chain.residual_norm)
+            y = self.call(self.count(functional.batch_norm_act, len(chain.norms)), x, *params[:4], **options)
+        self._move_mean(params, conv_bias)
+        return y
+
+    def _write_convolution_and_norm(self, chain: Chain, params: NormParams, options: dict[str, Any]) -> Node:
+        conv = chain.before
+        assert conv is not None
+        if conv.bias is not None:
+            mean = self.call(operator.sub, params.running_mean, self.current(conv.bias))
+            params = _with(params, running_mean=mean)
+        function = self.count(functional.conv3x3_norm_act, 1, 1)
+        x, weight = self.current(conv.x), self.current(conv.weight)
+        return self.call(function, x, weight, params, stride=conv.stride[0], algorithm=self.algorithm, **options)
+
+    def convolve(self, conv: Conv, chain: Chain | None = None, options: dict[str, Any] | None = None) -> Node:
+        """A 3x3 convolution, in training after the chain that only it reads, where there is one."""
+        n, x, weight, bias = conv.node, self.current(conv.x), self.current(conv.weight), self.current(conv.bias)
+        readers = [c for c in self.chains if c.norm.training and c.norm.x is n]
+        reader = max(readers, key=lambda c: self.memory.position[c.norm.node], default=None)  # the last: they share
+        measures = reader is not None and not self.memory.is_written_between(
+            self.memory.storages([n]), n, reader.norm.node
+        )
+        absorbs = bias is not None and measures and reader is not None and only_user(n) is reader.norm.node
+        statistics: Node | None = None
+        if chain is not None:
+            assert options is not None
+            params, conv_bias = self.params(chain.norm), self._biases.get(chain.norm.node)
+            if conv_bias is not None:
+                params = _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
+            norm_x = self.current(chain.norm.x)
+            made = self.call(
+                self.count(functional.norm_act_conv3x3, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p,
+                order=chain.order, statistics=self._statistics.get(chain.norm.x), algorithm=self.algorithm, **options,
+            )  # fmt: skip
+            y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
+            self._move_mean(params, conv_bias)
+        elif measures:
+            function = self.count(functional.conv3x3_with_statistics, 0, 1)
+            made = self.call(function, x, weight, algorithm=self.algorithm)
+            y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
+            self._share_input(conv, x, made)
+        else:
+            y = self.call(self.count(functional.conv3x3, 0, 1), x, weight, algorithm=self.algorithm, like=n)
+        if absorbs and reader is not None:  # the batch's mean takes it out again
+            self._biases[reader.norm.node] = bias
+        elif bias is not None:
+            y = self.call(add_bias, y, bias, like=n)
+        if measures and statistics is not None and (bias is None or absorbs):
+            self._statistics[n] = statistics
+        return y
+
+    def _share_input(self, conv: Conv, x: Node, made: Node) -> None:
+        """Let later readers of a convolution's input read it out of the convolution's results: their gradients are
+        added where it writes its own.
+        """
+        at, given, y = self.memory.position, value(conv.x), value(conv.node)
+        if given is None or y is None or not (given.requires_grad and y.requires_grad and given.dtype == y.dtype):
+            return
+        later = [user for user in x.users if at.get(user, -1) > at[conv.node]]
+        alike = all(user in self.claimed or user.target in _READERS for user in later)
+        if later and alike and all(n.op != "output" for n in later) and self.memory.stays(conv.x, conv.node):
+            same = self.call(operator.getitem, made, 2, like=conv.x)
+            for user in later:
+                user.replace_input_with(x, same)
+            self._now[x] = same
+
+    def _move_mean(self, params: NormParams, conv_bias: Node | None) -> None:
+        if conv_bias is not None and params.running_mean is not None:
+            self.call(move_running_mean, params.running_mean, conv_bias, params.momentum)
+
+    def run(self) -> GraphReport:
+        """Rewrite the graph, and say what became of it."""
+        nodes = self.memory.nodes
+        self.report.norms = sum(map(is_norm, nodes))
+        self.report.convolutions = sum(map(is_conv, nodes))
+        self.find()
+        ends = {chain.last: chain for chain in self.chains}
+        for node in nodes:
+            with self.graph.inserting_before(node):
+                new = self._replacement(node, ends)
+            if new is not None:
+                new.meta.update(node.meta)
+                self._now[node] = new
+                self.claimed.add(node)
+                node.replace_all_uses_with(new)
+        for node in filter(self.claimed.__contains__, reversed(nodes)):
+            self.graph.erase_node(node)
+        return self.report
+
+    def _replacement(self, node: Node, ends: dict[Node, Chain]) -> Node | None:
+        if node in ends:
+            return self.write(ends[node])
+        if node in self.claimed or not is_conv(node):
+            return None
+        conv = conv_of(node, 3)
+        reason = conv if isinstance(conv, str) else convolutions.why_not_ours(conv, self.requested)
+        if reason is None and not isinstance(conv, str):
+            return self.convolve(conv)
+        self.leave("convolution", node, str(reason))
+        return None
+
+
+# --------------------------------------------------------------------------------------- calls that only a graph makes
+
+
+def add_zero_gradient(norm_bias: Tensor | None, conv_bias: Tensor) -> Tensor:
+    """A normalisation's bias, with a gradient of 0 for the bias of a convolution that the batch's mean takes out."""
+    return conv_bias * 0 if norm_bias is None else norm_bias + conv_bias * 0
+
+
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """A convolution's bias, added to its new output in place."""
+    return y.add_(bias.to(y.dtype).reshape(-1, 1, 1))
+
+
+@torch.no_grad()
+def move_running_mean(running_mean: Tensor, conv_bias: Tensor, momentum: float) -> None:
+    """The running mean of an output with its convolution's bias, after that of the output without it was stored."""
+    running_mean.add_(conv_bias, alpha=momentum)

@@ -1,0 +1,68 @@
+"""What is known of a node of Dynamo's graph: its fake tensor, its arguments by name, who reads it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+def value(node: Any) -> Tensor | None:
+    """The fake tensor that Dynamo computed there; None where it is no tensor."""
+    found = node.meta.get("example_value") if isinstance(node, Node) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def same_sizes(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether two shapes, or strides, are equal for all the sizes that the graph serves."""
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(x is y or statically_known_true(x == y) for x, y in zip(a, b, strict=True))
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in shape, strides, dtype and device."""
+    alike = a.dtype == b.dtype and a.device == b.device
+    return alike and same_sizes(a.shape, b.shape) and same_sizes(a.stride(), b.stride())
+
+
+def hint(size: Any) -> int:
+    """The size that Dynamo saw, where it stands for a range of them; 0 for one that depends on data."""
+    if isinstance(size, torch.SymInt):
+        seen = size.node.hint
+        return 0 if seen is None else int(seen)
+    return int(size)
+
+
+def elements(t: Tensor) -> int:
+    """The number of elements that Dynamo saw."""
+    count = 1
+    for size in t.shape:
+        count *= hint(size)
+    return count
+
+
+def bind(node: Node, signature: Mapping[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name; `signature` has torch's names in torch's order, with their defaults."""
+    return {**signature, **dict(zip(signature, node.args, strict=False)), **node.kwargs}
+
+
+def given_inplace(node: Node) -> bool:
+    """Whether a function with an `inplace` argument was given it as True, by name or by its place."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    if not inspect.isfunction(node.target) or len(node.args) < 2:
+        return False
+    return bool(inspect.signature(node.target).bind_partial(*node.args).arguments.get("inplace"))
+
+
+def only_user(node: Node) -> Node | None:
+    """The one call that reads the node, and reads it once, as an argument of its own; None where there is more."""
+    user = next(iter(node.users), None)
+    if user is None or len(node.users) != 1 or user.op == "output":
+        return None
+    return user if [*user.args, *user.kwargs.values()].count(node) == 1 else None

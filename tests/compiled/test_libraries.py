@@ -1,0 +1,107 @@
+"""Networks of timm, torchvision and transformers: what was found in them, and that they train as in plain PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from tests import oracle
+from tests.compiled import compare, libraries
+from tests.compiled.test_networks import counts
+
+# Network -> in float64, training and evaluation where they differ.
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "resnet18": ("15/15 4/15 16 batch_norm_act:7 projection_shortcut:4",),
+    "seresnet18": ("15/15 0/25 14 batch_norm_act:15",),
+    "resnet50d": ("22/22 4/22 23 batch_norm_act:14 projection_shortcut:4",),
+    "resnetv2_50": ("10/10 0/13 10 batch_norm_act:10",),
+    "vgg11_bn": ("4/4 0/6 4 batch_norm_act:4",),
+    "densenet121": ("11/11 0/10 11 batch_norm_act:11",),
+    "regnety_002": ("23/23 4/35 25 batch_norm_act:15 projection_shortcut:4",),
+    # In training the stem's two branches stay apart: a convolution between them reads the network's input, of which
+    # nobody knows whether it shares memory with the running statistics that the first one moves.
+    "repvgg_a0": (
+        "12/12 4/10 12 batch_norm_act:4 projection_shortcut:4",
+        "12/12 5/10 12 batch_norm_act:2 projection_shortcut:5",
+    ),
+    "dla34": ("29/29 1/30 38 batch_norm_act:27 projection_shortcut:1",),
+    "convnext_atto": ("0/0 0/16 0 ",),
+    "mobilenetv3_small_050": ("34/34 0/53 30 batch_norm_act:34",),
+    "efficientnet_b0": ("49/49 0/81 42 batch_norm_act:49",),
+    "transformers_basic": ("8/8 1/8 10 batch_norm_act:6 projection_shortcut:1",),
+    "transformers_bottleneck": ("12/12 2/12 13 batch_norm_act:8 projection_shortcut:2",),
+    "inception": ("13/13 0/13 13 batch_norm_act:13",),
+    "googlenet": ("57/57 0/57 57 batch_norm_act:57",),
+    "mobilenet_v2": ("10/10 0/10 8 batch_norm_act:10",),
+    "fcn_resnet50": ("10/10 2/11 10 batch_norm_act:6 projection_shortcut:2",),
+    "fasterrcnn_trunk": ("0/0 0/13 0 ",),  # its normalisations are a multiplication and an addition
+}
+# In float32, channels_last and by Winograd's convolutions: training, evaluation.
+BY_OUR_CONVOLUTIONS: dict[str, tuple[str, str]] = {
+    "resnet18": (
+        "15/15 11/15 16 batch_norm_act:2 conv3x3_with_statistics:2 norm_act_conv3x3:5 projection_shortcut:4",
+        "15/15 11/15 16 batch_norm_act:4 conv3x3:4 conv3x3_norm_act:3 projection_shortcut:4",
+    ),
+    "seresnet18": (
+        "15/15 7/25 14 batch_norm_act:10 conv3x3_with_statistics:2 norm_act_conv3x3:5",
+        "15/15 7/25 14 batch_norm_act:8 conv3x3_norm_act:7",
+    ),
+    "resnetv2_50": (
+        "10/10 2/13 10 batch_norm_act:8 norm_act_conv3x3:2",
+        "10/10 2/13 10 batch_norm_act:8 conv3x3_norm_act:2",
+    ),
+    "vgg11_bn": (
+        "4/4 4/6 4 batch_norm_act:3 conv3x3_with_statistics:3 norm_act_conv3x3:1",
+        "4/4 4/6 4 conv3x3_norm_act:4",
+    ),
+    "densenet121": (
+        "11/11 4/10 11 batch_norm_act:7 norm_act_conv3x3:4",
+        "11/11 4/10 11 batch_norm_act:11 conv3x3:4",
+    ),
+    "dla34": (
+        "29/29 18/30 38 batch_norm_act:16 conv3x3_with_statistics:6 norm_act_conv3x3:11 projection_shortcut:1",
+        "29/29 18/30 38 batch_norm_act:11 conv3x3:1 conv3x3_norm_act:16 projection_shortcut:1",
+    ),
+    "transformers_bottleneck": (
+        "12/12 4/12 13 batch_norm_act:6 norm_act_conv3x3:2 projection_shortcut:2",
+        "12/12 4/12 13 batch_norm_act:6 conv3x3_norm_act:2 projection_shortcut:2",
+    ),
+    "inception": (
+        "13/13 5/13 13 batch_norm_act:9 conv3x3_with_statistics:1 norm_act_conv3x3:4",
+        "13/13 5/13 13 batch_norm_act:8 conv3x3_norm_act:5",
+    ),
+}
+
+
+def check(name, **how):
+    """(training, evaluation): what was found in the network."""
+    package, make, shape = libraries.NETWORKS[name]
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        pytest.skip(f"{package}: {error}")
+    with oracle.threads(1):  # there is too little to do for more
+        training, evaluation = compare.check(make, [shape], **how)
+    return counts(training), counts(evaluation)
+
+
+def marked(names):
+    return [pytest.param(n, marks=pytest.mark.slow if n in libraries.SLOW else ()) for n in names]
+
+
+def test_every_network_has_its_counts():
+    assert set(EXPECTED) == set(libraries.NETWORKS)
+    assert set(libraries.SLOW) <= set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", marked(EXPECTED))
+def test_values_are_those_of_pytorch(name):
+    assert check(name) == (EXPECTED[name][0], EXPECTED[name][-1])
+
+
+@pytest.mark.parametrize("name", BY_OUR_CONVOLUTIONS)
+def test_values_are_those_of_pytorch_by_our_convolutions(name):
+    found = check(name, dtype=torch.float32, layout="channels_last", conv_algorithm="winograd")
+    assert found == BY_OUR_CONVOLUTIONS[name]

@@ -1,0 +1,249 @@
+"""Networks of ten lines, each with something in it that a careless rewriter gets wrong.
+
+Values that are written, read under an old name, through a view or by the network itself. Each takes x [N, 3, H, W].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Trap(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.Conv2d(3, 8, 1)
+        self.bn, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+
+class OldNameAfterInPlaceReLU(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.bn(self.conv(x))
+        b = F.relu(a, inplace=True)
+        return a * 2 + b
+
+
+class ViewBeforeInPlaceReLU(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = self.bn(self.conv(x))
+        view = a[:, :2]
+        a.relu_()
+        return view * 3, a + 1
+
+
+class OldNameAfterInPlaceAddition(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.other(x)
+        view = r.flatten(1)
+        r += self.bn(self.conv(x))
+        return view * 2, F.relu(r)
+
+
+class AdditionIntoTheInput(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        r = x.repeat(1, 3, 1, 1)[:, 1:]
+        r += self.bn(self.conv(x))
+        return F.relu(r)
+
+
+class ResidualOverwrittenAfter(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.other(x)
+        z = self.bn(self.conv(x)) + r
+        r.mul_(0.5)
+        return F.relu(z), r * 1
+
+
+class ResidualMadeInPlaceBetween(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.other(x)
+        y = self.bn(self.conv(x))
+        r.add_(1.0)
+        return F.relu(y + r)
+
+
+class InputOverwrittenBehind(Trap):
+    """In evaluation: in training PyTorch refuses, since the normalisation saved its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            c = self.conv(x)
+            y = self.bn(c)
+            c.zero_()
+            z = F.relu(y)
+        return z + c + self.other(x)
+
+
+class RunningMeanReadBetween(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.bn(self.conv(x))
+        mean = self.bn.running_mean.clone()
+        return F.relu(y), mean
+
+
+class RunningMeanWrittenBetween(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.bn(self.conv(x))
+            self.bn.running_mean.zero_()
+            self.bn.num_batches_tracked.add_(3)
+            z = F.relu(y)
+        return z + self.other(x)
+
+
+class OneNormTwice(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.bn(self.other(x)))
+
+
+class SharedRunningStatistics(Trap):
+    def __init__(self) -> None:
+        super().__init__()
+        self.second.running_mean = self.bn.running_mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.second(self.other(x)))
+
+
+class WrittenBeforeReturned(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.silu(self.bn(self.conv(x)))
+        z = y * 2
+        y.add_(1.0)
+        return y, z
+
+
+class ConvolutionWrittenBeforeNorm(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.conv(x)
+        c.mul_(2.0)
+        return F.relu(self.bn(c))
+
+
+class OutArgument(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.bn(self.conv(x))
+        buffer = torch.zeros_like(y)
+        torch.mul(y.detach(), 2.0, out=buffer)
+        return F.relu(y + buffer), buffer
+
+
+class ListOfTensors(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.other(x)
+        y = self.bn(self.conv(x)) + r
+        torch._foreach_mul_([r], 0.5)
+        return F.relu(y) + r
+
+
+class Clamp(Trap):
+    """A weight of 0, as zero initialisation makes it: clamp passes the gradient at 0, where ReLU does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(self.conv(x), None, None, 0 * self.bn.weight, 0 * self.bn.bias, True)
+        return y.clamp(min=0) + self.second(self.conv(x)).clamp(min=0)
+
+
+class WithoutGradients(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            a = F.relu(self.bn(self.conv(x)))
+        y = self.bn(self.conv(x))
+        with torch.no_grad():
+            b = F.relu(y)
+        return a + b + y
+
+
+class GradientsSwitchedBetween(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        with torch.no_grad():
+            z = y * 2
+        return F.relu(y) + z
+
+
+class Broadcast(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return F.relu(y + self.other(x).mean((2, 3), keepdim=True)) + torch.add(self.second(y), y, alpha=0.5)
+
+
+class AddedToItself(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return F.relu(y + y)
+
+
+class ReadInBetween(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.bn(self.conv(x))
+        z = y + self.other(x)
+        return F.relu(z), torch.sigmoid(y)
+
+
+class ActivationBeforeResidual(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.bn(self.conv(x)), 0.2) + self.second(self.other(x))
+
+
+class TwoActivations(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.hardswish(F.relu6(self.bn(self.conv(x)))))
+
+
+class InPlaceOnInput(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        c = self.conv(x)
+        y = self.bn(c)
+        r = self.other(x)
+        r = r.mul_(2.0)
+        r = r.add_(y)
+        return F.elu(r, inplace=True)
+
+
+class Hooked(Trap):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn.register_forward_hook(lambda module, args, out: out * 2 + args[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Uncounted(Trap):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8, affine=False, track_running_stats=False)
+        self.second = nn.BatchNorm2d(8, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)) + self.second(self.other(x)))
+
+
+class Frozen(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        self.bn.eval()
+        return F.relu(self.bn(self.conv(x)) + self.second(self.other(x)))
+
+
+class DetachedAlias(Trap):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.bn(self.conv(x))
+        alias = y.detach()
+        z = F.relu(y)
+        alias.zero_()
+        return z, alias + 1
+
+
+class SplitViews(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.conv(x)
+        a, b = torch.split(c, 4, 1)
+        y = F.relu(self.bn(c))
+        return y * torch.cat([b, a], 1)
+
+
+TRAPS = [t for t in globals().values() if isinstance(t, type) and issubclass(t, Trap) and t is not Trap]
