@@ -200,7 +200,6 @@ _ACTIVATIONS: dict[Any, Callable[[Node], Activation | None]] = {
     F.silu: _fixed(Activation("silu")),
     F.gelu: _gelu,
 }
-_EXTRA_ARGUMENTS = {"inplace"}
 
 
 def activation_of(node: Node) -> Activation | None:

@@ -130,7 +130,10 @@ class Rewriter:
         return node
 
     def params(self, norm: Norm) -> NormParams:
-        return norm_params([self.current(t) for t in norm.params[:4]], norm.params.momentum, norm.params.eps)
+        """The normalisation's tensors; its bias has a gradient of 0 for one that it takes out again."""
+        params = norm_params([self.current(t) for t in norm.params[:4]], norm.params.momentum, norm.params.eps)
+        conv_bias = self._biases.get(norm.node)
+        return params if conv_bias is None else _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
 
     def count(self, function: Any, norms: int = 0, convs: int = 0) -> Any:
         self.report.operators[function.__name__] += 1
@@ -149,9 +152,6 @@ class Rewriter:
         params, x = self.params(chain.norm), self.current(chain.norm.x)
         if chain.before is not None:
             return self._write_convolution_and_norm(chain, params, options)
-        conv_bias = self._biases.get(chain.norm.node)
-        if conv_bias is not None:
-            params = _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
         if chain.norm.training:
             options["dropout_p"] = chain.dropout_p
             options["statistics"] = self._statistics.get(chain.norm.x)
@@ -170,7 +170,7 @@ class Rewriter:
             if chain.residual_norm is not None:
                 options["residual_norm"] = self.params(chain.residual_norm)
             y = self.call(self.count(functional.batch_norm_act, len(chain.norms)), x, *params[:4], **options)
-        self._move_mean(params, conv_bias)
+        self._move_mean(chain.norm)
         return y
 
     def _write_convolution_and_norm(self, chain: Chain, params: NormParams, options: dict[str, Any]) -> Node:
@@ -195,16 +195,13 @@ class Rewriter:
         statistics: Node | None = None
         if chain is not None:
             assert options is not None
-            params, conv_bias = self.params(chain.norm), self._biases.get(chain.norm.node)
-            if conv_bias is not None:
-                params = _with(params, bias=self.call(add_zero_gradient, params.bias, conv_bias))
-            norm_x = self.current(chain.norm.x)
+            params, norm_x = self.params(chain.norm), self.current(chain.norm.x)
             made = self.call(
                 self.count(functional.norm_act_conv3x3, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p,
                 order=chain.order, statistics=self._statistics.get(chain.norm.x), algorithm=self.algorithm, **options,
             )  # fmt: skip
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
-            self._move_mean(params, conv_bias)
+            self._move_mean(chain.norm)
         elif measures:
             function = self.count(functional.conv3x3_with_statistics, 0, 1)
             made = self.call(function, x, weight, algorithm=self.algorithm)
@@ -235,9 +232,10 @@ class Rewriter:
                 user.replace_input_with(x, same)
             self._now[x] = same
 
-    def _move_mean(self, params: NormParams, conv_bias: Node | None) -> None:
-        if conv_bias is not None and params.running_mean is not None:
-            self.call(move_running_mean, params.running_mean, conv_bias, params.momentum)
+    def _move_mean(self, norm: Norm) -> None:
+        conv_bias, running_mean = self._biases.get(norm.node), self.current(norm.params.running_mean)
+        if conv_bias is not None and running_mean is not None:
+            self.call(move_running_mean, running_mean, conv_bias, norm.params.momentum)
 
     def run(self) -> GraphReport:
         """Rewrite the graph, and say what became of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,15 +48,6 @@ def elements(t: Tensor) -> int:
 def bind(node: Node, signature: Mapping[str, Any]) -> dict[str, Any]:
     """The call's arguments by name; `signature` has torch's names in torch's order, with their defaults."""
     return {**signature, **dict(zip(signature, node.args, strict=False)), **node.kwargs}
-
-
-def given_inplace(node: Node) -> bool:
-    """Whether a function with an `inplace` argument was given it as True, by name or by its place."""
-    if "inplace" in node.kwargs:
-        return bool(node.kwargs["inplace"])
-    if not inspect.isfunction(node.target) or len(node.args) < 2:
-        return False
-    return bool(inspect.signature(node.target).bind_partial(*node.args).arguments.get("inplace"))
 
 
 def only_user(node: Node) -> Node | None:
