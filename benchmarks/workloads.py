@@ -438,7 +438,12 @@ def _graphed(step: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay  # a bound method: it keeps the graph, and the graph its memory
+    kept = graph, step  # the graph knows where the step's tensors lie, and does not hold them
+
+    def replay() -> None:
+        kept[0].replay()
+
+    return replay
 
 
 def _to_the_end(run: Run) -> Run:

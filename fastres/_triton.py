@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def on_gpu(
     module: str,
     function: str,
     fallback: Callable[..., Any],
-    group: Callable[[Sequence[Any]], dict[str, Any]],
+    group: Callable[..., dict[str, Any]],
 ) -> Callable[..., Any]:
     """An operator's kernel for CUDA tensors: the launcher `function` of fastres.kernels.<module>, or the fallback.
 
@@ -54,7 +54,7 @@ def on_gpu(
     def run(*args: Any) -> Any:
         x = next(a for a in args if isinstance(a, Tensor))
         if x.dtype == torch.float64 or why_not_served(x.get_device()):
-            return fallback(**group(args))
-        return launcher()(**group(args))
+            return fallback(**group(*args))
+        return launcher()(**group(*args))
 
     return run

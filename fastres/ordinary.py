@@ -9,7 +9,7 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _get_mode = torch._C._get_dispatch_mode
 _get_mode_before_dispatch = torch._ops._get_dispatch_mode_pre_dispatch
 _get_tracing_state = torch._C._get_tracing_state
-_get_functorch_depth = torch._C._functorch.get_dynamic_layer_stack_depth
+_get_interpreter = torch._C._functorch.peek_interpreter_stack  # Dynamo knows it in every torch that we support
 
 
 def why_not_ordinary() -> str | None:
@@ -18,7 +18,7 @@ def why_not_ordinary() -> str | None:
     torch.func, forward-mode differentiation and the tracers know the derivative, the batched or the exported form of
     PyTorch's operators, and of no others. Dynamo calls ours in its graph, and so does torch.compile.
     """
-    if _get_functorch_depth() > 0:
+    if _get_interpreter() is not None:
         return "torch.func transforms it"
     if torch.compiler.is_compiling():
         return None

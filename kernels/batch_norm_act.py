@@ -97,13 +97,12 @@ _NO_NORM = NormParams(None, None, momentum=0.0, eps=0.0)
 _NOT_GIVEN = (None, None, None)
 
 
-def _batch_statistics(values: list[_Measured]) -> list[tuple[Tensor, Tensor]]:
+def _batch_statistics(values: list[_Measured], shape: Geometry) -> list[tuple[Tensor, Tensor]]:
     """(mean, rstd) of x, and of a normalised residual, in one launch; the running statistics are updated."""
     results = [(_vector(v.value), _vector(v.value)) for v in values]
     # The kernels take first what they have to compute.
     order = sorted(range(len(values)), key=lambda i: values[i].given is not None)
     x, norm, given = values[order[0]]
-    shape = geometry(x)
     kept = (*results[order[0]], *norm[:2])
     other, other_norm, other_given = None, _NO_NORM, None
     other_kept: tuple[Tensor | None, ...] = (None,) * 4
@@ -171,12 +170,10 @@ def _keep_scale(dropout_p: float) -> float:
 
 
 def _forward(
-    x: Tensor, norms: _ByVariance, residual: Tensor | None, seed: Tensor | None, act: Act, save_bits: bool,
-    variance: bool,
+    x: Tensor, shape: Geometry, norms: _ByVariance, residual: Tensor | None, seed: Tensor | None, act: Act,
+    save_bits: bool, variance: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, bits) by one launch. norms: by rstd unless `variance` says otherwise."""
-    _check(x, [("residual", residual)], (*norms.norm, *norms.residual_norm))
-    shape = geometry(x)
+    """(y, bits) by one launch, on checked arguments. norms: by rstd unless `variance` says otherwise."""
     y = torch.empty_like(x)
     saves = save_bits and act.saves_bits(residual is not None)
     bits = torch.empty(contract.bits_size(x) if saves else 0, dtype=torch.uint8, device=x.device)
@@ -207,7 +204,8 @@ def apply(
     """Operator batch_norm_act_apply."""
     residual_norm = _NO_VECTORS if residual is None else residual[1:]
     value = None if residual is None else residual.value
-    return _forward(x, _ByVariance(norm, residual_norm, 0.0, 0.0), value, seed, act, save_bits, False)
+    _check(x, [("residual", value)], (*norm, *residual_norm))
+    return _forward(x, geometry(x), _ByVariance(norm, residual_norm, 0.0, 0.0), value, seed, act, save_bits, False)
 
 
 def training(
@@ -221,12 +219,16 @@ def training(
     for name, value in zip(("statistics_count", "residual_statistics_count"), values, strict=False):
         _check(x, [("residual", residual)], (*value.norm[:4], *(value.given or ())[:2]))
         _check_count(name, None if value.given is None else value.given.count)
-    (mean, rstd), *of_residual = _batch_statistics(values)
-    added = None if residual is None else Residual(residual)
-    r_mean, r_rstd = of_residual[0] if of_residual else (_nothing(x), _nothing(x))
-    if residual is not None and residual_norm is not None:
-        added = Residual(residual, r_mean, r_rstd, residual_norm.weight, residual_norm.bias)
-    y, bits = apply(x, Norm(mean, rstd, norm.weight, norm.bias), added, seed, act, True)
+    shape = geometry(x)
+    (mean, rstd), *of_residual = _batch_statistics(values, shape)
+    residual_vectors: tuple[Tensor | None, ...] = _NO_VECTORS
+    if residual_norm is not None:
+        r_mean, r_rstd = of_residual[0]
+        residual_vectors = (r_mean, r_rstd, residual_norm.weight, residual_norm.bias)
+    else:
+        r_mean, r_rstd = _nothing(x), _nothing(x)
+    norms = _ByVariance((mean, rstd, norm.weight, norm.bias), residual_vectors, 0.0, 0.0)
+    y, bits = _forward(x, shape, norms, residual, seed, act, True, False)
     return y, mean, rstd, r_mean, r_rstd, bits
 
 
@@ -237,7 +239,8 @@ def inference(
     residual_vectors = _NO_VECTORS if residual_norm is None else residual_norm[:4]
     residual_eps = 0.0 if residual_norm is None else residual_norm.eps
     norms = _ByVariance(norm[:4], residual_vectors, norm.eps, residual_eps)
-    return _forward(x, norms, residual, None, act._replace(dropout_p=0.0), save_bits, True)
+    _check(x, [("residual", residual)], (*norm[:4], *residual_vectors))
+    return _forward(x, geometry(x), norms, residual, None, act._replace(dropout_p=0.0), save_bits, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ backward

@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -177,6 +178,37 @@ def candidates(make: Callable[..., Plan], shape: Geometry, device: Device) -> li
     return list(dict.fromkeys(plans))
 
 
+class _Prepared:
+    """A kernel with its plan, and what it was compiled to for each set of arguments that are None.
+
+    Triton's own way to a launch looks at every argument, by name, which takes longer than everything else that a call
+    of an operator does before its kernel runs. So it is gone once; from then on what it compiled is called with the
+    numbers that it takes. All else that Triton compiles for follows from what a plan is prepared for, but for pointers
+    that are no multiple of 16: these take the long way each time.
+    """
+
+    def __init__(self, kernel: Any, plan: Plan, grid: tuple[int, int, int], options: dict[str, Any]) -> None:
+        self.kernel, self.plan, self.grid, self.options = kernel, plan, grid, options
+        self.compiled: dict[tuple[bool, ...], Any] = {}
+        self.last: tuple[Any, ...] = ()
+
+    def run(self, values: Sequence[Any]) -> None:
+        pointers = [v.data_ptr() if isinstance(v, Tensor) else 0 for v in values]
+        aligned = functools.reduce(operator.or_, pointers) % 16 == 0
+        missing = tuple([v is None for v in values])
+        run = self.compiled.get(missing) if aligned else None
+        if run is not None:
+            run(*[p if p else v for p, v in zip(pointers, values, strict=True)], *self.last)
+            return
+        compiled = self.kernel[self.grid](*values, **self.options)
+        if aligned and compiled is not None:  # the interpreter gives nothing
+            self.last = tuple(self.options[name] for name in self.kernel.arg_names[len(values) :])
+            self.compiled[missing] = compiled[self.grid]
+
+
+_prepared: dict[Any, _Prepared] = {}
+
+
 def launch(
     kernel: Any,
     make: Callable[..., Plan],
@@ -200,17 +232,23 @@ def launch(
         flags: further arguments by name, compile-time ones among them.
     """
     recorder = _recorder.get()
-    plan = make(shape, device_of(x))
-    if recorder is not None or not x.is_cuda or not _autotunes() or torch.cuda.is_current_stream_capturing():
+    if recorder is not None:
+        plan = make(shape, recorder[1])
+        named = dict(zip(kernel.arg_names, arguments(plan), strict=False)) | _meta(plan, shape, partials) | flags
         grid = (plan.splits, plan.channel_blocks, depth)
-        values, meta = arguments(plan), _meta(plan, shape, partials) | flags
-        if recorder is not None:
-            names = dict(zip(kernel.arg_names, values, strict=False))
-            recorder[0].append(Launch(kernel, grid, names | meta, plan.num_warps, plan.registers))
-        else:
-            with _on_device(x):
-                kernel[grid](*values, **meta, **launch_options(plan.num_warps, plan.registers, _BACKEND))
+        recorder[0].append(Launch(kernel, grid, named, plan.num_warps, plan.registers))
         return
+    if not x.is_cuda or not _autotunes() or torch.cuda.is_current_stream_capturing():
+        key = (kernel.__name__, make, shape, depth, x.dtype, x.device, *flags.values())
+        prepared = _prepared.get(key)
+        if prepared is None:
+            plan = make(shape, device_of(x))
+            options = _meta(plan, shape, partials) | flags | launch_options(plan.num_warps, plan.registers, _BACKEND)
+            prepared = _prepared[key] = _Prepared(kernel, plan, (plan.splits, plan.channel_blocks, depth), options)
+        with _on_device(x):
+            prepared.run(arguments(prepared.plan))
+        return
+    plan = make(shape, device_of(x))
     plans = candidates(make, shape, device_of(x))
     # Workspaces that are large enough whichever plan is tried.
     roomy = dataclasses.replace(

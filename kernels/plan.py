@@ -15,12 +15,12 @@ miss to the data): by Little's law 3.35e12 * 700e-9 = 2.3 MB must be under way a
   under way.
 - In channels_last a tile is one 128-byte line of channels wide (64 of 2 bytes, 32 of 4), or all channels where there
   are fewer. In NCHW it is as many positions of one image as fill a line or more.
-- The grid is one wave of resident programs, each walking over many tiles: the vectors of one value a channel are then
-  loaded once a program, and the reductions have few partial sums to combine.
+- The grid is one wave of resident programs, or a few, each walking over many tiles: the vectors of one value a channel
+  are then loaded once a program, and the reductions have few partial sums to combine.
 - What a program reads and writes beside its tiles must stay small. A reduction costs 16 bytes a channel and program
-  (two partial sums written and read again); at most 3 % of one T are 16 / (0.03 * itemsize) = 533 / itemsize positions
-  a program. The element-wise passes load 16 to 20 bytes a channel and program, against at least 2 T that they move
-  themselves: 384 / itemsize positions keep that under 2.6 %, at 2 bytes an element.
+  (two partial sums written and read again); at most 2.5 % of one T are 16 / (0.025 * itemsize) = 640 / itemsize
+  positions a program. The element-wise passes load 16 to 20 bytes a channel and program, against at least 2 T that they
+  move themselves: 384 / itemsize positions keep that under 2.6 %, at 2 bytes an element.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ LINE_BYTES = 128
 BYTES_A_THREAD = 16
 CROWDED_BYTES_A_THREAD = 8
 INDEX_32_LIMIT = 2**31
-REDUCE_POSITIONS_BYTES = 533
+REDUCE_POSITIONS_BYTES = 640
 APPLY_POSITIONS_BYTES = 384
+MANY_ROUNDS = 24
+WAVES = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,9 @@ def _tile(geometry: Geometry, threads: int, crowded: bool) -> tuple[int, int]:
     return block_s, max(8, min(elements // block_s, _power_of_two(geometry.channels)))
 
 
-def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int, crowded: bool) -> Plan:
+def _plan(
+    geometry: Geometry, device: Device, threads: int, positions_bytes: int, crowded: bool, waves: int = 1
+) -> Plan:
     block_s, block_c = _tile(geometry, threads, crowded)
     if geometry.channels_last:
         tiles = -(-geometry.positions // block_s)
@@ -155,7 +159,7 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
         positions_a_tile = min(block_s, geometry.image)
     channel_blocks = -(-geometry.channels // block_c)
     least = -(-positions_bytes // (geometry.itemsize * positions_a_tile))
-    resident = device.multiprocessors * max(1, device.resident // threads)
+    resident = device.multiprocessors * max(1, device.resident // threads) * waves
     splits = max(1, min(resident // channel_blocks, tiles // least))
     # The same number of tiles for every program, but for the last ones.
     splits = -(-tiles // -(-tiles // splits))
@@ -175,19 +179,30 @@ def _plan(geometry: Geometry, device: Device, threads: int, positions_bytes: int
     )
 
 
+def _rounds(geometry: Geometry, device: Device) -> int:
+    """Tiles that a thread has part in, where all resident threads share them."""
+    bytes_a_round = device.multiprocessors * device.resident * BYTES_A_THREAD
+    return geometry.positions * geometry.channels * geometry.itemsize // bytes_a_round
+
+
 @functools.lru_cache(maxsize=1024)
 def reduce_plan(geometry: Geometry, device: Device, threads: int | None = None, crowded: bool = False) -> Plan:
     """For the passes that sum over positions: large programs, since each costs a row of partial sums.
+
+    Smaller ones where a program has few tiles: then most of its time goes to what comes after them, which takes the
+    longer the more threads have to agree. On an H100 256 threads took 14, 23, 35 and 58 us for the sums of a backward
+    pass at 4, 8, 16 and 32 rounds, 512 threads 19, 25, 35 and 57.
 
     Args:
         crowded: whether 8 elements of each tensor and vector are more than a thread has registers for.
     """
     if threads is None:
-        threads = 512 if device.resident % 512 == 0 else 256
+        threads = 512 if _rounds(geometry, device) >= MANY_ROUNDS and device.resident % 512 == 0 else 256
     return _plan(geometry, device, threads, REDUCE_POSITIONS_BYTES, crowded)
 
 
 @functools.lru_cache(maxsize=1024)
 def apply_plan(geometry: Geometry, device: Device, threads: int = 256, crowded: bool = False) -> Plan:
-    """For the element-wise passes."""
-    return _plan(geometry, device, threads, APPLY_POSITIONS_BYTES, crowded)
+    """For the element-wise passes: four waves where there is enough for them, so that no multiprocessor ends late."""
+    waves = WAVES if _rounds(geometry, device) >= MANY_ROUNDS else 1
+    return _plan(geometry, device, threads, APPLY_POSITIONS_BYTES, crowded, waves)

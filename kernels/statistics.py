@@ -67,25 +67,16 @@ def _finalise_given(given, kept, block, positions):
 
 
 @triton.jit
-def _first_row(x, ROWS: tl.constexpr):
-    """Row 0 of a tile, [columns]."""
-    return tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == 0, x, 0.0), axis=0)
+def _moments_of_sums(count, total, squares):
+    """(mean - origin, M2) of `count` values whose differences from an origin have this sum and sum of squares.
 
-
-@triton.jit
-def _combine_moments(count, mean, m2, ROWS: tl.constexpr):
-    """(count [1], mean, M2 [columns]) of the union of ROWS samples a column, whose counts are [ROWS, 1].
-
-    The means are combined as differences from the first, so that a mean far from 0 costs no precision.
-    Source: Chan, Golub, LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
+    M2 = squares - total^2 / count loses as many digits as squares / M2 has. The origin is the mean of a share of the
+    values, a k-th of them, and those alone contribute M2 >= count / k * (mean - origin)^2: never more than log10(k).
+    Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", section 4.
     """
-    anchor = _first_row(mean, ROWS)
-    total = tl.sum(count, axis=0)
-    # A sample of count 0 has no mean; another's infinity must not reach it as 0 * inf.
-    difference = tl.where(count > 0, mean - anchor[None, :], 0.0)
-    shift = tl.sum(count * difference, axis=0) / total
-    spread = difference - shift[None, :]
-    return total, anchor + shift, tl.sum(m2 + count * spread * spread, axis=0)
+    mean = total / count
+    m2 = squares - total * mean
+    return mean, tl.where(m2 < 0, 0.0, m2)  # where it is NaN it stays that
 
 
 @triton.jit
@@ -102,33 +93,41 @@ def _origin(x_ptr, block, extent, tile: tl.constexpr):
 def _moments(x_ptr, origin, block, extent, tiles, splits, tile: tl.constexpr):
     """(count [1], mean - origin, M2 [BLOCK_C]) of this program's tiles.
 
-    Each position of the tile is a sample of its own, updated as in Welford 1962; the BLOCK_S samples of a channel are
-    combined once, at the end, so the loop has no exchange between threads. Differences from the origin are taken first:
-    where the mean is far from 0 they are small, and where the origin itself is far from the rest M2 is large.
+    Each position of the tile has sums of its own, which are added up once, at the end, so the loop has no exchange
+    between threads. They are of differences from the mean of the program's first tile, small where the mean is far
+    from 0.
     """
     row = tl.arange(0, tile.BLOCK_S)[:, None]
     within = element_offsets(extent, tile)
-    mean = tl.zeros((tile.BLOCK_S, tile.BLOCK_C), tl.float32)
-    m2 = tl.zeros((tile.BLOCK_S, tile.BLOCK_C), tl.float32)
-    count = tl.zeros((tile.BLOCK_S, 1), tl.float32)
-    rounds = 0.0
+    first = locate(tl.program_id(0), block, extent, tile)
+    exists = row < first.left
+    x = load_tile(x_ptr, first.element + within, exists & block.real[None, :], tile)
+    total = x - origin[None, :]
+    if not tile.EVEN_S:
+        total = tl.where(exists, total, 0.0)
+    anchor = origin + tl.sum(total, axis=0) / first.left.to(tl.float32)
+    # Of an infinite mean nothing can be subtracted.
+    anchor = tl.where(tl.abs(anchor) < float("inf"), anchor, 0.0)
+    total = x - anchor[None, :]
+    if not tile.EVEN_S:
+        total = tl.where(exists, total, 0.0)
+    squares = total * total
+    count = first.left.to(tl.int32)
     # Four loads under way before the first is needed.
-    for index in tl.range(tl.program_id(0), tiles, splits, loop_unroll_factor=4):
+    for index in tl.range(tl.program_id(0) + splits, tiles, splits, loop_unroll_factor=4):
         place = locate(index, block, extent, tile)
         exists = row < place.left
-        x = load_tile(x_ptr, place.element + within, exists & block.real[None, :], tile) - origin[None, :]
-        delta = x - mean
-        if tile.EVEN_S:
-            rounds += 1.0
-            mean += delta * (1.0 / rounds)
-            m2 += delta * (x - mean)
-        else:
-            count += exists.to(tl.float32)
-            mean += tl.where(exists, delta / tl.maximum(count, 1.0), 0.0)
-            m2 += tl.where(exists, delta * (x - mean), 0.0)
+        x = load_tile(x_ptr, place.element + within, exists & block.real[None, :], tile) - anchor[None, :]
+        if not tile.EVEN_S:
+            x = tl.where(exists, x, 0.0)
+            count += place.left.to(tl.int32)
+        total += x
+        squares += x * x
     if tile.EVEN_S:
-        count += rounds
-    return _combine_moments(count, mean, m2, tile.BLOCK_S)
+        count = tl.cdiv(tiles - tl.program_id(0), splits) * tile.BLOCK_S
+    count = tl.full((1,), count, tl.int32).to(tl.float32)
+    mean, m2 = _moments_of_sums(count, tl.sum(total, axis=0), tl.sum(squares, axis=0))
+    return count, (anchor - origin) + mean, m2
 
 
 @triton.jit
@@ -153,24 +152,24 @@ def _statistics(
     arrived = tl.atomic_add(arrivals_ptr + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
     if arrived == splits - 1:
         tl.store(arrivals_ptr + tl.program_id(1), 0)
-        counts = tl.zeros((BLOCK_P, 1), tl.float32)
-        means = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        m2s = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        # Row by row in the loop, across rows once after it: nothing here waits but for memory.
+        # The union of the samples, by sums of differences from the first one's mean.
+        anchor = tl.load(row_ptr + column, cache_modifier=".cg")
+        anchor = tl.where(tl.abs(anchor) < float("inf"), anchor, 0.0)
+        total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for start in tl.range(0, splits, BLOCK_P, loop_unroll_factor=2):
             p = start + tl.arange(0, BLOCK_P)
             exists = p < splits
             at = row_ptr + (p * (2 * BLOCK_C))[:, None] + column[None, :]
             n = tl.load(counts_ptr + p, mask=exists, other=0.0, cache_modifier=".cg")[:, None]
-            delta = tl.load(at, mask=exists[:, None], other=0.0, cache_modifier=".cg") - means
-            m2s += tl.load(at + BLOCK_C, mask=exists[:, None], other=0.0, cache_modifier=".cg")
-            share = n / tl.maximum(counts + n, 1.0)
-            # Rows that do not exist take no part, not even where the mean is infinite.
-            means += tl.where(n > 0, delta * share, 0.0)
-            m2s += tl.where(n > 0, delta * delta * (counts * share), 0.0)
-            counts += n
-        _, whole_mean, whole_m2 = _combine_moments(counts, means, m2s, BLOCK_P)
-        _finalise(origin + whole_mean, whole_m2, extent.positions.to(tl.float32), kept, block)
+            delta = tl.load(at, mask=exists[:, None], other=0.0, cache_modifier=".cg") - anchor[None, :]
+            # Rows that do not exist take no part.
+            delta = tl.where(exists[:, None], delta, 0.0)
+            total += n * delta
+            squares += tl.load(at + BLOCK_C, mask=exists[:, None], other=0.0, cache_modifier=".cg") + n * delta * delta
+        positions = extent.positions.to(tl.float32)
+        mean, m2 = _moments_of_sums(positions, tl.sum(total, axis=0), tl.sum(squares, axis=0))
+        _finalise(origin + (anchor + mean), m2, positions, kept, block)
 
 
 @triton.jit(do_not_specialize=["positions", "momentum", "eps", "other_momentum", "other_eps", "tiles", "splits"])

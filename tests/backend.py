@@ -47,7 +47,7 @@ def prepare(name: str | None) -> None:
 
 
 def _flat(launcher: Callable[..., Any], arguments: Arguments) -> Callable[..., Any]:
-    return lambda *flat: launcher(**arguments.group(flat))
+    return lambda *flat: launcher(**arguments.group(*flat))
 
 
 def _round_to_nearest_even() -> None:

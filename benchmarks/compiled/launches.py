@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name.startswith(_PREFIX):
             with recording(self.device) as launches:
                 operator = name.removeprefix(_PREFIX)
-                grouped = getattr(operators, operator).arguments.group(args)
+                grouped = getattr(operators, operator).arguments.group(*args)
                 launched = getattr(launchers, operator)(**grouped)
             self.trace.launches += launches
             for i, (ours, fake) in enumerate(zip(tree_leaves(launched), tree_leaves(out), strict=True)):

@@ -58,6 +58,10 @@ class Arguments:
         implementation: its parameters' annotations are tensors, numbers, strings, the lists above and NamedTuples of
             tensors, numbers and strings, each of them perhaps `| None`.
         mutates: the flat names of tensors that it updates.
+
+    Attributes:
+        schema: the flat parameters.
+        group: a function of the flat arguments that returns the grouped ones by name.
     """
 
     def __init__(self, implementation: Callable[..., Any], mutates: Sequence[str]) -> None:
@@ -80,6 +84,7 @@ class Arguments:
                     type_name = type_name.replace("Tensor", "Tensor" + marks[full])
                 flat.append(f"{type_name} {full}")
         self.schema = ", ".join(flat)
+        self.group = self._grouper()
 
     def caller(
         self, target: Callable[..., Any], guard: Callable[[], Any] | None = None, unguarded: Any = None
@@ -111,16 +116,19 @@ class Arguments:
         exec(source, space)
         return space["call"]  # type: ignore[no-any-return]
 
-    def group(self, flat: Sequence[Any]) -> dict[str, Any]:
-        """The grouped arguments by name."""
-        grouped: dict[str, Any] = {}
-        at = 0
+    def _grouper(self) -> Callable[..., dict[str, Any]]:
+        """A function of the flat parameters that returns the grouped ones by name; compiled as `caller`'s is."""
+        flat: list[str] = []
+        entries = []
+        space: dict[str, Any] = {}
         for name, group, size, optional in self.parameters:
-            if group is None:
-                grouped[name] = flat[at]
-            else:
-                fields = flat[at : at + size]
-                missing = optional and all(f is None for f in fields)
-                grouped[name] = None if missing else group(*fields)
-            at += size
-        return grouped
+            own = [name] if group is None else [f"{name}_{i}" for i in range(size)]
+            flat += own
+            value = name if group is None else f"_{name}({', '.join(own)})"
+            if group is not None:
+                space[f"_{name}"] = group
+                if optional:
+                    value = f"None if {' is '.join(own)} is None else {value}"
+            entries.append(f"{name!r}: {value}")
+        exec(f"def group({', '.join(flat)}):\n    return {{{', '.join(entries)}}}", space)
+        return space["group"]  # type: ignore[no-any-return]

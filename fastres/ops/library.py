@@ -61,7 +61,7 @@ def define(
             {"cpu": _extension.load_cpu, "cuda": _extension.load_cuda}[device]()
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", key):
                 return overload(*args)
-        return fallback(**arguments.group(args))
+        return fallback(**arguments.group(*args))
 
     def refuse_gradients(keys: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -75,10 +75,10 @@ def define(
     LIBRARY.impl(name, refuse_gradients, "Autograd", with_keyset=True)
     if launcher is not None:
         LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback, arguments.group), "CUDA")
-    torch.library.register_fake(f"fastres::{name}", lambda *args: fake(**arguments.group(args)), lib=LIBRARY)
+    torch.library.register_fake(f"fastres::{name}", lambda *args: fake(**arguments.group(*args)), lib=LIBRARY)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.fastres, name))(
-            lambda *args, out_shape, **_: flops(**arguments.group(args), out_shape=out_shape)
+            lambda *args, out_shape, **_: flops(**arguments.group(*args), out_shape=out_shape)
         )
     # The guard holds for as long as it exists: a with statement would cost another 0.3 us a call.
     call: Any = arguments.caller(overload, torch._C._AutoDispatchBelowAutograd, torch.compiler.is_compiling)

@@ -167,4 +167,4 @@ def test_tensors_beyond_32_bit_offsets_compile_with_wide_accesses(memory_format)
 def test_launches_differ_where_their_machine_code_does():
     launches = model_launches(torch.bfloat16, torch.channels_last, H100.device)
     kinds = {signature(launch) for launch in launches}
-    assert len(kinds) < len(launches) and len(kinds) == len(distinct(launches)) <= 24
+    assert len(kinds) < len(launches) and len(kinds) == len(distinct(launches)) <= 32

@@ -48,7 +48,7 @@ def test_flattening_and_grouping_are_inverse(x, pair, maybe, seed):
     values = (x, pair, maybe, seed, (1, 2), "name", 3, [True, False, True])
     flat = ARGUMENTS.caller(lambda *args: args)(*values)
     assert len(flat) == 12
-    grouped = ARGUMENTS.group(flat)
+    grouped = ARGUMENTS.group(*flat)
     names = ("x", "pair", "maybe", "seed", "stride", "name", "count", "needs")
     for name, value in zip(names, values, strict=True):
         again = grouped[name]

@@ -8,7 +8,9 @@ import torch
 from fastres import functional
 from fastres.activations import Activation
 from fastres.ops import projection_shortcut as ops
+from tests.emulator.cases import Case
 from tests.operators import opcheck
+from tests.ops.test_projection_shortcut_gpu import check_all, run_all
 from tests.oracle import LAYOUTS, activation, generator, norm
 
 OPS = torch.ops.fastres
@@ -59,3 +61,10 @@ def test_the_function_compiles_to_one_graph_with_the_same_results(training):
         results.append([y, *torch.autograd.grad((y * y).sum(), inputs)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gpus_tests_pass_here_too(layout):
+    """So that they fit the operators also where no GPU runs them."""
+    case = Case("float32", layout, "gradients in several parts")
+    check_all(case, run_all(case, "cpu"))

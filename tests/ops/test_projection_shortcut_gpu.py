@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastres import _extension, functional
+from fastres.activations import RELU
 from tests.emulator.cases import SHAPES, Case
 from tests.emulator.machine import ARITHMETIC
 from tests.oracle import LAYOUTS, assert_close, generator, norm
@@ -29,19 +32,28 @@ def allow_tf32(request):
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def cuda(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.detach().cuda() for t in tensors]
+def moved(*values: Any, device: str = "cuda") -> list[Any]:
+    """Tensors, detached, on the device; all else as it is."""
+    return [v.detach().to(device) if isinstance(v, Tensor) else v for v in values]
 
 
-def run_all(case: Case) -> list[Tensor]:
+def run_all(case: Case, device: str = "cuda") -> list[Tensor]:
     """Every step of a case: product, mean, M2, ds, dweight, y."""
-    s, weight, dproduct, x = cuda(case.s, case.weight, case.dproduct, case.x)
+    s, weight, dproduct, x = moved(case.s, case.weight, case.dproduct, case.x, device=device)
+    own, other = moved(*case.norm, device=device), moved(*case.x_norm, device=device)
     stride = list(case.stride)
     product, mean, m2 = OPS.projection_shortcut_forward(s, weight, stride, True)
     ds, dweight = OPS.projection_shortcut_backward(dproduct, s, weight, stride, [True, True])
-    own, other = cuda(*case.norm[:4]), cuda(*case.x_norm[:4])
-    y = OPS.projection_shortcut_inference(s, weight, *own, x, *other, stride, case.norm.eps, case.x_norm.eps, True)
+    y = OPS.projection_shortcut_inference(s, weight, *own, x, *other, stride, *RELU)
     return [product, mean, m2, ds, dweight, y]
+
+
+def check_all(case: Case, found: list[Tensor]) -> None:
+    product, mean, m2, ds, dweight, y = (t.cpu() for t in found)
+    case.check_forward((product, mean, m2))
+    case.check_ds(ds)
+    case.check_dweight(dweight)
+    assert_close(y, case.y(case.x, case.x_norm, True), "y", length=case.s.shape[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,11 +64,7 @@ def test_every_step_gives_what_float64_gives(arithmetic, layout, shape, allow_tf
         pytest.skip("this GPU has no tf32")
     allow_tf32(arithmetic == "tf32")
     case = Case(arithmetic, layout, shape)
-    product, mean, m2, ds, dweight, y = (t.cpu() for t in run_all(case))
-    case.check_forward((product, mean, m2))
-    case.check_ds(ds)
-    case.check_dweight(dweight)
-    assert_close(y, case.y(case.x, case.x_norm, True), "y", length=case.s.shape[1])
+    check_all(case, run_all(case))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -107,14 +115,14 @@ def test_opcheck_passes_on_cuda(layout, stride):
     dproduct = torch.randn_like(OPS.projection_shortcut_forward(s, weight, stride, False)[0])
     for needs in ([True, True], [True, False], [False, True]):
         check(OPS.projection_shortcut_backward.default, (dproduct, s, weight, stride, needs))
-    own, other = (cuda(*norm(16, torch.float32, gen)[:4]) for _ in range(2))
-    check(OPS.projection_shortcut_inference.default, (s, weight, *own, dproduct, *other, stride, 1e-5, 1e-3, True))
+    own, other = (moved(*norm(16, torch.float32, gen)) for _ in range(2))
+    check(OPS.projection_shortcut_inference.default, (s, weight, *own, dproduct, *other, stride, *RELU))
 
 
 def test_a_step_can_be_captured_in_a_cuda_graph():
     case = Case("bfloat16", "channels_last", "gradients in several parts", "graph")
     expected = run_all(case)
-    s, weight, dproduct = cuda(case.s, case.weight, case.dproduct)
+    s, weight, dproduct = moved(case.s, case.weight, case.dproduct)
     stride = list(case.stride)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
