@@ -232,7 +232,7 @@ class FrozenConv3x3(_FrozenConvolution):
 def _takes_operators(x: Tensor) -> bool:
     """Whether this call may be made of our operators."""
     return (
-        not torch.compiler.is_exporting()
+        not ordinary.is_exporting()
         and ordinary.why_not_ordinary() is None
         and is_served(problem_of(x, 1, needs_grad=False))
     )

@@ -9,7 +9,21 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _get_mode = torch._C._get_dispatch_mode
 _get_mode_before_dispatch = torch._ops._get_dispatch_mode_pre_dispatch
 _get_tracing_state = torch._C._get_tracing_state
-_get_interpreter = torch._C._functorch.peek_interpreter_stack  # Dynamo knows it in every torch that we support
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is under way."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
+
+
+# torch.compiler.assume_constant_result, which would import the compiler: before torch 2.12 Dynamo does not know that
+# function, and what this one says while it traces holds for the graph.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces. Dynamo of torch 2.11 takes torch.compiler.is_exporting for True in any graph."""
+    return torch.compiler._is_exporting_flag
 
 
 def why_not_ordinary() -> str | None:
@@ -18,7 +32,7 @@ def why_not_ordinary() -> str | None:
     torch.func, forward-mode differentiation and the tracers know the derivative, the batched or the exported form of
     PyTorch's operators, and of no others. Dynamo calls ours in its graph, and so does torch.compile.
     """
-    if _get_interpreter() is not None:
+    if is_transformed():
         return "torch.func transforms it"
     if torch.compiler.is_compiling():
         return None

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastres import contract
 from fastres.activations import IDENTITY, RELU, Activation
 from fastres.contract import Act, NormParams
+from fastres.ordinary import is_transformed
 
 
 def _chosen(relu: bool, activation: Activation | None) -> Activation:
@@ -89,7 +90,7 @@ def batch_norm_act(
     act = Act(*_chosen(relu, activation), dropout_p if training else 0.0, order)
     y = follow(z, None if order == "add_act" else r, act, seed).to(x.dtype)
     # A batched tensor knows of no memory format but the default one.
-    if torch._C._functorch.get_dynamic_layer_stack_depth() > 0:
+    if is_transformed():
         return y
     return y.contiguous(memory_format=_memory_format(x))
 

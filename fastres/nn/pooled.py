@@ -53,8 +53,9 @@ class PlainPooledBlock(nn.Module):
 
 
 def _norm_without_scale(channels: int, eps: float, momentum: float) -> nn.BatchNorm2d:
+    """Its scale stays 1: torch's own backward on CUDA fails where there is a bias and no weight."""
     norm = nn.BatchNorm2d(channels, eps, momentum)
-    norm.register_parameter("weight", None)
+    norm.weight.requires_grad_(False)
     return norm
 
 
@@ -63,9 +64,10 @@ class PooledBlock(FusedBlock, PlainPooledBlock):
 
         y = dropout(f(bn2(conv2(f(bn1(maxpool(conv1 x)))))))
 
-    The normalisations have a bias and no scale. The convolutions are `fastres.functional.conv3x3`; the second measures
-    its output for bn2 in training, and applies bn2 and f itself in evaluation. The activated input of conv2 is written
-    and kept: to compute an activation such as GELU again for every tile that reads an element costs more than that.
+    The normalisations have a bias, and a scale that is not trained. The convolutions are
+    `fastres.functional.conv3x3`; the second measures its output for bn2 in training, and applies bn2 and f itself in
+    evaluation. The activated input of conv2 is written and kept: to compute an activation such as GELU again for every
+    tile that reads an element costs more than that.
 
     Args:
         in_channels, out_channels: of the block.

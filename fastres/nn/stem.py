@@ -38,7 +38,7 @@ def through_stages(x: Tensor, stages: Iterable[nn.Module]) -> Tensor:
     """
     row: list[nn.Module] = []
     for stage in stages:
-        row += stage if is_exactly(stage, nn.Sequential) and stage._compiled_call_impl is None else [stage]
+        row += [*stage] if is_exactly(stage, nn.Sequential) and stage._compiled_call_impl is None else [stage]
     shortcut = x
     for block, following in itertools.zip_longest(row, row[1:]):
         if _hands_over(block):

@@ -167,7 +167,7 @@ def why_not_ordinary(x: Tensor, dimensions: tuple[int, ...] = (4,), parent: nn.M
         return "its input is empty"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks on all modules are registered"
-    if torch.compiler.is_exporting():
+    if ordinary.is_exporting():
         return "it is exported"
     if x.dtype == torch.float64 and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return "autocast leaves float64 alone"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres import ordinary
 from fastres.contract import ConvProblem, output_size, rows_are_channels
 
 ALGORITHMS = ("auto", "torch", "winograd")
@@ -186,7 +187,7 @@ def _winograd_pays(problem: ConvProblem) -> bool:
 
 def _holds(condition: bool) -> bool:
     """The condition; for an exported graph, which serves a range of sizes, whether it is known to hold for all."""
-    if not torch.compiler.is_exporting():
+    if not ordinary.is_exporting():
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
