@@ -32,7 +32,7 @@ from benchmarks.gpu.stages import (
 from benchmarks.gpu.summary import write_summary
 from benchmarks.records import ROOT
 
-GRACE_S = 3.0
+GRACE_S = 10.0
 LEAST_S = 3.0
 LOG_BYTES = 2 << 20
 

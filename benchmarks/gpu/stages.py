@@ -25,7 +25,8 @@ BUILD_LOG, CHECKS_LOG, SPEED_LOG, RESULTS, TRACE, SUMMARY_JSON, SUMMARY_MD = FIL
 )  # fmt: skip
 SANITIZER_ERRORS = 99
 MODULES = ("torch", "triton", "torchvision", "numpy", "ninja", "setuptools", "filelock", "rich", "tqdm", "pytest",
-           "pytest_benchmark", "hypothesis", "sklearn", "torchmetrics", "PIL", "matplotlib", "tyro")  # fmt: skip
+           "xdist", "pytest_benchmark", "hypothesis", "sklearn", "torchmetrics", "PIL", "matplotlib",
+           "tyro")  # fmt: skip
 
 # Prints one line of JSON: what there is to work with.
 LOOK = f"""
@@ -192,7 +193,9 @@ def architecture(context: Context) -> str:
 def tests(context: Context) -> Plan:
     """Run the tests that are marked gpu."""
     report = context.scratch / "tests.xml"
-    options = ("-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    # Mostly the compilation of kernels, so several processes share the GPU.
+    processes = () if "xdist" in context.facts.get("missing", ["xdist"]) else ("-n", "8")
+    options = (*processes, "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     command = context.module("pytest", ROOT / "tests", *options, f"--junitxml={report}")
     return Plan([command], judge=lambda output: judge_tests(output, report, context.gpu))
 
@@ -337,8 +340,8 @@ def find_program(name: str) -> str:
 STAGES = (
     Stage("look", BUILD_LOG, 45, 0, look),
     Stage("wheels", BUILD_LOG, 60, 200, wheels),
-    Stage("build", BUILD_LOG, 150, 200, build),
-    Stage("tests", CHECKS_LOG, 120, 200, tests),
+    Stage("build", BUILD_LOG, 180, 200, build),
+    Stage("tests", CHECKS_LOG, 180, 160, tests),
     Stage("case", CHECKS_LOG, 60, 200, case),
     Stage("memcheck", CHECKS_LOG, 60, 200, sanitizer("memcheck")),
     Stage("racecheck", CHECKS_LOG, 60, 200, sanitizer("racecheck")),
