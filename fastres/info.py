@@ -16,7 +16,7 @@ from rich.table import Table
 
 import fastres
 from fastres import _build, _extension, _triton
-from fastres.backend.compiler import INFERENCE_INNER, PATTERNS, TRAINING_INNER
+from fastres.backend.compiler import CHECKPOINTED_INNER, INNER, PATTERNS
 
 Rows = list[tuple[str, str]]
 
@@ -87,8 +87,8 @@ def compile_backend() -> Rows:
     anew = "needs fastres to be installed anew with pip; fastres.compile(model) works"
     rows = [
         (name, "works without an import" if known else anew),
-        ("inner backend of a graph with gradients", TRAINING_INNER),
-        ("inner backend of one without", INFERENCE_INNER),
+        ("inner backend of a graph", INNER),
+        ("inner backend of one with checkpointed parts", CHECKPOINTED_INNER),
     ]
     try:
         rows.append(('options={"inner": "inductor"}', f"compiles with {_build.compiler_version()}"))

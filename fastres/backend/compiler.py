@@ -12,13 +12,12 @@ from torch.fx import GraphModule
 from fastres.backend.memory import owned_storages
 from fastres.backend.report import GraphReport, note
 from fastres.backend.rewriter import Rewriter
-from fastres.backend.values import value
 from fastres.ops.algorithms import known_algorithm, requested_algorithm
 
 _OPTIONS = ("inner", "conv_algorithm", "smallest")
-# What the changed graph runs by. AOTAutograd's graph costs 260 us and more for each of our calls, which networks with
-# small images do not earn back; with large ones it may be the faster (docs/compile.md).
-TRAINING_INNER, INFERENCE_INNER = "eager", "eager"
+# AOTAutograd's graph costs 260 us and more for each of our calls, which networks with small images do not earn back
+# (docs/compile.md). But a checkpointed part does not run as it stands, for it counts batches in place.
+INNER, CHECKPOINTED_INNER = "eager", "aot_eager"
 # Elements from which on a normalisation by our operators is faster than PyTorch's, call and all: forward and backward
 # of norm and ReLU took 1.2 times PyTorch's time with 65,000 and a third of it with 260,000.
 _SMALLEST = 100_000
@@ -67,12 +66,7 @@ def _parts(module: GraphModule) -> list[GraphModule]:
 
 
 def _default_inner(module: GraphModule) -> str:
-    # A checkpointed part does not run as it stands, for it counts batches in place.
-    if _parts(module):
-        return "aot_eager"
-    (output,) = module.graph.find_nodes(op="output")
-    differentiable = any(t is not None and t.requires_grad for t in map(value, output.all_input_nodes))
-    return TRAINING_INNER if differentiable else INFERENCE_INNER
+    return CHECKPOINTED_INNER if _parts(module) else INNER
 
 
 def rewrite(module: GraphModule, conv_algorithm: str | None = None, smallest: int = _SMALLEST) -> GraphReport:
