@@ -1,0 +1,228 @@
+"""`python -m benchmarks.backend`: training steps of networks that are not ours, by eager, inductor and our backend.
+
+Each round runs every side once; figures are medians over the rounds. A step is forward, a loss, backward and SGD with
+momentum, in float32 and channels_last, on the same images. Every side has the network with the same first weights, and
+the time that its first step took, compilation and all, stands beside the others.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
+from benchmarks.results import describe_machine
+from fastres import models
+
+EAGER, INDUCTOR, OURS = ("eager", "inductor", "fastres")
+INNER = "fastres, inner "
+CLASSES = 10
+
+
+class Unet(nn.Module):
+    """Ronneberger, Fischer, Brox 2015 with padding and normalisation: 32, 64 and 128 channels."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(map(self._twice, (3, *widths), widths))
+        wide, narrow = widths[:0:-1], widths[-2::-1]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip(wide, narrow, strict=True))
+        self.merge = nn.ModuleList(self._twice(2 * o, o) for o in narrow)
+        self.head = nn.Conv2d(widths[0], CLASSES, 1)
+
+    @staticmethod
+    def _twice(inputs: int, outputs: int) -> nn.Sequential:
+        def one(channels: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+        return nn.Sequential(*one(inputs), *one(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] to logits [N, classes, H, W]; H and W multiples of 4."""
+        skips = []
+        for i, block in enumerate(self.down):
+            x = block(x if i == 0 else F.max_pool2d(x, 2))
+            skips.append(x)
+        for up, merge, skip in zip(self.up, self.merge, skips[-2::-1], strict=True):
+            x = merge(torch.cat([skip, up(x)], 1))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def _plain(name: str) -> Callable[[], nn.Module]:
+    return lambda: models.create(name, num_classes=CLASSES, dropout=0.0, fused=False)
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import timm  # of the tests' environment
+
+        return timm.create_model(name, num_classes=CLASSES)
+
+    return make
+
+
+# name -> how it is made, images of a step, their side
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "WRN-16-4": (_plain("wrn16-4"), 64, 32),
+    "CIFAR ResNet-18": (_plain("resnet18"), 64, 32),
+    "U-Net (32, 64, 128)": (Unet, 8, 128),
+    **{
+        f"timm {name}": (_timm(name), batch, 160)
+        for name, batch in (
+            ("vgg11_bn", 16), ("seresnet18", 16), ("resnet18", 32), ("resnet50d", 8), ("densenet121", 8),
+            ("resnetv2_50", 8), ("regnety_002", 16), ("mobilenetv3_small_100", 16), ("efficientnet_b0", 8),
+        )
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure our backend against eager and inductor."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    """Names of NETWORKS."""
+    inner: tuple[str, ...] = ()
+    """Further inner backends for ours, each a side of its own, such as aot_eager."""
+    rounds: int = 7
+    """Rounds of every network."""
+    output_dir: Path = PUBLISHED
+    """Folder for the raw figures, backend-<processor>-<capability>-<date>.json."""
+    page: Path | None = ROOT / "docs" / "compile.md"
+    """Markdown file that takes the table, between `<!-- speed -->` and `<!-- /speed -->`."""
+
+
+@dataclass
+class Measured:
+    """One network: seconds a step of each side, and of its first step."""
+
+    name: str
+    batch: int
+    image: int
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    first_seconds: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def median(self, side: str) -> float:
+        """NaN where the side is missing."""
+        return statistics.median(self.seconds[side]) if self.seconds.get(side) else float("nan")
+
+    @property
+    def gain(self) -> float:
+        """The better peer's time over ours."""
+        return min(self.median(side) for side in (EAGER, INDUCTOR) if self.seconds.get(side)) / self.median(OURS)
+
+
+def _sides(inner: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    return {
+        EAGER: {"disable": True},
+        INDUCTOR: {"backend": "inductor"},
+        OURS: {"backend": "fastres"},
+        **{INNER + name: {"backend": "fastres", "options": {"inner": name}} for name in inner},
+    }
+
+
+def _loss(output: Tensor) -> Tensor:
+    return output.float().square().mean()
+
+
+def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
+    """Time all sides of a network, interleaved.
+
+    Raises:
+        ValueError: an unknown network, or no rounds.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"networks: expected names among {', '.join(NETWORKS)}, got {name!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    make, batch, image = NETWORKS[name]
+    found = Measured(name, batch, image)
+    images = torch.randn(batch, 3, image, image).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    runs: dict[str, Callable[[], None]] = {}
+    for side, options in _sides(inner).items():
+        torch.manual_seed(0)
+        model = make().to(memory_format=torch.channels_last)
+        run = _step(torch.compile(model, **options), model, images)
+        start = time.perf_counter()
+        try:
+            run()
+        except Exception as error:  # a peer that cannot compile it is named, and the others go on
+            found.missing[side] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+            continue
+        found.first_seconds[side] = time.perf_counter() - start
+        run()
+        runs[side], found.seconds[side] = run, []
+    for _ in range(rounds):
+        for side, run in runs.items():
+            start = time.perf_counter()
+            run()
+            found.seconds[side].append(time.perf_counter() - start)
+    return found
+
+
+def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(_loss(forward(images)))
+        optimizer.step()
+
+    return run
+
+
+def table(found: list[Measured]) -> str:
+    """A Markdown table; ratios above 1 say that ours takes less time."""
+    inner = [side for side in _all_sides(found) if side.startswith(INNER)]
+    heads = ("network", "images", "eager, ms", "inductor, ms", "fastres, ms", "over the better")
+    lines = [
+        row(*heads, *(f"{side}, ms" for side in inner), "first step, s: inductor", "fastres"),
+        row("---", *["---:"] * (len(heads) + len(inner) + 1)),
+    ]
+    for m in found:
+        times = [number(1e3 * m.median(side)) for side in (EAGER, INDUCTOR, OURS)]
+        further = [number(1e3 * m.median(side)) for side in inner]
+        first = [number(m.first_seconds.get(side, float("nan"))) for side in (INDUCTOR, OURS)]
+        lines.append(row(m.name, f"{m.batch} at {m.image}", *times, number(m.gain, "x"), *further, *first))
+    return "\n".join(lines) + "\n"
+
+
+def _all_sides(found: list[Measured]) -> list[str]:
+    return list(dict.fromkeys(side for m in found for side in m.seconds))
+
+
+def main(config: Config) -> None:
+    """Measure, print, write."""
+    machine = describe_machine()
+    found = [measure(name, config.rounds, config.inner) for name in tqdm(config.networks)]
+    text = table(found)
+    where = f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}"
+    how = f"float32, channels_last; {machine['date']}. Medians of {config.rounds} interleaved rounds."
+    text = f"{where}; {how}\n\n{text}"
+    print(text)
+    for m in found:
+        for side, why in m.missing.items():
+            print(f"{m.name}, {side}: {why}")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    name = f"backend-{slug(machine['processor'])}-{slug(machine['capability'])}-{machine['date']}.json"
+    write_text(config.output_dir / name, to_json({"machine": machine, "networks": [vars(m) for m in found]}))
+    if config.page is not None:
+        insert_table(config.page, text, "speed")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,62 @@
+"""The benchmark of the compiler backend, on a network that takes no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+from benchmarks import backend
+from benchmarks.backend import EAGER, INDUCTOR, NETWORKS, OURS, Config, Measured, Unet, main, measure, table
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def broken(module: object, inputs: object) -> None:
+        raise NotImplementedError("no compiler")
+
+    monkeypatch.setitem(NETWORKS, "tiny", (make, 2, 8))
+    sides = backend._sides
+
+    def without_inductor(inner: tuple[str, ...]) -> dict[str, dict[str, object]]:
+        return sides(inner) | {INDUCTOR: {"backend": broken}}
+
+    monkeypatch.setattr(backend, "_sides", without_inductor)
+    return "tiny"
+
+
+def test_every_side_is_measured_and_a_missing_one_is_named(tiny: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n")
+    main(Config(networks=(tiny,), inner=("aot_eager",), rounds=3, output_dir=tmp_path, page=page))
+    (file,) = tmp_path.glob("backend-*.json")
+    (network,) = json.loads(file.read_text())["networks"]
+    assert {side: len(times) for side, times in network["seconds"].items()} == {
+        EAGER: 3, OURS: 3, "fastres, inner aot_eager": 3,
+    }  # fmt: skip
+    assert "no compiler" in network["missing"][INDUCTOR]
+    text = page.read_text()
+    assert "| tiny | 2 at 8 |" in text and "old" not in text and text.endswith("after\n")
+
+
+def test_the_gain_is_over_the_better_peer() -> None:
+    found = Measured("a", 1, 8, {EAGER: [3.0, 1.0, 2.0], INDUCTOR: [1.5], OURS: [0.5]}, {INDUCTOR: 9.0, OURS: 1.0})
+    assert found.gain == 3.0
+    assert "| a | 1 at 8 | 2000 | 1500 | 500 | 3.00x | 9.00 | 1.00 |" in table([found])
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"networks: expected names among WRN-16-4, .*, got 'vgg'"):
+        measure("vgg", 1)
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        measure("WRN-16-4", 0)
+
+
+def test_the_unet_gives_each_pixel_its_logits() -> None:
+    assert Unet((4, 8, 16))(torch.randn(2, 3, 8, 12)).shape == (2, 10, 8, 12)
