@@ -245,11 +245,11 @@ def test_the_bits_are_what_dropout_kept_and_the_activation_passed(kind, dropout_
     gen = generator("bits", kind, dropout_p, layout)
     x, r = (activation(shape, torch.float32, layout, gen, std=4.0) for _ in range(2))
     n = norm(13, torch.float32, gen)
-    of_x = Norm(n.running_mean, torch.rsqrt(n.running_var), n.weight.detach(), n.bias.detach())
+    of_x = Norm(n.running_mean, torch.rsqrt(n.running_var + n.eps), n.weight.detach(), n.bias.detach())
     seed = torch.tensor([23], device=backend.DEVICE)
     act = Act(kind, EXPECTED[kind].alpha, dropout_p, "add_act")
     _, bits = ops.apply(x, of_x, Residual(r), seed, act, True)
-    z = F.batch_norm(x.double(), *(t.double() for t in n[:4]), eps=0.0) + r
+    z = F.batch_norm(x.double(), *(t.double() for t in n[:4]), eps=n.eps) + r
     expected = contract.dropout_keep(shape, seed, dropout_p) if dropout_p > 0 else torch.ones_like(z, dtype=torch.bool)
     if EXPECTED[kind].gates or (kind == "leaky_relu" and dropout_p == 0):
         expected &= (z > 0) & (z < 6) if kind == "relu6" else z > 0
