@@ -32,12 +32,14 @@ _SAVED = 0.3
 
 
 def _is_nchw(node: Any) -> bool:
-    """Whether a value is a batch of images in NCHW, and not in channels_last as well."""
+    """Whether a value is a batch of images in NCHW, and not channels_last as well: of that no copy would be made."""
     t = value(node)
     if t is None or t.dim() != 4 or t.device.type != "cpu":
         return False
     _, c, h, w = t.shape
-    return same_sizes(t.stride(), (c * h * w, h * w, w, 1)) and not same_sizes(t.shape[2:], (1, 1))
+    if same_sizes(t.shape[2:], (1, 1)) or same_sizes((c,), (1,)):
+        return False
+    return same_sizes(t.stride(), (c * h * w, h * w, w, 1))
 
 
 def _candidates(memory: Memory) -> set[Node]:
