@@ -116,18 +116,21 @@ def may_save_residual(chain: Chain, memory: Memory) -> bool:
     assert chain.residual is not None
     if not memory.stays(chain.residual, chain.last):
         return False
-    return not memory.is_known_outside(chain.residual) or _is_saved_before(chain.norm.x, chain.residual, memory)
+    return not memory.is_known_outside(chain.residual) or _is_saved_before(chain.norm.node, chain.residual, memory)
 
 
-def _is_saved_before(x: Node, saved: Node, memory: Memory) -> bool:
-    """Whether backward from x comes to a convolution or normalisation that has saved this tensor as its input."""
-    ahead, seen = [x], {x}
+def _is_saved_before(last: Node, saved: Node, memory: Memory) -> bool:
+    """Whether backward from a call comes to a convolution or normalisation that has saved this tensor as its input.
+
+    Where autocast changes the dtype it is a copy that is saved.
+    """
+    ahead, seen, given = [last], {last}, value(saved)
     while ahead:
         node = ahead.pop()
         result = value(node)
         if result is None or not result.requires_grad or memory.position[node] <= memory.position[saved]:
             continue
-        if saved in node.args[:1]:
+        if saved in node.args[:1] and given is not None and given.dtype == result.dtype:
             weight = value(bind(node, CONV)["weight"]) if is_conv(node) else None
             if is_norm(node) or (weight is not None and weight.requires_grad):
                 return True

@@ -179,6 +179,40 @@ def test_a_residual_that_pytorch_saves_as_well_is_part_of_a_smooth_chain():
     assert fastres.compile_report()[-1].pointwise == 1
 
 
+class SmoothNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.bn(x) + x)
+
+
+def test_a_normalisation_has_saved_its_own_input():
+    training, evaluation = compare.check(SmoothNorm, [(2, 4, 8, 8)])
+    assert training.pointwise == evaluation.pointwise == 2
+
+
+class SmoothBlockUnderAutocast(SmoothBlock):
+    """The convolution saves a copy of its input in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            c = self.conv(x)
+        return F.silu(self.bn(c.float()) + x)
+
+
+def test_a_copy_that_autocast_makes_may_be_saved_where_the_residual_is_not():
+    model, x = SmoothBlockUnderAutocast(), random(2, 4, 8, 8, dtype=torch.float32)
+    for call in (model, compiled(model)):
+        given = x.clone()
+        y = call(given)
+        given.zero_()
+        y.square().sum().backward()
+    (graph,) = fastres.compile_report()
+    assert graph.fused_norms == graph.pointwise == 1
+
+
 class OverwrittenBehindDropout(nn.Module):
     """Leaky ReLU has one bit for its two slopes, but none more for dropout: backward reads the residual."""
 
