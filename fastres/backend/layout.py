@@ -32,14 +32,12 @@ _SAVED = 0.3
 
 
 def _is_nchw(node: Any) -> bool:
-    """Whether a value is a batch of images in NCHW, and not channels_last as well: of that no copy would be made."""
+    """Whether a value is a batch of images in NCHW, and not in channels_last as well."""
     t = value(node)
     if t is None or t.dim() != 4 or t.device.type != "cpu":
         return False
     _, c, h, w = t.shape
-    if same_sizes(t.shape[2:], (1, 1)) or same_sizes((c,), (1,)):
-        return False
-    return same_sizes(t.stride(), (c * h * w, h * w, w, 1))
+    return same_sizes(t.stride(), (c * h * w, h * w, w, 1)) and not same_sizes(t.shape[2:], (1, 1))
 
 
 def _candidates(memory: Memory) -> set[Node]:
@@ -136,7 +134,12 @@ def _copy(
 
 
 def _formatted(t: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """A fake tensor like t, in memory of its own."""
+    """A fake tensor like t, in memory of its own.
+
+    With one channel both formats are one, and `contiguous` returns the tensor itself: so does this.
+    """
+    if same_sizes(t.shape[1:2], (1,)):
+        return t
     mode: Any = t.fake_mode  # type: ignore[attr-defined]
     with mode, torch.no_grad():
         made = torch.empty_like(t, memory_format=memory_format)
