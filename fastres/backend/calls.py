@@ -25,7 +25,7 @@ _NORM = {
     "input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None, "training": False,
     "momentum": 0.1, "eps": 1e-5,
 }  # fmt: skip
-_CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
 
 # ------------------------------------------------------------------------------------------------------ normalisations
@@ -124,7 +124,7 @@ def conv_of(node: Any, kernel: int) -> Conv | str:
     """The convolution with this kernel size that a call is, or why it is none."""
     if not isinstance(node, Node) or not is_conv(node):
         return "it is no two-dimensional convolution"
-    given = bind(node, _CONV)
+    given = bind(node, CONV)
     x, weight, y = value(given["input"]), value(given["weight"]), value(node)
     if x is None or weight is None or y is None or x.dim() != 4:
         return "its input is no batch of images"

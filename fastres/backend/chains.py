@@ -14,10 +14,22 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from fastres.activations import IDENTITY, KINDS, Activation
-from fastres.backend.calls import Conv, Norm, activation_of, addends_of, conv_of, dropout_of, is_norm, norm_of
+from fastres.activations import IDENTITY, Activation
+from fastres.backend.calls import (
+    CONV,
+    Conv,
+    Norm,
+    activation_of,
+    addends_of,
+    conv_of,
+    dropout_of,
+    is_conv,
+    is_norm,
+    norm_of,
+)
 from fastres.backend.memory import Memory
-from fastres.backend.values import only_user, same_sizes, value
+from fastres.backend.values import bind, only_user, same_sizes, value
+from fastres.contract import Act
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,16 @@ class Chain:
         return self.nodes[-1] if self.after is None else self.after.node
 
     @property
+    def saves_residual(self) -> bool:
+        """Whether backward reads the residual, out of which it computes the activation's input again."""
+        y = value(self.nodes[-1])
+        if self.residual is None or self.residual_norm is not None or y is None or not y.requires_grad:
+            return False
+        if self.after is not None:
+            return True
+        return Act(self.activation.kind, self.activation.alpha, self.dropout_p, self.order).reads_residual()
+
+    @property
     def norms(self) -> list[Norm]:
         return [self.norm] if self.residual_norm is None else [self.norm, self.residual_norm]
 
@@ -79,7 +101,42 @@ def _is_allowed(chain: Chain, memory: Memory, claimed: set[Node]) -> bool:
     first, last = value(chain.norm.node), value(chain.nodes[-1])
     if first is None or last is None or not same_sizes(first.stride(), last.stride()) or first.dtype != last.dtype:
         return False
+    if chain.saves_residual and not may_save_residual(chain, memory):
+        return False
     return claimed.isdisjoint(chain.own) and memory.may_move(chain.own)
+
+
+def may_save_residual(chain: Chain, memory: Memory) -> bool:
+    """Whether the residual may be saved for backward, which an addition in PyTorch does not do.
+
+    Who writes to it after the call makes backward impossible: autograd refuses what has changed since it was saved. So
+    nobody may: no call of the graph, and outside of it nobody who can get at its memory, an input or an output of the
+    graph, except where PyTorch saves the same tensor on the way back from the chain and refuses as well.
+    """
+    assert chain.residual is not None
+    if not memory.stays(chain.residual, chain.last):
+        return False
+    return not memory.is_known_outside(chain.residual) or _is_saved_before(chain.norm.node, chain.residual, memory)
+
+
+def _is_saved_before(last: Node, saved: Node, memory: Memory) -> bool:
+    """Whether backward from a call comes to a convolution or normalisation that has saved this tensor as its input.
+
+    Where autocast changes the dtype it is a copy that is saved.
+    """
+    ahead, seen, given = [last], {last}, value(saved)
+    while ahead:
+        node = ahead.pop()
+        result = value(node)
+        if result is None or not result.requires_grad or memory.position[node] <= memory.position[saved]:
+            continue
+        if saved in node.args[:1] and given is not None and given.dtype == result.dtype:
+            weight = value(bind(node, CONV)["weight"]) if is_conv(node) else None
+            if is_norm(node) or (weight is not None and weight.requires_grad):
+                return True
+        ahead += [n for n in node.all_input_nodes if n not in seen]
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def _extensions(chain: Chain, user: Node, memory: Memory) -> Iterator[Chain]:
@@ -90,11 +147,7 @@ def _extensions(chain: Chain, user: Node, memory: Memory) -> Iterator[Chain]:
     activation = activation_of(user)
     if activation is not None:
         fits = user.args[:1] == (last,) and chain.activation == IDENTITY and chain.dropout_p == 0 and not ended
-        # A smooth activation's input is computed again in backward, out of the residual, which the addition itself does
-        # not save.
-        if fits and (
-            chain.residual is None or KINDS[activation.kind].passes is not None or memory.stays(chain.residual, user)
-        ):
+        if fits:
             yield replace(longer, activation=activation)
         return
     p = dropout_of(user)

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch.fx import GraphModule
 
+from fastres.backend.apart import Apart, plain_copy, where_apart
 from fastres.backend.memory import owned_storages
 from fastres.backend.report import GraphReport, note
 from fastres.backend.rewriter import Rewriter
@@ -69,13 +70,19 @@ def _default_inner(module: GraphModule) -> str:
     return CHECKPOINTED_INNER if _parts(module) else INNER
 
 
-def rewrite(module: GraphModule, conv_algorithm: str | None = None, smallest: int = _SMALLEST) -> GraphReport:
-    """Put calls of fastres into a graph of Dynamo's, in place, and say what became of it."""
+def rewrite(
+    module: GraphModule, conv_algorithm: str | None = None, smallest: int = _SMALLEST, apart: Apart | None = None
+) -> GraphReport:
+    """Put calls of fastres into a graph of Dynamo's, in place, and say what became of it.
+
+    Args:
+        apart: where the rewriter notes which inputs the result takes to lie in different memory.
+    """
     requested = requested_algorithm(conv_algorithm)
     report = GraphReport()
     owned = owned_storages(module.graph)
     for part in (module, *_parts(module)):
-        report.add(Rewriter(part.graph, owned, conv_algorithm, requested, smallest).run())
+        report.add(Rewriter(part.graph, owned, apart, conv_algorithm, requested, smallest).run())
         part.graph.lint()
         part.recompile()
     return report
@@ -109,12 +116,17 @@ def fastres(
         if inner != "inductor":
             raise ValueError(f"mode: expected None with the inner backend {inner!r}, got {mode!r}")
         keywords["mode"] = mode
-    report = rewrite(gm, conv_algorithm, smallest)
+    # A graph with checkpointed parts has no copy beside it that could run as it stands.
+    apart, plain = (None, None) if _parts(gm) else (Apart(gm.graph), plain_copy(gm))
+    report = rewrite(gm, conv_algorithm, smallest, apart)
     report.inner = inner
     note(report)
-    if inner == "eager":
-        return gm.forward
-    return torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)
+    compiled: Callable[..., Any] = gm.forward
+    if inner != "eager":
+        compiled = torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)
+    if apart is None or plain is None or not apart.pairs:
+        return compiled
+    return where_apart(compiled, plain, apart)
 
 
 def compile(model: nn.Module | Callable[..., Any], **keywords: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch.fx import Node
 
 from fastres.backend.calls import Conv, conv_of
-from fastres.backend.chains import Chain
+from fastres.backend.chains import Chain, may_save_residual
 from fastres.backend.memory import Memory
 from fastres.backend.values import only_user, same_sizes, value
 from fastres.ops.algorithms import choose_algorithm
@@ -47,10 +47,10 @@ def with_prologue(chain: Chain, memory: Memory, claimed: set[Node], requested: s
         return chain
     if why_not_ours(conv, requested) is not None:
         return chain
-    # The convolution keeps the residual for backward, which the addition does not.
-    if chain.residual is not None and not memory.stays(chain.residual, user):
+    longer = replace(chain, after=conv)
+    if longer.saves_residual and not may_save_residual(longer, memory):
         return chain
-    return _where_allowed(replace(chain, after=conv), chain, memory, claimed)
+    return _where_allowed(longer, chain, memory, claimed)
 
 
 def with_convolution_before(chain: Chain, memory: Memory, claimed: set[Node], requested: str) -> Chain:

@@ -134,7 +134,12 @@ def _copy(
 
 
 def _formatted(t: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """A fake tensor like t, in memory of its own."""
+    """A fake tensor like t, in memory of its own.
+
+    With one channel both formats are one, and `contiguous` returns the tensor itself: so does this.
+    """
+    if same_sizes(t.shape[1:2], (1,)):
+        return t
     mode: Any = t.fake_mode  # type: ignore[attr-defined]
     with mode, torch.no_grad():
         made = torch.empty_like(t, memory_format=memory_format)

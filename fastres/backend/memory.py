@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastres.backend.apart import Apart
 from fastres.backend.values import bind, value
 
 Storages = frozenset[int]
@@ -87,13 +88,16 @@ class Memory:
 
     Attributes:
         nodes, position: the graph as it was when this was made, and the place of each node in it.
-        owned: storages of parameters and buffers that no user's input can share.
+        owned: storages of parameters and buffers.
+        apart: where it is noted that an input of the caller's is taken to lie outside of these; without, it is taken
+            to overlap those of its dtype.
     """
 
-    def __init__(self, graph: Graph, owned: Storages = _NOTHING) -> None:
+    def __init__(self, graph: Graph, owned: Storages = _NOTHING, apart: Apart | None = None) -> None:
         self.nodes = list(graph.nodes)
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.owned = owned | owned_storages(graph)
+        self._apart = apart
         self._dtypes: dict[int, torch.dtype] = {}
         for node in self.nodes:
             found = value(node)
@@ -169,17 +173,25 @@ class Memory:
     def overlap(self, a: Storages, b: Storages) -> bool:
         """Whether memory of the one may be memory of the other.
 
-        Two inputs that are different tensors in this call may be views of one in the next, which no guard sees; a
-        module's parameters and buffers are taken as they are.
+        Storages that are one for Dynamo are one here: it gives views of one tensor one fake storage, and what a graph
+        makes itself lies in no input's. Inputs with a storage each are different tensors, which Dynamo guards, but may
+        be views of one tensor in the next call, which it does not guard. So two tensors of the caller's and one dtype
+        are taken to overlap. One of the caller's and one of the module's, or of another dtype, are taken to be apart,
+        which every call checks (`fastres.backend.apart`). A module's parameters and buffers are taken as they are.
         """
         if not a.isdisjoint(b):
             return True
         outside_a, outside_b = ([s for s in side if s in self._dtypes] for side in (a, b))
-        return any(
-            self._dtypes[x] == self._dtypes[y] and (x not in self.owned or y not in self.owned)
-            for x in outside_a
-            for y in outside_b
-        )
+        return any(self._may_meet(x, y) for x in outside_a for y in outside_b)
+
+    def _may_meet(self, x: int, y: int) -> bool:
+        """Whether two inputs' storages may be one in another call."""
+        if x in self.owned and y in self.owned:
+            return False
+        alike = self._dtypes[x] == self._dtypes[y]
+        if self._apart is None or (alike and x not in self.owned and y not in self.owned):
+            return alike
+        return not self._apart.assume(x, y)
 
     def is_written_between(self, storages: Storages, first: Node, last: Node | None, own: Iterable[Node] = ()) -> bool:
         """Whether a call after `first` and before `last` (None: the graph's end) writes to these storages, or may."""
@@ -215,6 +227,11 @@ class Memory:
     def stays(self, node: Node, since: Node) -> bool:
         """Whether nobody writes to the node's memory after that call."""
         return not self.is_written_between(self.storages([node]), since, None)
+
+    def is_known_outside(self, node: Node) -> bool:
+        """Whether the node's memory is that of an input or output of the graph."""
+        edges = ("placeholder", "get_attr", "output")
+        return any(n.op in edges or any(user.op == "output" for user in n.users) for n in self.sharing(node))
 
     def is_made_here(self, node: Node) -> bool:
         """Whether the node's memory is new with it: no input of the graph, no view, no in-place result."""

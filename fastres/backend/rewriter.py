@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from fastres import functional
 from fastres.backend import chains, convolutions
+from fastres.backend.apart import Apart
 from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of, norm_params
 from fastres.backend.chains import Chain
 from fastres.backend.layout import to_channels_last
@@ -67,17 +68,26 @@ class Rewriter:
     Args:
         graph: Dynamo's, or a part of it.
         owned: storages of parameters and buffers, where the graph does not say itself.
+        apart: notes what the result takes of its inputs' memory; None where no call could check it.
         algorithm: of the convolutions, as in `fastres.functional.conv3x3`.
         requested: the same, read from the environment where it is None.
         smallest: elements below which a normalisation on the CPU, with no convolution of ours beside it, is left.
     """
 
-    def __init__(self, graph: Graph, owned: Storages, algorithm: str | None, requested: str, smallest: int) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        owned: Storages,
+        apart: Apart | None,
+        algorithm: str | None,
+        requested: str,
+        smallest: int,
+    ) -> None:
         self.graph, self.algorithm, self.requested, self.smallest = graph, algorithm, requested, smallest
         remove_idle_dropout(graph)
         rename_after_writes(graph)
         converted = to_channels_last(graph, requested)
-        self.memory = Memory(graph, owned)
+        self.memory = Memory(graph, owned, apart)
         self.report = GraphReport(channels_last=converted)
         self.claimed: set[Node] = set()
         self.chains: list[Chain] = []

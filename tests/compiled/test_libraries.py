@@ -20,12 +20,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "vgg11_bn": ("4/4 0/6 4 batch_norm_act:4",),
     "densenet121": ("11/11 0/10 11 batch_norm_act:11",),
     "regnety_002": ("23/23 4/35 25 batch_norm_act:15 projection_shortcut:4",),
-    # In training the stem's two branches stay apart: a convolution between them reads the network's input, of which
-    # nobody knows whether it shares memory with the running statistics that the first one moves.
-    "repvgg_a0": (
-        "12/12 4/10 12 batch_norm_act:4 projection_shortcut:4",
-        "12/12 5/10 12 batch_norm_act:2 projection_shortcut:5",
-    ),
+    "repvgg_a0": ("12/12 5/10 12 batch_norm_act:2 projection_shortcut:5",),
     "dla34": ("29/29 1/30 38 batch_norm_act:27 projection_shortcut:1",),
     "convnext_atto": ("0/0 0/16 0 ",),
     "mobilenetv3_small_050": ("34/34 0/53 30 batch_norm_act:34",),

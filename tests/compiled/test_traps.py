@@ -33,7 +33,7 @@ EXPECTED: dict[type[traps.Trap], tuple[str, ...]] = {
     traps.Broadcast: ("2/2 0/2 0 batch_norm_act:2",),
     traps.AddedToItself: ("1/1 0/1 0 batch_norm_act:1",),
     traps.ReadInBetween: ("1/1 0/2 0 batch_norm_act:1",),
-    traps.ActivationBeforeResidual: ("2/2 0/2 2 batch_norm_act:2", "2/2 0/2 2 batch_norm_act:1"),
+    traps.ActivationBeforeResidual: ("2/2 0/2 2 batch_norm_act:1",),
     traps.TwoActivations: ("1/1 0/1 1 batch_norm_act:1",),
     traps.InPlaceOnInput: ("1/1 0/2 0 batch_norm_act:1",),
     traps.Hooked: ("1/1 0/1 0 batch_norm_act:1",),

@@ -5,6 +5,8 @@ Values that are written, read under an old name, through a view or by the networ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -102,6 +104,11 @@ class SharedRunningStatistics(Trap):
     def __init__(self) -> None:
         super().__init__()
         self.second.running_mean = self.bn.running_mean
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> SharedRunningStatistics:
+        super()._apply(fn, recurse)
+        self.second.running_mean = self.bn.running_mean  # another dtype makes a tensor of each name
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)) + self.second(self.other(x)))
