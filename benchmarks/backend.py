@@ -206,22 +206,22 @@ def _all_sides(found: list[Measured]) -> list[str]:
 
 
 def main(config: Config) -> None:
-    """Measure, print, write."""
+    """Measure, print, write; what there is after each network, so that a run that is cut off leaves it."""
     machine = describe_machine()
-    found = [measure(name, config.rounds, config.inner) for name in tqdm(config.networks)]
-    text = table(found)
     where = f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}"
     how = f"float32, channels_last; {machine['date']}. Medians of {config.rounds} interleaved rounds."
-    text = f"{where}; {how}\n\n{text}"
-    print(text)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    name = f"backend-{slug(machine['processor'])}-{slug(machine['capability'])}-{machine['date']}.json"
+    found: list[Measured] = []
+    for network in tqdm(config.networks):
+        found.append(measure(network, config.rounds, config.inner))
+        write_text(config.output_dir / name, to_json({"machine": machine, "networks": [vars(m) for m in found]}))
+        if config.page is not None:
+            insert_table(config.page, f"{where}; {how}\n\n{table(found)}", "speed")
+    print(table(found))
     for m in found:
         for side, why in m.missing.items():
             print(f"{m.name}, {side}: {why}")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    name = f"backend-{slug(machine['processor'])}-{slug(machine['capability'])}-{machine['date']}.json"
-    write_text(config.output_dir / name, to_json({"machine": machine, "networks": [vars(m) for m in found]}))
-    if config.page is not None:
-        insert_table(config.page, text, "speed")
 
 
 if __name__ == "__main__":
