@@ -87,6 +87,14 @@ def rewrite(module: GraphModule, conv_algorithm: str | None = None, smallest: in
     return report
 
 
+def _inductor_options(mode: str | None) -> dict[str, Any]:
+    """What a mode of torch.compile means to inductor."""
+    known: dict[str, dict[str, Any]] = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise ValueError(f"mode: expected one of {', '.join(known)}, got {mode!r}")
+    return known[mode]
+
+
 def fastres(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -114,7 +122,7 @@ def fastres(
     if mode not in (None, "default"):
         if inner != "inductor":
             raise ValueError(f"mode: expected None with the inner backend {inner!r}, got {mode!r}")
-        keywords["mode"] = mode
+        keywords["config_patches"] = _inductor_options(mode)
     report = rewrite(gm, conv_algorithm, smallest)
     report.inner = inner
     note(report)
