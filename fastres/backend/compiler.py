@@ -25,6 +25,7 @@ _SMALLEST = 100_000
 # (what is looked for, what computes it)
 PATTERNS = [
     ("normalisation, residual, activation, dropout", "batch_norm_act, with the residual's own normalisation"),
+    ("the arithmetic of FrozenBatchNorm2d, without a gradient", "the same as a normalisation in evaluation"),
     ("1x1 convolution and normalisation of a residual", "projection_shortcut"),
     ("3x3 convolution behind these, in training", "norm_act_conv3x3: they are its prologue"),
     ("3x3 convolution before a normalisation, in training", "conv3x3_with_statistics: taken in its epilogue"),

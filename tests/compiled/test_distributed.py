@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastres
 from fastres.backend import GraphReport
-from fastres.fuse import fuse
 from tests import oracle
 from tests.compiled import compare, networks
 from tests.distributed.processes import run_processes
@@ -103,8 +102,8 @@ def sharded(*, by_blocks: bool = False) -> nn.Module:
 
 def synchronised() -> nn.Module:
     torch.manual_seed(oracle.SEED % 1000)
-    blocks = nn.Sequential(fastres.nn.ResidualBlock(3, 8, 2, dropout=0.0), fastres.nn.ResidualBlock(8, 8, dropout=0.0))
-    return nn.SyncBatchNorm.convert_sync_batchnorm(fuse(scramble(blocks)).double())
+    block = scramble(fastres.nn.ResidualBlock(3, 8, 2, dropout=0.0)).double()
+    return nn.SyncBatchNorm.convert_sync_batchnorm(block)
 
 
 def ddp(model: nn.Module, **options: Any) -> nn.Module:
