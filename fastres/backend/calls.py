@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from fastres.activations import KINDS, RELU, Activation
-from fastres.backend.values import bind, hint, same_layout, same_sizes, value
+from fastres.backend.values import bind, hint, is_transformed, same_layout, same_sizes, value
 from fastres.contract import ConvProblem, NormParams
 from fastres.ops.algorithms import problem_of
 
+_TRANSFORMED = "it is inside a transform of torch.func"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")
 
@@ -55,6 +56,8 @@ def norm_of(node: Any) -> Norm | str:
     """The normalisation that a call of F.batch_norm is, or why it is none of ours."""
     given = bind(node, _NORM)
     x, y = value(given["input"]), value(node)
+    if is_transformed(node):
+        return _TRANSFORMED
     if x is None or y is None:
         return "its input is no tensor that Dynamo knows"
     if not 2 <= x.dim() <= 5 or x.dtype not in _DTYPES or x.layout is not torch.strided:
@@ -126,6 +129,8 @@ def conv_of(node: Any, kernel: int) -> Conv | str:
         return "it is no two-dimensional convolution"
     given = bind(node, CONV)
     x, weight, y = value(given["input"]), value(given["weight"]), value(node)
+    if is_transformed(node):
+        return _TRANSFORMED
     if x is None or weight is None or y is None or x.dim() != 4:
         return "its input is no batch of images"
     if y.dim() != 4:

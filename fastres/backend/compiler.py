@@ -25,6 +25,7 @@ _SMALLEST = 100_000
 # (what is looked for, what computes it)
 PATTERNS = [
     ("normalisation, residual, activation, dropout", "batch_norm_act, with the residual's own normalisation"),
+    ("the arithmetic of FrozenBatchNorm2d, without a gradient", "the same as a normalisation in evaluation"),
     ("1x1 convolution and normalisation of a residual", "projection_shortcut"),
     ("3x3 convolution behind these, in training", "norm_act_conv3x3: they are its prologue"),
     ("3x3 convolution before a normalisation, in training", "conv3x3_with_statistics: taken in its epilogue"),
@@ -88,6 +89,14 @@ def rewrite(
     return report
 
 
+def _inductor_options(mode: str | None) -> dict[str, Any]:
+    """What a mode of torch.compile means to inductor."""
+    known: dict[str, dict[str, Any]] = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise ValueError(f"mode: expected one of {', '.join(known)}, got {mode!r}")
+    return known[mode]
+
+
 def fastres(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -115,7 +124,7 @@ def fastres(
     if mode not in (None, "default"):
         if inner != "inductor":
             raise ValueError(f"mode: expected None with the inner backend {inner!r}, got {mode!r}")
-        keywords["mode"] = mode
+        keywords["config_patches"] = _inductor_options(mode)
     # A graph with checkpointed parts has no copy beside it that could run as it stands.
     apart, plain = (None, None) if _parts(gm) else (Apart(gm.graph), plain_copy(gm))
     report = rewrite(gm, conv_algorithm, smallest, apart)

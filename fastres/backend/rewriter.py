@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fastres import functional
-from fastres.backend import chains, convolutions
+from fastres.backend import chains, convolutions, frozen
 from fastres.backend.apart import Apart
 from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of, norm_params
 from fastres.backend.chains import Chain
@@ -86,9 +86,12 @@ class Rewriter:
         self.graph, self.algorithm, self.requested, self.smallest = graph, algorithm, requested, smallest
         remove_idle_dropout(graph)
         rename_after_writes(graph)
+        self.frozen, unknown = frozen.recognise(graph)
         converted = to_channels_last(graph, requested)
         self.memory = Memory(graph, owned, apart)
-        self.report = GraphReport(channels_last=converted)
+        self.report = GraphReport(channels_last=converted, norms=len(unknown))
+        for node, reason in unknown:
+            self.leave("normalisation", node, reason)
         self.claimed: set[Node] = set()
         self.chains: list[Chain] = []
         self._now: dict[Node, Node] = {}
@@ -193,6 +196,12 @@ class Rewriter:
         x, weight = self.current(conv.x), self.current(conv.weight)
         return self.call(function, x, weight, params, stride=conv.stride[0], algorithm=self.algorithm, **options)
 
+    def _write_arithmetic(self, node: Node, arithmetic: frozen.Arithmetic) -> Node:
+        """The arithmetic that a normalisation was which is not fused."""
+        scale, shift = self.current(arithmetic.scale), self.current(arithmetic.shift)
+        product = self.call(operator.mul, self.current(node.args[0]), scale, like=node)
+        return self.call(operator.add, product, shift)
+
     def convolve(self, conv: Conv, chain: Chain | None = None, options: dict[str, Any] | None = None) -> Node:
         """A 3x3 convolution, in training after the chain that only it reads, where there is one."""
         n, x, weight, bias = conv.node, self.current(conv.x), self.current(conv.weight), self.current(conv.bias)
@@ -250,7 +259,7 @@ class Rewriter:
     def run(self) -> GraphReport:
         """Rewrite the graph, and say what became of it."""
         nodes = self.memory.nodes
-        self.report.norms = sum(map(is_norm, nodes))
+        self.report.norms += sum(map(is_norm, nodes))
         self.report.convolutions = sum(map(is_conv, nodes))
         self.find()
         ends = {chain.last: chain for chain in self.chains}
@@ -264,11 +273,14 @@ class Rewriter:
                 node.replace_all_uses_with(new)
         for node in filter(self.claimed.__contains__, reversed(nodes)):
             self.graph.erase_node(node)
+        frozen.erase_unused(self.graph, self.frozen.values())
         return self.report
 
     def _replacement(self, node: Node, ends: dict[Node, Chain]) -> Node | None:
         if node in ends:
             return self.write(ends[node])
+        if node in self.frozen and node not in self.claimed:
+            return self._write_arithmetic(node, self.frozen[node])
         if node in self.claimed or not is_conv(node):
             return None
         conv = conv_of(node, 3)

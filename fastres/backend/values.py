@@ -12,9 +12,17 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def value(node: Any) -> Tensor | None:
-    """The fake tensor that Dynamo computed there; None where it is no tensor."""
+    """The fake tensor that Dynamo computed there; None where it is no tensor, or one that a transform of torch.func
+    wrapped: that has neither a storage nor, under vmap, the shape that is computed.
+    """
     found = node.meta.get("example_value") if isinstance(node, Node) else None
-    return found if isinstance(found, Tensor) else None
+    return found if isinstance(found, Tensor) and not is_transformed(node) else None
+
+
+def is_transformed(node: Any) -> bool:
+    """Whether the value is a tensor that a transform of torch.func (grad, vmap, jvp) wrapped."""
+    found = node.meta.get("example_value") if isinstance(node, Node) else None
+    return isinstance(found, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(found)
 
 
 def same_sizes(a: Iterable[Any], b: Iterable[Any]) -> bool:

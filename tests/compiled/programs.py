@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.compiled.traps import Constant
+
 CHANNELS, NORMS = 4, 3
 SHAPE = (2, CHANNELS, 6, 6)
 _LINES = (6, 16)
@@ -36,6 +38,7 @@ _NORMS = (
     # Not a norm that training moves: backward in PyTorch would read its statistics as they are by then.
     "F.batch_norm({a}, self.frozen.running_mean, self.frozen.running_var)",
     "self.bn{i}({a}.contiguous(memory_format=torch.channels_last))",
+    *("self.constant{i}({a})",) * 2,
 )
 _CONVOLUTIONS = ("self.conv0({a})", "self.conv1({a})", "self.pointwise0({a})", "self.pointwise1({a})")
 _ADDITIONS = ("{a} + {b}", "torch.add({a}, {b})", "{a}.add({b})", "{b} + {a}")
@@ -60,7 +63,8 @@ _WRITES = (
     "{a}[:, :2].mul_(0.5)", "{a}[:, 1:3] = 0.25", "{a}.flatten(1).add_(0.5)", "{a}.detach().mul_(0.5)",
     "{a}.data.add_(0.5)", "{a}.copy_({b})", "{a}.mul_({b})", "torch._foreach_mul_([{a}, {b}], 0.5)",
     "torch.mul({b}.detach(), 0.5, out={a}.detach())", "{a}.narrow(1, 2, 2).zero_()", "{a}[0].relu_()",
-    "self.bn{i}.running_mean.mul_(0.5)", "self.bn{i}.running_var.add_(self.bn{i}.running_mean.square())",
+    "self.bn{i}.running_mean.mul_(0.5)", "self.constant{i}.running_mean.mul_(0.5)",
+    "self.bn{i}.running_var.add_(self.bn{i}.running_mean.square())",
     "F.dropout({a}, 0.0, True, True)",
 )  # fmt: skip
 _IN_PLACE = (_ACTIVATIONS_IN_PLACE, _ADDITIONS_IN_PLACE, _WRITES)
@@ -111,6 +115,7 @@ class Program(nn.Module):
         self.pointwise0, self.pointwise1 = (nn.Conv2d(CHANNELS, CHANNELS, 1, bias=bias) for bias in (False, True))
         self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(CHANNELS) for _ in range(NORMS))
         self.frozen = nn.BatchNorm2d(CHANNELS)
+        self.constant0, self.constant1, self.constant2 = (Constant(CHANNELS) for _ in range(NORMS))
         self.relu, self.relu_, self.dropout = nn.ReLU(), nn.ReLU(inplace=True), nn.Dropout(0.0)
         self.run = _compiled(text_of(seed))
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastres.backend import layout
+from fastres.backend.compiler import rewrite
+from tests import oracle
 from tests.compiled import compare, traps
 from tests.compiled.test_networks import counts
 
@@ -40,6 +45,11 @@ EXPECTED: dict[type[traps.Trap], tuple[str, ...]] = {
     traps.Frozen: ("2/2 0/2 2 batch_norm_act:2", "2/2 0/2 2 batch_norm_act:1"),
     traps.DetachedAlias: ("1/1 0/1 0 batch_norm_act:1",),
     traps.SplitViews: ("1/1 0/1 1 batch_norm_act:1",),
+    traps.ConstantNorm: ("0/3 0/2 0 ", "3/3 0/2 2 batch_norm_act:2"),
+    traps.ConstantNormOfWhatIsOverwritten: ("0/2 0/2 0 ", "1/2 0/2 0 batch_norm_act:1"),
+    traps.ConstantsWrittenBetween: ("0/2 0/2 0 ",),
+    traps.ConstantsReadElsewhere: ("0/1 0/1 0 ", "1/1 0/1 1 batch_norm_act:1"),
+    traps.AlmostConstantNorm: ("0/0 0/2 0 ",),
 }
 # Those in which a convolution of ours has statistics, an input or a residual that may go stale; in training.
 BY_OUR_CONVOLUTIONS = {
@@ -64,6 +74,38 @@ def test_values_are_those_of_pytorch(trap):
 def test_values_are_those_of_pytorch_by_our_convolutions(trap):
     training, _ = compare.check(trap, IMAGES, dtype=torch.float32, layout="channels_last", conv_algorithm="winograd")
     assert counts(training) == BY_OUR_CONVOLUTIONS[trap]
+
+
+def test_normalisation_by_constants_is_the_epilogue_of_a_convolution():
+    _, evaluation = compare.check(
+        traps.ConstantNorm, IMAGES, dtype=torch.float32, layout="channels_last", conv_algorithm="winograd"
+    )
+    assert counts(evaluation) == "3/3 1/2 2 batch_norm_act:1 conv3x3_norm_act:1"
+
+
+def test_arithmetic_with_constants_stays_what_it_was_where_it_does_not_become_ours():
+    model, graphs, reports = traps.ConstantNorm().eval(), [], []
+    x = torch.randn(2, 3, 8, 8, generator=oracle.generator("constants"))
+
+    def backend(graph, _):
+        graphs.append(graph)
+        reports.append(rewrite(graph))
+        return graph.forward
+
+    with compare.fresh(), torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
+    assert counts(reports[0]) == "0/3 0/2 0 "
+    assert sum("too few for a call" in left.reason for left in reports[0].left) == 3
+    targets = [node.target for node in graphs[0].graph.nodes]
+    assert F.batch_norm not in targets
+    # Each of the three has six, and the residual is added.
+    assert sum(targets.count(t) for t in (operator.mul, operator.add, operator.sub)) == 3 * 6 + 1
+
+
+def test_normalisation_by_constants_of_another_dtype_is_left():
+    reports = compare.check(traps.ConstantNorm, IMAGES, dtype=torch.float32, autocast=torch.bfloat16)
+    reasons = {left.reason for left in reports[1].left if left.call == "normalisation"}
+    assert "its input is torch.bfloat16, its output torch.float32 and its scale torch.float32" in reasons
 
 
 IN_ANOTHER_FORMAT = (

@@ -253,4 +253,78 @@ class SplitViews(Trap):
         return y * torch.cat([b, a], 1)
 
 
+class Constant(nn.Module):
+    """FrozenBatchNorm2d, as detectors have it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean"):
+            self.register_buffer(name, torch.randn(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        w, b, v, m = (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_var, self.running_mean))
+        scale = w * (v + 1e-5).rsqrt()
+        return scale, b - m * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.factors()
+        return x * scale + shift
+
+
+class ConstantNorm(Trap):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.second, self.third = Constant(8), Constant(8), Constant(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.third(self.bn(self.conv(x))) + self.second(self.other(x)))
+
+
+class ConstantNormOfWhatIsOverwritten(ConstantNorm):
+    """PyTorch refuses this of a normalisation, which saves its input; of the arithmetic it does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, o = self.conv(x), self.other(x)
+        y = torch.sigmoid(self.bn(c)) + F.relu(c, inplace=True)
+        scale, shift = self.second.factors()
+        product = o * scale
+        o.mul_(0.5)
+        return y + F.relu(product + shift) + o
+
+
+class ConstantsWrittenBetween(ConstantNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.conv(x)
+        scale, shift = self.bn.factors()
+        self.bn.running_var.mul_(2.0)
+        self.bn.weight.add_(1.0)
+        y = F.relu(c * scale + shift)
+        scale, shift = self.second.factors()
+        scale[:, :2].mul_(0.5)
+        return y + F.relu(self.other(x) * scale + shift)
+
+
+class ConstantsReadElsewhere(ConstantNorm):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self.bn.factors()
+        y = F.relu(self.conv(x) * scale + shift)
+        return y * shift, scale
+
+
+class AlmostConstantNorm(ConstantNorm):
+    """The scale of one and the shift of another; the shift without its mean; a variance that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.variance = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, o = self.conv(x), self.other(x)
+        y = F.relu(c * self.bn.factors()[0] + self.second.factors()[1])
+        y = y + F.relu(o * self.bn.factors()[0] + self.bn.bias[0])
+        scale = (self.third.weight * (self.variance + 1e-5).rsqrt()).reshape(1, -1, 1, 1)
+        return y + F.relu(o * scale + (self.third.bias.reshape(1, -1, 1, 1) - scale * 2))
+
+
 TRAPS = [t for t in globals().values() if isinstance(t, type) and issubclass(t, Trap) and t is not Trap]
