@@ -193,6 +193,14 @@ class _Prepared:
         self.last: tuple[Any, ...] = ()
 
     def run(self, values: Sequence[Any]) -> None:
+        """Launch on the current stream.
+
+        Raises:
+            ValueError: the tensors are not all on one device; a kernel would follow an address of another.
+        """
+        devices = {v.device for v in values if isinstance(v, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"expected all tensors on one device, got them on {', '.join(sorted(map(str, devices)))}")
         pointers = [v.data_ptr() if isinstance(v, Tensor) else 0 for v in values]
         aligned = functools.reduce(operator.or_, pointers) % 16 == 0
         missing = tuple([v is None for v in values])
@@ -206,6 +214,7 @@ class _Prepared:
             self.compiled[missing] = compiled[self.grid]
 
 
+MOST_PREPARED = 1024
 _prepared: dict[Any, _Prepared] = {}
 
 
@@ -242,6 +251,8 @@ def launch(
         key = (kernel.__name__, make, shape, depth, x.dtype, x.device, *flags.values())
         prepared = _prepared.get(key)
         if prepared is None:
+            if len(_prepared) >= MOST_PREPARED:
+                _prepared.clear()
             plan = make(shape, device_of(x))
             options = _meta(plan, shape, partials) | flags | launch_options(plan.num_warps, plan.registers, _BACKEND)
             prepared = _prepared[key] = _Prepared(kernel, plan, (plan.splits, plan.channel_blocks, depth), options)
