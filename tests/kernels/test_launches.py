@@ -16,6 +16,7 @@ from fastres.contract import Act, Norm, NormParams, Statistics
 from fastres.kernels import batch_norm_act
 from fastres.kernels.compiled import ARCHITECTURES
 from fastres.kernels.launch import recording
+from fastres.kernels.plan import WAVES
 
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="traces need no interpreter")
 
@@ -62,13 +63,14 @@ def test_evaluation_is_one_launch_a_norm():
     assert Counter(launch.name for launch in trace.launches) == {"apply_kernel": NORMS - 3}
 
 
-def test_grids_fill_the_gpu_without_a_second_wave():
+def test_grids_fill_the_gpu_without_a_wave_too_many():
     for architecture in ARCHITECTURES:
         device = architecture.device
         for launch in training_step(device=device)[0].launches:
             threads = launch.num_warps * device.warp
             programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-            assert programs * threads <= device.multiprocessors * device.resident
+            waves = WAVES if launch.name == "apply_kernel" or launch.name == "backward_apply_kernel" else 1
+            assert programs * threads <= device.multiprocessors * device.resident * waves
             assert programs >= device.multiprocessors // 2
 
 
