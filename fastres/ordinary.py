@@ -16,7 +16,7 @@ def is_transformed() -> bool:
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0
 
 
-# torch.compiler.assume_constant_result, which would import the compiler: before torch 2.12 Dynamo does not know that
+# torch.compiler.assume_constant_result, which would import the compiler: Dynamo of torch 2.11 does not know that
 # function, and what this one says while it traces holds for the graph.
 is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

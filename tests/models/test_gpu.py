@@ -18,6 +18,7 @@ from torchvision.models import resnet18
 import fastres
 from fastres import models
 from fastres.train import DivergedError, TrainConfig, train
+from tests.oracle import LAYOUTS
 from tests.parity import scramble
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.gpu
 CLASSES = 10
 NETWORKS = ("resnet18", "resnet50", "article", "resnet20", "wrn16-4", "fast")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 # A ReLU whose input is 0 up to rounding may flip on one side alone, and a single one moves the gradients by up to a
 # thousandth. A wrong term moves them by more than a hundredth, and the operators' own tests measure in roundings.
 FACTOR, FLIPPED = 8.0, 2e-3
