@@ -24,9 +24,9 @@ from torch import Tensor
 from fastres import contract
 from fastres.ops import fallback
 from fastres.ops.arguments import Needs2
+from fastres.ops.formulas import convolution_gradients
 from fastres.ops.library import (
     convolution_flops,
-    convolution_gradients,
     define,
     in_strides_of,
     needs_plain_formula,

@@ -15,7 +15,15 @@ from fastres import contract
 from fastres.activations import Activation
 from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums, output_size
 from fastres.ops.arguments import Ints2, Needs2, Needs3
-from fastres.ops.formulas import activate, input_gradient, keep_rows, masked_gradient, sums_of, unpack_keep
+from fastres.ops.formulas import (
+    activate,
+    convolution_gradients,
+    input_gradient,
+    keep_rows,
+    masked_gradient,
+    sums_of,
+    unpack_keep,
+)
 from fastres.ops.packed import unpack
 
 
@@ -220,12 +228,9 @@ def _convolution_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], results: tuple[Tensor, Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight) by PyTorch, written into `results` where they are needed."""
-    padding = [weight.shape[2] // 2] * 2
-    found = torch.ops.aten.convolution_backward(
-        dy, x, weight.to(x.dtype), None, stride, padding, [1, 1], False, [0, 0], 1, [*needs[:2], False]
-    )
-    for to, gradient, needed in zip(results, found[:2], needs, strict=False):
-        if needed:
+    found = convolution_gradients(dy, x, weight, stride, needs)
+    for to, gradient in zip(results, found, strict=True):
+        if gradient is not None:
             to.copy_(gradient)
     return results
 

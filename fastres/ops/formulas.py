@@ -6,6 +6,8 @@ Notation: x is [N, C, H, W], M = N * H * W elements a channel, xhat = (x - mean)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -129,3 +131,32 @@ def unpack_keep(keep: Tensor, x: Tensor) -> Tensor | None:
         return None
     n, c, h, w = x.shape
     return contract.unpack_bits(keep, keep_rows(x)).reshape(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def convolution_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) of a convolution in one group whose padding is half its kernel, None where not needed, by PyTorch's
+    operator, which is differentiable itself.
+    """
+    kernel, w = weight.shape[2], weight.to(x.dtype)
+    dx, dweight = None, None
+    if needs[0]:
+        dx = _convolution_backward(dy, x, w, stride, (True, False))[0]
+    if needs[1]:
+        if kernel == 1:
+            # The stride is left to a slice: with it, and with fewer inputs than a vector has elements, oneDNN writes
+            # past its own memory in channels_last (https://github.com/uxlfoundation/oneDNN/issues/6035).
+            x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+        dweight = _convolution_backward(dy, x, w, stride, (False, True))[1].to(weight.dtype)
+    return dx, dweight
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], mask: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    padding = [weight.shape[2] // 2] * 2
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [*mask, False]
+    )
+    return dx, dweight

@@ -117,16 +117,3 @@ def needs_plain_formula(dy: Tensor, dy2: Tensor | None = None) -> bool:
     # torch.autograd.grad(is_grads_batched=True) has batches of its own, beside torch.func's.
     batched = _is_batched(dy) or (dy2 is not None and _is_batched(dy2))
     return torch.is_grad_enabled() or batched or why_not_ordinary() is not None
-
-
-def convolution_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dweight) of a convolution in one group whose padding is half its kernel, by PyTorch's operator, which is
-    differentiable itself.
-    """
-    padding = [weight.shape[2] // 2] * 2
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight.to(x.dtype), None, stride, padding, [1, 1], False, [0, 0], 1, [*needs, False]
-    )
-    return dx if needs[0] else None, dweight.to(weight.dtype) if needs[1] else None

@@ -28,9 +28,9 @@ from fastres import contract
 from fastres.contract import PLAIN, Act, Group, Norm, NormParams, Residual, Statistics, Sums
 from fastres.ops import batch_norm_act, conv3x3, fallback, formulas
 from fastres.ops.arguments import Needs3
+from fastres.ops.formulas import convolution_gradients
 from fastres.ops.library import (
     convolution_flops,
-    convolution_gradients,
     define,
     in_strides_of,
     needs_plain_formula,

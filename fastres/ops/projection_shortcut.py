@@ -20,7 +20,8 @@ from torch import Tensor
 from fastres import contract
 from fastres.ops import fallback
 from fastres.ops.arguments import Ints2, Needs2
-from fastres.ops.library import convolution_flops, convolution_gradients, define, needs_plain_formula, restored
+from fastres.ops.formulas import convolution_gradients
+from fastres.ops.library import convolution_flops, define, needs_plain_formula, restored
 
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
