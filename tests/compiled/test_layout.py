@@ -1,0 +1,107 @@
+"""Networks in NCHW: what of them is computed in channels_last, between which copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastres.backend.compiler import rewrite
+from tests import oracle
+from tests.compiled import compare
+
+SHAPE = (2, 16, 12, 12)
+
+
+class Squeeze(nn.Module):
+    """A block of Hu et al. 2018, "Squeeze-and-excitation networks": gates from the mean of each image's channel."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        self.pool, self.conv, self.norm = pool, nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.gate, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 3, padding=1)
+
+    def mean(self, x: Tensor) -> Tensor:
+        if self.pool == "adaptive":
+            return nn.functional.adaptive_avg_pool2d(x, 1)
+        return x.mean((2, -1), keepdim=True) if self.pool == "method" else torch.mean(x, [2, 3], True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(x)))
+        return self.last(x * self.gate(self.mean(x)).sigmoid())
+
+
+class FewInputs(nn.Module):
+    """A strided 1x1 convolution beside others that gain from channels_last."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Conv2d(inputs, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+        self.strided = nn.Conv2d(inputs, 32, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x) + self.strided(x)
+
+
+def formats(model: nn.Module, x: Tensor) -> dict[tuple[int, int], bool]:
+    """(kernel, inputs) of each convolution in the changed graph -> whether it reads channels_last."""
+    graphs = []
+
+    def backend(graph, _):
+        rewrite(graph, "torch")
+        graphs.append(graph.graph)
+        return graph.forward
+
+    with compare.fresh():
+        torch.compile(model, backend=backend)(x)
+    found = {}
+    for node in graphs[0].find_nodes(op="call_function", target=torch.conv2d):
+        image, weight = (n.meta["example_value"] for n in node.args[:2])
+        found[weight.shape[2], weight.shape[1]] = image.is_contiguous(memory_format=torch.channels_last)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def copies_cost_nothing(monkeypatch):
+    """These networks are too small for copies to pay."""
+    compare.make_copies_free(monkeypatch)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=oracle.generator("layout", shape))
+
+
+@pytest.mark.parametrize("pool", ["adaptive", "method", "function"])
+def test_means_of_images_are_taken_in_channels_last_as_they_lie(pool):
+    training, evaluation = compare.check(lambda: Squeeze(pool), [SHAPE], dtype=torch.float32)
+    # Convolution, normalisation and ReLU, the product and the last convolution; gates have one pixel.
+    assert training.channels_last == evaluation.channels_last == 5
+    graphs = []
+
+    def backend(graph, _):
+        rewrite(graph)
+        graphs.append(graph.graph)
+        return graph.forward
+
+    with compare.fresh():
+        torch.compile(Squeeze(pool), backend=backend)(images(*SHAPE))
+    copies = graphs[0].find_nodes(op="call_method", target="contiguous")
+    assert [n.kwargs["memory_format"] for n in copies] == [torch.channels_last, torch.contiguous_format]
+
+
+class OtherMean(Squeeze):
+    def mean(self, x: Tensor) -> Tensor:
+        return x.mean(0, keepdim=True).mean((2, 3), keepdim=True)  # [1, C, H, W] between
+
+
+def test_a_mean_over_images_keeps_its_strides():
+    training, _ = compare.check(lambda: OtherMean("adaptive"), [SHAPE], dtype=torch.float32)
+    assert training.channels_last > 0
+
+
+@pytest.mark.parametrize("inputs", [8, 16])
+def test_a_strided_1x1_convolution_of_few_inputs_stays_in_nchw(inputs):
+    """There oneDNN's kernel for channels_last writes past its memory."""
+    found = formats(FewInputs(inputs), images(2, inputs, 32, 32))
+    assert found == {(3, inputs): True, (3, 32): True, (1, inputs): inputs >= 16}
