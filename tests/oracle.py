@@ -175,7 +175,13 @@ def assert_statistics(mean: Tensor, m2: Tensor, y: Tensor, name: str) -> None:
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator of its own for each test case, fixed by the run's seed and the case's key; it lives on the CPU."""
+    """A generator of its own for each test case, fixed by the run's seed and the case's key; it lives on the CPU.
+
+    Raises:
+        ValueError: the key holds an object that prints its address, which is another in every process.
+    """
+    if " at 0x" in str(key):
+        raise ValueError(f"key: expected what is the same in every process, got {key}")
     return torch.Generator("cpu").manual_seed(random.Random(f"{SEED}{key}").randrange(2**62))
 
 

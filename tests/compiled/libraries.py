@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-_STAGES: dict[str, Any] = {"layers": (1, 2, 1, 1), "channels": (8, 8, 16, 16), "stem_width": 8, "num_classes": 5}
+_STAGES: dict[str, Any] = {"layers": (1, 2, 1, 1), "channels": (16, 16, 32, 32), "stem_width": 8, "num_classes": 5}
 
 
 def _timm(name: str, **keywords: Any) -> Callable[[], nn.Module]:
@@ -129,8 +129,8 @@ class _Trunk(nn.Module):
 # Name -> (package, what makes the network, shape of a batch). Ten values a channel or so are left at the end: the
 # normalisation of two multiplies rounding errors by more than the comparison allows.
 NETWORKS: dict[str, tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet18": ("timm", _timm("resnet18", **_STAGES), (3, 3, 48, 48)),
-    "seresnet18": ("timm", _timm("seresnet18", **_STAGES), (3, 3, 48, 48)),
+    "resnet18": ("timm", _timm("resnet18", **_STAGES), (2, 3, 40, 40)),
+    "seresnet18": ("timm", _timm("seresnet18", **_STAGES), (2, 3, 40, 40)),
     "resnet50d": ("timm", _timm("resnet50d", **_STAGES), (3, 3, 48, 48)),
     "resnetv2_50": (
         "timm",

@@ -67,9 +67,12 @@ class Preactivation(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem and two blocks, the second with twice the channels at half the resolution."""
+    """A stem and two blocks, the second with twice the channels at half the resolution.
 
-    def __init__(self, block: Any, width: int = 8, *, stem_norm: bool = True) -> None:
+    With fewer than 16 inputs of a strided 1x1 convolution, oneDNN writes past its memory in channels_last.
+    """
+
+    def __init__(self, block: Any, width: int = 16, *, stem_norm: bool = True) -> None:
         super().__init__()
         self.conv1 = conv3x3(3, width)
         self.bn1 = nn.BatchNorm2d(width) if stem_norm else nn.Identity()

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
-from fastres.backend import layout
 from tests import oracle
 from tests.compiled import compare, programs
 from tests.compiled.traps import Trap
@@ -149,7 +148,7 @@ def check(seed: int) -> None:
 @pytest.fixture(autouse=True)
 def copies_cost_nothing(monkeypatch):
     """Small networks in NCHW go to channels_last as well."""
-    monkeypatch.setattr(layout, "_COPY_COST", 0)
+    compare.make_copies_free(monkeypatch)
 
 
 @pytest.mark.parametrize("seed", SEEDS or range(USUAL))

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastres
-from fastres.backend import layout
 from tests import oracle
 from tests.compiled import compare, networks
 from tests.compiled.test_networks import counts
@@ -227,7 +226,7 @@ class OneChannel(nn.Module):
 
 
 def test_a_residual_of_one_channel_is_no_copy_in_channels_last(monkeypatch):
-    monkeypatch.setattr(layout, "_COPY_COST", 0)  # these images are too small for the copies to pay
+    compare.make_copies_free(monkeypatch)
     call = compiled(OneChannel(), conv_algorithm="winograd")
     r = random(2, 1, 8, 8, dtype=torch.float32)
     y = call(random(2, 3, 8, 8, dtype=torch.float32), r)

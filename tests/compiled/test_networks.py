@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastres.backend import GraphReport, layout
+from fastres.backend import GraphReport
 from tests.compiled import compare, networks
 
 
@@ -75,7 +75,7 @@ IN_CHANNELS_LAST = {"basic": 19, "preactivation": 18, "unet": 22}
 
 @pytest.mark.parametrize("name", IN_CHANNELS_LAST)
 def test_a_network_in_nchw_is_computed_in_channels_last_and_keeps_its_strides(name, monkeypatch):
-    monkeypatch.setattr(layout, "_COPY_COST", 0)  # these images are too small for the copies to pay
+    compare.make_copies_free(monkeypatch)
     make, shapes = networks.NETWORKS[name]
     training, evaluation = compare.check(make, shapes, dtype=torch.float32, conv_algorithm="winograd")
     assert (counts(training), counts(evaluation)) == EXPECTED[name][1:]

@@ -117,8 +117,9 @@ def assert_direct(actual: Tensor, expected: Tensor, sizes: Tensor, terms: int, n
 
 
 def size(t: Tensor) -> Tensor:
-    """Absolute values, none smaller than is general in t."""
-    return t.double().abs().maximum(t.double().abs().nanmedian())
+    """Absolute values, none smaller than is general in t, whose zeros were put there."""
+    size = t.double().abs()
+    return size.maximum(size[size != 0].nanmedian())
 
 
 def check(x: Tensor, weight: Tensor, dy: Tensor) -> None:
