@@ -2,7 +2,8 @@
 
 Each round runs every side once; figures are medians over the rounds. A step is forward, a loss, backward and SGD with
 momentum, in float32 and channels_last, on the same images. Every side has the network with the same first weights, and
-the time that its first step took, compilation and all, stands beside the others.
+the time that its first step took, compilation and all, stands beside the others. One more side is ours on the network
+as it is made, in NCHW.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from tqdm import tqdm
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
 from benchmarks.results import describe_machine
 from fastres import models
+from fastres.nn.preactivation import PreactivationBlock
 
-EAGER, INDUCTOR, OURS = ("eager", "inductor", "fastres")
+EAGER, INDUCTOR, OURS, NCHW = ("eager", "inductor", "fastres", "fastres, NCHW")
 INNER = "fastres, inner "
 CLASSES = 10
 
@@ -60,6 +62,16 @@ class Unet(nn.Module):
         return self.head(x)  # type: ignore[no-any-return]
 
 
+def _preactivation_resnet18() -> nn.Module:
+    """He et al. 2016b, "Identity mappings in deep residual networks": ResNet-18's stages of pre-activation blocks."""
+    blocks, inputs = [], 64
+    for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        blocks += [PreactivationBlock(inputs, channels, stride), PreactivationBlock(channels, channels)]
+        inputs = channels
+    head = [nn.BatchNorm2d(512), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES)]
+    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), *blocks, *head)
+
+
 def _plain(name: str) -> Callable[[], nn.Module]:
     return lambda: models.create(name, num_classes=CLASSES, dropout=0.0, fused=False)
 
@@ -76,6 +88,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 # name -> how it is made, images of a step, their side
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "WRN-16-4": (_plain("wrn16-4"), 64, 32),
+    "preactivation ResNet-18": (_preactivation_resnet18, 64, 32),
     "CIFAR ResNet-18": (_plain("resnet18"), 64, 32),
     "U-Net (32, 64, 128)": (Unet, 8, 128),
     **{
@@ -130,6 +143,7 @@ def _sides(inner: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         EAGER: {"disable": True},
         INDUCTOR: {"backend": "inductor"},
         OURS: {"backend": "fastres"},
+        NCHW: {"backend": "fastres"},
         **{INNER + name: {"backend": "fastres", "options": {"inner": name}} for name in inner},
     }
 
@@ -150,13 +164,14 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     make, batch, image = NETWORKS[name]
     found = Measured(name, batch, image)
-    images = torch.randn(batch, 3, image, image).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, image, image)
     torch._dynamo.reset()
     runs: dict[str, Callable[[], None]] = {}
     for side, options in _sides(inner).items():
         torch.manual_seed(0)
-        model = make().to(memory_format=torch.channels_last)
-        run = _step(torch.compile(model, **options), model, images)
+        layout = torch.contiguous_format if side == NCHW else torch.channels_last
+        model = make().to(memory_format=layout)
+        run = _step(torch.compile(model, **options), model, images.contiguous(memory_format=layout))
         start = time.perf_counter()
         try:
             run()
@@ -188,7 +203,7 @@ def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor)
 def table(found: list[Measured]) -> str:
     """A Markdown table; ratios above 1 say that ours takes less time."""
     inner = [side for side in _all_sides(found) if side.startswith(INNER)]
-    heads = ("network", "images", "eager, ms", "inductor, ms", "fastres, ms", "over the better")
+    heads = ("network", "images", "eager, ms", "inductor, ms", "fastres, ms", "over the better", "fastres, NCHW, ms")
     lines = [
         row(*heads, *(f"{side}, ms" for side in inner), "first step, s: inductor", "fastres"),
         row("---", *["---:"] * (len(heads) + len(inner) + 1)),
@@ -197,7 +212,8 @@ def table(found: list[Measured]) -> str:
         times = [number(1e3 * m.median(side)) for side in (EAGER, INDUCTOR, OURS)]
         further = [number(1e3 * m.median(side)) for side in inner]
         first = [number(m.first_seconds.get(side, float("nan"))) for side in (INDUCTOR, OURS)]
-        lines.append(row(m.name, f"{m.batch} at {m.image}", *times, number(m.gain, "x"), *further, *first))
+        nchw = number(1e3 * m.median(NCHW))
+        lines.append(row(m.name, f"{m.batch} at {m.image}", *times, number(m.gain, "x"), nchw, *further, *first))
     return "\n".join(lines) + "\n"
 
 
