@@ -21,7 +21,8 @@ from fastres.nn import (
 )
 from tests.parity import scramble
 
-CHANNELS = 8
+# With fewer inputs of a strided 1x1 convolution, plain PyTorch's oneDNN writes past its memory in channels_last.
+CHANNELS = 16
 
 
 class PlainNormAct(nn.Module):

@@ -565,23 +565,23 @@ change("timm: DropPath behind norms")(
 
 @change("downsample put in", (BASIC, DIRECT_BASIC))
 def _(m: nn.Module, draw: Draw) -> None:
-    m.downsample = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+    m.downsample = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
 
 
 DOWNSAMPLES: dict[str, Callable[[], nn.Module]] = {
     "pooled": lambda: nn.Sequential(
-        nn.AvgPool2d(2), nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        nn.AvgPool2d(2), nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12)
     ),
-    "a convolution alone": lambda: nn.Conv2d(8, 12, 1, 2),
-    "a convolution in a Sequential": lambda: nn.Sequential(nn.Conv2d(8, 12, 1, 2)),
-    "of 3x3": lambda: nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12)),
-    "grouped": lambda: nn.Sequential(nn.Conv2d(8, 12, 1, 2, groups=2, bias=False), nn.BatchNorm2d(12)),
-    "with GroupNorm": lambda: nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.GroupNorm(2, 12)),
-    "with ReLU": lambda: nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
-    "norm first": lambda: nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 12, 1, 2, bias=False)),
-    "averaging": lambda: nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12, momentum=None)),
+    "a convolution alone": lambda: nn.Conv2d(16, 12, 1, 2),
+    "a convolution in a Sequential": lambda: nn.Sequential(nn.Conv2d(16, 12, 1, 2)),
+    "of 3x3": lambda: nn.Sequential(nn.Conv2d(16, 12, 3, 2, 1, bias=False), nn.BatchNorm2d(12)),
+    "grouped": lambda: nn.Sequential(nn.Conv2d(16, 12, 1, 2, groups=2, bias=False), nn.BatchNorm2d(12)),
+    "with GroupNorm": lambda: nn.Sequential(nn.Conv2d(16, 12, 1, 2, bias=False), nn.GroupNorm(2, 12)),
+    "with ReLU": lambda: nn.Sequential(nn.Conv2d(16, 12, 1, 2, bias=False), nn.BatchNorm2d(12), nn.ReLU()),
+    "norm first": lambda: nn.Sequential(nn.BatchNorm2d(16), nn.Conv2d(16, 12, 1, 2, bias=False)),
+    "averaging": lambda: nn.Sequential(nn.Conv2d(16, 12, 1, 2, bias=False), nn.BatchNorm2d(12, momentum=None)),
     "without parameters": lambda: nn.Sequential(
-        nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12, affine=False)
+        nn.Conv2d(16, 12, 1, 2, bias=False), nn.BatchNorm2d(12, affine=False)
     ),
 }  # fmt: skip
 for name, make in DOWNSAMPLES.items():
@@ -697,17 +697,17 @@ def _(m: nn.Module, draw: Draw) -> None:
 
 @change("a stem of another convolution", (STEM, NETWORK))
 def _(m: nn.Module, draw: Draw) -> None:
-    m.conv1, m.maxpool = nn.Conv2d(3, 8, 5, padding=2), nn.Identity()
+    m.conv1, m.maxpool = nn.Conv2d(3, 16, 5, padding=2), nn.Identity()
 
 
 @change("squeeze-excitation behind the stages", (NETWORK,))
 def _(m: nn.Module, draw: Draw) -> None:
-    m.layer1 = nn.Sequential(m.layer1, SqueezeExcitation(8, 4))
+    m.layer1 = nn.Sequential(m.layer1, SqueezeExcitation(16, 4))
 
 
 @change("another block behind a stage", (NETWORK,))
 def _(m: nn.Module, draw: Draw) -> None:
-    m.layer1.append(BasicBlock(8, 8))
+    m.layer1.append(BasicBlock(16, 16))
 
 
 @change("cut into a Sequential of its children", (STEM, NETWORK, SKIP, SHORTCUT))

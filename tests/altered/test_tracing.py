@@ -153,7 +153,7 @@ def _(m: nn.Module, draw: Draw) -> Results:
 def _(m: nn.Module, draw: Draw) -> Results:
     torch.manual_seed(2)
     dtype = next(m.parameters()).dtype
-    backbone = BackboneWithFPN(m, {"layer1": "0", "layer2": "1", "layer3": "2"}, [8, 12, 12], 4).to(dtype)
+    backbone = BackboneWithFPN(m, {"layer1": "0", "layer2": "1", "layer3": "2"}, [16, 12, 12], 4).to(dtype)
     # Its new parameters start as float32 would have them.
     generator = torch.Generator().manual_seed(3)
     for p in backbone.fpn.parameters():

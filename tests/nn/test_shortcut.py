@@ -22,7 +22,8 @@ from fastres.nn import (
 )
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
-IN, OUT = 5, 7
+# With fewer inputs of a strided 1x1 convolution, plain PyTorch's oneDNN writes past its memory in channels_last.
+IN, OUT = 17, 7
 
 
 @pytest.fixture
