@@ -101,10 +101,19 @@ def _is_inside(node: Node, members: set[Node], memory: Memory) -> bool:
     return all(n in members for n in (writers and [*writers, *memory.sharing(node)]))
 
 
+def _may_be_in_any_format(node: Any) -> bool:
+    """Whether a value is a batch of images whose strides Dynamo no longer fixes, for it has seen others before."""
+    t = value(node)
+    if t is None or t.dim() != 4 or t.device.type != "cpu" or not isinstance(t.stride(1), torch.SymInt):
+        return False
+    return not _is_nchw(node)
+
+
 def _images(node: Node) -> list[Node]:
-    """What a call reads that is in NCHW, but for a convolution's weight, which it reads in either format."""
+    """What a call reads that is to be copied, but for a convolution's weight, which it reads in either format."""
     weight = bind(node, CONV)["weight"] if is_conv(node) else None
-    return [n for n in node.all_input_nodes if n is not weight and _is_nchw(n)]
+    inputs = [n for n in node.all_input_nodes if n is not weight]
+    return [n for n in inputs if _is_nchw(n) or _may_be_in_any_format(n)]
 
 
 def _conv_gain(node: Node, requested: str) -> float:
@@ -167,8 +176,10 @@ def _copy(
     earlier = known.get(image)
     if earlier is not None and not memory.is_written_between(memory.storages([image]), image, reader):
         return earlier
+    # Of an image that may be in this format already, `contiguous` would not be a copy.
+    method = "clone" if _may_be_in_any_format(image) else "contiguous"
     with graph.inserting_before(reader):
-        made = graph.call_method("contiguous", (image,), {"memory_format": memory_format})
+        made = graph.call_method(method, (image,), {"memory_format": memory_format})
     made.meta.update(image.meta)
     found = value(image)
     assert found is not None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+import fastres
 from fastres.backend.compiler import rewrite
 from tests import oracle
 from tests.compiled import compare
@@ -105,3 +108,31 @@ def test_a_strided_1x1_convolution_of_few_inputs_stays_in_nchw(inputs):
     """There oneDNN's kernel for channels_last writes past its memory."""
     found = formats(FewInputs(inputs), images(2, inputs, 32, 32))
     assert found == {(3, inputs): True, (3, 32): True, (1, inputs): inputs >= 16}
+
+
+class Overwrites(nn.Module):
+    """What a network reads stays what it was, whatever copies there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu_() + x.sum(1, keepdim=True)
+
+
+def test_strides_that_change_from_call_to_call_are_right_and_gain():
+    """With the second layout Dynamo takes strides for numbers that it does not know."""
+    model = Overwrites()
+    plain = copy.deepcopy(model)
+    x = images(*SHAPE)
+    with compare.fresh():
+        compiled = torch.compile(model, backend="fastres", options={"smallest": 0, "conv_algorithm": "winograd"})
+        for given in (x.contiguous(memory_format=torch.channels_last), x, x[:, :, :7], x.mT.contiguous().mT):
+            before = given.clone()
+            torch.testing.assert_close(compiled(given), plain(given), rtol=1e-4, atol=1e-5)
+            assert torch.equal(given, before)
+        reports = fastres.compile_report()
+    torch.testing.assert_close(model.norm.running_var, plain.norm.running_var)
+    assert [r.fused_convolutions for r in reports] == [1] * len(reports) and len(reports) > 1
+    assert reports[1].channels_last > 0
