@@ -12,7 +12,7 @@ convolution read twice, scratch memory and layout changes inside cuDNN. A convol
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -45,14 +45,21 @@ def kernels_of(side: str, step: Step) -> list[Kernel]:
     Raises:
         TypeError, ValueError: an unknown side, or what `fastres.models.create` refuses.
     """
+    return record(step, fused=side != EAGER, rule_of=rules_of(side))
+
+
+def rules_of(side: str) -> Callable[[Any], Rule]:
+    """Operator -> its rule.
+
+    Args:
+        side: eager, compile or fused.
+    Raises:
+        ValueError: an unknown side.
+    """
     if side not in SIDES:
         raise ValueError(f"side: expected one of {SIDES}, got {side!r}")
     rules = {**_SHARED, **{EAGER: _EAGER, COMPILE: _INDUCTOR, FUSED: _FASTRES}[side]}
-
-    def rule_of(func: Any) -> Rule:
-        return rules.get(func.name(), _nothing if _is_free(func) else _plain)
-
-    return record(step, fused=side != EAGER, rule_of=rule_of)
+    return lambda func: rules.get(func.name(), _nothing if _is_free(func) else _plain)
 
 
 # ----------------------------------------------------------------------------------------- rules that all sides share
@@ -305,7 +312,8 @@ _FASTRES: dict[str, Rule] = {
 
 # ------------------------------------------------------------------------------------------------------ torch.compile
 #
-# What inductor is assumed to do, from how it is built; no generated kernel was looked at.
+# What inductor is assumed to do, from how it is built. Its own count of its CPU schedule
+# (`python -m benchmarks.compiled.inductor_bytes`) has 0.1 to 2 T more a normalisation, as it keeps masks of bytes.
 # - Convolutions stay cuDNN's. Everything pointwise around them is fused with its neighbours.
 # - Forward: the statistics are a reduction over N, H, W, split in two kernels; then one pointwise kernel normalises,
 #   adds, applies ReLU and dropout. A projection's product is read once more, for its statistics.

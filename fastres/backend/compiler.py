@@ -13,12 +13,14 @@ from fastres.backend.apart import Apart, plain_copy, where_apart
 from fastres.backend.memory import owned_storages
 from fastres.backend.report import GraphReport, note
 from fastres.backend.rewriter import Rewriter
+from fastres.backend.values import value
 from fastres.ops.algorithms import known_algorithm, requested_algorithm
 
 _OPTIONS = ("inner", "conv_algorithm", "smallest")
-# AOTAutograd's graph costs 260 us and more for each of our calls, which networks with small images do not earn back
-# (docs/compile.md). But a checkpointed part does not run as it stands, for it counts batches in place.
-INNER, CHECKPOINTED_INNER = "eager", "aot_eager"
+# On the CPU inductor behind our calls saves at most 6 % of a step, and compiles for up to 22 s (docs/compile.md). On a
+# GPU the pointwise calls that are not ours are a larger share. A checkpointed part does not run as it stands, for it
+# counts batches in place.
+INNER, CUDA_INNER, CHECKPOINTED_INNER = "eager", "inductor", "aot_eager"
 # Elements from which on a normalisation by our operators is faster than PyTorch's, call and all: forward and backward
 # of norm and ReLU took 1.2 times PyTorch's time with 65,000 and a third of it with 260,000.
 _SMALLEST = 100_000
@@ -68,6 +70,8 @@ def _parts(module: GraphModule) -> list[GraphModule]:
 
 
 def _default_inner(module: GraphModule) -> str:
+    if any(t is not None and t.is_cuda for t in map(value, module.graph.nodes)):
+        return CUDA_INNER
     return CHECKPOINTED_INNER if _parts(module) else INNER
 
 
@@ -108,8 +112,9 @@ def fastres(
 
     Args:
         gm, example_inputs: from Dynamo.
-        options: "inner", the name of the backend that gets the changed graph; without, it runs as it is, or by
-            "aot_eager" where parts of it are checkpointed, and neither needs a C++ compiler. "conv_algorithm", as in
+        options: "inner", the name of the backend that gets the changed graph; without, it is "inductor" on a GPU, and
+            on the CPU the graph runs as it is, or by "aot_eager" where parts of it are checkpointed, neither of which
+            needs a C++ compiler. "conv_algorithm", as in
             `fastres.fuse`. "smallest", the elements below which a normalisation alone is left to PyTorch.
         mode: of torch.compile; it is the inner backend "inductor" that it is for.
     Returns:

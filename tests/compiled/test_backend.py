@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastres
+from fastres.backend import compiler
 from tests import oracle
 from tests.compiled import compare, networks
 
@@ -40,10 +43,26 @@ def test_torch_compile_knows_its_name():
     assert fastres.compile_report()[0].fused_norms == 1
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+INDUCTOR = pytest.param(
+    "inductor", marks=pytest.mark.skipif(shutil.which("c++") is None, reason="inductor's CPU code needs a C++ compiler")
+)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", INDUCTOR])
 def test_an_inner_backend_gets_the_changed_graph(inner):
     (training, evaluation) = compare.check(lambda: networks.ResNet(networks.Basic), networks.IMAGES, inner=inner)
     assert training.inner == evaluation.inner == inner and training.fused_norms == 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_inductor_gets_the_rest_of_a_graph_on_a_gpu(device):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    with FakeTensorMode():
+        x.meta["example_value"] = torch.empty(2, 3, 4, 4, device=device)
+    graph.output(x)
+    expected = {"cpu": "eager", "cuda": "inductor"}[device]
+    assert compiler._default_inner(torch.fx.GraphModule(nn.Module(), graph)) == expected
 
 
 @pytest.mark.parametrize(

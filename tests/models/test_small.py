@@ -194,11 +194,19 @@ def test_outputs_gradients_and_statistics_are_the_formulas(name, memory_format, 
 @pytest.mark.parametrize("name", SMALL)
 def test_in_float32_it_is_as_near_to_float64_as_plain_pytorch(name, memory_format, algorithm):
     fused = make(name, conv_algorithm=algorithm).to(memory_format=memory_format)
-    plain, gen = unfuse(twin(fused)), generator(name, memory_format, algorithm)
+    gen = generator(name, memory_format, algorithm)
+    # One draw may have a gradient that is nearly 0, whose relative error is a matter of luck on either side.
+    errors = sum(errors_of(name, [twin(fused), unfuse(twin(fused))], memory_format, gen) for _ in range(3))
+    # Winograd's rounding errors are about twice those of the direct sum.
+    assert errors[0] <= 4 * errors[1]
+
+
+def errors_of(name, models, memory_format, gen):
+    """Of each model in float32, all relative errors together: outputs, gradients and statistics."""
     while True:
         # No ReLU in doubt: behind a flipped one stand whole layers.
         x = torch.randn((3, 3, 8, 8), generator=gen).contiguous(memory_format=memory_format)
-        tensors = tensors_of(fused)
+        tensors = tensors_of(models[0])
         with Operators() as seen:
             expected = Formula(name, tensors, True)(x.double())
         if not any(near_zero(z, x.dtype).any() for z in seen.relu_inputs):
@@ -206,7 +214,7 @@ def test_in_float32_it_is_as_near_to_float64_as_plain_pytorch(name, memory_forma
     dy = torch.randn(expected.shape, generator=gen)
     expected.backward(dy.double())
     errors = []
-    for model in (fused, plain):
+    for model in models:
         y = model(x)
         y.backward(dy)
         found = {"y": (y, expected)}
@@ -215,8 +223,7 @@ def test_in_float32_it_is_as_near_to_float64_as_plain_pytorch(name, memory_forma
         with torch.no_grad():
             found["evaluation"] = (model.eval()(x), Formula(name, tensors_of(model), False)(x.double()))
         errors.append(torch.stack([(ours - true).norm() / true.norm() for ours, true in found.values()]).norm())
-    # Winograd's rounding errors are about twice those of the direct sum.
-    assert errors[0] <= 4 * errors[1]
+    return torch.stack(errors)
 
 
 @pytest.mark.parametrize("name", SMALL)
