@@ -195,6 +195,12 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     return found
 
 
+def measure_alone(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
+    """`measure` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, name, rounds, inner).result()
+
+
 def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
@@ -236,8 +242,7 @@ def main(config: Config) -> None:
     name = f"backend-{slug(machine['processor'])}-{slug(machine['capability'])}-{machine['date']}.json"
     found: list[Measured] = []
     for network in tqdm(config.networks):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            found.append(process.submit(measure, network, config.rounds, config.inner).result())
+        found.append(measure_alone(network, config.rounds, config.inner))
         write_text(config.output_dir / name, to_json({"machine": machine, "networks": [vars(m) for m in found]}))
         if config.page is not None:
             insert_table(config.page, f"{where}; {how}\n\n{table(found)}", "speed")

@@ -171,11 +171,10 @@ def _keep_scale(dropout_p: float) -> float:
 
 def _forward(
     x: Tensor, shape: Geometry, norms: _ByVariance, residual: Tensor | None, seed: Tensor | None, act: Act,
-    save_bits: bool, variance: bool,
+    saves: bool, variance: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, bits) by one launch, on checked arguments. norms: by rstd unless `variance` says otherwise."""
     y = torch.empty_like(x)
-    saves = save_bits and act.saves_bits(residual is not None)
     bits = torch.empty(contract.bits_size(x) if saves else 0, dtype=torch.uint8, device=x.device)
     threshold = contract.dropout_threshold(act.dropout_p)
     arguments = (
@@ -205,7 +204,8 @@ def apply(
     residual_norm = _NO_VECTORS if residual is None else residual[1:]
     value = None if residual is None else residual.value
     _check(x, [("residual", value)], (*norm, *residual_norm))
-    return _forward(x, geometry(x), _ByVariance(norm, residual_norm, 0.0, 0.0), value, seed, act, save_bits, False)
+    saves = save_bits and act.saves_bits(value is not None)
+    return _forward(x, geometry(x), _ByVariance(norm, residual_norm, 0.0, 0.0), value, seed, act, saves, False)
 
 
 def training(
@@ -228,7 +228,7 @@ def training(
     else:
         r_mean, r_rstd = _nothing(x), _nothing(x)
     norms = _ByVariance((mean, rstd, norm.weight, norm.bias), residual_vectors, 0.0, 0.0)
-    y, bits = _forward(x, shape, norms, residual, seed, act, True, False)
+    y, bits = _forward(x, shape, norms, residual, seed, act, act.saves_bits(residual is not None), False)
     return y, mean, rstd, r_mean, r_rstd, bits
 
 
@@ -240,7 +240,9 @@ def inference(
     residual_eps = 0.0 if residual_norm is None else residual_norm.eps
     norms = _ByVariance(norm[:4], residual_vectors, norm.eps, residual_eps)
     _check(x, [("residual", residual)], (*norm[:4], *residual_vectors))
-    return _forward(x, geometry(x), norms, residual, None, act._replace(dropout_p=0.0), save_bits, True)
+    act = act._replace(dropout_p=0.0)
+    # Backward may have no x to compute the activation's input of.
+    return _forward(x, geometry(x), norms, residual, None, act, save_bits and act.gated, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ backward

@@ -19,14 +19,13 @@ std::tuple<Tensor, Tensor> apply_forward(
     const OptionalTensor& residual,
     const OptionalTensor& seed,
     const Pointwise& act,
-    bool save_bits,
+    bool saves,
     const ChannelNorm<acc_t<T>>& norm,
     const ChannelNorm<acc_t<T>>* residual_norm) {
   const Rows rows = rows_of(x);
   const bool has_residual = residual.has_value();
   const Tensor r = has_residual ? like_rows("residual", *residual, x, rows) : Tensor();
   Tensor y = at::empty_like(x);
-  const bool saves = save_bits && act.saves_bits(has_residual);
   Tensor bits = at::empty({saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0}, byte_options(x));
   Dropout dropout{};
   if (act.dropout_p > 0) {
@@ -76,8 +75,9 @@ std::tuple<Tensor, Tensor> apply(
     const Saved<A> other = Saved<A>::of(x.size(1), residual);
     const ChannelNorm<A> own = Saved<A>(x.size(1), norm).norm(), residual_norm = other.norm();
     const OptionalTensor added = residual.has_value() ? OptionalTensor(residual->value) : std::nullopt;
-    result = apply_forward<scalar_t>(
-        x, added, seed, pointwise(act), save_bits, own, other.exists() ? &residual_norm : nullptr);
+    const Pointwise parsed = pointwise(act);
+    const bool saves = save_bits && parsed.saves_bits(added.has_value());
+    result = apply_forward<scalar_t>(x, added, seed, parsed, saves, own, other.exists() ? &residual_norm : nullptr);
   });
   return result;
 }
@@ -104,7 +104,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
       other = finalise<scalar_t>(*r, rows, *residual_norm, residual_statistics, r_mean, r_rstd);
     }
     const ChannelNorm<A> own = finalise<scalar_t>(x, rows, norm, statistics, mean, rstd);
-    std::tie(y, bits) = apply_forward<scalar_t>(x, r, seed, pointwise(act), true, own, dual ? &other : nullptr);
+    const Pointwise parsed = pointwise(act);
+    const bool saves = parsed.saves_bits(r.has_value());
+    std::tie(y, bits) = apply_forward<scalar_t>(x, r, seed, parsed, saves, own, dual ? &other : nullptr);
   });
   return {y, mean, rstd, r_mean, r_rstd, bits};
 }
@@ -127,7 +129,9 @@ std::tuple<Tensor, Tensor> inference(
     if (dual) {
       other = running_norm<A>(x.size(1), *residual_norm);
     }
-    result = apply_forward<scalar_t>(x, residual, std::nullopt, parsed, save_bits, own, dual ? &other : nullptr);
+    // Backward may have no x to compute the activation's input of.
+    const bool saves = save_bits && parsed.gated();
+    result = apply_forward<scalar_t>(x, residual, std::nullopt, parsed, saves, own, dual ? &other : nullptr);
   });
   return result;
 }

@@ -3,9 +3,9 @@
     scale = weight * rsqrt(var + eps)
     y = x * scale + (bias - mean * scale)
 
-becomes a call of F.batch_norm in evaluation, which all patterns know, where no gradient is asked for: with one, the
-call would keep x for backward, which a product with a constant does not need. Where no pattern takes it, the arithmetic
-is written again, so that what stays PyTorch's is what the user wrote.
+becomes a call of F.batch_norm in evaluation, which all patterns know, where the four are constants: with a gradient of
+theirs, it would be another one. Where no pattern takes it, the arithmetic is written again, so that what stays
+PyTorch's is what the user wrote.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ def _why_not(node: Node, arithmetic: Arithmetic, memory: Memory) -> str | None:
         t is not None and same_sizes(t.shape, broad) for t in shaped
     ):
         return "its scale and shift are not one for each channel"
-    if y.requires_grad:
-        return "it is arithmetic with a gradient, for which a call of ours keeps its input and the arithmetic does not"
+    if any(t is not None and t.requires_grad for t in tensors):
+        return "its statistics or parameters have gradients"
     first = min(arithmetic.inner, key=memory.position.__getitem__)
     constants = memory.storages([*arithmetic.inner, *arithmetic.tensors])
     if memory.is_written_between(constants, first, node) or memory.is_written_between(

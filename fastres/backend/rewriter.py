@@ -22,7 +22,7 @@ from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
 from fastres.backend.values import bind, elements, only_user, same_layout, value
-from fastres.contract import NormParams
+from fastres.contract import Act, NormParams
 
 # Who may read a convolution's input in place of the tensor that it was: calls that only read it, and that give nothing
 # on which somebody could look at its gradient.
@@ -116,6 +116,11 @@ class Rewriter:
             for extend in (convolutions.with_prologue, convolutions.with_convolution_before):
                 chain = extend(chain, self.memory, self.claimed, self.requested)
             y = value(norm.node)
+            if self._keeps_input_of_frozen(chain):
+                self.leave(
+                    "normalisation", norm.node, "a call of ours would keep its input, which the arithmetic does not"
+                )
+                continue
             alone = chain.before is None and chain.after is None and chain.projection is None
             if alone and y is not None and y.device.type == "cpu" and elements(y) < self.smallest:
                 self.leave(
@@ -124,6 +129,16 @@ class Rewriter:
                 continue
             self.chains.append(chain)
             self.claimed.update(chain.own)
+
+    def _keeps_input_of_frozen(self, chain: Chain) -> bool:
+        """Whether the call would save for backward what arithmetic with constants multiplies: others may write to it."""
+        y = value(chain.nodes[-1])
+        if y is None or not y.requires_grad or not any(norm.node in self.frozen for norm in chain.norms):
+            return False
+        act = Act(*chain.activation, 0.0, chain.order)
+        parameters = [value(t) for norm in chain.norms for t in (norm.params.weight, norm.params.bias)]
+        learns = any(t is not None and t.requires_grad for t in parameters)
+        return learns or not (act.gated or act.kind == "identity")
 
     def leave(self, call: str, node: Node, reason: str) -> None:
         self.report.left.append(Left(call, reason, place_of(node)))

@@ -18,7 +18,8 @@ CUDA graph (mode="reduce-overhead") takes away.
 
 Saved for backward: x, mean, rstd, and one bit an element where these cannot tell what the activation and dropout passed
 on (`Act.saves_bits`); the residual where it has a normalisation of its own, or where the activation is a smooth one
-whose input is computed again.
+whose input is computed again. In evaluation dx is weight * rstd * g: without a gradient of weight or bias, as where the
+normalisation is frozen, neither x nor the residual is saved, but that bit an element.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def _vectors(x: Tensor, size: int | torch.SymInt, count: int) -> tuple[Tensor, .
     return tuple(x.new_empty(size, dtype=contract.statistics_dtype(x.dtype)) for _ in range(count))
 
 
-def _activated(x: Tensor, act: Act, has_residual: bool, save_bits: bool = True) -> tuple[Tensor, Tensor]:
-    size = contract.bits_size(x) if save_bits and act.saves_bits(has_residual) else 0
-    return torch.empty_like(x), x.new_empty(size, dtype=torch.uint8)
+def _activated(x: Tensor, saves: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(contract.bits_size(x) if saves else 0, dtype=torch.uint8)
 
 
 def _fake_stats(x: Tensor) -> tuple[Tensor, ...]:
@@ -53,19 +53,19 @@ def _fake_stats(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fake_apply(x: Tensor, residual: Residual | None, act: Act, save_bits: bool, **_: Any) -> tuple[Tensor, Tensor]:
-    return _activated(x, act, residual is not None, save_bits)
+    return _activated(x, save_bits and act.saves_bits(residual is not None))
 
 
 def _fake_training(
     x: Tensor, residual: Tensor | None, residual_norm: NormParams | None, act: Act, **_: Any
 ) -> tuple[Tensor, ...]:
-    y, bits = _activated(x, act, residual is not None)
+    y, bits = _activated(x, act.saves_bits(residual is not None))
     size = 0 if residual_norm is None else x.shape[1]
     return y, *_vectors(x, x.shape[1], 2), *_vectors(x, size, 2), bits
 
 
-def _fake_inference(x: Tensor, residual: Tensor | None, act: Act, save_bits: bool, **_: Any) -> tuple[Tensor, Tensor]:
-    return _activated(x, act._replace(dropout_p=0.0), residual is not None, save_bits)
+def _fake_inference(x: Tensor, act: Act, save_bits: bool, **_: Any) -> tuple[Tensor, Tensor]:
+    return _activated(x, save_bits and act._replace(dropout_p=0.0).gated)
 
 
 def _sums(x: Tensor, residual: Residual | None, needed: bool = True) -> tuple[Tensor, ...]:
@@ -237,11 +237,15 @@ class BatchNormAct(torch.autograd.Function):
             if residual_norm is not None:
                 r_mean, r_rstd = _constants(residual_norm)
         reads_residual = residual_norm is not None or act.reads_residual()
+        saves_bits = act.saves_bits(residual is not None) if by_batch else act._replace(dropout_p=0.0).gated
+        needs_norms = any(ctx.needs_input_grad[i] for i in (1, 2, 4, 5))
+        ctx.reads_x = by_batch or needs_norms or not (saves_bits or act.kind == "identity")
         ctx.save_for_backward(
-            x, mean, rstd, weight, bias, residual if reads_residual else None, r_mean, r_rstd, residual_weight,
-            residual_bias, bits if act.saves_bits(residual is not None) else None,
+            x if ctx.reads_x else None, mean, rstd, weight, bias, residual if ctx.reads_x and reads_residual else None,
+            r_mean, r_rstd, residual_weight, residual_bias, bits if saves_bits else None,
             None if statistics is None else statistics.count,
         )  # fmt: skip
+        ctx.residual_is_normed = residual_norm is not None
         ctx.group = group
         ctx.act, ctx.training, ctx.memory_format = act, by_batch, contract.memory_format(x)
         ctx.eps = (norm.eps, 0.0 if residual_norm is None else residual_norm.eps)
@@ -262,6 +266,8 @@ class BatchNormAct(torch.autograd.Function):
         if dy is None:
             return (None,) * len(needed)
         x, mean, rstd, weight, bias, residual, *of_residual, bits, count = ctx.saved_tensors
+        if not ctx.reads_x:  # whose shape is that of dy
+            x, residual = dy.detach(), dy.detach() if ctx.residual_is_normed else None
         # Hooks on saved tensors may bring them back in another format, and the bits are in the order of this one.
         x = x.contiguous(memory_format=ctx.memory_format)
         if residual is not None:

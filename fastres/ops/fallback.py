@@ -70,13 +70,19 @@ def apply(
     x: Tensor, norm: Norm, residual: Residual | None, seed: Tensor | None, act: Act, save_bits: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, bits): bits is empty where `save_bits` is off or backward can do without (`Act.saves_bits`)."""
+    return _forward(x, norm, residual, seed, act, save_bits and act.saves_bits(residual is not None))
+
+
+def _forward(
+    x: Tensor, norm: Norm, residual: Residual | None, seed: Tensor | None, act: Act, saves: bool
+) -> tuple[Tensor, Tensor]:
     keep = None
     if act.dropout_p > 0:
         assert seed is not None
         keep = contract.dropout_keep(x.shape, seed, act.dropout_p)
     y, mask = activate(x, norm, residual, act, keep)
     y = torch.empty_like(x).copy_(y)
-    if save_bits and act.saves_bits(residual is not None):
+    if saves:
         assert mask is not None
         return y, contract.pack_bits(mask, x)
     return y, torch.empty(0, dtype=torch.uint8, device=y.device)
@@ -109,11 +115,12 @@ def training(
 def inference(
     x: Tensor, norm: NormParams, residual: Tensor | None, residual_norm: NormParams | None, act: Act, save_bits: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y, bits), by running statistics and without dropout."""
+    """(y, bits), by running statistics and without dropout; the bits of every gated activation where they are saved."""
     added = None if residual is None else Residual(residual)
     if residual is not None and residual_norm is not None:
         added = Residual(residual, *_running(residual_norm))
-    return apply(x, _running(norm), added, None, act._replace(dropout_p=0.0), save_bits)
+    act = act._replace(dropout_p=0.0)
+    return _forward(x, _running(norm), added, None, act, save_bits and act.gated)
 
 
 def _mask(bits: Tensor | None, x: Tensor) -> Tensor | None:

@@ -10,7 +10,20 @@ import torch
 import torch.nn as nn
 
 from benchmarks import backend
-from benchmarks.backend import EAGER, INDUCTOR, NETWORKS, OURS, Config, Measured, Unet, main, measure, table
+from benchmarks.backend import (
+    EAGER,
+    INDUCTOR,
+    NCHW,
+    NETWORKS,
+    OURS,
+    Config,
+    Measured,
+    Unet,
+    main,
+    measure,
+    measure_alone,
+    table,
+)
 
 
 @pytest.fixture
@@ -28,6 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         return sides(inner) | {INDUCTOR: {"backend": broken}}
 
     monkeypatch.setattr(backend, "_sides", without_inductor)
+    monkeypatch.setattr(backend, "measure_alone", measure)  # another process has neither of these
     return "tiny"
 
 
@@ -38,7 +52,7 @@ def test_every_side_is_measured_and_a_missing_one_is_named(tiny: str, tmp_path: 
     (file,) = tmp_path.glob("backend-*.json")
     (network,) = json.loads(file.read_text())["networks"]
     assert {side: len(times) for side, times in network["seconds"].items()} == {
-        EAGER: 3, OURS: 3, "fastres, inner aot_eager": 3,
+        EAGER: 3, OURS: 3, NCHW: 3, "fastres, inner aot_eager": 3,
     }  # fmt: skip
     assert "no compiler" in network["missing"][INDUCTOR]
     text = page.read_text()
@@ -46,9 +60,11 @@ def test_every_side_is_measured_and_a_missing_one_is_named(tiny: str, tmp_path: 
 
 
 def test_the_gain_is_over_the_better_peer() -> None:
-    found = Measured("a", 1, 8, {EAGER: [3.0, 1.0, 2.0], INDUCTOR: [1.5], OURS: [0.5]}, {INDUCTOR: 9.0, OURS: 1.0})
+    found = Measured(
+        "a", 1, 8, {EAGER: [3.0, 1.0, 2.0], INDUCTOR: [1.5], OURS: [0.5], NCHW: [0.6]}, {INDUCTOR: 9.0, OURS: 1.0}
+    )
     assert found.gain == 3.0
-    assert "| a | 1 at 8 | 2000 | 1500 | 500 | 3.00x | 9.00 | 1.00 |" in table([found])
+    assert "| a | 1 at 8 | 2000 | 1500 | 500 | 3.00x | 600 | 9.00 | 1.00 |" in table([found])
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -56,6 +72,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
         measure("vgg", 1)
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
         measure("WRN-16-4", 0)
+
+
+def test_a_process_of_its_own_refuses_the_same() -> None:
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        measure_alone("WRN-16-4", 0)
 
 
 def test_the_unet_gives_each_pixel_its_logits() -> None:

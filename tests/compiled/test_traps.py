@@ -44,10 +44,11 @@ EXPECTED: dict[type[traps.Trap], tuple[str, ...]] = {
     traps.Frozen: ("2/2 0/2 2 batch_norm_act:2", "2/2 0/2 2 batch_norm_act:1"),
     traps.DetachedAlias: ("1/1 0/1 0 batch_norm_act:1",),
     traps.SplitViews: ("1/1 0/1 1 batch_norm_act:1",),
-    traps.ConstantNorm: ("0/3 0/2 0 ", "3/3 0/2 2 batch_norm_act:2"),
-    traps.ConstantNormOfWhatIsOverwritten: ("0/2 0/2 0 ", "1/2 0/2 0 batch_norm_act:1"),
+    traps.ConstantNorm: ("3/3 0/2 2 batch_norm_act:2",),
+    traps.ConstantNormOfWhatIsOverwritten: ("1/2 0/2 0 batch_norm_act:1",),
+    traps.SmoothAfterConstantNormOfWhatIsOverwritten: ("0/1 0/1 0 ", "1/1 0/1 1 batch_norm_act:1"),
     traps.ConstantsWrittenBetween: ("0/2 0/2 0 ",),
-    traps.ConstantsReadElsewhere: ("0/1 0/1 0 ", "1/1 0/1 1 batch_norm_act:1"),
+    traps.ConstantsReadElsewhere: ("1/1 0/1 1 batch_norm_act:1",),
     traps.AlmostConstantNorm: ("0/0 0/2 0 ",),
 }
 # Those in which a convolution of ours has statistics, an input or a residual that may go stale; in training.

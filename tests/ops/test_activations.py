@@ -20,7 +20,18 @@ from fastres.activations import KINDS, Activation
 from fastres.contract import Act, Norm, NormParams, Residual
 from fastres.ops import batch_norm_act as ops
 from tests import backend
-from tests.oracle import DTYPES, LAYOUTS, Case, activation, assert_close, check_case, generator, norm, saved_bytes
+from tests.oracle import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    activation,
+    assert_close,
+    check_case,
+    generator,
+    near_zero,
+    norm,
+    saved_bytes,
+)
 
 
 class Expected(NamedTuple):
@@ -270,3 +281,42 @@ def test_an_unknown_activation_is_refused():
     x, one = torch.ones(2, 3, 2, 2), torch.ones(3)
     with pytest.raises(ValueError, match=r'kind: expected one of .*silu.*, got "swish"'):
         ops.apply(x, Norm(one, one, None, None), None, None, Act("swish", 0.0, 0.0, "add_act"), True)
+
+
+FROZEN = ["identity", "relu", "leaky_relu", "relu6", "silu"]
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["relu"] if INTERPRETED else FROZEN)
+def test_a_frozen_normalisation_saves_a_bit_an_element_and_nothing_else(kind, layout, residual):
+    """Its gradient is weight * rstd * g: neither x nor the residual is part of it."""
+    expected = EXPECTED[kind]
+    for order, dtype in itertools.product(functional.ORDERS, DTYPES):
+        gen = generator("frozen", kind, layout, residual, order, dtype)
+        case = make_case((3, 13, 5, 4), dtype, layout, gen, residual)
+        for n in case.norms.values():
+            n.weight.requires_grad_(False), n.bias.requires_grad_(False)
+        exact = case.double()
+        n, x = case.norms["norm"], case.tensors["x"]
+
+        def run(n=n, x=x, case=case, order=order) -> Tensor:
+            return functional.batch_norm_act(
+                x, *n[:4], momentum=n.momentum, eps=n.eps, residual=case.tensors.get("residual"), order=order,
+                residual_norm=case.norms.get("residual_norm"), activation=Activation(kind, expected.alpha),
+            )  # fmt: skip
+
+        y = run()
+        z, after = preactivation(exact, order, False)
+        wanted = expected.function(z) if after is None else expected.function(z) + after
+        dy = torch.randn(y.shape, generator=gen, dtype=torch.float64, device="cpu").to(x.device, dtype)
+        for kink in expected.kinks:
+            dy[near_zero(z.detach() - kink, dtype)] = 0
+        gradients = torch.autograd.grad(y, list(case.tensors.values()), dy)
+        exactly = torch.autograd.grad(wanted, list(exact.tensors.values()), dy.double())
+        assert_close(y, wanted, f"{order}, {dtype}: y")
+        for name, gradient, true in zip(case.tensors, gradients, exactly, strict=True):
+            assert_close(gradient, true, f"{order}, {dtype}: gradient of {name}")
+        gated = KINDS[kind].passes is not None
+        if gated or kind == "identity":
+            assert saved_bytes(run) == (contract.bits_size(x) if gated else 0)
