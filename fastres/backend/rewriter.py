@@ -131,7 +131,7 @@ class Rewriter:
             self.claimed.update(chain.own)
 
     def _keeps_input_of_frozen(self, chain: Chain) -> bool:
-        """Whether the call would save for backward what arithmetic with constants multiplies: others may write to it."""
+        """Whether the call would save what arithmetic with constants multiplies, and others may write to."""
         y = value(chain.nodes[-1])
         if y is None or not y.requires_grad or not any(norm.node in self.frozen for norm in chain.norms):
             return False
