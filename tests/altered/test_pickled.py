@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import lzma
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastres import fuse_report, unfuse
 from fastres.nn import DropoutBasicBlock
 from tests.altered import subjects
-from tests.altered.compare import Draw, observe, problems
+from tests.altered.compare import Draw, in_doubt, observe, problems
 from tests.altered.subjects import BOTTLENECK, NETWORK, Subject
 from tests.operators import Operators
 
@@ -64,11 +65,16 @@ def plain_twin(subject: Subject, module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("subject", PICKLED, ids=str)
 def test_a_module_pickled_whole_before_computes_as_it_did(subject):
-    module = load()[subject.name]
-    plain = plain_twin(subject, module)
-    exact = plain_twin(subject, module).double()
-    results = [observe(m, InNCHW(subject, ("pickled",), next(m.parameters()).dtype)) for m in (module, plain, exact)]
-    assert not problems(subject, *results)
+    for attempt in itertools.count():
+        module = load()[subject.name]
+        models = [plain_twin(subject, module).double(), plain_twin(subject, module), module]
+        key = ("pickled", attempt)
+        with Operators() as seen:
+            exact = observe(models[0], InNCHW(subject, key, torch.float64))
+        if not in_doubt(seen.relu_inputs):
+            break
+    plain, ours = (observe(m, InNCHW(subject, key)) for m in models[1:])
+    assert not problems(subject, ours, plain, exact)
 
 
 @pytest.mark.parametrize("subject", [PROJECTED, BOTTLENECK, NETWORK], ids=str)

@@ -131,7 +131,8 @@ def check(case: Case) -> None:
         y, bits = launchers.inference(x, own, value, other, act, True)
         mean, rstd = constants(own)
         r_mean, r_rstd = constants(other or own)
-    assert bits.numel() == (contract.bits_size(x) if act.saves_bits(value is not None) else 0)
+    saves_bits = act.saves_bits(value is not None) if case.training else act.gated
+    assert bits.numel() == (contract.bits_size(x) if saves_bits else 0)
     assert_close(y, expected.detach(), "y")
     residual = Residual(r) if value is not None and act.reads_residual() else None
     if other is not None:
