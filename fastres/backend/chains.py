@@ -77,7 +77,11 @@ class Chain:
             return False
         if self.after is not None:
             return True
-        return Act(self.activation.kind, self.activation.alpha, self.dropout_p, self.order).reads_residual()
+        return self.act.reads_residual()
+
+    @property
+    def act(self) -> Act:
+        return Act(*self.activation, self.dropout_p, self.order)
 
     @property
     def norms(self) -> list[Norm]:

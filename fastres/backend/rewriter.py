@@ -22,7 +22,7 @@ from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
 from fastres.backend.values import bind, elements, only_user, same_layout, value
-from fastres.contract import Act, NormParams
+from fastres.contract import NormParams
 
 # Who may read a convolution's input in place of the tensor that it was: calls that only read it, and that give nothing
 # on which somebody could look at its gradient.
@@ -135,10 +135,9 @@ class Rewriter:
         y = value(chain.nodes[-1])
         if y is None or not y.requires_grad or not any(norm.node in self.frozen for norm in chain.norms):
             return False
-        act = Act(*chain.activation, 0.0, chain.order)
         parameters = [value(t) for norm in chain.norms for t in (norm.params.weight, norm.params.bias)]
         learns = any(t is not None and t.requires_grad for t in parameters)
-        return learns or not (act.gated or act.kind == "identity")
+        return learns or not (chain.act.gated or chain.act.kind == "identity")
 
     def leave(self, call: str, node: Node, reason: str) -> None:
         self.report.left.append(Left(call, reason, place_of(node)))

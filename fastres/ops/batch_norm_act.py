@@ -267,6 +267,7 @@ class BatchNormAct(torch.autograd.Function):
             return (None,) * len(needed)
         x, mean, rstd, weight, bias, residual, *of_residual, bits, count = ctx.saved_tensors
         if not ctx.reads_x:  # whose shape is that of dy
+            dy = dy.contiguous(memory_format=ctx.memory_format)
             x, residual = dy.detach(), dy.detach() if ctx.residual_is_normed else None
         # Hooks on saved tensors may bring them back in another format, and the bits are in the order of this one.
         x = x.contiguous(memory_format=ctx.memory_format)

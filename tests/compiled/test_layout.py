@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.fx import Graph
 
 import fastres
 from fastres.backend.compiler import rewrite
@@ -47,8 +48,8 @@ class FewInputs(nn.Module):
         return self.wide(x) + self.strided(x)
 
 
-def formats(model: nn.Module, x: Tensor) -> dict[tuple[int, int], bool]:
-    """(kernel, inputs) of each convolution in the changed graph -> whether it reads channels_last."""
+def rewritten(model: nn.Module, x: Tensor) -> Graph:
+    """The changed graph."""
     graphs = []
 
     def backend(graph, _):
@@ -58,8 +59,13 @@ def formats(model: nn.Module, x: Tensor) -> dict[tuple[int, int], bool]:
 
     with compare.fresh():
         torch.compile(model, backend=backend)(x)
+    return graphs[0]
+
+
+def formats(model: nn.Module, x: Tensor) -> dict[tuple[int, int], bool]:
+    """(kernel, inputs) of each convolution in the changed graph -> whether it reads channels_last."""
     found = {}
-    for node in graphs[0].find_nodes(op="call_function", target=torch.conv2d):
+    for node in rewritten(model, x).find_nodes(op="call_function", target=torch.conv2d):
         image, weight = (n.meta["example_value"] for n in node.args[:2])
         found[weight.shape[2], weight.shape[1]] = image.is_contiguous(memory_format=torch.channels_last)
     return found
@@ -80,16 +86,7 @@ def test_means_of_images_are_taken_in_channels_last_as_they_lie(pool):
     training, evaluation = compare.check(lambda: Squeeze(pool), [SHAPE], dtype=torch.float32)
     # Convolution, normalisation and ReLU, the product and the last convolution; gates have one pixel.
     assert training.channels_last == evaluation.channels_last == 5
-    graphs = []
-
-    def backend(graph, _):
-        rewrite(graph)
-        graphs.append(graph.graph)
-        return graph.forward
-
-    with compare.fresh():
-        torch.compile(Squeeze(pool), backend=backend)(images(*SHAPE))
-    copies = graphs[0].find_nodes(op="call_method", target="contiguous")
+    copies = rewritten(Squeeze(pool), images(*SHAPE)).find_nodes(op="call_method", target="contiguous")
     assert [n.kwargs["memory_format"] for n in copies] == [torch.channels_last, torch.contiguous_format]
 
 
