@@ -10,6 +10,7 @@ gradients in one pixel of each strided shortcut's four, sixteen or 64, which no 
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import statistics
 import time
@@ -118,7 +119,7 @@ class Config:
     output_dir: Path = PUBLISHED
     """Folder for the raw figures, backend-<processor>-<capability>-<date>.json."""
     page: Path | None = ROOT / "docs" / "compile.md"
-    """Markdown file that takes the table, between `<!-- speed -->` and `<!-- /speed -->`."""
+    """Markdown file that takes the tables of the folder, between `<!-- speed -->` and `<!-- /speed -->`."""
 
 
 @dataclass
@@ -233,19 +234,48 @@ def _all_sides(found: list[Measured]) -> list[str]:
     return list(dict.fromkeys(side for m in found for side in m.seconds))
 
 
+def tables(folder: Path) -> str:
+    """A table for each processor and instruction set of which the folder has figures: the newest ones."""
+    newest: dict[tuple[str, str], tuple[dict[str, Any], list[Measured]]] = {}
+    for machine, found in sorted(map(_read, folder.glob("backend-*.json")), key=lambda run: str(run[0]["date"])):
+        newest[machine["processor"], machine["capability"]] = machine, found
+    return "\n".join(f"{_heading(*newest[key])}\n\n{table(newest[key][1])}" for key in sorted(newest))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Measured]]:
+    """(machine, networks) of a file of raw figures."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return data["machine"], [Measured(**m) for m in data["networks"]]
+
+
+def _heading(machine: dict[str, Any], found: list[Measured]) -> str:
+    held = f" (held to it by `{machine['isa_settings']}`)" if machine.get("isa_settings") else ""
+    where = f"{machine['processor']}, {machine['capability']}{held}, {machine['threads']} threads"
+    rounds = min(len(times) for m in found for times in m.seconds.values())
+    return (
+        f"{where}; torch {machine['torch']}; float32, channels_last; {machine['date']}. "
+        f"Medians of {rounds} interleaved rounds."
+    )
+
+
 def main(config: Config) -> None:
-    """Measure, print, write; what there is after each network, so that a run that is cut off leaves it."""
+    """Measure, print, write; what there is after each network, so that a run that is cut off leaves it.
+
+    Networks that the same machine measured on the same day, and that are not asked for again, stay in its file.
+    """
     machine = describe_machine()
-    where = f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}"
-    how = f"float32, channels_last; {machine['date']}. Medians of {config.rounds} interleaved rounds."
     config.output_dir.mkdir(parents=True, exist_ok=True)
     name = f"backend-{slug(machine['processor'])}-{slug(machine['capability'])}-{machine['date']}.json"
+    file = config.output_dir / name
+    kept = {m.name: m for m in _read(file)[1]} if file.is_file() else {}
     found: list[Measured] = []
     for network in tqdm(config.networks):
         found.append(measure_alone(network, config.rounds, config.inner))
-        write_text(config.output_dir / name, to_json({"machine": machine, "networks": [vars(m) for m in found]}))
+        kept[network] = found[-1]
+        ordered = sorted(kept.values(), key=lambda m: list(NETWORKS).index(m.name))
+        write_text(file, to_json({"machine": machine, "networks": [vars(m) for m in ordered]}))
         if config.page is not None:
-            insert_table(config.page, f"{where}; {how}\n\n{table(found)}", "speed")
+            insert_table(config.page, tables(config.output_dir), "speed")
     print(table(found))
     for m in found:
         for side, why in m.missing.items():

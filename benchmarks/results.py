@@ -37,6 +37,8 @@ from fastres.train.folder import atomic, write_text
 COPY = "copy"
 SAVED_BATCH = 4 if workloads.QUICK else 32
 NAMES = {EAGER: "PyTorch eager", COMPILE: "torch.compile", FUSED: "fastres"}
+# What holds PyTorch's operators, and ours, oneDNN and MKL to an instruction set below the processor's.
+ISA_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 COLOURS = {EAGER: "#9aa5b1", COMPILE: "#e0a458", FUSED: "#1f6f8b"}
 
 
@@ -178,6 +180,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "processor": found.get("GPU 0", found["CPU"]).split(",")[0] if workloads.CUDA else found["CPU"],
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "isa_settings": " ".join(f"{name}={os.environ[name]}" for name in ISA_SETTINGS if os.environ.get(name)),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": workloads.DEVICE.type,

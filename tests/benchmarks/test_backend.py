@@ -59,12 +59,38 @@ def test_every_side_is_measured_and_a_missing_one_is_named(tiny: str, tmp_path: 
     assert "| tiny | 2 at 8 |" in text and "old" not in text and text.endswith("after\n")
 
 
+def test_what_was_measured_the_same_day_stays_until_it_is_measured_again(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "other", NETWORKS[tiny])
+    for rounds, networks in ((1, (tiny, "other")), (2, ("other",))):
+        main(Config(networks=networks, rounds=rounds, output_dir=tmp_path, page=None))
+    (file,) = tmp_path.glob("backend-*.json")
+    found = {m["name"]: len(m["seconds"][OURS]) for m in json.loads(file.read_text())["networks"]}
+    assert found == {tiny: 1, "other": 2}
+
+
 def test_the_gain_is_over_the_better_peer() -> None:
     found = Measured(
         "a", 1, 8, {EAGER: [3.0, 1.0, 2.0], INDUCTOR: [1.5], OURS: [0.5], NCHW: [0.6]}, {INDUCTOR: 9.0, OURS: 1.0}
     )
     assert found.gain == 3.0
     assert "| a | 1 at 8 | 2000 | 1500 | 500 | 3.00x | 600 | 9.00 | 1.00 |" in table([found])
+
+
+def test_each_instruction_set_has_a_table_of_its_newest_figures(tmp_path: Path) -> None:
+    for capability, settings, date, ms in (
+        ("AVX2", "ATEN_CPU_CAPABILITY=avx2", "2026-01-02", 2.0),
+        ("AVX512", "", "2026-01-03", 1.0),
+        ("AVX512", "", "2026-01-01", 9.0),
+    ):
+        machine = {"processor": "A", "capability": capability, "threads": 2, "torch": "2", "date": date}
+        found = Measured("a", 1, 8, {s: [ms, ms] for s in (EAGER, INDUCTOR, OURS, NCHW)}, {INDUCTOR: 9.0, OURS: 1.0})
+        data = {"machine": {**machine, "isa_settings": settings}, "networks": [vars(found)]}
+        (tmp_path / f"backend-a-{capability}-{date}.json").write_text(json.dumps(data))
+    first, second = backend.tables(tmp_path).split("A, AVX512")
+    assert "A, AVX2 (held to it by `ATEN_CPU_CAPABILITY=avx2`), 2 threads" in first and "| 2000 |" in first
+    assert ", 2 threads" in second and "| 1000 |" in second and "| 9000 |" not in second
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
