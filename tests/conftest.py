@@ -26,6 +26,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     asked = getattr(config.option, "numprocesses", 0) is not None or config.option.usepdb
     if whole and not asked and (os.cpu_count() or 1) >= PROCESSES:
         config.option.numprocesses, config.option.dist = PROCESSES, "worksteal"
+        # Each has a thread a core: one that spins where a parallel region ends takes the core from the other process.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
