@@ -82,8 +82,12 @@ public:
       }
       pack_columns(from, w.inputs, size, at + p);
     }
-    for (int64_t p = 0; p < count; ++p) {
-      pack_row(w.dy + (first + p) * w.outputs, w.outputs, rows_.data() + (at + p) * w.row());
+    for (int64_t p = 0; p < count; p += together) {
+      for (int64_t k = 0; k < w.outputs; k += kWidth) {
+        const T* from = w.dy + (first + p) * w.outputs + k;
+        float* to = rows_.data() + (at + p) * w.row() + k;
+        pack_vectors(from, w.outputs, std::min(together, count - p), std::min(kWidth, w.outputs - k), to, w.row());
+      }
     }
   }
 
@@ -109,29 +113,19 @@ public:
   }
 
 private:
+  // Lanes past the last channel are zero, in columns as in rows.
   void pack_columns(const float* from, int64_t inputs, int64_t count, int64_t at) const {
-    for (int64_t c = 0; c < inputs; c += kColumns) {
-      float* to = columns_.data() + (c / kColumns * most_ + at) * kColumns;
-      const int64_t size = std::min(kColumns, inputs - c);
-      for (int64_t p = 0; p < count; ++p, to += kColumns) {
-        const float* pixel = from + p * inputs + c;
-        if (size == kColumns) {
-          store(to, load(pixel));
-          store(to + kWidth, load(pixel + kWidth));
-        } else {
-          std::fill(std::copy_n(pixel, size, to), to + kColumns, 0.0f);
-        }
-      }
+    for (int64_t c = 0; c < round_up(inputs, kColumns); c += kWidth) {
+      float* to = columns_.data() + (c / kColumns * most_ + at) * kColumns + c % kColumns;
+      pack_vectors(from + c, inputs, count, std::clamp<int64_t>(inputs - c, 0, kWidth), to, kColumns);
     }
   }
 
-  static void pack_row(const T* from, int64_t count, float* to) {
-    int64_t k = 0;
-    for (; k + kWidth <= count; k += kWidth) {
-      store(to + k, load(from + k));
-    }
-    if (k < count) {
-      store(to + k, load(from + k, count - k));
+  // A vector of `lanes` channels of each pixel.
+  template <typename From>
+  static void pack_vectors(const From* from, int64_t channels, int64_t count, int64_t lanes, float* to, int64_t row) {
+    for (int64_t p = 0; p < count; ++p, from += channels, to += row) {
+      store(to, lanes == kWidth ? load(from) : lanes > 0 ? load(from, lanes) : Lanes{});
     }
   }
 

@@ -33,6 +33,10 @@ _PASS_COST = 200
 # those of one image, and input channels, with which it is faster in batches as well.
 _FEW_POSITIONS = 256
 _SMALL_IMAGE, _MANY_INPUTS = 16, 256
+# Pixels of a 1x1 kernel's product that pay for packing its weights: one for so many weights, and at most; and images of
+# one pixel from which on PyTorch's convolution is slower in any case.
+_WEIGHTS_PER_PIXEL, _MOST_FEW_PIXELS = 4096, 128
+_SMALL_BATCH = 8
 # Winograd has to be this much cheaper, for its rounding errors are larger.
 _ADVANTAGE = 1.1
 
@@ -138,7 +142,7 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
     if problem.kernel == 1:
         if _product_pays(problem):
             return Choice("gemm", "it spares the passes of the normalisations beside it")
-        return Choice("torch", "PyTorch's product is faster by more than the passes of the normalisations beside it")
+        return Choice("torch", "pixels are few: to pack the weights is most of the work")
     if problem.stride == 1 and _winograd_pays(problem):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     if not problem.needs_grad:
@@ -202,7 +206,14 @@ def _winograd_pays(problem: ConvProblem) -> bool:
 
 
 def _product_pays(problem: ConvProblem) -> bool:
-    return True
+    """Whether a 1x1 kernel's product pays in training, where PyTorch's convolution has passes of its own beside it.
+
+    Products are as fast as PyTorch's, so it does, but for few pixels: then most of the work is to read the weights,
+    which are packed in each of the three products. PyTorch in turn is slow with many images of one pixel.
+    """
+    images, positions = problem.shape[0], _positions_of_image(problem)
+    enough = min(_MOST_FEW_PIXELS, problem.shape[1] * problem.outputs // _WEIGHTS_PER_PIXEL)
+    return _holds(images * positions >= enough) or (_holds(positions == 1) and _holds(images >= _SMALL_BATCH))
 
 
 def _holds(condition: bool) -> bool:
