@@ -139,24 +139,24 @@ def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, padding=1)
 
 
-def norm_act_conv3x3(
-    x: Tensor,
-    norm: NormParams,
-    weight: Tensor,
-    *,
-    residual: Tensor | None = None,
-    relu: bool = True,
-    activation: Activation | None = None,
-    dropout_p: float = 0.0,
-    order: str = "add_act",
-    seed: Tensor | None = None,
-) -> Tensor:
+def conv1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """y of `fastres.functional.conv1x1_with_statistics` in plain PyTorch: differentiable any number of times."""
+    return F.conv2d(x, weight)
+
+
+def norm_act_conv3x3(x: Tensor, norm: NormParams, weight: Tensor, **options: Any) -> Tensor:
     """y of `fastres.functional.norm_act_conv3x3` in plain PyTorch, differentiable; it trusts its arguments."""
-    a = batch_norm_act(
-        x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual,
-        activation=_chosen(relu, activation), dropout_p=dropout_p, order=order, seed=seed,
-    )  # fmt: skip
-    return conv3x3(a, weight)
+    return conv3x3(_activated(x, norm, **options), weight)
+
+
+def norm_act_conv1x1(x: Tensor, norm: NormParams, weight: Tensor, **options: Any) -> Tensor:
+    """y of `fastres.functional.norm_act_conv1x1` in plain PyTorch, differentiable; it trusts its arguments."""
+    return conv1x1(_activated(x, norm, **options), weight)
+
+
+def _activated(x: Tensor, norm: NormParams, **options: Any) -> Tensor:
+    """What the convolution after a normalisation by the batch's statistics reads; options as `batch_norm_act`'s."""
+    return batch_norm_act(x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, **options)
 
 
 def conv3x3_norm_act(

@@ -147,19 +147,25 @@ OUTPUT_AMPLIFICATION = amplification(A, G, B, 9)  # 7.1; 31 with the points 0, +
 WEIGHT_AMPLIFICATION = amplification(G.T, A.T, B, 16)  # 6.0; 24
 
 
-def output_length(channels: int) -> int:
-    """The `length` of an output of the convolution over that many channels, and of an input gradient likewise."""
+def output_length(channels: int, kernel: int = 3) -> int:
+    """The `length` of an output of the convolution over that many channels, and of an input gradient likewise: of a 3x3
+    kernel by Winograd's algorithm, of a 1x1 kernel the direct sum.
+    """
+    if kernel == 1:
+        return channels
     # A tile adds up its 36 points whatever the true sum's length.
     return math.ceil((36 + 9 * channels) * OUTPUT_AMPLIFICATION**2)
 
 
-def weight_length(x: Tensor) -> int:
+def weight_length(x: Tensor, kernel: int = 3) -> int:
     """The `length` of the gradient of the convolution's weight, with x its input."""
-    return math.ceil((36 + x.numel() // x.shape[1]) * WEIGHT_AMPLIFICATION**2)
+    count = x.numel() // x.shape[1]
+    return count if kernel == 1 else math.ceil((36 + count) * WEIGHT_AMPLIFICATION**2)
 
 
 # What the convolution measures it sums up in float32 over a chunk of tiles, in float64 from there on. With 36 points of
-# at least 24 channels, inputs and outputs together, a chunk has to fit into 448 KiB.
+# at least 24 channels, inputs and outputs together, a chunk has to fit into 448 KiB. One of a 1x1 kernel has at most
+# 2048 pixels.
 CHUNK_PIXELS = 448 * 1024 // 4 // 36 // 24 * 16
 
 

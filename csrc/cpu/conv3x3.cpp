@@ -1,5 +1,6 @@
 // The operators conv3x3_*: the 3x3 convolution with padding 1, in training with the batch statistics of its output, in
-// evaluation with the normalisation, residual and activation that follow, as its epilogue.
+// evaluation with the normalisation, residual and activation that follow, as its epilogue. In training the 1x1
+// convolution, too.
 //
 // The default module has none of them: there the operators are PyTorch's convolution.
 #include "conv3x3.h"
@@ -42,7 +43,7 @@ std::tuple<Tensor, Tensor> backward(
       "added: expected shape and dtype of x");
   Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : nothing_like(x);
   Tensor dweight = nothing_like(weight);
-  const Tensor gradient = channels_last(dy), in = channels_last(x), w = weight.to(at::kFloat);
+  const Tensor gradient = channels_last(dy), in = channels_last(x);
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     if (needs[0] && weight.numel() == 0) {
@@ -51,15 +52,14 @@ std::tuple<Tensor, Tensor> backward(
         dx.add_(*added);
       }
     } else if (needs[0] && x.numel() > 0) {
-      const Kernel kernel = turned(kernel_of(w));
-      const Chunks chunks = chunks_of(tiles_of(x), kernel);
+      const Convolution convolution(x, weight, true);
       const Source<T> source{gradient.const_data_ptr<T>()};
       T* to = dx.mutable_data_ptr<T>();
       if (added.has_value()) {
         const Tensor other = channels_last(*added);
-        convolve(chunks, source, kernel, WriteAdded<T>{to, other.const_data_ptr<T>(), streams(dx)});
+        convolution.run(source, WriteAdded<T>{to, other.const_data_ptr<T>(), streams(dx)});
       } else {
-        convolve(chunks, source, kernel, Write<T>{to, streams(dx)});
+        convolution.run(source, Write<T>{to, streams(dx)});
       }
     }
     if (needs[1]) {
@@ -135,6 +135,7 @@ Tensor inference(
     int64_t stride,
     std::string_view algorithm) {
   check_operands(x, conv_weight);
+  TORCH_CHECK_VALUE(conv_weight.size(2) == kTaps, "conv_weight: expected a 3x3 kernel, got ", conv_weight.sizes());
   const Algorithm parsed = parse_algorithm(algorithm, stride);
   Tensor w = conv_weight.to(at::kFloat);
   if (parsed == Algorithm::gemm && !gemm_reads(kernel_of(w))) {

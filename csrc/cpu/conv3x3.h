@@ -1,9 +1,10 @@
-// What the operators with a 3x3 convolution share: checks, tensors of their results, and the convolution by Winograd's
-// algorithm with batch statistics or without.
+// What the operators with a 3x3 or 1x1 convolution share: checks, tensors of their results, and the convolution with
+// batch statistics or without, by Winograd's algorithm where the kernel is 3x3 and as a matrix product where it is 1x1.
 #pragma once
 
 #include "batch_norm_act.h"
 #include "epilogues.h"
+#include "pixel_gemm.h"
 #include "winograd.h"
 
 #include <ATen/core/Tensor.h>
@@ -31,10 +32,13 @@ inline void check_input(const Tensor& x) {
 inline void check_operands(const Tensor& x, const Tensor& weight) {
   check_input(x);
   TORCH_CHECK_VALUE(
-      weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == kTaps && weight.size(3) == kTaps,
+      weight.dim() == 4 && weight.size(1) == x.size(1) && (weight.size(2) == kTaps || weight.size(2) == 1) &&
+          weight.size(3) == weight.size(2),
       "weight: expected shape (K, ",
       x.size(1),
-      ", 3, 3), got ",
+      ", 3, 3) or (K, ",
+      x.size(1),
+      ", 1, 1), got ",
       weight.sizes());
   TORCH_CHECK_TYPE(
       weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat,
@@ -81,6 +85,43 @@ inline bool streams(const Tensor& y) {
       y.size(1) % kWidth == 0 && should_stream(y.const_data_ptr<float>(), rows_of(y));
 }
 
+// A convolution with stride 1, its work cut into chunks.
+class Convolution {
+public:
+  // Of x with the weight; or, as its input gradient, of dy, whose images have the size of x's.
+  Convolution(const Tensor& x, const Tensor& weight, bool gradient)
+      : weight_(weight.to(at::kFloat)),
+        kernel_(gradient ? turned(kernel_of(weight_)) : kernel_of(weight_)),
+        pointwise_(weight.size(2) == 1) {
+    if (pointwise_) {
+      pixels_ = pixel_chunks(x.size(0) * x.size(2) * x.size(3), kernel_);
+    } else {
+      tiles_ = chunks_of(tiles_of(x), kernel_);
+    }
+  }
+
+  // For epilogues that keep some of `channels` channels.
+  ChunkSums sums(int64_t channels) const {
+    return ChunkSums(pointwise_ ? pixels_.outputs() : tiles_.outputs(), channels);
+  }
+
+  template <typename T, typename Epilogue>
+  void run(const Source<T>& source, const Epilogue& epilogue) const {
+    if (pointwise_) {
+      multiply_pixels(pixels_, source, kernel_, epilogue);
+    } else {
+      convolve(tiles_, source, kernel_, epilogue);
+    }
+  }
+
+private:
+  Tensor weight_;
+  Kernel kernel_;
+  bool pointwise_;
+  Chunks tiles_{};
+  PixelChunks pixels_{};
+};
+
 // (y, mean, M2) of the convolution, the last two empty where `measure` is off.
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> convolve_measured(
@@ -91,17 +132,15 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
   Tensor y = empty_output(x, weight);
   const int64_t channels = measure ? y.size(1) : 0;
   Tensor mean = channel_vector(x, channels), m2 = channel_vector(x, channels);
-  const Tensor w = weight.to(at::kFloat);
-  const Kernel kernel = kernel_of(w);
-  const Chunks chunks = chunks_of(tiles_of(x), kernel);
+  const Convolution convolution(x, weight, false);
   T* to = y.mutable_data_ptr<T>();
   if (!measure) {
-    convolve(chunks, source, kernel, Write<T>{to, streams(y)});
+    convolution.run(source, Write<T>{to, streams(y)});
     return {y, mean, m2};
   }
-  ChunkSums sums(chunks, channels);
+  ChunkSums sums = convolution.sums(channels);
   const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
-  convolve(chunks, source, kernel, epilogue);
+  convolution.run(source, epilogue);
   const Moments moments = epilogue.moments();
   std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
   std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
@@ -116,8 +155,13 @@ Tensor weight_gradient_of(const Tensor& x, const Source<T>& source, const Tensor
   if (x.numel() == 0 || weight.numel() == 0) {
     to.zero_();
   } else {
-    weight_gradient<T>(
-        {tiles_of(x), source, dy.const_data_ptr<T>(), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)});
+    const WeightGradient<T> problem{
+        tiles_of(x), source, dy.const_data_ptr<T>(), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)};
+    if (weight.size(2) == 1) {
+      pixel_weight_gradient(problem);
+    } else {
+      weight_gradient(problem);
+    }
   }
   to = to.to(weight.scalar_type());
   return weight.is_contiguous() ? to.contiguous() : to;

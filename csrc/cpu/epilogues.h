@@ -1,9 +1,10 @@
 // The epilogues of the convolutions: pointwise operations and reductions on outputs that are in registers.
 //
-// epilogue.chunk(slot) is the epilogue of one chunk of tiles, which one thread goes through. Its vector(c, count) is
-// called for every tile and vector of channels c ... c + count - 1. Of the result these are called: for the first tile
-// of a chunk begin(visit, outputs), where visit(f) calls f with each of the tile's outputs; operator()(pixel, at,
-// value) for every output, `at` being the element's offset in a tensor of the outputs' shape; and end().
+// epilogue.chunk(slot) is the epilogue of one chunk of tiles, which one thread goes through; a 1x1 convolution's tiles
+// are runs of pixels. Its vector(c, count) is called for every tile and vector of channels c ... c + count - 1. Of the
+// result these are called: for the first tile of a chunk begin(visit, outputs), where visit(f) calls f with each of the
+// tile's outputs; operator()(pixel, at, value) for every output, `at` being the element's offset in a tensor of the
+// outputs' shape; and end().
 // for_each_read(f) calls f with the tensors that are read at these offsets, which are prefetched.
 //
 // Activations: the identity and ReLU are compiled into the loops; where kGeneral, any other is chosen at run time.
@@ -25,8 +26,9 @@ namespace conv {
 // Three vectors of channels a chunk, each written by the thread that goes through it.
 class ChunkSums {
 public:
-  ChunkSums(const Chunks& chunks, int64_t channels)
-      : chunks_(chunks), channels_(channels), data_(3 * chunks.slots() * channels) {}
+  // outputs: a channel, of every chunk; 0 where a slot is empty.
+  ChunkSums(std::vector<int64_t> outputs, int64_t channels)
+      : outputs_(std::move(outputs)), channels_(channels), data_(3 * outputs_.size() * channels) {}
 
   float* data(int64_t slot) {
     return data_.data() + 3 * slot * channels_;
@@ -35,15 +37,15 @@ public:
   // f(sums of the chunk, outputs a channel) for every chunk, in their order.
   template <typename F>
   void for_each(const F& f) const {
-    for (int64_t slot = 0; slot < chunks_.slots(); ++slot) {
-      if (const int64_t count = chunks_.count(slot); count > 0) {
-        f(data_.data() + 3 * slot * channels_, chunks_.tiles.pixels(chunks_.first(slot), count));
+    for (size_t slot = 0; slot < outputs_.size(); ++slot) {
+      if (outputs_[slot] > 0) {
+        f(data_.data() + 3 * slot * channels_, outputs_[slot]);
       }
     }
   }
 
 private:
-  Chunks chunks_;
+  std::vector<int64_t> outputs_;
   int64_t channels_;
   std::vector<float> data_;
 };
@@ -354,11 +356,12 @@ inline void with_masked_gradient(const MaskedGradient<T, false>& fixed, const F&
   }
 }
 
-// X(T, epilogue) for every epilogue of evaluation, and for every one.
+// X(T, epilogue) for every epilogue of evaluation, of training, and for every one.
 #define FASTRES_INFERENCE_EPILOGUES(X, T) X(T, Write<T>) X(T, Normalise<T, false>) X(T, Normalise<T, true>)
-#define FASTRES_EPILOGUES(X, T) \
-  FASTRES_INFERENCE_EPILOGUES(X, T) \
+#define FASTRES_GRADIENT_EPILOGUES(X, T) \
   X(T, WriteAdded<T>) X(T, WriteMeasured<T>) X(T, MaskedGradient<T, false>) X(T, MaskedGradient<T, true>)
+#define FASTRES_TRAINING_EPILOGUES(X, T) X(T, Write<T>) FASTRES_GRADIENT_EPILOGUES(X, T)
+#define FASTRES_EPILOGUES(X, T) FASTRES_INFERENCE_EPILOGUES(X, T) FASTRES_GRADIENT_EPILOGUES(X, T)
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

@@ -1,11 +1,13 @@
 // The micro-kernels: products of panels of floats, with all accumulators in registers.
 //
 //   outputs            product[r][k] = sum over c of operand[r][c] * weights[c][k]
+//   pixels             product[r][k] = sum over c of pixels[r][c] * weights[c][k]
 //   weight gradient    gradient[r][k] = sum over p of rows[p][r] * columns[p][k]
 //
 // Layouts, so that the inner loops read memory in order, at fixed offsets (W: lanes of a vector):
 //   operand   [r / kRows][c / W][r % kRows][W]
-//   weights   [k / kPanel][c][kPanel]
+//   weights   [k / kPanel][c][kPanel]; of pixels [k / kColumns][c][kColumns]
+//   pixels    [r][c], rows any distance apart
 //   columns   [k / kColumns][p][kColumns], and so are products
 //   rows      [p][r], padded
 #pragma once
@@ -83,6 +85,61 @@ inline void output_product(
   }
 }
 
+// Memory that a micro-kernel fetches into the L2 cache on its way, a line a step: a burst of prefetches between two
+// products would leave the multipliers waiting.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t lines = 0; // not more than steps
+
+  static constexpr int64_t kLine = 64;
+
+  // Calls step() as often.
+  template <typename F>
+  inline __attribute__((always_inline)) void steps(int64_t count, const F& step) const {
+    for (int64_t i = 0; i < lines; ++i) {
+      __builtin_prefetch(data + i * kLine, 0, 2);
+      step();
+    }
+    for (int64_t i = lines; i < count; ++i) {
+      step();
+    }
+  }
+};
+
+// product[r][:] (+)= sum_c pixels[r][c] * weights[c][:] for R pixels, `row` apart.
+template <int R>
+inline void pixel_product(
+    const float* pixels,
+    int64_t row,
+    const float* weights,
+    int64_t depth,
+    float* product,
+    bool accumulate,
+    const Ahead& ahead) {
+  Lanes low[R], high[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    low[r] = accumulate ? load(product + r * kColumns) : Lanes{};
+    high[r] = accumulate ? load(product + r * kColumns + kWidth) : Lanes{};
+  }
+  ahead.steps(depth, [&]() __attribute__((always_inline)) {
+    const Lanes weights_low = load(weights), weights_high = load(weights + kWidth);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const Lanes factor = broadcast(pixels[r * row]);
+      low[r] = multiply_add(factor, weights_low, low[r]);
+      high[r] = multiply_add(factor, weights_high, high[r]);
+    }
+    ++pixels;
+    weights += kColumns;
+  });
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(product + r * kColumns, low[r]);
+    store(product + r * kColumns + kWidth, high[r]);
+  }
+}
+
 // gradient[r][:] (+)= sum_p rows[p][r] * columns[p][:] for R rows.
 template <int R>
 inline void gradient_product(
@@ -91,13 +148,14 @@ inline void gradient_product(
     const float* columns,
     float* gradient,
     int64_t depth,
-    bool accumulate) {
+    bool accumulate,
+    const Ahead& ahead = {}) {
   Lanes low[R], high[R];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     low[r] = high[r] = Lanes{};
   }
-  for (int64_t p = 0; p < depth; ++p) {
+  ahead.steps(depth, [&]() __attribute__((always_inline)) {
     const Lanes columns_low = load(columns), columns_high = load(columns + kWidth);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
@@ -107,7 +165,7 @@ inline void gradient_product(
     }
     rows += row;
     columns += kColumns;
-  }
+  });
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     float* to = gradient + r * kColumns;

@@ -1,4 +1,5 @@
-// The operators norm_act_conv3x3_*: the 3x3 convolution of a = dropout(f(bn(x) + r)), or of dropout(f(bn(x))) + r.
+// The operators norm_act_conv3x3_*: the 3x3 or 1x1 convolution of a = dropout(f(bn(x) + r)), or of
+// dropout(f(bn(x))) + r.
 //
 // Forward and the weight gradient compute a in their prologue. The input gradient's epilogue has da in registers, makes
 // g = da * f' * keep / (1 - p) of it and accumulates the sums of the normalisation's backward; the second stage is that
@@ -111,10 +112,8 @@ void reduce(const Tensor& dy, const Operands<T>& operands, const Tensor& weight,
   const Tensor& x = operands.x;
   const int64_t channels = x.size(1);
   out.dz = empty_channels_last(x.sizes(), x);
-  const Tensor w = weight.to(at::kFloat);
-  const Kernel kernel = turned(kernel_of(w));
-  const Chunks chunks = chunks_of(tiles_of(x), kernel);
-  ChunkSums sums(chunks, channels);
+  const Convolution convolution(x, weight, true);
+  ChunkSums sums = convolution.sums(channels);
   const MaskedGradient<T, false> epilogue{
       &operands.prologue,
       out.dz.mutable_data_ptr<T>(),
@@ -122,8 +121,8 @@ void reduce(const Tensor& dy, const Operands<T>& operands, const Tensor& weight,
       streams(out.dz),
       channels,
       &sums};
-  with_masked_gradient(
-      epilogue, [&](const auto& chosen) { convolve(chunks, Source<T>{dy.const_data_ptr<T>()}, kernel, chosen); });
+  const Source<T> source{dy.const_data_ptr<T>()};
+  with_masked_gradient(epilogue, [&](const auto& chosen) { convolution.run(source, chosen); });
   const auto [sum_g, sum_products] = epilogue.totals();
   out.dnorm_weight = channel_vector(x, channels);
   out.dnorm_bias = channel_vector(x, channels);

@@ -2,6 +2,8 @@
 // meanwhile the next data is brought into the L2 cache, a share at a time.
 #pragma once
 
+#include "gemm.h"
+
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -31,6 +33,24 @@ public:
     }
   }
 
+  // The next lines, at most so many and all in one run, for a micro-kernel to fetch.
+  Ahead take(int64_t most) {
+    if (most <= 0 || run_ == static_cast<int64_t>(runs_.size())) {
+      return {};
+    }
+    const auto [start, bytes] = runs_[run_];
+    const Ahead ahead{start + at_, std::min(most, (bytes - at_ + kLine - 1) / kLine)};
+    at_ += ahead.lines * kLine;
+    if (at_ >= bytes) {
+      ++run_;
+      at_ = 0;
+    }
+    return ahead;
+  }
+  int64_t lines() const {
+    return lines_;
+  }
+
   void add(const void* start, int64_t bytes) {
     const char* first = static_cast<const char*>(start);
     lines_ += (bytes + kLine - 1) / kLine;
@@ -42,7 +62,7 @@ public:
   }
 
 private:
-  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLine = Ahead::kLine;
 
   std::vector<std::pair<const char*, int64_t>> runs_;
   int64_t lines_ = 0, run_ = 0, at_ = 0;

@@ -67,6 +67,14 @@ struct Chunks {
     const int64_t end = std::min(tiles.count(), (slot / in_share() + 1) * share);
     return std::clamp<int64_t>(end - first(slot), 0, size);
   }
+  // Of every slot.
+  std::vector<int64_t> outputs() const {
+    std::vector<int64_t> found(slots());
+    for (int64_t slot = 0; slot < slots(); ++slot) {
+      found[slot] = tiles.pixels(first(slot), count(slot));
+    }
+    return found;
+  }
 };
 
 // Prefetches the pixels of tiles first ... first + count - 1 of x [images, height, width, channels].

@@ -123,8 +123,12 @@ def is_conv(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch.conv2d
 
 
-def conv_of(node: Any, kernel: int) -> Conv | str:
-    """The convolution with this kernel size that a call is, or why it is none."""
+# Kernels of our own convolutions.
+OUR_KERNELS = (3, 1)
+
+
+def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
+    """The convolution with a kernel of one of these sizes that a call is, or why it is none."""
     if not isinstance(node, Node) or not is_conv(node):
         return "it is no two-dimensional convolution"
     given = bind(node, CONV)
@@ -135,7 +139,8 @@ def conv_of(node: Any, kernel: int) -> Conv | str:
         return "its input is no batch of images"
     if y.dim() != 4:
         return "its output is given another shape in place"
-    if not same_sizes(weight.shape[2:], (kernel, kernel)):
+    kernel = next((k for k in kernels if same_sizes(weight.shape[2:], (k, k))), None)
+    if kernel is None:
         return f"its kernel is {'x'.join(str(size) for size in weight.shape[2:])}"
     stride, padding, dilation = (_pair(given[name]) for name in ("stride", "padding", "dilation"))
     if given["groups"] != 1:

@@ -44,7 +44,7 @@ class Chain:
         order: on which side of activation and dropout the residual is added.
         projection: the 1x1 convolution that makes the normalised residual.
         before: in evaluation, the 3x3 convolution that makes x.
-        after: in training, the 3x3 convolution that alone reads the result.
+        after: in training, the 3x3 or 1x1 convolution that alone reads the result.
     """
 
     norm: Norm
@@ -193,7 +193,7 @@ def _with_normalised_residual(chain: Chain, other: Node, user: Node, memory: Mem
     if written and memory.overlap(*tensors):
         return
     with_norm = replace(chain, residual=norm.x, residual_norm=norm)
-    conv = conv_of(norm.x, 1)
+    conv = conv_of(norm.x, (1,))
     # The projection's operator adds before the activation only.
     if not isinstance(conv, str) and chain.order == "add_act" and conv.bias is None and only_user(norm.x) is norm.node:
         x, y = value(conv.x), value(chain.norm.node)

@@ -29,8 +29,11 @@ PATTERNS = [
     ("normalisation, residual, activation, dropout", "batch_norm_act, with the residual's own normalisation"),
     ("the arithmetic of FrozenBatchNorm2d, without a gradient", "the same as a normalisation in evaluation"),
     ("1x1 convolution and normalisation of a residual", "projection_shortcut"),
-    ("3x3 convolution behind these, in training", "norm_act_conv3x3: they are its prologue"),
-    ("3x3 convolution before a normalisation, in training", "conv3x3_with_statistics: taken in its epilogue"),
+    ("3x3 or 1x1 convolution behind these, in training", "norm_act_conv3x3, norm_act_conv1x1: they are its prologue"),
+    (
+        "3x3 or 1x1 convolution before a normalisation, in training",
+        "conv3x3_with_statistics, conv1x1_with_statistics: taken in its epilogue",
+    ),
     ("3x3 convolution before these, in evaluation", "conv3x3_norm_act: they are its epilogue"),
     ("3x3 convolution alone", "conv3x3"),
     ("a network in NCHW", "channels_last between copies, where its convolutions gain"),

@@ -1,4 +1,4 @@
-"""The 3x3 convolutions around a chain, and those that stand alone.
+"""The 3x3 and 1x1 convolutions around a chain, and 3x3 convolutions that stand alone.
 
 In training a convolution behind a chain normalises and activates its input itself (the prologue), and one before a
 normalisation takes the statistics of its output (the epilogue). In evaluation one before a chain applies the chain to
@@ -20,7 +20,7 @@ from fastres.ops.algorithms import choose_algorithm
 
 
 def why_not_ours(conv: Conv, requested: str, *, followed: bool = False) -> str | None:
-    """Why a 3x3 convolution is left to PyTorch; None where a kernel of ours computes it faster."""
+    """Why a convolution is left to PyTorch; None where a kernel of ours computes it faster."""
     y, x, weight = (value(n) for n in (conv.node, conv.x, conv.weight))
     assert y is not None and x is not None and weight is not None
     needs_grad = y.requires_grad
@@ -42,7 +42,7 @@ def with_prologue(chain: Chain, memory: Memory, claimed: set[Node], requested: s
     user = only_user(chain.nodes[-1])
     if not chain.norm.training or chain.residual_norm is not None or user is None:
         return chain
-    conv, x = conv_of(user, 3), value(chain.norm.x)
+    conv, x = conv_of(user), value(chain.norm.x)
     if isinstance(conv, str) or x is None or conv.x is not chain.nodes[-1] or conv.dtype != x.dtype or x.dim() != 4:
         return chain
     if why_not_ours(conv, requested) is not None:
@@ -57,7 +57,7 @@ def with_convolution_before(chain: Chain, memory: Memory, claimed: set[Node], re
     """The chain with the convolution in evaluation that makes its input for it alone, where that is one of ours."""
     if chain.norm.training or chain.residual_norm is not None or chain.order != "add_act":
         return chain
-    conv = conv_of(chain.norm.x, 3)
+    conv = conv_of(chain.norm.x, (3,))
     if isinstance(conv, str) or only_user(conv.node) is not chain.norm.node:
         return chain
     y, x = value(conv.node), value(conv.x)

@@ -124,7 +124,7 @@ def _conv_gain(node: Node, requested: str) -> float:
         return 0.0
     # PyTorch computes float64 as it stands.
     gain = 0.0 if y.dtype == torch.float64 else float(_REORDER_COST * (elements(x) + elements(y)))
-    conv = conv_of(node, 3)
+    conv = conv_of(node, (3,))
     if not isinstance(conv, str):
         problem = conv.problem(needs_grad=y.requires_grad)._replace(channels_last=True)
         if choose_algorithm(problem, requested).algorithm == "winograd":

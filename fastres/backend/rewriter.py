@@ -109,7 +109,7 @@ class Rewriter:
                 self.leave("normalisation", node, norm)
             else:
                 found.append(norm)
-        for norm in sorted(found, key=lambda n: not isinstance(conv_of(n.x, 1), str)):
+        for norm in sorted(found, key=lambda n: not isinstance(conv_of(n.x, (1,)), str)):
             if norm.node in self.claimed:
                 continue
             chain = chains.find(norm, self.memory, self.claimed)
@@ -217,27 +217,25 @@ class Rewriter:
         return self.call(operator.add, product, shift)
 
     def convolve(self, conv: Conv, chain: Chain | None = None, options: dict[str, Any] | None = None) -> Node:
-        """A 3x3 convolution, in training after the chain that only it reads, where there is one."""
+        """A convolution, in training after the chain that only it reads, where there is one."""
         n, x, weight, bias = conv.node, self.current(conv.x), self.current(conv.weight), self.current(conv.bias)
-        readers = [c for c in self.chains if c.norm.training and c.norm.x is n]
-        reader = max(readers, key=lambda c: self.memory.position[c.norm.node], default=None)  # the last: they share
-        measures = reader is not None and not self.memory.is_written_between(
-            self.memory.storages([n]), n, reader.norm.node
-        )
-        absorbs = bias is not None and measures and reader is not None and only_user(n) is reader.norm.node
+        reader = self._reader(conv)
+        measures = reader is not None
+        absorbs = bias is not None and reader is not None and only_user(n) is reader.norm.node
         statistics: Node | None = None
         if chain is not None:
             assert options is not None
             params, norm_x = self.params(chain.norm), self.current(chain.norm.x)
+            behind: Any = functional.norm_act_conv3x3 if conv.kernel == 3 else functional.norm_act_conv1x1
             made = self.call(
-                self.count(functional.norm_act_conv3x3, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p,
-                order=chain.order, statistics=self._statistics.get(chain.norm.x), algorithm=self.algorithm, **options,
+                self.count(behind, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p, order=chain.order,
+                statistics=self._statistics.get(chain.norm.x), algorithm=self.algorithm, **options,
             )  # fmt: skip
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             self._move_mean(chain.norm)
         elif measures:
-            function = self.count(functional.conv3x3_with_statistics, 0, 1)
-            made = self.call(function, x, weight, algorithm=self.algorithm)
+            ours = functional.conv3x3_with_statistics if conv.kernel == 3 else functional.conv1x1_with_statistics
+            made = self.call(self.count(ours, 0, 1), x, weight, algorithm=self.algorithm)
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             self._share_input(conv, x, made)
         else:
@@ -249,6 +247,15 @@ class Rewriter:
         if measures and statistics is not None and (bias is None or absorbs):
             self._statistics[n] = statistics
         return y
+
+    def _reader(self, conv: Conv) -> Chain | None:
+        """The chain that normalises a convolution's output by the batch's statistics, where that may take them."""
+        readers = [c for c in self.chains if c.norm.training and c.norm.x is conv.node]
+        reader = max(readers, key=lambda c: self.memory.position[c.norm.node], default=None)  # the last: they share
+        written = self.memory.storages([conv.node])
+        if reader is not None and self.memory.is_written_between(written, conv.node, reader.norm.node):
+            return None
+        return reader
 
     def _share_input(self, conv: Conv, x: Node, made: Node) -> None:
         """Let later readers of a convolution's input read it out of the convolution's results: their gradients are
@@ -297,8 +304,10 @@ class Rewriter:
             return self._write_arithmetic(node, self.frozen[node])
         if node in self.claimed or not is_conv(node):
             return None
-        conv = conv_of(node, 3)
+        conv = conv_of(node)
         reason = conv if isinstance(conv, str) else convolutions.why_not_ours(conv, self.requested)
+        if reason is None and not isinstance(conv, str) and conv.kernel == 1 and self._reader(conv) is None:
+            reason = "it has no normalisation beside it"
         if reason is None and not isinstance(conv, str):
             return self.convolve(conv)
         self.leave("convolution", node, str(reason))

@@ -7,10 +7,12 @@ fastres.reference: derivatives of any order and kind, the batched form and a por
 from fastres.contract import ORDERS, NormParams, Statistics
 from fastres.functional.conv import (
     Convolved,
+    conv1x1_with_statistics,
     conv3x3,
     conv3x3_norm_act,
     conv3x3_with_statistics,
     measured_conv3x3,
+    norm_act_conv1x1,
     norm_act_conv3x3,
 )
 from fastres.functional.norm import batch_norm_act
@@ -22,10 +24,12 @@ __all__ = [
     "NormParams",
     "Statistics",
     "batch_norm_act",
+    "conv1x1_with_statistics",
     "conv3x3",
     "conv3x3_norm_act",
     "conv3x3_with_statistics",
     "measured_conv3x3",
+    "norm_act_conv1x1",
     "norm_act_conv3x3",
     "projection_shortcut",
 ]

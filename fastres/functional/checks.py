@@ -181,14 +181,15 @@ def check_statistics(
             raise TypeError(f"{name}.{part}: expected dtype {dtype}, got {vector.dtype}")
 
 
-def check_convolution(x: Tensor, weight: Tensor, algorithm: str | None) -> None:
+def check_convolution(x: Tensor, weight: Tensor, algorithm: str | None, kernel: int = 3) -> None:
     check_tensor("x", x)
     # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
     casts = isinstance(weight, Tensor) and autocast_dtype(x.device) is not None and is_cast(x) and is_cast(weight)
     check_tensor("weight", weight, x, any_dtype=casts)
-    if weight.shape[1:] != (x.shape[1], 3, 3):
+    if weight.shape[1:] != (x.shape[1], kernel, kernel):
         raise ValueError(
-            f"weight: expected shape (K, {x.shape[1]}, 3, 3) for x of shape {tuple(x.shape)}, got {tuple(weight.shape)}"
+            f"weight: expected shape (K, {x.shape[1]}, {kernel}, {kernel}) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)}"
         )
     if algorithm is not None and not isinstance(algorithm, str):
         raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")

@@ -1,9 +1,9 @@
-"""The 3x3 convolutions, alone and with the normalisation before or after them."""
+"""The 3x3 and 1x1 convolutions, alone and with the normalisation before or after them."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,14 +115,46 @@ def conv3x3_with_statistics(x: Tensor, weight: Tensor, *, algorithm: str | None 
     Returns:
         y as `conv3x3`; by Winograd's algorithm with its statistics, and x. See `Convolved`.
     """
+    return _conv_with_statistics(x, weight, 3, algorithm)
+
+
+def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
+    """1x1 convolution with stride 1, one group and no bias in training, with the batch statistics of its output.
+
+        y[n, k, i, j] = sum over c of weight[k, c] * x[n, c, i, j]
+
+    On the CPU in float32 and bfloat16 as a matrix product of our own, which measures y while it is in registers, with
+    PyTorch's rounding errors. Elsewhere PyTorch's convolution.
+
+    Args:
+        x: [N, C, H, W]; dtypes as in `batch_norm_act`. The matrix product reads float32 and bfloat16 in channels_last,
+            and computes in float32.
+        weight: [K, C, 1, 1], dtype of x. Under autocast the matrix product takes a float32 weight unrounded.
+        algorithm: "auto" takes the matrix product where x is channels_last and a cost model says that it pays; "gemm"
+            wherever it serves x at all (other memory formats are copied once); "torch" and "winograd" leave all to
+            PyTorch. None: as in `conv3x3`.
+    Returns:
+        y of the dtype of x, channels_last by the matrix product; with its statistics then, and x. See `Convolved`.
+    Raises:
+        TypeError, ValueError: as `conv3x3`.
+    """
+    return _conv_with_statistics(x, weight, 1, algorithm)
+
+
+def _conv_with_statistics(x: Tensor, weight: Tensor, kernel: int, algorithm: str | None) -> Convolved:
     x = autocast(x)
-    check_convolution(x, weight, algorithm)
+    check_convolution(x, weight, algorithm, kernel)
     if _algorithm(x, weight, requested_algorithm(algorithm), needs_grad=True) == "torch":
-        return Convolved(reference.conv3x3(x, weight.to(x.dtype)), None, x)
+        return Convolved(_pytorchs(x, weight), None, x)
     x = dense(x, torch.channels_last)
     y, mean, m2, same = ops.Conv3x3.apply(x, served(weight, x), True)
     # Otherwise x would ask for a gradient that nobody reads, where only the weight does.
     return Convolved(y, Statistics(mean, m2), same if x.requires_grad else x)
+
+
+def _pytorchs(x: Tensor, weight: Tensor) -> Tensor:
+    convolve = reference.conv3x3 if weight.shape[2] == 3 else reference.conv1x1
+    return convolve(x, weight.to(x.dtype))
 
 
 def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
@@ -166,11 +198,57 @@ def norm_act_conv3x3(
         TypeError, ValueError, RuntimeError: as `batch_norm_act` and `conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1; Lavin and Gray 2016, section 4.
     """
+    return _norm_act_conv(
+        3, x, norm, weight, (relu, activation, dropout_p, order), statistics=statistics, residual=residual, seed=seed,
+        algorithm=algorithm, group=group,
+    )  # fmt: skip
+
+
+def norm_act_conv1x1(
+    x: Tensor,
+    norm: NormParams,
+    weight: Tensor,
+    *,
+    relu: bool = True,
+    activation: Activation | str | None = None,
+    dropout_p: float = 0.0,
+    order: str = "add_act",
+    **options: Any,
+) -> tuple[Tensor, Statistics | None]:
+    """conv1x1(batch_norm_act(x)) in training, as `norm_act_conv3x3` with a 1x1 convolution without padding.
+
+    By the matrix product a is made where the product reads it: it is neither written nor saved for backward.
+
+    Args:
+        weight: [K, C, 1, 1], dtype of x, of the convolution.
+        x, norm, relu, activation, dropout_p, order: as in `norm_act_conv3x3`.
+        options: algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other; statistics,
+            residual, seed and group as in `norm_act_conv3x3`.
+    Returns, Raises: as `norm_act_conv3x3`.
+    Source: Ioffe and Szegedy 2015, algorithm 1.
+    """
+    return _norm_act_conv(1, x, norm, weight, (relu, activation, dropout_p, order), **options)
+
+
+def _norm_act_conv(
+    kernel: int,
+    x: Tensor,
+    norm: NormParams,
+    weight: Tensor,
+    given: tuple[bool, Activation | str | None, float, str],
+    *,
+    statistics: Statistics | None = None,
+    residual: Tensor | None = None,
+    seed: Tensor | None = None,
+    algorithm: str | None = None,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """`given`: relu, activation, dropout_p and order."""
     x, residual = autocast(x), None if residual is None else autocast(residual)
-    check_convolution(x, weight, algorithm)
+    check_convolution(x, weight, algorithm, kernel)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
-    act = checked_act(relu, activation, dropout_p, order)
+    act = checked_act(*given)
     if residual is not None:
         check_tensor("residual", residual, x, x.shape)
     check_norm("norm.", norm, x, x.shape[1], True)
@@ -181,12 +259,13 @@ def norm_act_conv3x3(
     if not is_compiled(act) or _algorithm(x, weight, requested, needs_grad=True) == "torch":
         a = batch_norm_act(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual,
-            activation=act.activation, dropout_p=dropout_p, order=order, seed=seed, statistics=statistics, group=group,
+            activation=act.activation, dropout_p=act.dropout_p, order=act.order, seed=seed, statistics=statistics,
+            group=group,
         )  # fmt: skip
-        return reference.conv3x3(a, weight.to(x.dtype)), None
+        return _pytorchs(a, weight), None
     if residual is not None:
         residual = dense(residual, torch.channels_last)
-    if dropout_p > 0 and seed is None:
+    if act.dropout_p > 0 and seed is None:
         seed = contract.draw_seed(x.device)
     own = cast(norm, torch.float32)
     y, mean, m2 = norm_act_ops.NormActConv3x3.apply(

@@ -300,15 +300,23 @@ class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
     @torch.jit.unused
     def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
         algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.relu)
-        out = self.conv1(x)
         if uses_batch_statistics(bn1):
+            out, statistics, same = conv_with_statistics(self.conv1, x, algorithm)
+            # The convolution adds the shortcut's gradient to its own, where it can.
+            shortcut = shortcut if same is x else same
             out, statistics = norm_act_conv(
-                bn1, self.conv2, out, activation=f, dropout=0.0, statistics=None, algorithm=algorithm
+                bn1, self.conv2, out, activation=f, dropout=0.0, statistics=statistics, algorithm=algorithm
             )
-            out = norm_act(bn2, out, activation=f, dropout=self._dropout_now(), statistics=statistics)
-        else:
-            out = conv_norm(self.conv2, bn2, norm_act(bn1, out, activation=f), activation=f, algorithm=algorithm)
-        return add_shortcut(self.bn3, self.conv3(out), shortcut, self.downsample, activation=f, readers=readers)
+            out, statistics = norm_act_conv(
+                bn2, self.conv3, out, activation=f, dropout=self._dropout_now(), statistics=statistics,
+                algorithm=algorithm,
+            )  # fmt: skip
+            return add_shortcut(
+                self.bn3, out, shortcut, self.downsample, activation=f, statistics=statistics, readers=readers
+            )
+        out = norm_act(bn1, self.conv1(x), activation=f)
+        out = self.conv3(conv_norm(self.conv2, bn2, out, activation=f, algorithm=algorithm))
+        return add_shortcut(self.bn3, out, shortcut, self.downsample, activation=f, readers=readers)
 
 
 class PlainResidualBlock(nn.Module):

@@ -146,6 +146,17 @@ def is_conv3x3(conv: nn.Conv2d, strides: tuple[tuple[int, int], ...] = ((1, 1),)
     )
 
 
+def is_conv1x1(conv: nn.Conv2d) -> bool:
+    """Whether calling the module is a 1x1 convolution with stride 1, no padding, one group and no bias."""
+    return (
+        conv.bias is None
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), "valid")
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
 def fits_convolution(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the convolution takes x: its channels, its device, and its dtype or what autocast makes of it."""
     weight = conv.weight
@@ -176,6 +187,8 @@ def conv_with_statistics(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> C
     """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
     if is_conv3x3(conv):
         return functional.conv3x3_with_statistics(x, conv.weight, algorithm=algorithm)
+    if is_conv1x1(conv):
+        return functional.conv1x1_with_statistics(x, conv.weight, algorithm=algorithm)
     return Convolved(conv(x), None, x)
 
 
@@ -192,10 +205,13 @@ def norm_act_conv(
     algorithm: str | None,
 ) -> tuple[Tensor, Statistics | None]:
     """conv(norm_act(norm, x, residual)) by the batch's statistics, and its own statistics where they were taken."""
-    if not is_conv3x3(conv) or (residual is not None and residual.shape != x.shape):
+    ours = (
+        functional.norm_act_conv3x3 if is_conv3x3(conv) else functional.norm_act_conv1x1 if is_conv1x1(conv) else None
+    )
+    if ours is None or (residual is not None and residual.shape != x.shape):
         a = norm_act(norm, x, residual, activation=activation, dropout=dropout, order=order, statistics=statistics)
         return conv(a), None
-    return functional.norm_act_conv3x3(
+    return ours(
         x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, activation=activation,
         dropout_p=dropout, order=order, algorithm=algorithm, group=group_of(norm),
     )  # fmt: skip

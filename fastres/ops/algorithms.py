@@ -1,5 +1,5 @@
 """Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's F(4x4, 3x3) ("winograd") or one matrix
-product over gathered rows ("gemm").
+product of our own ("gemm"), of a 3x3 kernel over gathered rows, of a 1x1 kernel over pixels.
 
 `choose_algorithm` decides by arithmetic alone, from one `ConvProblem`. docs/convolution.md has the measurements behind
 the constants; `python -m benchmarks.convolutions` prints the choice beside the measured times of all three.
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastres import ordinary
 from fastres.contract import ConvProblem, output_size, rows_are_channels
 
-ALGORITHMS = ("auto", "torch", "winograd")
+ALGORITHMS = ("auto", "torch", "winograd", "gemm")
 
 TILE = 4
 _POINTS = 36
@@ -33,6 +33,10 @@ _PASS_COST = 200
 # those of one image, and input channels, with which it is faster in batches as well.
 _FEW_POSITIONS = 256
 _SMALL_IMAGE, _MANY_INPUTS = 16, 256
+# Pixels of a 1x1 kernel's product that pay for packing its weights: one for so many weights, and at most; and images of
+# one pixel from which on PyTorch's convolution is slower in any case.
+_WEIGHTS_PER_PIXEL, _MOST_FEW_PIXELS = 4096, 128
+_SMALL_BATCH = 8
 # Winograd has to be this much cheaper, for its rounding errors are larger.
 _ADVANTAGE = 1.1
 
@@ -48,7 +52,7 @@ def requested_algorithm(algorithm: str | None) -> str:
     """The argument, or where it is None the environment variable FASTRES_CONV, or "auto".
 
     Raises:
-        ValueError: neither of "auto", "torch" and "winograd".
+        ValueError: none of `ALGORITHMS`.
     """
     name, requested = "algorithm", algorithm
     if requested is None:
@@ -60,7 +64,7 @@ def known_algorithm(name: str, algorithm: str) -> str:
     """The algorithm of that name, an argument called `name`.
 
     Raises:
-        ValueError: neither of "auto", "torch" and "winograd".
+        ValueError: none of `ALGORITHMS`.
     """
     if algorithm == "direct":
         warnings.warn(f'{name}: "direct" is called "torch" now', DeprecationWarning, stacklevel=3)
@@ -111,7 +115,7 @@ def choose_algorithm(problem: ConvProblem, requested: str = "auto") -> Choice:
     """The algorithm for a convolution in one group without bias whose padding is half its kernel.
 
     Args:
-        requested: one of `ALGORITHMS`. "winograd" takes it wherever it serves the problem at all.
+        requested: one of `ALGORITHMS`. "winograd" and "gemm" are taken wherever they serve the problem at all.
     """
     # A compiler's sizes may be symbols, which are not hashed.
     return _choose(problem, requested) if torch.compiler.is_compiling() else _chosen(problem, requested)
@@ -128,14 +132,17 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
     unserved = _why_not_served(problem)
     if unserved is not None:
         return Choice("torch", unserved)
-    if requested == "winograd":
-        if problem.stride == 1:
-            return Choice("winograd", "it was requested")
-        return Choice("torch", "Winograd's algorithm is for stride 1")
+    if requested != "auto":
+        unfit = _why_not(requested, problem)
+        return Choice(requested, "it was requested") if unfit is None else Choice("torch", unfit)
     if problem.dtype == torch.bfloat16 and problem.matrix_units:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
     if not problem.channels_last:
         return Choice("torch", "the input is not in channels_last, which the kernels read")
+    if problem.kernel == 1:
+        if _product_pays(problem):
+            return Choice("gemm", "it spares the passes of the normalisations beside it")
+        return Choice("torch", "pixels are few: to pack the weights is most of the work")
     if problem.stride == 1 and _winograd_pays(problem):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     if not problem.needs_grad:
@@ -154,13 +161,26 @@ def is_served(problem: ConvProblem) -> bool:
 
 def _why_not_served(problem: ConvProblem) -> str | None:
     n, c, h, w = problem.shape
-    if problem.kernel != 3:
+    if problem.kernel not in (1, 3):
         return "there is no kernel of our own for this size"
+    if problem.kernel == 1 and (problem.stride != 1 or not problem.needs_grad):
+        return "the kernel for this size is for training with stride 1"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return "there is no kernel of our own for this dtype"
     if problem.capability not in ("avx2", "avx512"):
         return f"there is no kernel of our own for {problem.capability}"
     return "the input is empty" if n * c * h * w == 0 else None
+
+
+def _why_not(algorithm: str, problem: ConvProblem) -> str | None:
+    """Why one of our algorithms does not serve a problem that another of them does."""
+    if algorithm == "winograd":
+        if problem.kernel != 3:
+            return "Winograd's algorithm is for 3x3 kernels"
+        return None if problem.stride == 1 else "Winograd's algorithm is for stride 1"
+    return (
+        "the matrix product of a 3x3 kernel is for evaluation" if problem.kernel == 3 and problem.needs_grad else None
+    )
 
 
 def _positions_of_image(problem: ConvProblem) -> int:
@@ -183,6 +203,17 @@ def _winograd_pays(problem: ConvProblem) -> bool:
     transforms = _TILE_COST * tiles * (inputs + outputs) + _WEIGHT_COST * inputs * outputs
     # In whole numbers, which torch.export can reason about.
     return _holds(100 * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
+
+
+def _product_pays(problem: ConvProblem) -> bool:
+    """Whether a 1x1 kernel's product pays in training, where PyTorch's convolution has passes of its own beside it.
+
+    Products are as fast as PyTorch's, so it does, but for few pixels: then most of the work is to read the weights,
+    which are packed in each of the three products. PyTorch in turn is slow with many images of one pixel.
+    """
+    images, positions = problem.shape[0], _positions_of_image(problem)
+    enough = min(_MOST_FEW_PIXELS, problem.shape[1] * problem.outputs // _WEIGHTS_PER_PIXEL)
+    return _holds(images * positions >= enough) or (_holds(positions == 1) and _holds(images >= _SMALL_BATCH))
 
 
 def _holds(condition: bool) -> bool:

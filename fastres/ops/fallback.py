@@ -258,7 +258,7 @@ def empty_gradients(
 def conv3x3_forward(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, M2): y channels_last; the statistics empty where they are not asked for."""
     y = empty_output(x, weight.shape[0], (1, 1), torch.channels_last)
-    return _measured(y.copy_(F.conv2d(x, weight.to(x.dtype), padding=1)), statistics)
+    return _measured(y.copy_(F.conv2d(x, weight.to(x.dtype), padding=weight.shape[2] // 2)), statistics)
 
 
 def conv3x3_backward(

@@ -32,6 +32,23 @@ class Basic(nn.Module):
         return F.relu(out)
 
 
+class Bottleneck(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        planes = outputs // 2
+        self.conv1, self.bn1 = nn.Conv2d(inputs, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv3x3(planes, planes, stride), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, outputs, 1, bias=stride != 1), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
+        return F.relu(out + self.shortcut(x))
+
+
 class OptionA(nn.Module):
     """The parameter-free shortcut: every second position, channels padded with zeros."""
 
@@ -137,6 +154,7 @@ class Autoencoder(nn.Sequential):
 IMAGES = [(2, 3, 12, 12)]
 NETWORKS: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
     "basic": (lambda: ResNet(Basic), IMAGES),
+    "bottleneck": (lambda: ResNet(Bottleneck), IMAGES),
     "option_a": (lambda: ResNet(OptionA), IMAGES),
     "preactivation": (lambda: ResNet(Preactivation, stem_norm=False), IMAGES),
     "unet": (lambda: UNet(bias=False), IMAGES),

@@ -23,6 +23,11 @@ EXPECTED: dict[str, tuple[str, ...]] = {
         "6/6 5/6 7 batch_norm_act:2 conv3x3_with_statistics:2 norm_act_conv3x3:2 projection_shortcut:1",
         "6/6 5/6 7 batch_norm_act:1 conv3x3:1 conv3x3_norm_act:3 projection_shortcut:1",
     ),
+    "bottleneck": (
+        "8/8 1/8 9 batch_norm_act:6 projection_shortcut:1",
+        "8/8 3/8 9 batch_norm_act:5 conv3x3_with_statistics:1 norm_act_conv3x3:1 projection_shortcut:1",
+        "8/8 3/8 9 batch_norm_act:4 conv3x3_norm_act:2 projection_shortcut:1",
+    ),
     "option_a": (
         "5/5 0/5 7 batch_norm_act:5",
         "5/5 4/5 7 batch_norm_act:3 conv3x3_with_statistics:2 norm_act_conv3x3:2",
@@ -67,6 +72,23 @@ def test_values_are_those_of_pytorch_by_our_convolutions(name):
         make, shapes, dtype=torch.float32, layout="channels_last", conv_algorithm="winograd"
     )
     assert (counts(training), counts(evaluation)) == EXPECTED[name][1:]
+
+
+# Network -> in float32, channels_last and by our 1x1 convolutions in training.
+BY_PRODUCTS = {
+    "bottleneck": "8/8 5/8 9 batch_norm_act:4 conv1x1_with_statistics:2 norm_act_conv1x1:2 projection_shortcut:1",
+    "preactivation": "5/5 0/6 5 batch_norm_act:5",
+}
+
+
+@pytest.mark.parametrize("name", BY_PRODUCTS)
+def test_values_are_those_of_pytorch_by_our_1x1_convolutions(name):
+    make, shapes = networks.NETWORKS[name]
+    training, evaluation = compare.check(
+        make, shapes, dtype=torch.float32, layout="channels_last", conv_algorithm="gemm"
+    )
+    assert counts(training) == BY_PRODUCTS[name]
+    assert "1x1" not in counts(evaluation)
 
 
 # Network -> calls in channels_last; in training and evaluation.

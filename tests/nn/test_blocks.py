@@ -30,7 +30,16 @@ from fastres.nn import (
     SkipConnection,
 )
 from tests.operators import Operators
-from tests.oracle import LAYOUTS, activation, assert_close, generator, near_zero, output_length, weight_length
+from tests.oracle import (
+    LAYOUTS,
+    activation,
+    assert_close,
+    generator,
+    near_zero,
+    output_length,
+    saved_bytes,
+    weight_length,
+)
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble, twin
 
 KINDS = [(FusedBasicBlock, BasicBlock), (FusedBottleneck, Bottleneck)]
@@ -328,19 +337,24 @@ def follow(actual, exact, layout, gen, *, size=(5, 7), evaluate=True):
             module.training = mode
 
 
-def winograd_pair(fused, plain, **options):
-    """A float32 block by Winograd's convolution, and torchvision's in float64."""
+def winograd_pair(fused, plain, algorithm="winograd", **options):
+    """A float32 block by a convolution of ours, and torchvision's in float64."""
     actual, exact = pair(fused, plain, dtype=torch.float32, **options)
-    actual.conv_algorithm = "winograd"
+    actual.conv_algorithm = algorithm
     return actual, exact.double()
 
 
-@pytest.mark.parametrize(("fused", "plain"), KINDS)
+@pytest.mark.parametrize(
+    ("fused", "plain", "algorithm"),
+    [*((*kind, "winograd") for kind in KINDS), (FusedBottleneck, Bottleneck, "gemm")],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 @pytest.mark.parametrize(("shortcut", "stride"), [("none", 1), ("projection", 1), ("projection", 2), ("pooled", 2)])
-def test_by_winograds_convolution_a_block_trains_as_that_of_torchvision(fused, plain, layout, size, shortcut, stride):
-    actual, exact = winograd_pair(fused, plain, shortcut=shortcut, stride=stride)
+def test_by_our_convolutions_a_block_trains_as_that_of_torchvision(
+    fused, plain, algorithm, layout, size, shortcut, stride
+):
+    actual, exact = winograd_pair(fused, plain, algorithm, shortcut=shortcut, stride=stride)
     gen = generator(fused.__name__, layout, size, shortcut, stride)
     for _ in range(2):
         follow(actual, exact, layout, gen, size=size)
@@ -385,6 +399,25 @@ def test_by_winograds_convolution_a_residual_block_trains_as_in_float64(layout, 
     follow(actual, exact, layout, gen)
 
 
+def test_a_bottleneck_keeps_raw_outputs_and_bits_only():
+    """Its input, the three convolutions' raw outputs, the weights, and a bit an element of the last ReLU's."""
+    block = FusedBottleneck(128, 32, conv_algorithm="auto")
+    pixels = 4 * 32 * 32
+    x = torch.randn(4, 128, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = sum(conv.weight.numel() for conv in (block.conv1, block.conv2, block.conv3))
+    kept = 4 * (pixels * (128 + 32 + 32 + 128) + weights) + pixels * 128 // 8
+    with Operators() as seen:
+        assert saved_bytes(lambda: block(x)) == kept
+    by = ["conv3x3_forward", "norm_act_conv3x3_forward", "norm_act_conv3x3_forward", "batch_norm_act_training"]
+    assert seen.names == by
+    for later in seen.arguments[1:]:
+        assert later["statistics_mean"] is not None
+    with Operators() as seen:
+        block(x).sum().backward()
+    assert seen.names[4:] == [name.replace("forward", "backward").replace("training", "backward") for name in by[::-1]]
+    assert seen.arguments[-1]["added"] is not None
+
+
 IN_TRAINING = ["conv3x3_forward", "norm_act_conv3x3_forward", "batch_norm_act_training"]
 FUSION = [
     (FusedBasicBlock, "none", IN_TRAINING, ["conv3x3_inference"] * 2),
@@ -394,6 +427,11 @@ FUSION = [
     ),
     (
         FusedBottleneck, "none", ["norm_act_conv3x3_forward", "batch_norm_act_training", "batch_norm_act_training"],
+        ["batch_norm_act_inference", "conv3x3_inference", "batch_norm_act_inference"],
+    ),
+    (
+        FusedBottleneck, "products",
+        ["conv3x3_forward", "batch_norm_act_training", "norm_act_conv3x3_forward", "batch_norm_act_training"],
         ["batch_norm_act_inference", "conv3x3_inference", "batch_norm_act_inference"],
     ),
     (
@@ -411,8 +449,9 @@ FUSION = [
 def test_what_stands_beside_a_convolution_is_part_of_it(cls, shortcut, training, evaluation):
     planes = IN // cls.expansion
     torchvisions = issubclass(cls, (BasicBlock, Bottleneck))
+    algorithm, shortcut = ("gemm", "none") if shortcut == "products" else ("winograd", shortcut)
     options = {} if not torchvisions else {"downsample": downsample(shortcut, 1, planes * cls.expansion)}
-    block = cls(IN, planes, **options, dropout=0.3, conv_algorithm="winograd")
+    block = cls(IN, planes, **options, dropout=0.3, conv_algorithm=algorithm)
     x = torch.randn(2, IN, 6, 6)
     with Operators() as seen:
         block(x)
@@ -826,7 +865,7 @@ def test_conv_algorithm_is_copied_and_printed(cls, way):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("fft", ValueError, "conv_algorithm: expected one of .*'auto', 'torch', 'winograd'.*, got 'fft'"),
+        ("fft", ValueError, "conv_algorithm: expected one of .*'auto', 'torch', 'winograd', 'gemm'.*, got 'fft'"),
         (4, TypeError, "conv_algorithm: expected a string or None, got int"),
     ],
 )

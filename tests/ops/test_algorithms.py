@@ -24,7 +24,16 @@ FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
         (LARGE._replace(dtype=torch.bfloat16, matrix_units=True), "torch", "bfloat16 matrices"),
         (LARGE._replace(dtype=torch.float64), "torch", "this dtype"),
         (LARGE._replace(dtype=torch.float16), "torch", "this dtype"),
-        (LARGE._replace(kernel=1), "torch", "this size"),
+        (LARGE._replace(kernel=1), "gemm", "spares the passes"),
+        (LARGE._replace(kernel=1, dtype=torch.bfloat16), "gemm", "spares the passes"),
+        (LARGE._replace(kernel=1, dtype=torch.bfloat16, matrix_units=True), "torch", "bfloat16 matrices"),
+        (LARGE._replace(kernel=1, needs_grad=False), "torch", "for training with stride 1"),
+        (LARGE._replace(kernel=1, stride=2), "torch", "for training with stride 1"),
+        (LARGE._replace(kernel=1, channels_last=False), "torch", "not in channels_last"),
+        (LARGE._replace(kernel=1, shape=(1, 512, 4, 4), outputs=512), "torch", "pixels are few"),
+        (LARGE._replace(kernel=1, shape=(2, 512, 8, 8), outputs=2048), "gemm", "spares the passes"),
+        (LARGE._replace(kernel=1, shape=(1, 64, 4, 4)), "gemm", "spares the passes"),
+        (LARGE._replace(kernel=1, shape=(16, 512, 1, 1), outputs=512), "gemm", "spares the passes"),
         (LARGE._replace(kernel=7), "torch", "this size"),
         (LARGE._replace(stride=2), "torch", "too few"),
         (LARGE._replace(channels_last=False), "torch", "not in channels_last"),
@@ -65,6 +74,12 @@ def test_where_no_kernel_of_ours_serves_it_is_pytorchs(capability):
         (LARGE._replace(channels_last=False), "winograd", "winograd"),
         (LARGE._replace(dtype=torch.bfloat16, matrix_units=True), "winograd", "winograd"),
         (LARGE._replace(dtype=torch.float64), "winograd", "torch"),
+        (LARGE._replace(kernel=1), "winograd", "torch"),
+        (LARGE._replace(kernel=1), "gemm", "gemm"),
+        (LARGE._replace(kernel=1, channels_last=False), "gemm", "gemm"),
+        (LARGE._replace(kernel=1, stride=2), "gemm", "torch"),
+        (LARGE, "gemm", "torch"),
+        (FEW, "gemm", "gemm"),
     ],
 )
 def test_what_is_requested_is_chosen_wherever_it_serves(problem, requested, algorithm):
@@ -89,7 +104,9 @@ def test_the_environment_decides_where_nobody_else_does(monkeypatch):
         assert requested_algorithm(None) == value
         assert requested_algorithm("auto") == "auto"
     monkeypatch.setenv("FASTRES_CONV", "fft")
-    with pytest.raises(ValueError, match=r"FASTRES_CONV: expected one of \('auto', 'torch', 'winograd'\), got 'fft'"):
+    with pytest.raises(
+        ValueError, match=r"FASTRES_CONV: expected one of \('auto', 'torch', 'winograd', 'gemm'\), got 'fft'"
+    ):
         requested_algorithm(None)
 
 

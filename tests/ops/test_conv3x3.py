@@ -1,5 +1,5 @@
-"""The 3x3 convolution: values, statistics and gradients against float64, evaluation's end of a block, writes to the
-weight between calls, and the choice of algorithm."""
+"""The 3x3 convolution, and in training the 1x1 one: values, statistics and gradients against float64, the end of a
+block in evaluation, writes to the weight between calls, and the choice of algorithm."""
 
 from __future__ import annotations
 
@@ -45,7 +45,12 @@ from tests.oracle import (
 OPS = torch.ops.fastres
 CAPABILITY = _extension.cpu_capability()
 COMPILED = CAPABILITY in ("avx2", "avx512") and _extension.load_cpu() is not None
-needs_kernels = pytest.mark.skipif(not COMPILED, reason="Winograd's kernels need AVX2 and a compiled module")
+needs_kernels = pytest.mark.skipif(not COMPILED, reason="the kernels need AVX2 and a compiled module")
+
+OURS = {3: "winograd", 1: "gemm"}
+WITH_STATISTICS = {3: functional.conv3x3_with_statistics, 1: functional.conv1x1_with_statistics}
+PYTORCHS = {3: reference.conv3x3, 1: reference.conv1x1}
+both_kernels = pytest.mark.parametrize("kernel", OURS, ids=lambda k: f"{k}x{k}")
 
 # images, inputs, outputs, height, width: whole tiles, ragged edges and channels, single pixels, more than one chunk.
 SHAPES = [
@@ -62,12 +67,14 @@ SHAPES = [
 ]
 
 
-def data(shape: tuple[int, int, int, int, int], *key: object, layout: str = "channels_last") -> tuple[Tensor, ...]:
+def data(
+    shape: tuple[int, int, int, int, int], *key: object, layout: str = "channels_last", kernel: int = 3
+) -> tuple[Tensor, ...]:
     """x, weight and dy."""
     n, c, k, h, w = shape
-    gen = generator(shape, *key)
+    gen = generator(shape, kernel, *key)
     x = activation((n, c, h, w), torch.float32, layout, gen)
-    weight = activation((k, c, 3, 3), torch.float32, layout, gen, mean=0.02, std=(9 * c) ** -0.5)
+    weight = activation((k, c, kernel, kernel), torch.float32, layout, gen, mean=0.02, std=(kernel**2 * c) ** -0.5)
     return x, weight, activation((n, k, h, w), torch.float32, layout, gen, mean=0.1, std=1.0)
 
 
@@ -78,22 +85,22 @@ def layout_of(t: Tensor) -> tuple[object, ...]:
 
 def exact(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
-    y = reference.conv3x3(x, weight)
+    y = PYTORCHS[weight.shape[2]](x, weight)
     return (y.detach(), *torch.autograd.grad(y, (x, weight), dy.double()))
 
 
 def check(shape: tuple[int, int, int, int, int], x: Tensor, weight: Tensor, dy: Tensor) -> None:
     """y, its statistics, and both gradients, with another use of x and without."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
+    x, weight, kernel = x.detach().requires_grad_(), weight.detach().requires_grad_(), weight.shape[2]
+    y, statistics, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
     other = activation(x.shape, torch.float32, "channels_last", generator(shape, "other"))
     dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
     both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
     expected = exact(x, weight, dy)
-    assert_close(y.detach(), expected[0], "y", length=output_length(shape[1]))
-    assert_close(dx, expected[1], "gradient of x", length=output_length(shape[2]))
-    assert_close(dweight, expected[2], "gradient of weight", length=weight_length(x))
-    assert_close(both, expected[1] + other, "gradient of x, added to", length=output_length(shape[2]))
+    assert_close(y.detach(), expected[0], "y", length=output_length(shape[1], kernel))
+    assert_close(dx, expected[1], "gradient of x", length=output_length(shape[2], kernel))
+    assert_close(dweight, expected[2], "gradient of weight", length=weight_length(x, kernel))
+    assert_close(both, expected[1] + other, "gradient of x, added to", length=output_length(shape[2], kernel))
     assert torch.equal(dweight_again, dweight)
     assert torch.equal(same, x)
     assert_statistics(*statistics[:2], y.detach(), "y")
@@ -109,10 +116,11 @@ def test_the_matrices_are_a_convolution():
     torch.testing.assert_close(y, F.conv2d(d[None, None], g[None, None])[0, 0])
 
 
+@both_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_values_and_gradients_are_those_of_float64(shape, layout):
-    check(shape, *data(shape, layout, layout=layout))
+def test_values_and_gradients_are_those_of_float64(shape, layout, kernel):
+    check(shape, *data(shape, layout, layout=layout, kernel=kernel))
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=False)
@@ -120,24 +128,35 @@ def test_values_and_gradients_are_those_of_float64(shape, layout):
 @hypothesis.given(
     st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 14), st.integers(1, 14)),
     st.sampled_from(sorted(LAYOUTS)),
+    st.sampled_from(sorted(OURS)),
 )
-def test_any_shape_agrees_with_float64(shape, layout):
-    check(shape, *data(shape, layout, layout=layout))
+def test_any_shape_agrees_with_float64(shape, layout, kernel):
+    check(shape, *data(shape, layout, layout=layout, kernel=kernel))
 
 
 def test_tensors_larger_than_the_caches_agree_with_float64():
     # From 6 MiB on results are stored past the caches.
     shape = (26, 64, 64, 31, 31)
+    check(shape, *data(shape, kernel=1))
     x, weight, dy = data(shape)
     check(shape, x, weight, dy)
     check_end(x, weight, norm(64, torch.float32, generator(shape)), residual=dy)
 
 
-def test_weights_of_any_strides_are_read_where_they_lie():
+@both_kernels
+def test_weights_of_any_strides_are_read_where_they_lie(kernel):
     shape = (2, 20, 36, 5, 6)
-    x, weight, dy = data(shape)
+    x, weight, dy = data(shape, kernel=kernel)
     check(shape, x, weight.transpose(2, 3).contiguous().transpose(2, 3), dy)
+    check(shape, x, weight.transpose(0, 1).contiguous().transpose(0, 1), dy)
     check(shape, x, weight.repeat(2, 2, 1, 1)[::2, :20], dy)
+    check(shape, x, weight.repeat(2, 2, 1, 1)[:36, ::2], dy)
+
+
+@pytest.mark.parametrize("shape", [(2, 600, 70, 7, 7), (1, 24, 1100, 5, 9), (9, 300, 300, 16, 16)], ids=str)
+def test_sums_longer_than_the_caches_agree_with_float64(shape):
+    # Weights of 1x1 kernels that take several panels, and more pixels than a chunk of their gradient.
+    check(shape, *data(shape, kernel=1))
 
 
 @needs_kernels
@@ -171,26 +190,30 @@ def test_weight_gradient_at_batch_128_is_close_to_pytorch_s(channels, size):
 # ------------------------------------------------------------------------------------------------------------ behaviour
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (1, 1, 1, 1, 1), (2, 8, 8, 4, 4)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_passes_on_every_operator(shape, layout):
-    x, weight, dy = data(shape, layout=layout)
+def test_opcheck_passes_on_every_operator(shape, layout, kernel):
+    x, weight, dy = data(shape, layout=layout, kernel=kernel)
     vectors = [t.detach() for t in norm(shape[2], torch.float32, generator(shape))[:4]]
     for statistics in (True, False):
         torch.library.opcheck(OPS.conv3x3_forward.default, (x, weight, statistics))
     for added in (None, torch.ones_like(x)):
         for needs in ([True, True], [True, False], [False, True]):
             torch.library.opcheck(OPS.conv3x3_backward.default, (dy, x, weight, added, needs))
+    if kernel == 1:
+        return  # in evaluation it is PyTorch's
     opcheck(ops.inference, x, weight, None, None, IDENTITY, 1, "winograd")
     for residual in (None, dy):
         opcheck(ops.inference, x, weight, NormParams(*vectors, eps=0.05), residual, RELU, 1, "winograd")
 
 
+@both_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(layout):
-    x, weight, dy = data((2, 5, 3, 6, 7), layout=layout)
+def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(layout, kernel):
+    x, weight, dy = data((2, 5, 3, 6, 7), layout=layout, kernel=kernel)
     n = NormParams(torch.zeros(3), torch.ones(3), eps=0.1)
-    end = flat(ops.inference, x, weight, n, dy, RELU, 1, "winograd")
+    end = flat(ops.inference, x, data((2, 5, 3, 6, 7))[1], n, dy, RELU, 1, "winograd")
     calls = [
         *((OPS.conv3x3_forward, (x, weight, statistics)) for statistics in (True, False)),
         *(
@@ -253,9 +276,10 @@ def test_the_environment_is_read_while_compiling(algorithm, ours, monkeypatch):
 
 
 @needs_kernels
+@both_kernels
 @pytest.mark.parametrize("shape", [(8, 64, 96, 12, 11), (4, 256, 256, 4, 4), (40, 32, 40, 32, 32)], ids=str)
-def test_results_are_the_same_in_every_run_and_with_any_threads(shape):
-    x, weight, dy = data(shape)
+def test_results_are_the_same_in_every_run_and_with_any_threads(shape, kernel):
+    x, weight, dy = data(shape, kernel=kernel)
     results = {}
     for count in (1, 2, 3, 7, 20):
         with threads(count):
@@ -270,7 +294,7 @@ def test_results_are_the_same_in_every_run_and_with_any_threads(shape):
         assert torch.equal(y, results[1][0])
         assert torch.equal(dx, results[1][3])
         # Each thread adds up its share of the tiles.
-        assert_close(dweight, wanted, "gradient of weight", length=weight_length(x))
+        assert_close(dweight, wanted, "gradient of weight", length=weight_length(x, kernel))
         assert_statistics(mean, m2, y, "y")
 
 
@@ -282,8 +306,9 @@ def test_either_order_of_work_gives_the_same_bits():
     assert torch.equal(together[:1], alone)
 
 
-def test_one_gradient_alone_is_that_of_both():
-    x, weight, dy = data((2, 24, 40, 6, 6))
+@both_kernels
+def test_one_gradient_alone_is_that_of_both(kernel):
+    x, weight, dy = data((2, 24, 40, 6, 6), kernel=kernel)
     for added in (None, torch.ones_like(x)):
         dx, dweight = OPS.conv3x3_backward(dy, x, weight, added, [True, True])
         alone, empty = OPS.conv3x3_backward(dy, x, weight, added, [True, False])
@@ -305,31 +330,35 @@ def test_nothing_outside_the_tiles_of_a_nan_is_touched():
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (40, 8, 40, 9, 7)], ids=str)
-def test_y_does_not_depend_on_whether_it_is_measured(shape):
-    x, weight, _ = data(shape)
+def test_y_does_not_depend_on_whether_it_is_measured(shape, kernel):
+    x, weight, _ = data(shape, kernel=kernel)
     measured, plain = (OPS.conv3x3_forward(x, weight, statistics) for statistics in (True, False))
     assert torch.equal(measured[0], plain[0])
     assert [t.numel() for t in plain[1:]] == [0, 0]
-    assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), plain[0])
+    if kernel == 3:
+        assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), plain[0])
 
 
 @needs_kernels
+@both_kernels
 @pytest.mark.parametrize("shape", [(40, 32, 40, 30, 31), (4, 256, 256, 3, 4), (9, 3, 70, 5, 5)], ids=str)
-def test_statistics_of_many_chunks_by_several_workers(shape):
-    x, weight, _ = data(shape)
+def test_statistics_of_many_chunks_by_several_workers(shape, kernel):
+    x, weight, _ = data(shape, kernel=kernel)
     for workers in (1, 2, 3, 5):
         with threads(workers):
             y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
         assert_statistics(mean, m2, y, f"y by {workers} workers")
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(8, 20, 40, 16, 15), (2, 20, 40, 4, 6)], ids=str)
-def test_statistics_far_from_zero_lose_no_precision(shape):
+def test_statistics_far_from_zero_lose_no_precision(shape, kernel):
     n, c, k, h, w = shape
     x = activation((n, c, h, w), torch.float32, "channels_last", generator(shape), mean=1e4, std=1.0)
-    weight = torch.zeros(k, c, 3, 3)
-    weight[torch.arange(k), torch.arange(k) % c, 1, 1] = 1  # padding's zeros stay out of the sums
+    weight = torch.zeros(k, c, kernel, kernel)
+    weight[torch.arange(k), torch.arange(k) % c, kernel // 2, kernel // 2] = 1  # padding's zeros stay out of the sums
     y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
     exact = y.double()
     exact_m2 = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
@@ -338,10 +367,11 @@ def test_statistics_far_from_zero_lose_no_precision(shape):
     assert ((m2.double() - exact_m2).abs() / exact_m2).max() < 1e-5
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(37, 12, 20, 1, 1), (300, 8, 5, 1, 1), (2, 3, 40, 1, 1)], ids=str)
-def test_the_variance_of_a_constant_channel_is_nothing(shape):
+def test_the_variance_of_a_constant_channel_is_nothing(shape, kernel):
     n, c, k, h, w = shape
-    x, weight, _ = data((1, c, k, h, w))
+    x, weight, _ = data((1, c, k, h, w), kernel=kernel)
     weight[0] = 0
     y, mean, m2 = OPS.conv3x3_forward(x.expand(n, -1, -1, -1), weight, True)
     assert torch.equal(y, y[:1].expand_as(y))
@@ -354,10 +384,11 @@ def test_the_variance_of_a_constant_channel_is_nothing(shape):
 # ------------------------------------------------------------------------------------------------------- added gradient
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (40, 8, 40, 9, 7)], ids=str)
 @pytest.mark.parametrize("strides", ["nchw", "channels_last", "expanded", "every other"])
-def test_an_added_gradient_of_any_strides_is_added_once(shape, strides):
-    x, weight, dy = data(shape)
+def test_an_added_gradient_of_any_strides_is_added_once(shape, strides, kernel):
+    x, weight, dy = data(shape, kernel=kernel)
     added = activation(x.shape, torch.float32, "channels_last", generator(shape, strides))
     if strides in LAYOUTS:
         added = added.contiguous(memory_format=LAYOUTS[strides])
@@ -371,16 +402,18 @@ def test_an_added_gradient_of_any_strides_is_added_once(shape, strides):
     assert torch.equal(same, dweight)
 
 
-@pytest.mark.parametrize("algorithm", ["winograd", "torch"])
+@both_kernels
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("asked", ["x", "weight", "both"])
 @pytest.mark.parametrize("used", ["y", "x", "both"])
-def test_every_use_of_the_input_sends_its_gradient_back(algorithm, asked, used):
-    x, weight, dy = data((3, 20, 36, 6, 7), algorithm, asked, used)
+def test_every_use_of_the_input_sends_its_gradient_back(ours, asked, used, kernel):
+    algorithm = OURS[kernel] if ours else "torch"
+    x, weight, dy = data((3, 20, 36, 6, 7), algorithm, asked, used, kernel=kernel)
     other = activation(x.shape, torch.float32, "nchw", generator(algorithm, asked, used))
     _, dx, dweight = exact(x, weight, dy)
     x.requires_grad_(asked != "weight")
     weight.requires_grad_(asked != "x")
-    y, _, same = functional.conv3x3_with_statistics(x, weight, algorithm=algorithm)
+    y, _, same = WITH_STATISTICS[kernel](x, weight, algorithm=algorithm)
     loss = torch.zeros((), requires_grad=True)
     if used != "x":
         loss = loss + (y * dy).sum()
@@ -390,22 +423,25 @@ def test_every_use_of_the_input_sends_its_gradient_back(algorithm, asked, used):
     if asked == "weight":
         assert x.grad is None
     else:
-        assert_close(x.grad, (used != "x") * dx + (used != "y") * other, "gradient of x", length=output_length(36))
+        assert_close(
+            x.grad, (used != "x") * dx + (used != "y") * other, "gradient of x", length=output_length(36, kernel)
+        )
     if asked == "x" or used == "x":
         assert weight.grad is None
     else:
-        assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x))
+        assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x, kernel))
 
 
-def test_gradients_of_sums_have_no_strides_and_are_taken():
-    x, weight, dy = data((2, 9, 20, 5, 6))
+@both_kernels
+def test_gradients_of_sums_have_no_strides_and_are_taken(kernel):
+    x, weight, dy = data((2, 9, 20, 5, 6), kernel=kernel)
     x.requires_grad_()
     weight.requires_grad_()
-    y, _, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
+    y, _, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
     (y.sum() + same.sum()).backward()
     _, dx, dweight = exact(x, weight, torch.ones_like(dy))
-    assert_close(x.grad, dx + 1, "gradient of x", length=output_length(20))
-    assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x))
+    assert_close(x.grad, dx + 1, "gradient of x", length=output_length(20, kernel))
+    assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x, kernel))
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -649,20 +685,36 @@ def test_other_dtypes_are_pytorch_s_convolution():
         assert torch.equal(functional.conv3x3(x.bfloat16(), weight, algorithm="winograd"), y)
 
 
+@both_kernels
+def test_empty_batches_are_measured_by_nobody(kernel):
+    x, weight = torch.randn(0, 8, 5, 5), torch.randn(4, 8, kernel, kernel, requires_grad=True)
+    y, statistics, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
+    assert y.shape == (0, 4, 5, 5) and statistics is None and same.shape == x.shape
+    assert OPS.conv3x3_forward(x, weight.detach(), False)[0].shape == (0, 4, 5, 5)
+    dx, dweight = OPS.conv3x3_backward(y.detach(), x, weight.detach(), None, [True, True])
+    assert dx.shape == x.shape and torch.equal(dweight, torch.zeros_like(weight))
+
+
 def test_empty_batches_pass_through():
     x, weight = torch.randn(0, 8, 5, 5), torch.randn(4, 8, 3, 3, requires_grad=True)
     y = functional.conv3x3(x, weight, algorithm="winograd")
     assert y.shape == (0, 4, 5, 5)
     y.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
-    y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
-    assert y.shape == (0, 4, 5, 5) and statistics is None and same.shape == x.shape
     n = norm(4, torch.float32, generator())
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             assert functional.conv3x3_norm_act(x, weight, n, algorithm="winograd").shape == (0, 4, 5, 5)
-    assert OPS.conv3x3_forward(x, weight.detach(), False)[0].shape == (0, 4, 5, 5)
     assert ops.inference(x, weight.detach(), None, None, IDENTITY, 1, "winograd").shape == (0, 4, 5, 5)
+
+
+def of_kernel(arguments: dict[str, object], kernel: int) -> dict[str, object]:
+    """Arguments of a function with a 3x3 kernel for one of this size; a weight of a wrong size becomes another such."""
+    weight = arguments["weight"]
+    if kernel == 1 and isinstance(weight, Tensor):
+        size = 3 if weight.shape[2] == 1 else 1
+        arguments["weight"] = weight.new_zeros(*weight.shape[:2], size, size)
+    return arguments
 
 
 BAD_CONVOLUTIONS = [
@@ -671,18 +723,21 @@ BAD_CONVOLUTIONS = [
     ({"x": torch.zeros(8, 5, 5)}, ValueError, r"x: expected 4 dimensions.*got shape \(8, 5, 5\)"),
     ({"x": torch.zeros(1, 8, 5, 5, dtype=torch.int32)}, TypeError, "x: expected float32.*got torch.int32"),
     ({"weight": torch.zeros(4, 8, 3, 3).double()}, TypeError, "weight: expected dtype torch.float32"),
-    ({"weight": torch.zeros(4, 7, 3, 3)}, ValueError, r"weight: expected shape \(K, 8, 3, 3\).*got \(4, 7, 3, 3\)"),
-    ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape .*got \(4, 8, 1, 1\)"),
+    ({"weight": torch.zeros(4, 7, 3, 3)}, ValueError, r"weight: expected shape \(K, 8, (3|1), \1\).*got \(4, 7"),
+    ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape \(K, 8, (3|1), \1\).*got \(4, 8"),
     ({"weight": torch.zeros(4, 8, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
     ({"algorithm": "fast"}, ValueError, "algorithm: expected one of .*'winograd'.*got 'fast'"),
     ({"algorithm": 3}, TypeError, "algorithm: expected a string or None, got int"),
 ]
 
 
-@pytest.mark.parametrize("function", [functional.conv3x3, functional.conv3x3_with_statistics])
+@pytest.mark.parametrize(
+    ("function", "kernel"),
+    [(functional.conv3x3, 3), (functional.conv3x3_with_statistics, 3), (functional.conv1x1_with_statistics, 1)],
+)
 @pytest.mark.parametrize(("change", "error", "message"), BAD_CONVOLUTIONS)
-def test_bad_arguments_are_named(function, change, error, message):
-    arguments = {"x": torch.zeros(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3)} | change
+def test_bad_arguments_are_named(function, kernel, change, error, message):
+    arguments = of_kernel({"x": torch.zeros(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3)} | change, kernel)
     with pytest.raises(error, match=message):
         function(arguments.pop("x"), arguments.pop("weight"), **arguments)
 
@@ -735,8 +790,12 @@ def test_the_operators_name_bad_arguments():
     x, weight = torch.zeros(1, 8, 5, 5), torch.zeros(4, 8, 3, 3)
     with pytest.raises(ValueError, match=r"x: expected 4 dimensions"):
         OPS.conv3x3_forward(x[0], weight, False)
-    with pytest.raises(ValueError, match=r"weight: expected shape \(K, 8, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(K, 8, 3, 3\) or \(K, 8, 1, 1\)"):
         OPS.conv3x3_forward(x, weight[:, :4], False)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(K, 8, 3, 3\) or \(K, 8, 1, 1\)"):
+        OPS.conv3x3_forward(x, weight[..., :1], False)
+    with pytest.raises(ValueError, match=r"conv_weight: expected a 3x3 kernel, got \[4, 8, 1, 1\]"):
+        ops.inference(x, weight[..., :1, :1], None, None, IDENTITY, 1, "gemm")
     with pytest.raises(TypeError, match=r"weight: expected dtype"):
         OPS.conv3x3_forward(x, weight.double(), False)
     with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 5, 5\], got \[1, 4, 5, 4\]"):

@@ -1,5 +1,5 @@
-"""The convolution of what a normalisation makes of x: values, statistics and every gradient against float64, the keep
-mask bit for bit, and what is kept for backward."""
+"""The 3x3 or 1x1 convolution of what a normalisation makes of x: values, statistics and every gradient against float64,
+the keep mask bit for bit, and what is kept for backward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ from fastres.contract import Act, Norm
 from fastres.functional import NormParams, Statistics
 from fastres.ops import norm_act_conv3x3 as ops
 from tests.operators import flat, opcheck
-from tests.ops.test_conv3x3 import BAD_CONVOLUTIONS, layout_of, needs_kernels
+from tests.ops.test_conv3x3 import (
+    BAD_CONVOLUTIONS,
+    OURS,
+    PYTORCHS,
+    WITH_STATISTICS,
+    both_kernels,
+    layout_of,
+    needs_kernels,
+    of_kernel,
+)
 from tests.oracle import (
     LAYOUTS,
     SEED,
@@ -41,6 +50,8 @@ from tests.oracle import (
 
 OPS = torch.ops.fastres
 EPS = torch.finfo(torch.float32).eps
+FUSED = {3: functional.norm_act_conv3x3, 1: functional.norm_act_conv1x1}
+EXACT = {3: reference.norm_act_conv3x3, 1: reference.norm_act_conv1x1}
 
 # images, inputs, outputs, height, width: fewer tiles than channels and many more, whole tiles and ragged edges,
 # channels that fill vectors and single ones, lone pixels, weight gradients summed at once and by shares.
@@ -61,13 +72,15 @@ Shape = tuple[int, int, int, int, int]
 
 def make_case(
     shape: Shape, *key: object, layout: str = "channels_last", residual: bool = False, affine: bool = True,
-    running: bool = True,
+    running: bool = True, kernel: int = 3,
 ) -> Case:  # fmt: skip
     n, c, k, h, w = shape
-    gen = generator(shape, layout, *key)
+    gen = generator(shape, layout, kernel, *key)
     tensors = {
         "x": activation((n, c, h, w), torch.float32, layout, gen),
-        "weight": activation((k, c, 3, 3), torch.float32, layout, gen, mean=0.02, std=(9 * c) ** -0.5),
+        "weight": activation(
+            (k, c, kernel, kernel), torch.float32, layout, gen, mean=0.02, std=(kernel**2 * c) ** -0.5
+        ),
     }
     if residual:
         tensors["residual"] = activation((n, c, h, w), torch.float32, layout, gen)
@@ -75,8 +88,12 @@ def make_case(
     return Case({name: t.requires_grad_() for name, t in tensors.items()}, norms)
 
 
-def call(case: Case, f=functional.norm_act_conv3x3, **options: object):
-    return f(
+def kernel_of(case: Case) -> int:
+    return case.tensors["weight"].shape[2]
+
+
+def call(case: Case, functions=FUSED, **options: object):
+    return functions[kernel_of(case)](
         case.tensors["x"], case.norms["norm"], case.tensors["weight"], residual=case.tensors.get("residual"), **options
     )
 
@@ -112,21 +129,23 @@ def gradient_of(y: Tensor, gen: torch.Generator) -> Tensor:
 
 
 def check(
-    case: Case, *, algorithm: str = "winograd", given: bool = False, workers: int | None = None, **options: object
+    case: Case, *, algorithm: str | None = None, given: bool = False, workers: int | None = None, **options: object
 ) -> None:
     """Everything that a call writes, and every gradient, against float64.
 
-    The convolution's input gradient carries Winograd's rounding errors. They are independent from pixel to pixel: sums
-    over M of them grow by sqrt(M), and so do those with xhat, whose squares add up to M at most.
+    The convolution's input gradient carries the rounding errors of its algorithm, by default ours. They are independent
+    from pixel to pixel: sums over M of them grow by sqrt(M), and so do those with xhat, whose squares add up to M at
+    most.
     """
     order, dropout_p = options.get("order", "add_act"), options.get("dropout_p", 0.0)
     f = options.get("activation", RELU if options.get("relu", True) else IDENTITY)
-    x, n = case.tensors["x"], case.norms["norm"]
+    x, n, kernel = case.tensors["x"], case.norms["norm"], kernel_of(case)
+    algorithm = algorithm or OURS[kernel]
     gen = generator(x.shape, options)
     seed = torch.randint(2**62, (1,), generator=gen)
     keep_off_kinks(case, f, order)
     exact = case.double()
-    wanted = call(exact, reference.norm_act_conv3x3, seed=seed, **options)
+    wanted = call(exact, EXACT, seed=seed, **options)
     statistics = Statistics(*OPS.batch_norm_act_stats(x.detach())[1:]) if given else None
     inputs, exact_inputs = case.inputs(), exact.inputs()
     with threads(workers or torch.get_num_threads()):
@@ -134,8 +153,8 @@ def check(
         dy = gradient_of(y, gen)
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
     count, outputs = x.numel() // x.shape[1], y.shape[1]
-    assert_close(y, wanted, "y", length=output_length(x.shape[1]))
-    if algorithm == "winograd":
+    assert_close(y, wanted, "y", length=output_length(x.shape[1], kernel))
+    if algorithm != "torch":
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert not any(t.requires_grad for t in found[:2])
         assert_statistics(*found[:2], y.detach(), "y")
@@ -145,8 +164,8 @@ def check(
         assert_close(value, exact.running()[name], name, length=count)
 
     expected = torch.autograd.grad(wanted, list(exact_inputs.values()), dy.double())
-    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=1)
-    noise = float(bound(da, torch.float32, output_length(outputs)).max())
+    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=kernel // 2)
+    noise = float(bound(da, torch.float32, output_length(outputs, kernel)).max())
     slope = float(f.gradient(torch.linspace(-8, 8, 4001, dtype=torch.float64)).abs().max())
     g_noise = slope * noise / (1 - dropout_p)
     rstd = torch.rsqrt(exact.tensors["x"].detach().var((0, 2, 3), correction=0) + n.eps)
@@ -159,7 +178,7 @@ def check(
         "norm.bias": math.sqrt(count) * g_noise,
         "weight": 0.0,
     }
-    lengths = {"weight": weight_length(x), "norm.weight": count, "norm.bias": count}
+    lengths = {"weight": weight_length(x, kernel), "norm.weight": count, "norm.bias": count}
     for name, gradient, exact_gradient in zip(inputs, gradients, expected, strict=True):
         assert gradient.dtype == torch.float32
         length = lengths.get(name, 1)
@@ -169,34 +188,40 @@ def check(
 # --------------------------------------------------------------------------------------------------------------- values
 
 
+@both_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_values_and_gradients_are_those_of_float64(shape, layout):
-    check(make_case(shape, layout=layout))
+def test_values_and_gradients_are_those_of_float64(shape, layout, kernel):
+    check(make_case(shape, layout=layout, kernel=kernel))
 
 
 @needs_kernels
+@both_kernels
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("shape", [(6, 24, 40, 21, 50), (64, 64, 64, 16, 16)], ids=str)
-def test_several_workers_agree_with_float64(shape, workers):
+def test_several_workers_agree_with_float64(shape, workers, kernel):
     # A share may start anywhere in a line of tiles.
-    check(make_case(shape, workers, residual=True), workers=workers, dropout_p=0.2)
+    check(make_case(shape, workers, residual=True, kernel=kernel), workers=workers, dropout_p=0.2)
 
 
+@both_kernels
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_tensors_larger_than_the_caches_agree_with_float64(order):
+def test_tensors_larger_than_the_caches_agree_with_float64(order, kernel):
     # From 6 MiB on results are stored past the caches.
-    case = make_case((26, 64, 64, 31, 31), order, residual=True)
+    case = make_case((26, 64, 64, 31, 31), order, residual=True, kernel=kernel)
     check(case, order=order, dropout_p=0.2)
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(4, 20, 33, 5, 6), (40, 17, 9, 6, 7)], ids=str)
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_every_option_agrees_with_float64(shape, order, relu, dropout_p):
+def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, kernel):
     for affine, given in itertools.product((True, False), repeat=2):
-        case = make_case(shape, order, relu, dropout_p, affine, given, residual=order is not None, affine=affine)
+        case = make_case(
+            shape, order, relu, dropout_p, affine, given, residual=order is not None, affine=affine, kernel=kernel
+        )
         check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given)
 
 
@@ -211,20 +236,23 @@ def test_every_option_agrees_with_float64(shape, order, relu, dropout_p):
     relu=st.booleans(),
     dropout_p=st.sampled_from([0.0, 0.25]),
     given=st.booleans(),
+    kernel=st.sampled_from(sorted(OURS)),
 )
-def test_any_shape_agrees_with_float64(shape, layout, order, relu, dropout_p, given):
-    case = make_case(shape, order, relu, dropout_p, given, layout=layout, residual=order is not None)
+def test_any_shape_agrees_with_float64(shape, layout, order, relu, dropout_p, given, kernel):
+    case = make_case(shape, order, relu, dropout_p, given, layout=layout, residual=order is not None, kernel=kernel)
     check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given)
 
 
+@both_kernels
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_pytorch_s_algorithm_is_the_same_function(order):
-    case = make_case((3, 20, 9, 6, 7), order, residual=True)
+def test_pytorch_s_algorithm_is_the_same_function(order, kernel):
+    case = make_case((3, 20, 9, 6, 7), order, residual=True, kernel=kernel)
     check(case, algorithm="torch", order=order, dropout_p=0.2, given=True)
 
 
-def test_tensors_of_any_strides_are_taken():
-    case = make_case((3, 20, 36, 5, 6), residual=True)
+@both_kernels
+def test_tensors_of_any_strides_are_taken(kernel):
+    case = make_case((3, 20, 36, 5, 6), residual=True, kernel=kernel)
     t = case.tensors
     for name, view in (
         ("weight", t["weight"].detach().transpose(2, 3).contiguous().transpose(2, 3)),
@@ -237,18 +265,20 @@ def test_tensors_of_any_strides_are_taken():
         check(case, dropout_p=0.2)
 
 
-def test_a_gradient_without_strides_is_taken():
-    case = make_case((2, 9, 20, 5, 6))
+@both_kernels
+def test_a_gradient_without_strides_is_taken(kernel):
+    case = make_case((2, 9, 20, 5, 6), kernel=kernel)
     keep_off_kinks(case, RELU)
     exact = case.double()
-    y, _ = call(case, algorithm="winograd")
+    y, _ = call(case, algorithm=OURS[kernel])
     (dweight,) = torch.autograd.grad(y.sum(), case.tensors["weight"])
-    (wanted,) = torch.autograd.grad(call(exact, reference.norm_act_conv3x3).sum(), exact.tensors["weight"])
-    assert_close(dweight, wanted, "gradient of weight", length=weight_length(case.tensors["x"]))
+    (wanted,) = torch.autograd.grad(call(exact, EXACT).sum(), exact.tensors["weight"])
+    assert_close(dweight, wanted, "gradient of weight", length=weight_length(case.tensors["x"], kernel))
 
 
-def test_a_constant_channel_gives_the_convolution_of_the_bias():
-    case = make_case((4, 12, 20, 6, 7), running=False)
+@both_kernels
+def test_a_constant_channel_gives_the_convolution_of_the_bias(kernel):
+    case = make_case((4, 12, 20, 6, 7), running=False, kernel=kernel)
     with torch.no_grad():
         case.tensors["x"][:, 3:5] = 0.1
         case.norms["norm"].bias[3], case.norms["norm"].bias[4] = 0.5, -0.5
@@ -263,7 +293,7 @@ def test_parameters_of_other_dtypes_are_computed_in_float32():
     case.norms["norm"] = low._replace(weight=low.weight.requires_grad_())
     exact = case.double()
     y, _ = call(case, algorithm="winograd")
-    assert_close(y, call(exact, reference.norm_act_conv3x3).detach(), "y", length=output_length(9))
+    assert_close(y, call(exact, EXACT).detach(), "y", length=output_length(9))
     for name, value in case.running().items():
         assert_close(value, exact.running()[name], name)
     assert torch.autograd.grad(y.sum(), case.norms["norm"].weight)[0].dtype == torch.bfloat16
@@ -272,10 +302,11 @@ def test_parameters_of_other_dtypes_are_computed_in_float32():
 # ----------------------------------------------------------------------------------------------------- known statistics
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(8, 20, 40, 7, 9), (2, 40, 24, 4, 6)], ids=str)
 @pytest.mark.parametrize("mean", [0.5, 1e4])
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_known_statistics_are_taken_as_they_are(shape, mean, order):
+def test_known_statistics_are_taken_as_they_are(shape, mean, order, kernel):
     """Against the formulas of backward in float64 with the same mean and M2, which here are not quite those of x.
 
     A mean of 10000 leaves no room for x * scale + shift: its terms are 10000 times the result.
@@ -283,7 +314,7 @@ def test_known_statistics_are_taken_as_they_are(shape, mean, order):
     n, c, k, h, w = shape
     gen, count = generator(shape, mean, order), shape[0] * h * w
     x = activation((n, c, h, w), torch.float32, "channels_last", gen, mean=mean, std=1.0)
-    case = make_case(shape, mean, order, residual=True)
+    case = make_case(shape, mean, order, residual=True, kernel=kernel)
     weight, residual = (case.tensors[name].detach() for name in ("weight", "residual"))
     p = case.norms["norm"]
     gamma, beta, running = p.weight.detach(), p.bias.detach(), [t.clone() for t in p[:2]]
@@ -305,13 +336,13 @@ def test_known_statistics_are_taken_as_they_are(shape, mean, order):
     gate = (z() > 0) * keep / torch.tensor(1 - dropout_p, dtype=torch.float64)
     a = (z() * gate + (residual if order == "act_add" else 0)).requires_grad_()
     exact_weight = weight.double().requires_grad_()
-    wanted = reference.conv3x3(a, exact_weight)
+    wanted = PYTORCHS[kernel](a, exact_weight)
 
     act, params = Act(*RELU, dropout_p, order), NormParams(*running, gamma, beta, 0.2, p.eps)
     y, y_mean, y_m2, saved_mean, saved_rstd, bits = ops.forward(
         x, params, Statistics(x_mean, x_m2), residual, seed, weight, act, True
     )
-    assert_close(y, wanted.detach(), "y", length=output_length(c))
+    assert_close(y, wanted.detach(), "y", length=output_length(c, kernel))
     assert_statistics(y_mean, y_m2, y, "y")
     assert torch.equal(saved_mean, x_mean)
     assert saved_mean.data_ptr() != x_mean.data_ptr()
@@ -326,13 +357,13 @@ def test_known_statistics_are_taken_as_they_are(shape, mean, order):
     g = da * gate
     sums = g.sum((0, 2, 3)), (g * xhat()).sum((0, 2, 3))
     dx = spread[1] * spread[2] * (g - (sums[0] / count)[:, None, None] - xhat() * (sums[1] / count)[:, None, None])
-    noise = float(bound(da, torch.float32, output_length(k)).max())
+    noise = float(bound(da, torch.float32, output_length(k, kernel)).max())
     g_noise = noise / (1 - dropout_p)
     own = Norm(saved_mean, saved_rstd, gamma, beta)
     found = ops.backward(dy, x, own, residual, bits, weight, act, [True] * 3)
     assert_close(found[0], dx, "dx", noise=3 * g_noise * float((exact_rstd * gamma).max()))
     assert_close(found[1], g if order == "add_act" else da, "dresidual", noise=g_noise)
-    assert_close(found[2], dweight, "dweight", length=weight_length(x))
+    assert_close(found[2], dweight, "dweight", length=weight_length(x, kernel))
     assert_close(found[3], sums[1], "dnorm_weight", length=count, noise=math.sqrt(count) * g_noise)
     assert_close(found[4], sums[0], "dnorm_bias", length=count, noise=math.sqrt(count) * g_noise)
 
@@ -361,9 +392,10 @@ def test_a_mean_of_10000_with_a_standard_deviation_of_1(shape, layout):
 @pytest.mark.parametrize(
     "shape", [(2, 64, 3, 4, 4), (3, 37, 5, 5, 7), (2, 4, 3, 1, 1), (2, 1, 3, 3, 5), (1, 130, 3, 2, 3)], ids=str
 )
+@both_kernels
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0.5, 1 - 1e-9])
-def test_the_mask_is_the_reference_s_bit_for_bit(shape, dropout_p):
-    case = make_case(shape)
+def test_the_mask_is_the_reference_s_bit_for_bit(shape, dropout_p, kernel):
+    case = make_case(shape, kernel=kernel)
     x, weight = (case.tensors[name].detach() for name in ("x", "weight"))
     for value in (0, -1, 2**62 + 12345, -(2**63)):
         seed = torch.tensor([value])
@@ -374,15 +406,16 @@ def test_the_mask_is_the_reference_s_bit_for_bit(shape, dropout_p):
         assert torch.equal(bits, contract.pack_bits(rows, rows))
 
 
-def test_the_mask_is_the_same_in_both_layouts_and_where_it_is_applied():
+@both_kernels
+def test_the_mask_is_the_same_in_both_layouts_and_where_it_is_applied(kernel):
     seed, results = torch.tensor([99]), []
     case = make_case((2, 20, 20, 6, 5))
-    identity = torch.zeros(20, 20, 3, 3)
-    identity[torch.arange(20), torch.arange(20), 1, 1] = 1
+    identity = torch.zeros(20, 20, kernel, kernel)
+    identity[torch.arange(20), torch.arange(20), kernel // 2, kernel // 2] = 1
     for layout in LAYOUTS.values():
         x = case.tensors["x"].detach().contiguous(memory_format=layout)
         n = NormParams(None, None, None, torch.full((20,), 9.0))  # nothing is near 0 but what was dropped
-        y, _ = functional.norm_act_conv3x3(x, n, identity, dropout_p=0.5, seed=seed, algorithm="winograd")
+        y, _ = FUSED[kernel](x, n, identity, dropout_p=0.5, seed=seed, algorithm=OURS[kernel])
         assert torch.equal(y.abs() > 1, contract.dropout_keep(x.shape, seed, 0.5))
         results.append(y)
     assert torch.equal(*results)
@@ -402,9 +435,11 @@ def test_manual_seed_decides_the_mask():
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
-def saved(shape: Shape, order: str | None, dropout_p: float, kind: str = "relu") -> tuple[tuple, tuple]:
+def saved(
+    shape: Shape, order: str | None, dropout_p: float, kind: str = "relu", kernel: int = 3
+) -> tuple[tuple, tuple]:
     """Arguments of forward and of backward, but for what it is to make."""
-    case = make_case(shape, order, dropout_p, residual=order is not None)
+    case = make_case(shape, order, dropout_p, residual=order is not None, kernel=kernel)
     t, n = {name: v.detach() for name, v in case.tensors.items()}, case.norms["norm"]
     act, residual = Act(*Activation.of(kind), dropout_p, order or "add_act"), t.get("residual")
     params = NormParams(*(v.detach() for v in n[:4]), 0.1, 1e-3)
@@ -414,10 +449,11 @@ def saved(shape: Shape, order: str | None, dropout_p: float, kind: str = "relu")
     return forward, (dy, t["x"], Norm(mean, rstd, *params[2:4]), residual, keep, t["weight"], act)
 
 
+@both_kernels
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_only_the_gradients_that_are_needed_are_made(order, dropout_p):
-    _, arguments = saved((3, 20, 36, 6, 5), order, dropout_p)
+def test_only_the_gradients_that_are_needed_are_made(order, dropout_p, kernel):
+    _, arguments = saved((3, 20, 36, 6, 5), order, dropout_p, kernel=kernel)
     has_residual = order is not None
     everything = ops.backward(*arguments, [True, has_residual, True])
     for of_x, of_residual, of_weight in itertools.product((True, False), repeat=3):
@@ -450,7 +486,7 @@ def test_each_gradient_alone_is_that_of_all(asked, algorithm):
 def test_nothing_is_saved_without_gradients_and_the_running_statistics_follow():
     case = make_case((2, 8, 4, 4, 4))
     exact = case.double()
-    call(exact, reference.norm_act_conv3x3)
+    call(exact, EXACT)
     with torch.no_grad():
         y, _ = call(case, algorithm="winograd")
     assert y.grad_fn is None
@@ -458,11 +494,12 @@ def test_nothing_is_saved_without_gradients_and_the_running_statistics_follow():
         assert_close(value, exact.running()[name], name, length=32)
 
 
+@both_kernels
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_the_activation_is_not_among_what_is_saved(order, dropout_p):
-    case = make_case((2, 20, 16, 8, 8), residual=order is not None)
-    options = {"order": order or "add_act", "dropout_p": dropout_p, "algorithm": "winograd"}
+def test_the_activation_is_not_among_what_is_saved(order, dropout_p, kernel):
+    case = make_case((2, 20, 16, 8, 8), residual=order is not None, kernel=kernel)
+    options = {"order": order or "add_act", "dropout_p": dropout_p, "algorithm": OURS[kernel]}
     bits = 2 * 8 * 8 * 3 if dropout_p > 0 else 0
     assert saved_bytes(lambda: call(case, **options)[0]) == 4 * sum(t.numel() for t in case.tensors.values()) + bits
 
@@ -489,10 +526,11 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
 
 
 def block(case: Case, algorithm: str) -> Tensor:
-    """A basic block in training, each convolution with its neighbours."""
+    """A block of two convolutions in training, each with its neighbours."""
     t, first, second = case.tensors, case.norms["first"], case.norms["second"]
-    y, statistics, x = functional.conv3x3_with_statistics(t["x"], t["up"], algorithm=algorithm)
-    y, statistics = functional.norm_act_conv3x3(y, first, t["down"], statistics=statistics, algorithm=algorithm)
+    kernel = t["up"].shape[2]
+    y, statistics, x = WITH_STATISTICS[kernel](t["x"], t["up"], algorithm=algorithm)
+    y, statistics = FUSED[kernel](y, first, t["down"], statistics=statistics, algorithm=algorithm)
     return functional.batch_norm_act(
         y, *second[:4], training=True, momentum=second.momentum, eps=second.eps, residual=x, statistics=statistics
     )
@@ -500,35 +538,39 @@ def block(case: Case, algorithm: str) -> Tensor:
 
 def exact_block(case: Case, relu: bool = True) -> Tensor:
     t, first, second = case.tensors, case.norms["first"], case.norms["second"]
-    y = reference.norm_act_conv3x3(reference.conv3x3(t["x"], t["up"]), first, t["down"])
+    kernel = t["up"].shape[2]
+    y = EXACT[kernel](PYTORCHS[kernel](t["x"], t["up"]), first, t["down"])
     return reference.batch_norm_act(
         y, *second[:4], training=True, momentum=second.momentum, eps=second.eps, residual=t["x"], relu=relu
     )
 
 
-def make_block(shape: Shape, *key: object) -> Case:
+def make_block(shape: Shape, *key: object, kernel: int = 3) -> Case:
     """One whose first ReLU has no input near 0."""
     n, c, k, h, w = shape
     for attempt in itertools.count():
-        gen = generator(shape, *key, attempt)
+        gen = generator(shape, kernel, *key, attempt)
         tensors = {
-            "x": activation((n, c, h, w), torch.float32, "channels_last", gen),
-            "up": activation((k, c, 3, 3), torch.float32, "channels_last", gen, mean=0.02, std=(9 * c) ** -0.5),
-            "down": activation((c, k, 3, 3), torch.float32, "channels_last", gen, mean=0.02, std=(9 * k) ** -0.5),
-        }
+            name: activation(
+                (*channels, kernel, kernel), torch.float32, "channels_last", gen, mean=0.02,
+                std=(kernel**2 * channels[1]) ** -0.5,
+            )
+            for name, channels in (("up", (k, c)), ("down", (c, k)))
+        }  # fmt: skip
+        tensors["x"] = activation((n, c, h, w), torch.float32, "channels_last", gen)
         norms = {"first": norm(k, torch.float32, gen), "second": norm(c, torch.float32, gen)}
         case = Case({name: t.requires_grad_() for name, t in tensors.items()}, norms)
         exact = case.double()
-        product = reference.conv3x3(exact.tensors["x"], exact.tensors["up"])
+        product = PYTORCHS[kernel](exact.tensors["x"], exact.tensors["up"])
         z = preactivation(Case({"x": product}, {"norm": exact.norms["first"]}))
-        if not near_zero(z, torch.float32, product_eps=EPS * math.sqrt(output_length(c))).any():
+        if not near_zero(z, torch.float32, product_eps=EPS * math.sqrt(output_length(c, kernel))).any():
             return case
 
 
-@pytest.mark.parametrize("algorithm", ["winograd", "torch"])
+@pytest.mark.parametrize(("algorithm", "kernel"), [("winograd", 3), ("torch", 3), ("gemm", 1), ("torch", 1)])
 @pytest.mark.parametrize("shape", [(3, 20, 12, 5, 6), (2, 9, 33, 4, 4)], ids=str)
-def test_a_block_s_values_and_gradients_are_those_of_float64(shape, algorithm):
-    case = make_block(shape, algorithm)
+def test_a_block_s_values_and_gradients_are_those_of_float64(shape, algorithm, kernel):
+    case = make_block(shape, algorithm, kernel=kernel)
     check_case(
         case,
         lambda c: block(c, algorithm),
@@ -537,26 +579,28 @@ def test_a_block_s_values_and_gradients_are_those_of_float64(shape, algorithm):
         torch.float32,
         generator(shape, "dy"),
         length=max(36 + 9 * max(shape[1:3]), shape[0] * shape[3] * shape[4]),
-        product_eps=EPS * math.sqrt(output_length(max(shape[1:3]))),
+        product_eps=EPS * math.sqrt(output_length(max(shape[1:3]), kernel)),
     )
 
 
-def test_a_block_keeps_what_its_two_convolutions_and_its_end_read():
-    case = make_block((2, 16, 24, 8, 8))
+@both_kernels
+def test_a_block_keeps_what_its_two_convolutions_and_its_end_read(kernel):
+    case = make_block((2, 16, 24, 8, 8), kernel=kernel)
     t = case.tensors
     pixels = 2 * 8 * 8
     # x, the two products and the weights; the last ReLU's bits.
     kept = 4 * (t["x"].numel() + pixels * (24 + 16) + t["up"].numel() + t["down"].numel()) + pixels * 2
-    assert saved_bytes(lambda: block(case, "winograd")) == kept
+    assert saved_bytes(lambda: block(case, OURS[kernel])) == kept
 
 
 # --------------------------------------------------------------------------------------------------------- registration
 
 
+@both_kernels
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("shape", [(2, 17, 9, 5, 6), (3, 1, 4, 2, 3)], ids=str)
-def test_opcheck_passes_on_every_operator(shape, order):
-    forward, backward = saved(shape, order, 0.25)
+def test_opcheck_passes_on_every_operator(shape, order, kernel):
+    forward, backward = saved(shape, order, 0.25, kernel=kernel)
     opcheck(ops.forward, *forward)
     count, mean, m2 = OPS.batch_norm_act_stats(forward[0])
     for statistics in (Statistics(mean, m2), Statistics(mean, m2, 2 * count)):
@@ -569,8 +613,9 @@ def test_opcheck_passes_on_every_operator(shape, order):
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(2, 17, 9, 5, 6), (2, 1, 4, 2, 3), (3, 20, 4, 1, 1)], ids=str)
-def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(shape, dropout_p, order):
-    forward, backward = saved(shape, order, dropout_p)
+@both_kernels
+def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(shape, dropout_p, order, kernel):
+    forward, backward = saved(shape, order, dropout_p, kernel=kernel)
     calls = [(ops.forward, (*forward[:-1], measure)) for measure in (True, False)]
     calls += [
         (op, (*backward, needs))
@@ -631,9 +676,10 @@ def test_a_block_compiles_to_one_graph_with_the_same_results():
 
 
 @needs_kernels
+@both_kernels
 @pytest.mark.parametrize("shape", [(40, 32, 40, 15, 14), (4, 200, 256, 4, 4), (64, 64, 64, 16, 16)], ids=str)
-def test_results_are_the_same_in_every_run_by_as_many_workers(shape):
-    forward, backward = saved(shape, "add_act", 0.1)
+def test_results_are_the_same_in_every_run_by_as_many_workers(shape, kernel):
+    forward, backward = saved(shape, "add_act", 0.1, kernel=kernel)
     results = {}
     for workers in (1, 2, 3):
         with threads(workers):
@@ -647,7 +693,7 @@ def test_results_are_the_same_in_every_run_by_as_many_workers(shape):
         # Everything but the sums over pixels, which are cut where each worker's share ends.
         for i in (0, 3, 4, 5, 7):
             assert torch.equal(found[i], first[i])
-        assert_close(found[8], first[8].double(), "gradient of weight", length=weight_length(forward[0]))
+        assert_close(found[8], first[8].double(), "gradient of weight", length=weight_length(forward[0], kernel))
         for i in (9, 10):
             assert_close(found[i], first[i].double(), "sums", length=count, noise=noise)
 
@@ -728,7 +774,8 @@ V = torch.ones(8)
 PLANE = torch.zeros(1, 8, 5, 5)
 
 
-@pytest.mark.parametrize("algorithm", ["winograd", "torch"])
+@both_kernels
+@pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -762,13 +809,14 @@ PLANE = torch.zeros(1, 8, 5, 5)
         ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"^seed: expected one element, got shape \(2,\)"),
     ],
 )
-def test_bad_arguments_are_named_before_anything_is_written(change, error, message, algorithm):
-    n = NormParams(torch.zeros(8), torch.ones(8))
+def test_bad_arguments_are_named_before_anything_is_written(change, error, message, ours, kernel):
+    n, algorithm = NormParams(torch.zeros(8), torch.ones(8)), OURS[kernel] if ours else "torch"
     arguments = {"x": torch.randn(1, 8, 5, 5), "weight": torch.zeros(4, 8, 3, 3), "algorithm": algorithm} | change
+    arguments = of_kernel(arguments, kernel)
     given = arguments.pop("norm", {})
     given = n._replace(**given) if isinstance(given, dict) else given
     with pytest.raises(error, match=message):
-        functional.norm_act_conv3x3(arguments.pop("x"), given, arguments.pop("weight"), **arguments)
+        FUSED[kernel](arguments.pop("x"), given, arguments.pop("weight"), **arguments)
     assert torch.equal(n.running_mean, torch.zeros(8)) and torch.equal(n.running_var, torch.ones(8))
 
 
