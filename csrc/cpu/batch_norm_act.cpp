@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> apply_forward(
   const Rows rows = rows_of(x);
   const bool has_residual = residual.has_value();
   const Tensor r = has_residual ? like_rows("residual", *residual, x, rows) : Tensor();
-  Tensor y = at::empty_like(x);
-  Tensor bits = at::empty({saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0}, byte_options(x));
+  Tensor y = empty_rows(x);
+  Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, at::kByte);
   Dropout dropout{};
   if (act.dropout_p > 0) {
     dropout = dropout_of(seed, act.dropout_p);

@@ -92,7 +92,7 @@ public:
   std::array<Tensor, kSums + 1> reduce(bool writes_dz) const {
     BackwardParams<T> params = params_;
     std::array<Tensor, kSums + 1> out;
-    out[4] = writes_dz ? at::empty_like(x_) : nothing_like(x_);
+    out[4] = writes_dz ? empty_rows(x_) : nothing_like(x_);
     if (writes_dz) {
       params.general = true;
       params.dy2 = dy2_.defined() ? dy2_.const_data_ptr<T>() : nullptr;
@@ -126,7 +126,7 @@ public:
 
   // Null sums: statistics are constants.
   std::tuple<Tensor, Tensor> apply(const std::array<const A*, kSums>& sums, double count, bool need_dx, bool need_dr) {
-    Tensor dx = need_dx ? at::empty_like(x_) : nothing_like(x_), dr = need_dr ? at::empty_like(x_) : nothing_like(x_);
+    Tensor dx = need_dx ? empty_rows(x_) : nothing_like(x_), dr = need_dr ? empty_rows(x_) : nothing_like(x_);
     if (!need_dx && !need_dr) {
       return {dx, dr};
     }

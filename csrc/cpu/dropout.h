@@ -4,12 +4,28 @@
 #include "../common/philox.h"
 #include "lanes.h"
 
+#include <algorithm>
+#include <array>
+
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
+// The keys of the rounds are computed once: the loops write bytes, which may alias anything, so that the compiler would
+// compute them again for every vector.
 struct Dropout {
-  PhiloxKey key;
-  uint32_t threshold;
+  PhiloxKey key{};
+  uint32_t threshold = 0;
+  std::array<uint64_t, kPhiloxRounds> round_a{}, round_b{};
+
+  Dropout() = default;
+  Dropout(PhiloxKey seeded, uint32_t at_least) : key(seeded), threshold(at_least) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      round_a[round] = seeded.a;
+      round_b[round] = seeded.b;
+      seeded.a += kPhiloxKeyA;
+      seeded.b += kPhiloxKeyB;
+    }
+  }
 };
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -21,14 +37,18 @@ struct Dropout {
 struct Lanes64 {
   using type = __m512i;
   static constexpr int64_t counters = 8;
-  static type set1(uint32_t v) {
-    return _mm512_set1_epi64(v);
+  static type set1(uint64_t v) {
+    return _mm512_set1_epi64(static_cast<int64_t>(v));
   }
   static type mul(type a, type b) {
     return _mm512_mul_epu32(a, b);
   }
+  // By a shuffle: shifts share their execution port with multiplications.
   static type high(type a) {
-    return _mm512_srli_epi64(a, 32);
+    return _mm512_shuffle_epi32(a, _MM_PERM_DDBB);
+  }
+  static type xor2(type a, type b) {
+    return _mm512_xor_si512(a, b);
   }
   static type xor3(type a, type b, type c) {
     return _mm512_ternarylogic_epi64(a, b, c, 0x96);
@@ -38,14 +58,17 @@ struct Lanes64 {
 struct Lanes64 {
   using type = __m256i;
   static constexpr int64_t counters = 4;
-  static type set1(uint32_t v) {
-    return _mm256_set1_epi64x(v);
+  static type set1(uint64_t v) {
+    return _mm256_set1_epi64x(static_cast<int64_t>(v));
   }
   static type mul(type a, type b) {
     return _mm256_mul_epu32(a, b);
   }
   static type high(type a) {
     return _mm256_srli_epi64(a, 32);
+  }
+  static type xor2(type a, type b) {
+    return _mm256_xor_si256(a, b);
   }
   static type xor3(type a, type b, type c) {
     return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
@@ -58,31 +81,45 @@ struct WordLanes {
 };
 
 // `index` holds whole 64-bit counters.
-inline WordLanes philox_lanes(PhiloxKey key, Lanes64::type index) {
+inline WordLanes philox_lanes(const Dropout& dropout, Lanes64::type index) {
   using L = Lanes64;
-  L::type a = index, b = L::high(index), c = L::set1(0), d = c;
-  const L::type round_a = L::set1(kPhiloxRoundA), round_b = L::set1(kPhiloxRoundB);
+  const L::type factor_a = L::set1(kPhiloxRoundA), factor_b = L::set1(kPhiloxRoundB);
+  const auto key_a = [&](int round) { return L::set1(dropout.round_a[round]); };
+  const auto key_b = [&](int round) { return L::set1(dropout.round_b[round]); };
+  // The first round with c = d = 0, whose product is 0.
+  const L::type first = L::mul(index, factor_a);
+  L::type a = L::xor2(L::high(index), key_a(0)), b = L::set1(0), c = L::xor2(L::high(first), key_b(0)), d = first;
 #pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const L::type pa = L::mul(a, round_a), pb = L::mul(c, round_b);
-    a = L::xor3(L::high(pb), b, L::set1(key.a));
+  for (int round = 1; round < kPhiloxRounds; ++round) {
+    const L::type pa = L::mul(a, factor_a), pb = L::mul(c, factor_b);
+    a = L::xor3(L::high(pb), b, key_a(round));
     b = pb;
-    c = L::xor3(L::high(pa), d, L::set1(key.b));
+    c = L::xor3(L::high(pa), d, key_b(round));
     d = pa;
-    key.a += kPhiloxKeyA;
-    key.b += kPhiloxKeyB;
   }
   return {a, b, c, d};
 }
 
 #endif
 
-// Elements first ... first + 31, one bit each; `first` is a multiple of 4.
+// The fewest elements that a vector of counters draws.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t kLeastDrawn = 32;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kLeastDrawn = 16;
+#else
+constexpr int64_t kLeastDrawn = 4;
+#endif
+template <int64_t kWanted>
+constexpr int64_t kDrawn = std::max(kWanted, kLeastDrawn);
+
+// Elements first ... first + kDrawn - 1, one bit each; `first` is a multiple of 4.
+template <int64_t kWanted>
 inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
 #if defined(CPU_CAPABILITY_AVX512)
   // Lane order such that the two interleavings below leave the elements in order.
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const WordLanes w = philox_lanes(dropout.key, _mm512_add_epi64(_mm512_set1_epi64(first / 4), lane));
+  const WordLanes w = philox_lanes(dropout, _mm512_add_epi64(_mm512_set1_epi64(first / 4), lane));
   const __m512i ab = _mm512_mask_blend_epi32(0xAAAA, w.a, _mm512_slli_epi64(w.b, 32));
   const __m512i cd = _mm512_mask_blend_epi32(0xAAAA, w.c, _mm512_slli_epi64(w.d, 32));
   const __m512i threshold = _mm512_set1_epi32(static_cast<int>(dropout.threshold));
@@ -93,8 +130,8 @@ inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
   const __m256i lane = _mm256_setr_epi64x(0, 2, 1, 3);
   const __m256i threshold = _mm256_set1_epi32(static_cast<int>(dropout.threshold));
   uint32_t bits = 0;
-  for (int half = 0; half < 2; ++half) {
-    const WordLanes w = philox_lanes(dropout.key, _mm256_add_epi64(_mm256_set1_epi64x(first / 4 + 4 * half), lane));
+  for (int half = 0; half < kDrawn<kWanted> / 16; ++half) {
+    const WordLanes w = philox_lanes(dropout, _mm256_add_epi64(_mm256_set1_epi64x(first / 4 + 4 * half), lane));
     const __m256i ab = _mm256_blend_epi32(w.a, _mm256_slli_epi64(w.b, 32), 0xAA);
     const __m256i cd = _mm256_blend_epi32(w.c, _mm256_slli_epi64(w.d, 32), 0xAA);
     const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
@@ -107,7 +144,7 @@ inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
   return bits;
 #else
   uint32_t bits = 0;
-  for (int counter = 0; counter < 8; ++counter) {
+  for (int counter = 0; counter < kDrawn<kWanted> / 4; ++counter) {
     const PhiloxWords w = philox_4x32(dropout.key, first / 4 + counter);
     for (int k = 0; k < 4; ++k) {
       bits |= static_cast<uint32_t>(w.word[k] >= dropout.threshold) << (4 * counter + k);
@@ -117,14 +154,17 @@ inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
 #endif
 }
 
-// Elements first ... first + 31 of a run that is consecutive in N, H, W, C order.
+// Elements first ... first + kWanted - 1 of a run that is consecutive in N, H, W, C order. Bits beyond are of elements
+// that follow, or 0.
+template <int64_t kWanted = 32>
 inline uint32_t keep_bits(const Dropout& dropout, int64_t first) {
   const int64_t over = first % 4;
-  const uint32_t bits = keep_bits_aligned(dropout, first - over);
+  const uint32_t bits = keep_bits_aligned<kWanted>(dropout, first - over);
   if (over == 0) {
     return bits;
   }
-  return bits >> over | keep_bits_aligned(dropout, first - over + 32) << (32 - over);
+  constexpr int64_t drawn = kDrawn<kWanted>;
+  return bits >> over | keep_bits_aligned<kWanted>(dropout, first - over + drawn) << (drawn - over);
 }
 
 // Eight positions of four neighbouring channels in NCHW: bits[k] is the byte of channel c + k. Position j has the
@@ -132,7 +172,7 @@ inline uint32_t keep_bits(const Dropout& dropout, int64_t first) {
 inline void keep_bytes_of_four_channels(const Dropout& dropout, int64_t counter, int64_t step, uint8_t bits[4]) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i lane = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step));
-  const WordLanes w = philox_lanes(dropout.key, _mm512_add_epi64(_mm512_set1_epi64(counter), lane));
+  const WordLanes w = philox_lanes(dropout, _mm512_add_epi64(_mm512_set1_epi64(counter), lane));
   const __m256i threshold = _mm256_set1_epi32(static_cast<int>(dropout.threshold));
   const __m512i words[4] = {w.a, w.b, w.c, w.d};
   for (int k = 0; k < 4; ++k) {
@@ -147,7 +187,7 @@ inline void keep_bytes_of_four_channels(const Dropout& dropout, int64_t counter,
   const __m256i lane = _mm256_setr_epi64x(0, step, 2 * step, 3 * step);
   for (int half = 0; half < 2; ++half) {
     const __m256i first = _mm256_set1_epi64x(counter + 4 * half * step);
-    const WordLanes w = philox_lanes(dropout.key, _mm256_add_epi64(first, lane));
+    const WordLanes w = philox_lanes(dropout, _mm256_add_epi64(first, lane));
     const __m256i words[4] = {w.a, w.b, w.c, w.d};
     for (int k = 0; k < 4; ++k) {
       // The word is the low half of its lane: the sign that movemask_pd reads is the high half's.

@@ -52,6 +52,19 @@ inline Pair<A> fmadd(const Pair<A>& x, const Pair<A>& y, const Pair<A>& z) {
   return {at::vec::fmadd(x.lo, y.lo, z.lo), at::vec::fmadd(x.hi, y.hi, z.hi)};
 }
 
+// Calls f(k, count) for every unit of a row; count is a compile-time constant for all but the last.
+template <typename A, typename F>
+inline void for_each_unit(int64_t inner, const F& f) {
+  constexpr int64_t width = Pair<A>::size();
+  int64_t k = 0;
+  for (; k + width <= inner; k += width) {
+    f(k, std::integral_constant<int64_t, width>());
+  }
+  if (k < inner) {
+    f(k, inner - k);
+  }
+}
+
 // --- load and store
 
 // Lanes from `count` on are zero.

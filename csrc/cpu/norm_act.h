@@ -75,19 +75,6 @@ struct ChannelLanes {
   }
 };
 
-// Calls f(k, count) for every unit of a row; count is a compile-time constant for all but the last.
-template <typename A, typename F>
-inline void for_each_unit(int64_t inner, const F& f) {
-  constexpr int64_t width = Pair<A>::size();
-  int64_t k = 0;
-  for (; k + width <= inner; k += width) {
-    f(k, std::integral_constant<int64_t, width>());
-  }
-  if (k < inner) {
-    f(k, inner - k);
-  }
-}
-
 // Whether rows of p may be stored past the caches: every unit must be whole and aligned.
 template <typename T>
 inline bool can_stream(const T* p, int64_t inner) {
@@ -195,7 +182,14 @@ inline void apply_row(const ApplyParams<T, Out>& p, const Variant& variant, int6
       }
     }
     const auto kept = [&] {
-      return variant.keep == Keep::drawn ? keep_bits(*p.dropout, row * inner + k) : load_bits(keep + k / 8, count);
+      if (variant.keep != Keep::drawn) {
+        return load_bits(keep + k / 8, count);
+      }
+      if constexpr (std::is_same_v<decltype(count), int64_t>) {
+        return keep_bits(*p.dropout, row * inner + k);
+      } else {
+        return keep_bits<decltype(count)::value>(*p.dropout, row * inner + k);
+      }
     };
     z = activate(p, variant, z, bits == nullptr ? nullptr : bits + k / 8, count, kept);
     if (variant.residual != ResidualKind::none && p.act_add) {

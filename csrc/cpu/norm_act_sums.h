@@ -58,31 +58,59 @@ inline PairSums<A> zero_sums() {
   return sums;
 }
 
+// Channels first ... first + channels - 1, at most kPanelChannels, of rows begin ... end - 1 in channels_last.
 template <typename T, typename Variant>
-void sum_columns(const BackwardParams<T>& p, const Variant& variant, int64_t begin, int64_t end, ChannelSums& total) {
+void sum_panel(
+    const BackwardParams<T>& p,
+    const Variant& variant,
+    int64_t begin,
+    int64_t end,
+    int64_t first,
+    int64_t channels,
+    ChannelSums& total) {
   using A = acc_t<T>;
-  constexpr int64_t width = Pair<A>::size();
-  const int64_t channels = p.rows.channels;
-  // The pages of a block's rows, of all tensors that are read or written, are to fit into the translation buffer.
-  const int tensors = 2 + (p.residual != nullptr) + (p.dy2 != nullptr) + (p.dz != nullptr);
-  const int64_t most_rows = block_rows_of(channels, sizeof(T));
-  const int64_t block_rows = Variant::general ? std::max<int64_t>(8, 2 * most_rows / tensors) : most_rows;
+  // A loop over sums of a number that is not known would keep them out of the registers.
+  constexpr int kKept = [] {
+    if constexpr (Variant::general) {
+      return kSums;
+    } else {
+      return Variant::dual ? kSums : 2;
+    }
+  }();
+  alignas(64) A block[kKept][kPanelChannels];
+  for (int i = 0; i < kKept; ++i) {
+    std::fill_n(block[i], channels, A(0));
+  }
   const ChannelLanes<A, true> lanes{0};
-  for (int64_t first = begin; first < end; first += block_rows) {
-    const int64_t last = std::min(end, first + block_rows);
+  for_each_rows(begin, end, [&](int64_t row, auto together) {
     for_each_unit<A>(channels, [&](int64_t k, auto count) {
-      PairSums<A> sums = zero_sums<A>();
-      for (int64_t row = first; row < last; ++row) {
-        accumulate(p, variant, lanes, row, k, count, sums);
+      PairSums<A> sums;
+      for (int i = 0; i < kKept; ++i) {
+        sums[i] = load_lanes(block[i] + k, count);
       }
-      for (int i = 0; i < (variant.dual ? kSums : 2); ++i) {
-        alignas(64) A lane[width];
-        store_lanes(lane, sums[i]);
-        for (int64_t j = 0; j < count; ++j) {
-          total[i][k + j] += lane[j];
-        }
+      for (int64_t i = 0; i < together; ++i) {
+        accumulate(p, variant, lanes, row + i, first + k, count, sums);
+      }
+      for (int i = 0; i < kKept; ++i) {
+        store_lanes(block[i] + k, sums[i], count);
       }
     });
+  });
+  for (int i = 0; i < (variant.dual ? kSums : 2); ++i) {
+    double* to = total[i].data() + first;
+    for (int64_t c = 0; c < channels; ++c) {
+      to[c] += block[i][c];
+    }
+  }
+}
+
+template <typename T, typename Variant>
+void sum_columns(const BackwardParams<T>& p, const Variant& variant, int64_t begin, int64_t end, ChannelSums& total) {
+  for (int64_t first = begin; first < end; first += kBlockValues) {
+    const int64_t last = std::min(end, first + kBlockValues);
+    for (int64_t c = 0; c < p.rows.channels; c += kPanelChannels) {
+      sum_panel(p, variant, first, last, c, std::min(kPanelChannels, p.rows.channels - c), total);
+    }
   }
 }
 
@@ -144,11 +172,15 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
       }
     });
   });
+  if (parts.size() == 1) {
+    return std::move(parts[0]);
+  }
   ChannelSums total = zero;
   for (const ChannelSums& part : parts) {
     for (int i = 0; i < sums; ++i) {
+      double* __restrict to = total[i].data();
       for (int64_t c = 0; c < rows.channels; ++c) {
-        total[i][c] += part[i][c];
+        to[c] += part[i][c];
       }
     }
   }

@@ -47,47 +47,80 @@ struct Chan {
   }
 };
 
+// Rows of memory are summed in their order, so that the prefetchers see streams: the sums of so many channels lie in
+// the L1 cache meanwhile, and several rows are read side by side so that these are loaded and stored less often.
+constexpr int64_t kPanelChannels = 512;
+constexpr int64_t kRowsTogether = 4;
+
+// Calls f(row, rows) for rows begin ... end - 1, `rows` at a time; `rows` is a compile-time constant.
+template <typename F>
+inline void for_each_rows(int64_t begin, int64_t end, const F& f) {
+  int64_t row = begin;
+  for (; row + kRowsTogether <= end; row += kRowsTogether) {
+    f(row, std::integral_constant<int64_t, kRowsTogether>());
+  }
+  for (; row < end; ++row) {
+    f(row, std::integral_constant<int64_t, 1>());
+  }
+}
+
+// One block of at most kPanelChannels channels, its rows `stride` apart.
+template <typename T>
+inline void add_panel(
+    const Chan& chan,
+    double* __restrict mean,
+    double* __restrict m2,
+    const T* x,
+    int64_t rows,
+    int64_t channels,
+    int64_t stride) {
+  using A = acc_t<T>;
+  alignas(64) A rough[kPanelChannels], s1[kPanelChannels], s2[kPanelChannels];
+  std::fill_n(rough, channels, A(0));
+  for_each_rows(0, rows, [&](int64_t row, auto together) {
+    for_each_unit<A>(channels, [&](int64_t k, auto count) {
+      Pair<A> sum = load_lanes(rough + k, count);
+      for (int64_t i = 0; i < together; ++i) {
+        sum = sum + load_lanes(x + (row + i) * stride + k, count);
+      }
+      store_lanes(rough + k, sum, count);
+    });
+  });
+  const A share = A(1) / static_cast<A>(rows);
+  for (int64_t c = 0; c < channels; ++c) {
+    rough[c] *= share;
+    s1[c] = s2[c] = 0;
+  }
+  for_each_rows(0, rows, [&](int64_t row, auto together) {
+    for_each_unit<A>(channels, [&](int64_t k, auto count) {
+      const Pair<A> shift = load_lanes(rough + k, count);
+      Pair<A> first = load_lanes(s1 + k, count), second = load_lanes(s2 + k, count);
+      for (int64_t i = 0; i < together; ++i) {
+        const Pair<A> d = load_lanes(x + (row + i) * stride + k, count) - shift;
+        first = first + d;
+        second = fmadd(d, d, second);
+      }
+      store_lanes(s1 + k, first, count);
+      store_lanes(s2 + k, second, count);
+    });
+  });
+  const double inverse = 1.0 / static_cast<double>(rows);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double e = s1[c];
+    chan(mean[c], m2[c], rough[c] + e * inverse, s2[c] - e * e * inverse);
+  }
+}
+
 // Rows of `channels` values with stride `channels`: adds `rows` values to every channel.
 template <typename T>
 inline void add_columns(Moments& moments, const T* x, int64_t rows, int64_t channels) {
-  using A = acc_t<T>;
-  constexpr int64_t width = Pair<A>::size();
-  const int64_t block_rows = block_rows_of(channels, sizeof(T));
+  const int64_t block_rows = block_rows_of(std::min(channels, kPanelChannels), sizeof(T));
   for (int64_t first = 0; first < rows; first += block_rows) {
     const int64_t n = std::min(block_rows, rows - first);
-    const T* block = x + first * channels;
     const Chan chan(moments.count, n);
-    const double inverse = 1.0 / static_cast<double>(n);
-    for (int64_t k = 0; k < channels; k += width) {
-      const int64_t lanes = std::min(width, channels - k);
-      const auto sweep = [&](auto count) {
-        Pair<A> sum = Pair<A>::fill(0);
-        for (int64_t i = 0; i < n; ++i) {
-          sum = sum + load_lanes(block + i * channels + k, count);
-        }
-        const Pair<A> rough = sum * Pair<A>::fill(A(1) / static_cast<A>(n));
-        Pair<A> s1 = Pair<A>::fill(0), s2 = s1;
-        for (int64_t i = 0; i < n; ++i) {
-          const Pair<A> d = load_lanes(block + i * channels + k, count) - rough;
-          s1 = s1 + d;
-          s2 = fmadd(d, d, s2);
-        }
-        alignas(64) A m[width], d1[width], d2[width];
-        store_lanes(m, rough);
-        store_lanes(d1, s1);
-        store_lanes(d2, s2);
-        double* mean = moments.mean.data() + k;
-        double* m2 = moments.m2.data() + k;
-        for (int64_t j = 0; j < lanes; ++j) {
-          const double e = d1[j];
-          chan(mean[j], m2[j], m[j] + e * inverse, d2[j] - e * e * inverse);
-        }
-      };
-      if (lanes == width) {
-        sweep(std::integral_constant<int64_t, width>());
-      } else {
-        sweep(lanes);
-      }
+    for (int64_t c = 0; c < channels; c += kPanelChannels) {
+      const int64_t panel = std::min(kPanelChannels, channels - c);
+      add_panel(chan, moments.mean.data() + c, moments.m2.data() + c, x + first * channels + c, n, panel, channels);
     }
     moments.count += n;
   }
@@ -172,14 +205,19 @@ inline void add_planes(
 
 // The moments of all segments as one, in the segments' order.
 inline Moments combine(const std::vector<Moments>& parts, int64_t channels) {
+  if (parts.size() == 1) {
+    return parts[0];
+  }
   Moments all(channels);
   for (const Moments& part : parts) {
     if (part.count == 0) {
       continue;
     }
     const Chan chan(all.count, part.count);
+    double* __restrict mean = all.mean.data();
+    double* __restrict m2 = all.m2.data();
     for (int64_t c = 0; c < channels; ++c) {
-      chan(all.mean[c], all.m2[c], part.mean[c], part.m2[c]);
+      chan(mean[c], m2[c], part.mean[c], part.m2[c]);
     }
     all.count += part.count;
   }

@@ -16,6 +16,7 @@ from fastres.contract import ORDERS, Act, Group, NormParams, Statistics, output_
 from fastres.ordinary import why_not_ordinary
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_VECTORS = NormParams._fields[:4]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -77,17 +78,24 @@ def check_channels(name: str, value: Tensor | None, like: Tensor, channels: int)
 
 
 def check_norm(prefix: str, norm: NormParams, like: Tensor, channels: int, training: bool) -> None:
-    check_channels(prefix + "running_mean", norm.running_mean, like, channels)
-    check_channels(prefix + "running_var", norm.running_var, like, channels)
-    check_channels(prefix + "weight", norm.weight, like, channels)
-    check_channels(prefix + "bias", norm.bias, like, channels)
+    shape, device = (channels,), like.device
+    for name, value in zip(_VECTORS, norm, strict=False):
+        # What is as it should be is passed over here: this runs at every call of every layer.
+        if value is not None and not (
+            isinstance(value, Tensor)
+            and value.shape == shape
+            and value.dtype.is_floating_point
+            and value.device == device
+        ):
+            check_channels(prefix + name, value, like, channels)
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var: expected both or neither, got one of them")
     if not training and norm.running_mean is None:
         raise ValueError(f"{prefix}running_mean: expected running statistics with training=False, got None")
-    for name, value in (("momentum", norm.momentum), ("eps", norm.eps)):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"{prefix}{name}: expected a number, got {type(value).__name__}")
+    if not isinstance(norm.momentum, (int, float)):
+        raise TypeError(f"{prefix}momentum: expected a number, got {type(norm.momentum).__name__}")
+    if not isinstance(norm.eps, (int, float)):
+        raise TypeError(f"{prefix}eps: expected a number, got {type(norm.eps).__name__}")
     if norm.eps < 0:
         raise ValueError(f"{prefix}eps: expected at least 0, got {norm.eps}")
 

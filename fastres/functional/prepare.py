@@ -28,13 +28,18 @@ def four_dimensional(x: Tensor) -> Tensor:
 
 def cast(norm: NormParams, dtype: torch.dtype) -> NormParams:
     """The norm with parameters and statistics in `dtype`; running statistics of another dtype become copies."""
-    if all(t is None or t.dtype == dtype for t in norm[:4]):
+    for t in norm[:4]:
+        if t is not None and t.dtype != dtype:
+            break
+    else:
         return norm
     mean, var, weight, bias = (None if t is None else t.to(dtype) for t in norm[:4])
     return NormParams(mean, var, weight, bias, norm.momentum, norm.eps)
 
 
 def store_running(norm: NormParams, computed: NormParams) -> None:
+    if computed is norm:
+        return
     for kept, new in ((norm.running_mean, computed.running_mean), (norm.running_var, computed.running_var)):
         if kept is not None and new is not None and kept is not new:
             kept.copy_(new)

@@ -238,8 +238,9 @@ class BatchNormAct(torch.autograd.Function):
                 r_mean, r_rstd = _constants(residual_norm)
         reads_residual = residual_norm is not None or act.reads_residual()
         saves_bits = act.saves_bits(residual is not None) if by_batch else act._replace(dropout_p=0.0).gated
-        needs_norms = any(ctx.needs_input_grad[i] for i in (1, 2, 4, 5))
-        ctx.reads_x = by_batch or needs_norms or not (saves_bits or act.kind == "identity")
+        ctx.reads_x = (
+            by_batch or any(ctx.needs_input_grad[i] for i in (1, 2, 4, 5)) or not (saves_bits or act.kind == "identity")
+        )
         ctx.save_for_backward(
             x if ctx.reads_x else None, mean, rstd, weight, bias, residual if ctx.reads_x and reads_residual else None,
             r_mean, r_rstd, residual_weight, residual_bias, bits if saves_bits else None,
