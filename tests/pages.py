@@ -34,8 +34,8 @@ class Block(NamedTuple):
     why_not: str | None
 
 
-def blocks(page: Path, language: str) -> list[Block]:
-    """The blocks of a page in a language, in their order.
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The blocks of a page in some languages, in their order.
 
     Files of examples/ that a page shows are no such blocks: they have a test of their own.
     """
@@ -44,8 +44,8 @@ def blocks(page: Path, language: str) -> list[Block]:
     for block in FENCE.finditer(text):
         mark = MARK.fullmatch(block[1] or "")
         needs, why_not = (mark[2] if mark and mark[1] == kind else None for kind in ("needs", "not run:"))
-        if block[2] == language:
-            found.append(Block(page, text.count("\n", 0, block.start(3)) + 1, language, block[3], needs, why_not))
+        if block[2] in languages:
+            found.append(Block(page, text.count("\n", 0, block.start(3)) + 1, block[2], block[3], needs, why_not))
     return found
 
 

@@ -85,6 +85,23 @@ def test_every_fence_is_a_block(page):
     assert not [name for name in snippets(page) if not (ROOT / name).is_file()]
 
 
+@pytest.mark.slow
+def test_the_start_works_by_the_letter(clean, tmp_path, monkeypatch):
+    """All of it but the installation, in its order: trained, fused, compiled, frozen, served."""
+    monkeypatch.chdir(tmp_path)
+    namespace, printed = {"__name__": "__main__"}, ""
+    for block in blocks(ROOT / "docs" / "start.md", "python", "bash"):
+        if block.language == "python":
+            exec(block.text, namespace)
+            continue
+        for words in commands(block.text):
+            if words[0] == "python":
+                command = [sys.executable, *words[1:]]
+                printed += subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800).stdout
+    assert re.search(r"zero\.png\s.*\b0\b", printed)
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
 # ----------------------------------------------------------------------------------------------------------- examples
 
 

@@ -90,6 +90,23 @@ def test_every_link_of_the_site_leads_somewhere(site):
     assert not broken_links(site[1])
 
 
+def test_names_that_share_a_line_have_an_entry_each():
+    pytest.importorskip("griffe", reason="pip install -e '.[docs]' brings what builds the site")
+    split = importlib.import_module("docs.griffe_names").split_entries
+    text = """Head, tail: words.
+
+Args:
+    a, b: of both,
+        and more.
+    c: of one: x, y: z.
+Raises:
+    TypeError, ValueError: for reasons.
+"""
+    both = "of both,\n        and more.\n"
+    assert split(text) == text.replace(f"    a, b: {both}", f"    a: {both}    b: {both}")
+    assert split("Args:\n    a, b: last") == "Args:\n    a: last\n    b: last"
+
+
 def test_every_docstring_is_shown(site):
     """A name whose docstring is not found is shown without one, and without a warning."""
     text = (site[1] / "reference" / "functional.html").read_text(encoding="utf-8")
