@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastres
 from fastres.nn import FusedBasicBlock
 from tests.pages import PAGES, ROOT, name_of
 from tests.test_house import imports
@@ -105,6 +106,11 @@ def test_the_names_are_looked_for():
     assert DOTTED.findall(text) == ["fastres.gone.f", "fastres.reuse_cpu_memory"]
     assert is_there("fastres.reuse_cpu_memory") and is_there("fastres.ops.algorithms.choose_algorithm")
     assert not is_there("fastres.gone.f") and not is_there("fastres.gone")
+
+
+def test_the_changes_of_this_version_are_told():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(fastres.__version__)}, ", text, re.MULTILINE)
 
 
 def test_the_readme_is_one_screen():
