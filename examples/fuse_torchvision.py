@@ -20,3 +20,4 @@ for _ in range(2):
 with torch.no_grad():
     expected, actual = plain.eval()(images), model.eval()(images)
 print(f"largest difference from torchvision's forward: {(actual - expected).abs().max():.1e}")
+torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
