@@ -1,7 +1,7 @@
 PYTHON ?= python
 OUT ?= runs/gpu
 
-.PHONY: build test coverage bench lint format gpu sanitize
+.PHONY: build test coverage bench lint format gpu sanitize docs release
 
 build: ## compile the modules in place, only what changed
 	$(PYTHON) setup.py build_ext --inplace
@@ -19,6 +19,16 @@ coverage: ## the lines of the trainer that its tests run; fails below 90 %
 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+# The theme's notice of its own future would be the only output.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: ## the site, in build/site; fails on any warning
+	$(PYTHON) -m mkdocs build --strict --quiet
+
+release: ## sdist and wheel in dist/; fails where files differ from the commit, or CHANGELOG.md has no date for the version
+	git diff --quiet HEAD
+	grep -qE "^## $$($(PYTHON) -c 'import fastres; print(fastres.__version__)'), [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md
+	$(PYTHON) -m build
 
 gpu: ## build, test, sanitize, measure and profile on the GPU here, in ten minutes; docs/gpu.md
 	$(PYTHON) -m benchmarks.gpu --output-dir $(OUT) $(ARGS)

@@ -13,20 +13,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastres
 from fastres.nn import FusedBasicBlock
+from tests.pages import PAGES, ROOT, name_of
 from tests.test_house import imports
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SCREEN = 75
-FOLDERS = ("fastres", "kernels", "csrc", "benchmarks", "tests", "docs")
+FOLDERS = ("fastres", "kernels", "csrc", "benchmarks", "tests", "docs", "examples")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]*\.\w+")
 DOTTED = re.compile(r"(?<![\w./-])(?:fastres|benchmarks)(?:\.(?!md\b)[A-Za-z_]\w*)+(?!\w*[/-])")
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
 
 
 @pytest.fixture(params=PAGES, ids=name_of)
@@ -61,7 +57,8 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_file_that_is_named_exists(page):
-    named = set(FILE.findall(page.read_text(encoding="utf-8")))
+    # The targets of links are relative to the page, and looked for above.
+    named = set(FILE.findall(re.sub(r"\]\([^)\s]+\)", "]", page.read_text(encoding="utf-8"))))
     missing = [name for name in sorted(named) if not (ROOT / name).exists()]
     assert not missing, f"{name_of(page)} names {missing}"
 
@@ -109,6 +106,11 @@ def test_the_names_are_looked_for():
     assert DOTTED.findall(text) == ["fastres.gone.f", "fastres.reuse_cpu_memory"]
     assert is_there("fastres.reuse_cpu_memory") and is_there("fastres.ops.algorithms.choose_algorithm")
     assert not is_there("fastres.gone.f") and not is_there("fastres.gone")
+
+
+def test_the_changes_of_this_version_are_told():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(fastres.__version__)}, ", text, re.MULTILINE)
 
 
 def test_the_readme_is_one_screen():

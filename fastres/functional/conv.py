@@ -76,7 +76,7 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
     weight's gradient, and nothing else, depends on the number of threads. Elsewhere PyTorch's convolution.
 
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
-    as one matrix product of our own, with PyTorch's rounding errors.
+    as one matrix product of our own, with the direct sum's rounding errors.
 
     The weight is read at every call; nothing of it is kept for the next one.
 
