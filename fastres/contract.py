@@ -203,6 +203,24 @@ class ConvProblem(NamedTuple):
     followed: bool = False
 
 
+class ConvShape(NamedTuple):
+    """A convolution with a square kernel, in one group.
+
+    Attributes:
+        outputs: channels of the output.
+        kernel, stride, padding: of both axes.
+    """
+
+    outputs: int
+    kernel: int
+    stride: int
+    padding: int
+
+    def output_size(self, size: int) -> int:
+        """Output positions along one axis."""
+        return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
+
+
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 PHILOX_ROUND_A, PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57

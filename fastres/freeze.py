@@ -12,318 +12,60 @@ copied as it is. A normalisation with no convolution before it (of a pre-activat
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
 from torchvision.models._utils import IntermediateLayerGetter
 
-from fastres import functional, ordinary
-from fastres.activations import IDENTITY, KINDS, Activation
-from fastres.contract import ConvProblem, statistics_dtype
+from fastres.activations import IDENTITY, Activation
 from fastres.fuse import check_model, fuse
 from fastres.nn.blocks import FusedBasicBlock, FusedBlock, FusedBottleneck, ResidualBlock
+from fastres.nn.frozen import (
+    Frozen,
+    FrozenBasicBlock,
+    FrozenBottleneck,
+    FrozenConv2d,
+    FrozenLayer,
+    FrozenNetwork,
+    FrozenNormAct,
+    FrozenPackedConv2d,
+    FrozenPreactivationBlock,
+    FrozenResidualBlock,
+    FrozenSkipConnection,
+)
 from fastres.nn.preactivation import FusedPreactivationBlock
 from fastres.nn.shortcut import SkipConnection
 from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
 from fastres.nn.trust import activation_of, is_batch_norm, is_exactly
-from fastres.ops import conv3x3 as ops
-from fastres.ops.algorithms import choose_algorithm, is_served, problem_of, requested_algorithm
-from fastres.ops.packed import pack, unpack
 
 __all__ = ["freeze"]
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Frozen(nn.Module):
-    """A module for inference only: without parameters, always in evaluation mode, and not differentiable."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    def train(self, mode: bool = True) -> Any:
-        """Leaves the module as it is, in evaluation mode.
-
-        Raises:
-            RuntimeError: mode is on.
-        """
-        if mode:
-            raise RuntimeError(
-                "train: the model was frozen for inference by fastres.freeze, expected mode=False; train its source, "
-                "and freeze that again"
-            )
-        return self
-
-
-class _Inference(torch.autograd.Function):
-    """A frozen layer on an input that asks for a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: _FrozenLayer, x: Tensor, residual: Tensor | None) -> Tensor:
-        return layer._infer(x, residual)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "backward: the model was frozen for inference by fastres.freeze, expected no gradient to be asked for; "
-            "differentiate its source"
-        )
-
-
-class _FrozenLayer(Frozen):
-    """A layer whose result is that of `_infer`, and no gradient's."""
-
-    def __init__(self, activation: Activation) -> None:
-        super().__init__()
-        self.training = False
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape."""
-        asks = x.requires_grad or (residual is not None and residual.requires_grad)
-        if asks and torch.is_grad_enabled():
-            return _Inference.apply(self, x, residual)  # type: ignore[no-any-return]
-        return self._infer(x, residual)
-
-    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        raise NotImplementedError
-
-
-class FrozenNormAct(_FrozenLayer):
-    """f(weight * x + bias [+ residual]): a normalisation that no convolution comes before.
-
-    Buffers: weight and bias [C], float32 (float64 for a float64 network); zero and one [C], not in the state_dict.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    zero: Tensor
-    one: Tensor
-
-    def __init__(self, norm: nn.BatchNorm2d, activation: Activation) -> None:
-        super().__init__(activation)
-        scale, shift = _scale_and_shift(norm)
-        assert norm.running_mean is not None
-        dtype = statistics_dtype(norm.running_mean.dtype)
-        self.register_buffer("weight", scale.to(dtype))
-        self.register_buffer("bias", shift.to(dtype))
-        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
-        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
-
-    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if _takes_operators(x):
-            return functional.batch_norm_act(
-                x, self.zero, self.one, self.weight, self.bias, eps=0.0, residual=residual, activation=self.activation
-            )
-        weight, bias = (t.to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
-        y = x * weight + bias
-        return self.activation.forward(y if residual is None else y + residual)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, steps=norm > [add] > {self.activation.kind}"
-
-
-class _FrozenConvolution(_FrozenLayer):
-    """f(conv(x) + bias + residual), in channels_last on the CPU."""
-
-    bias: Tensor
-
-    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
-        super().__init__(activation)
-        self.outputs, self.inputs = conv.out_channels, conv.in_channels
-        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
-        self.dilation, self.groups = conv.dilation, conv.groups
-
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        """The same by PyTorch's operators."""
-        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        y = y if residual is None else y + residual
-        return self.activation.forward(y)
-
-    def extra_repr(self) -> str:
-        shown = f"{self.inputs}, {self.outputs}, kernel_size={self.kernel_size}, stride={self.stride}"
-        kind = self.activation.kind
-        return f"{shown}, steps=conv > bias > [add]{f' > {kind}' * (kind != 'identity')}"
-
-
-class FrozenConv2d(_FrozenConvolution):
-    """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution and at most one pass.
-
-    Buffers: weight, as the convolution's, and bias [K], in the weight's dtype; zero and one [K], not in the state_dict.
-    """
-
-    weight: Tensor
-    zero: Tensor
-    one: Tensor
-
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation) -> None:
-        super().__init__(conv, activation)
-        weight, bias = _folded(conv, norm)
-        self.register_buffer("weight", _stored(weight, conv))
-        self.register_buffer("bias", bias.to(conv.weight.dtype))
-        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
-        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
-
-    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if not _takes_operators(x):
-            return self._convolve(x, self.weight, self.bias, residual)
-        x = x.contiguous(memory_format=torch.channels_last)
-        if residual is None:
-            return self._convolve(x, self.weight, self.bias, None)
-        y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
-        return functional.batch_norm_act(
-            y,
-            self.zero,
-            self.one,
-            None,
-            self.bias,
-            eps=0.0,
-            residual=residual.to(y.dtype),
-            activation=self.activation,
-        )
-
-
-class FrozenConv3x3(_FrozenConvolution):
-    """A 3x3 convolution with padding 1, the normalisation behind it, an addition and ReLU in one step.
-
-    The algorithm is chosen at each call, as `fastres.functional.conv3x3` does it. Away from the kernels (another device
-    or dtype, an exported program) the weight is unpacked at each call, for PyTorch's convolution.
-
-    Buffers: packed and bias [K], float32, see `fastres.ops.packed.pack`; weight, as the convolution's, where it has a
-    stride, for PyTorch's convolution to take where output positions are many, and else None.
-    """
-
-    packed: Tensor
-    weight: Tensor | None
-
-    def __init__(
-        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation, algorithm: str | None
-    ) -> None:
-        super().__init__(conv, activation)
-        self.algorithm = algorithm
-        weight, bias = _folded(conv, norm)
-        self.register_buffer("packed", pack(weight))
-        self.register_buffer("bias", bias.float())
-        self.register_buffer("weight", None if conv.stride == (1, 1) else _stored(weight, conv))
-
-    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if _takes_operators(x) and self.packed.dtype == self.bias.dtype == torch.float32:
-            if torch.is_autocast_enabled("cpu"):
-                x = x.to(torch.get_autocast_dtype("cpu"))
-            x = x.contiguous(memory_format=torch.channels_last)
-            stride = self.stride[0]
-            problem = problem_of(x, self.outputs, 3, stride, needs_grad=False, followed=True)
-            algorithm = choose_algorithm(problem, requested_algorithm(self.algorithm)).algorithm
-            if algorithm != "torch" and KINDS[self.activation.kind].compiled:
-                if residual is not None:
-                    residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
-                return ops.packed_inference(  # type: ignore[no-any-return]
-                    x, self.packed, self.outputs, self.bias, residual, self.activation, stride, algorithm
-                )
-        weight = self.weight if self.weight is not None else unpack(self.packed, self.outputs, self.inputs)
-        return self._convolve(x, weight.to(x.dtype), self.bias.to(x.dtype), residual)
-
-
-def _takes_operators(x: Tensor) -> bool:
-    """Whether this call may be made of our operators."""
-    return (
-        not ordinary.is_exporting()
-        and ordinary.why_not_ordinary() is None
-        and is_served(problem_of(x, 1, needs_grad=False))
-    )
-
-
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """norm(x) as scale * x + shift, in float64 and new memory."""
-    params = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean, var, weight, bias = (None if t is None else t.detach().double() for t in params)
-    assert mean is not None and var is not None
-    scale = torch.rsqrt(var + norm.eps)
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias
-
-
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
-    """(weight, bias) of the convolution that is norm(conv(x)), in float64 and new memory."""
-    kernel = conv.weight.detach().double()
-    own = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.detach().double()
-    if norm is None:
-        return kernel.clone(), own.clone()
-    scale, shift = _scale_and_shift(norm)
-    return kernel * scale[:, None, None, None], own * scale + shift
-
-
-def _stored(weight: Tensor, conv: nn.Conv2d) -> Tensor:
-    return weight.to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def _freeze_convolution(conv: Any, norm: Any, activation: Activation, algorithm: str | None = None) -> _FrozenLayer:
-    if is_conv3x3(conv, ((1, 1), (2, 2))) and _packs(conv, algorithm):
-        return FrozenConv3x3(conv, norm, activation, algorithm)
-    return FrozenConv2d(conv, norm, activation)
-
-
-def _packs(conv: nn.Conv2d, algorithm: str | None) -> bool:
-    """Whether packed weights serve this convolution at any size that a network has."""
+def _why_not_packed(conv: nn.Conv2d, algorithm: str | None) -> str | None:
+    """Why a convolution's weight stays as PyTorch has it; None where it is packed."""
     if conv.weight.dtype not in _PACKED_DTYPES:
-        return False
-    # Not this machine's capability: what is frozen here may be loaded elsewhere.
-    large = ConvProblem(
-        torch.float32, (64, conv.in_channels, 32, 32), conv.out_channels, 3, 1, True, False, 1, "avx512", False, True
-    )
-    return choose_algorithm(large, algorithm or "auto").algorithm == "winograd"
+        return f"its weight is {conv.weight.dtype}"
+    if conv.groups != 1:
+        return f"it has {conv.groups} groups"
+    if conv.dilation != (1, 1):
+        return f"its dilation is {conv.dilation}"
+    pairs = (conv.kernel_size, conv.stride, conv.padding)
+    if any(isinstance(pair, str) or pair[0] != pair[1] for pair in pairs):
+        return "its kernel, stride and padding are not the same both ways"
+    if algorithm == "torch" and is_conv3x3(conv):
+        return "PyTorch's algorithm was requested"
+    return None
 
 
-# --------------------------------------------------------------------------------------------------------------- blocks
-
-
-class FrozenBasicBlock(Frozen):
-    """relu(conv2(relu(conv1 x)) + shortcut(x)), with normalisations folded into the convolutions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.conv2(self.conv1(x), shortcut)  # type: ignore[no-any-return]
-
-
-class FrozenBottleneck(Frozen):
-    """relu(conv3(relu(conv2(relu(conv1 x)))) + shortcut(x)), with normalisations folded into the convolutions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, 4 * K, ceil(H / stride), ceil(W / stride)]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.conv3(self.conv2(self.conv1(x)), shortcut)  # type: ignore[no-any-return]
-
-
-class FrozenResidualBlock(Frozen):
-    """conv2(relu(conv1 x) + shortcut(x)), with normalisations folded into the convolutions."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
-        return self.conv2(self.conv1(x) + self.shortcut(x))  # type: ignore[no-any-return]
-
-
-class FrozenPreactivationBlock(Frozen):
-    """conv2(relu(conv1 a)) + shortcut, a = relu(bn1 x); only the second normalisation is folded into a convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
-        a = self.bn1(x)
-        return self.conv2(self.conv1(a), x if self.shortcut is None else self.shortcut(a))  # type: ignore[no-any-return]
-
-
-class FrozenSkipConnection(Frozen):
-    """relu(conv(x)), with the normalisation folded into the 1x1 convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
-        return self.conv(x)  # type: ignore[no-any-return]
+def _freeze_convolution(conv: Any, norm: Any, activation: Activation, algorithm: str | None = None) -> FrozenLayer:
+    why = _why_not_packed(conv, algorithm)
+    if why is None:
+        return FrozenPackedConv2d(conv, norm, activation, algorithm)
+    return FrozenConv2d(conv, norm, activation, why)
 
 
 _FROZEN: dict[type[nn.Module], type[Frozen]] = {
@@ -410,9 +152,14 @@ def _freeze_stem(trunk: Any) -> None:
         f = activation_of(children["relu"])
         if not trunk.norm_after_conv1 and _is_fixed(children["bn1"]):
             children["bn1"], children["relu"] = FrozenNormAct(children["bn1"], f), nn.Identity().eval()
+            if _is_foldable(children["conv1"]):
+                children["conv1"] = _freeze_convolution(children["conv1"], None, IDENTITY)
         elif trunk.norm_after_conv1 and _folds(trunk, [("conv1", "bn1")]):
             children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], f)
             children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
+    # Features of a trunk are many results, which no plan has.
+    if not isinstance(trunk, IntermediateLayerGetter):
+        plain = made_class("Frozen", cast(Any, FrozenNetwork), cast(Any, plain))
     trunk.__class__ = plain
     trunk.__dict__.pop("_was_fused", None)
 

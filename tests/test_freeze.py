@@ -15,10 +15,11 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from fastres import ArticleResNet18, FusedResNet18, freeze, fuse, unfuse
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, ResidualBlock, SkipConnection
+from fastres.nn.frozen import Frozen
+from fastres.ops.packed import pack, unpack
 from tests.oracle import LAYOUTS, activation, generator
 from tests.parity import one_thread  # noqa: F401
 
-HERE = freeze.__module__
 LOW = torch.bfloat16
 
 
@@ -84,7 +85,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def frozen_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if type(module).__module__ == HERE]
+    return [name for name, module in model.named_modules() if type(module).__module__ == Frozen.__module__]
 
 
 # -------------------------------------------------------------------------------------------------------------- outputs
@@ -206,6 +207,26 @@ def test_every_way_to_copy_and_to_save_gives_the_same_function():
             assert type(twin) is type(frozen)
             with pytest.raises(RuntimeError, match=r"^train: "):
                 twin.train()
+
+
+def test_states_from_before_every_convolution_was_packed_load():
+    model = randomise(FusedResNet18(7), "before")
+    frozen, x, state = freeze(model), images(2, 3, 16, 16), {}
+    for key, value in frozen.state_dict().items():
+        name, _, kind = key.rpartition(".")
+        layer = frozen.get_submodule(name)
+        if kind != "packed":
+            state[key] = value
+            continue
+        weight = unpack(value, layer.outputs, layer.inputs, layer.shape.kernel)
+        if layer.shape.kernel == 3:
+            state[key] = pack(weight, padded=True)
+        if layer.shape.kernel == 1 or layer.shape.stride == 2:
+            state[f"{name}.weight"] = weight
+    other = freeze(FusedResNet18(7))
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(other(x), frozen(x))
 
 
 def test_it_moves():
@@ -353,7 +374,7 @@ def test_a_shared_block_stays_shared():
     block = FusedBasicBlock(24, 24)
     model = randomise(nn.Sequential(block, nn.Identity(), block), "shared")
     frozen = freeze(model)
-    assert frozen[0] is frozen[2] and type(frozen[0]).__module__ == HERE
+    assert frozen[0] is frozen[2] and isinstance(frozen[0], Frozen)
     assert_same_function(frozen, model, images(2, 24, 9, 9))
 
 

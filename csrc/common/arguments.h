@@ -91,6 +91,16 @@ struct Act {
   std::string_view order;
 };
 
+// A convolution with a square kernel in one group.
+struct ConvShape {
+  using Fields = Types<int64_t, int64_t, int64_t, int64_t>;
+  static constexpr const char* kName = "ConvShape(outputs, kernel, stride, padding)";
+  int64_t outputs;
+  int64_t kernel;
+  int64_t stride;
+  int64_t padding;
+};
+
 struct Activation {
   using Fields = Types<std::string_view, double>;
   static constexpr const char* kName = "Activation(kind, alpha)";

@@ -8,8 +8,6 @@
 
 #include <torch/library.h>
 
-#include <string_view>
-
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
 namespace fastres {
@@ -70,16 +68,6 @@ std::tuple<Tensor, Tensor> backward(
 }
 
 // --- evaluation
-
-enum class Algorithm { winograd, gemm };
-
-Algorithm parse_algorithm(std::string_view name, int64_t stride) {
-  TORCH_CHECK_VALUE(
-      name == "winograd" || name == "gemm", "algorithm: expected \"winograd\" or \"gemm\", got \"", name, "\"");
-  TORCH_CHECK_VALUE(
-      stride >= 1 && (stride == 1 || name == "gemm"), "stride: expected 1, or more with \"gemm\", got ", stride);
-  return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
-}
 
 // The output. fill(y, an element of its type, convolve_to) has to call convolve_to with an epilogue that writes y.
 template <typename F>
@@ -151,39 +139,6 @@ Tensor inference(
   });
 }
 
-// packed: as fastres.ops.packed.pack makes it.
-Tensor packed_inference(
-    const Tensor& x,
-    const Tensor& packed,
-    int64_t outputs,
-    const OptionalTensor& bias,
-    const OptionalTensor& residual,
-    const Activation& activation,
-    int64_t stride,
-    std::string_view algorithm) {
-  check_input(x);
-  const Algorithm parsed = parse_algorithm(algorithm, stride);
-  const int64_t depth = round_up(x.size(1), kPanel), groups = round_up((outputs + kPanel - 1) / kPanel, 2);
-  const std::array<int64_t, 3> sizes = {groups, kTaps * kTaps * depth, kPanel};
-  const at::IntArrayRef shape(sizes);
-  TORCH_CHECK_VALUE(outputs >= 1, "outputs: expected at least 1, got ", outputs);
-  TORCH_CHECK_VALUE(packed.sizes() == shape, "packed: expected shape ", shape, ", got ", packed.sizes());
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kFloat, "packed: expected dtype float32, got ", packed.scalar_type());
-  const Tensor w = packed.contiguous();
-  ChannelNorm<float> norm; // adds the bias
-  norm.mean.assign(outputs, 0.0f);
-  norm.scale.assign(outputs, 1.0f);
-  norm.bias.assign(outputs, 0.0f);
-  if (bias.has_value()) {
-    const float* values = channel_data<float>("bias", bias, outputs);
-    norm.bias.assign(values, values + outputs);
-  }
-  return infer(
-      x, packed_kernel(w, outputs, x.size(1)), stride, parsed, [&](Tensor& y, auto zero, const auto& convolve_to) {
-        normalise_to<decltype(zero)>(y, norm, residual, activation, convolve_to);
-      });
-}
-
 } // namespace
 } // namespace conv
 } // namespace CPU_CAPABILITY
@@ -194,7 +149,6 @@ TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("conv3x3_forward", conv::forward);
   m.impl("conv3x3_backward", conv::backward);
   m.impl("conv3x3_inference", grouped<&conv::inference>);
-  m.impl("conv3x3_packed", grouped<&conv::packed_inference>);
 }
 
 #endif

@@ -12,7 +12,9 @@
 
 #include <algorithm>
 #include <array>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -79,10 +81,26 @@ inline Tiles tiles_of(const Tensor& x) {
 }
 
 // Whether outputs are stored past the caches: they are more than those can keep, and every vector is a whole line.
-inline bool streams(const Tensor& y) {
+template <typename T>
+bool streams(const T* y, const Rows& rows) {
   constexpr int64_t line = 64;
-  return y.scalar_type() == at::kFloat && kWidth * static_cast<int64_t>(sizeof(float)) == line &&
-      y.size(1) % kWidth == 0 && should_stream(y.const_data_ptr<float>(), rows_of(y));
+  return std::is_same_v<T, float> && kWidth * static_cast<int64_t>(sizeof(float)) == line &&
+      rows.channels % kWidth == 0 && should_stream(y, rows);
+}
+inline bool streams(const Tensor& y) {
+  return y.scalar_type() == at::kFloat && streams(y.const_data_ptr<float>(), rows_of(y));
+}
+
+// --- evaluation
+
+enum class Algorithm { winograd, gemm };
+
+inline Algorithm parse_algorithm(std::string_view name, int64_t stride) {
+  TORCH_CHECK_VALUE(
+      name == "winograd" || name == "gemm", "algorithm: expected \"winograd\" or \"gemm\", got \"", name, "\"");
+  TORCH_CHECK_VALUE(
+      stride >= 1 && (stride == 1 || name == "gemm"), "stride: expected 1, or more with \"gemm\", got ", stride);
+  return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
 }
 
 // A convolution with stride 1, its work cut into chunks.

@@ -44,15 +44,6 @@ void multiply_positions(const Kernel& kernel, int64_t from, const float* operand
       };
   constexpr std::integral_constant<int64_t, kPanel> by_channels{};
   constexpr std::integral_constant<int64_t, taps * kPanel> by_taps{};
-  if (kernel.is_packed()) {
-    const float* low = kernel.at(from, 0);
-    const float* high = kernel.at(from + kWidth, 0);
-    for (int64_t i = 0; i < depth; i += PanelBlock::kRun) {
-      const int64_t run = std::min(PanelBlock::kRun, depth - i);
-      multiply(0, i, by_channels, kRows * kWidth, low + i * kPanel, high + i * kPanel, run / kWidth);
-    }
-    return;
-  }
   PanelBlock block;
   if (kernel.inputs_are_adjacent()) {
     for (int64_t t = 0; t < taps; ++t) {
@@ -95,32 +86,6 @@ void gather_positions(
           store(to, load(x + pixel * channels + c, channels - c));
         }
       }
-    }
-  }
-}
-
-// The outputs of positions first ... first + count - 1 and one column group go to the epilogue.
-template <typename Epilogue>
-void finish_positions(
-    const float* product,
-    int64_t first,
-    int64_t count,
-    int64_t channels,
-    int64_t from,
-    const Epilogue& epilogue) {
-  const int64_t columns = std::min(kColumns, channels - from);
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const auto run = [&](auto lanes) {
-      auto vector = epilogue.vector(from + c, lanes);
-      for (int64_t p = 0; p < count; ++p) {
-        vector(first + p, (first + p) * channels + from + c, load(product + p * kColumns + c));
-      }
-      vector.end();
-    };
-    if (c + kWidth <= columns) {
-      run(std::integral_constant<int64_t, kWidth>());
-    } else {
-      run(columns - c);
     }
   }
 }

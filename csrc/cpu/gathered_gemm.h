@@ -3,9 +3,9 @@
 //   y[p][k] = sum over tap, c of operand[p][tap, c] * weights[tap, c][k]
 //
 // A row of the operand is the input gathered under one position, zeros where a tap lies outside, laid out as the
-// products read it (gemm.h), with channels padded to kPanel. The weights are read once, in the order of their memory:
-// packed ones in place, those of a network a block at a time, which is transposed into the L1 cache and multiplied from
-// there.
+// products read it (gemm.h), with channels padded to kPanel. The weights, a network's own, are read once, in the order
+// of their memory: a block at a time, which is transposed into the L1 cache and multiplied from there. packed_gemm.h is
+// for packed ones.
 #pragma once
 
 #include "packed_weights.h"
@@ -18,16 +18,17 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
-// Output positions of a 3x3 convolution with padding 1, and the input under them.
+// Output positions of a convolution with a square kernel, and the input under them.
 struct Positions {
   int64_t images, height, width; // of the input
   int64_t stride;
+  int64_t kernel = kTaps, padding = kTaps / 2;
 
   int64_t out_height() const {
-    return (height - 1) / stride + 1;
+    return (height + 2 * padding - kernel) / stride + 1;
   }
   int64_t out_width() const {
-    return (width - 1) / stride + 1;
+    return (width + 2 * padding - kernel) / stride + 1;
   }
   int64_t count() const {
     return images * out_height() * out_width();
@@ -35,15 +36,41 @@ struct Positions {
   // The input pixel under a position and tap, -1 where it lies outside.
   int64_t pixel(int64_t position, int64_t tap) const {
     const int64_t image = position / (out_height() * out_width());
-    const int64_t y = position / out_width() % out_height() * stride + tap / kTaps - 1;
-    const int64_t x = position % out_width() * stride + tap % kTaps - 1;
+    const int64_t y = position / out_width() % out_height() * stride + tap / kernel - padding;
+    const int64_t x = position % out_width() * stride + tap % kernel - padding;
     return y < 0 || y >= height || x < 0 || x >= width ? -1 : (image * height + y) * width + x;
   }
 };
 
 // Weights in other orders have to be copied first.
 inline bool gemm_reads(const Kernel& kernel) {
-  return kernel.is_packed() || kernel.inputs_are_adjacent() || kernel.taps_are_adjacent();
+  return kernel.inputs_are_adjacent() || kernel.taps_are_adjacent();
+}
+
+// The outputs of positions first ... first + count - 1 and one column group go to the epilogue.
+template <typename Epilogue>
+inline void finish_positions(
+    const float* product,
+    int64_t first,
+    int64_t count,
+    int64_t channels,
+    int64_t from,
+    const Epilogue& epilogue) {
+  const int64_t columns = std::min(kColumns, channels - from);
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const auto run = [&](auto lanes) {
+      auto vector = epilogue.vector(from + c, lanes);
+      for (int64_t p = 0; p < count; ++p) {
+        vector(first + p, (first + p) * channels + from + c, load(product + p * kColumns + c));
+      }
+      vector.end();
+    };
+    if (c + kWidth <= columns) {
+      run(std::integral_constant<int64_t, kWidth>());
+    } else {
+      run(columns - c);
+    }
+  }
 }
 
 // The convolution of x [images, height, width, channels].

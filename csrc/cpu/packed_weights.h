@@ -1,6 +1,6 @@
-// A 3x3 kernel's weights in memory: any strides, or packed as [K / 16][tap][C16][16], C16 being C rounded up to 16,
-// which is the order in which the products read them (fastres/ops/packed.py packs). And the loads of a part of them
-// into the products' order.
+// A kernel's weights in memory: a 3x3 kernel's with any strides, or packed as [K / 16][tap][C'][16], C' being C or C
+// rounded up to 16, which is the order in which the products read them (fastres/ops/packed.py packs). And the loads of
+// a part of them into the products' order.
 #pragma once
 
 #include "gemm.h"
@@ -71,12 +71,22 @@ inline Kernel turned(Kernel kernel) {
   return kernel;
 }
 
-// packed: float32 [groups of 16 outputs, an even number][tap, inputs rounded up to 16][16], contiguous.
-inline Kernel packed_kernel(const at::Tensor& packed, int64_t outputs, int64_t inputs) {
-  const int64_t depth = round_up(inputs, kPanel);
-  Kernel kernel{packed.const_data_ptr<float>(), outputs, inputs, kTaps * kTaps * depth * kPanel, 1, kPanel, {}};
+// Packed weights [groups of kPanel outputs, an even number][tap, input][kPanel], contiguous, of which `depth` rows,
+// zeros after the last input, belong to a tap (fastres/ops/packed.py).
+struct Panels {
+  const float* data;
+  int64_t outputs, inputs, taps, depth;
+
+  int64_t rows() const {
+    return taps * depth;
+  }
+};
+
+// Those of a 3x3 kernel.
+inline Kernel packed_kernel(const Panels& panels) {
+  Kernel kernel{panels.data, panels.outputs, panels.inputs, panels.rows() * kPanel, 1, kPanel, {}};
   for (int64_t t = 0; t < kTaps * kTaps; ++t) {
-    kernel.tap[t] = t * depth * kPanel;
+    kernel.tap[t] = t * panels.depth * kPanel;
   }
   return kernel;
 }

@@ -30,6 +30,10 @@ inline void store(float* p, Lanes v) {
 inline Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
   return _mm512_fmadd_ps(x, y, z);
 }
+// max(least, v), NaN where v is one
+inline Lanes not_below(Lanes least, Lanes v) {
+  return _mm512_max_ps(least, v);
+}
 #else
 using Lanes = __m256;
 inline Lanes broadcast(float value) {
@@ -43,6 +47,9 @@ inline void store(float* p, Lanes v) {
 }
 inline Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
   return _mm256_fmadd_ps(x, y, z);
+}
+inline Lanes not_below(Lanes least, Lanes v) {
+  return _mm256_max_ps(least, v);
 }
 #endif
 

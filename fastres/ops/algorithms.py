@@ -154,6 +154,39 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
     return Choice("torch", "output positions are too few for Winograd's transforms to pay")
 
 
+def choose_packed(problem: ConvProblem, padded: bool, requested: str = "auto") -> Choice:
+    """The algorithm for a convolution in inference whose weights are packed, of any square kernel, in one group.
+
+    Args:
+        padded: whether they are packed as Winograd's algorithm reads them.
+        requested: one of `ALGORITHMS`, for 3x3 kernels with stride 1.
+    """
+    return (
+        _choose_packed(problem, padded, requested)
+        if torch.compiler.is_compiling()
+        else _chosen_packed(problem, padded, requested)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice:
+    return _choose_packed(problem, padded, requested)
+
+
+def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice:
+    unserved = _why_not_served(problem._replace(kernel=3))
+    if unserved is not None:
+        return Choice("torch", unserved)
+    if problem.kernel == 3 and problem.stride == 1:
+        if requested == "torch":
+            return Choice("torch", "it was requested")
+        if padded and (requested == "winograd" or _winograd_pays(problem)):
+            return Choice("winograd", "it saves more multiplications than its transforms cost")
+    if problem.dtype == torch.bfloat16 and problem.matrix_units:
+        return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
+    return Choice("gemm", "its weights are packed for it")
+
+
 def is_served(problem: ConvProblem) -> bool:
     """Whether kernels of our own take the problem's input at all, in channels_last."""
     return _why_not_served(problem) is None

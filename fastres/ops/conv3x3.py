@@ -51,10 +51,6 @@ def _fake_inference(x: Tensor, conv_weight: Tensor, stride: int, **_: Any) -> Te
     return fallback.empty_output(x, conv_weight.shape[0], (stride, stride), torch.channels_last)
 
 
-def _fake_packed(x: Tensor, outputs: int, stride: int, **_: Any) -> Tensor:
-    return fallback.empty_output(x, outputs, (stride, stride), torch.channels_last)
-
-
 # ---------------------------------------------------------------------------------------------------------- operators
 
 forward = define(
@@ -82,15 +78,6 @@ inference = define(
     fake=_fake_inference,
     function="conv3x3",
     flops=lambda conv_weight, out_shape, **_: convolution_flops(out_shape, conv_weight),
-)
-
-packed_inference = define(
-    "conv3x3_packed",
-    fallback.conv3x3_packed,
-    "Tensor",
-    fake=_fake_packed,
-    function="conv3x3_norm_act",
-    flops=lambda x, outputs, out_shape, **_: convolution_flops(out_shape, (outputs, x[1], 3, 3)),
 )
 
 # ----------------------------------------------------------------------------------------------------------- autograd

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastres import contract
 from fastres.activations import Activation
-from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums, output_size
+from fastres.contract import PLAIN, Act, ConvShape, Norm, NormParams, Residual, Statistics, Sums, output_size
 from fastres.ops.arguments import Ints2, Needs2, Needs3
 from fastres.ops.formulas import (
     activate,
@@ -290,21 +290,29 @@ def conv3x3_inference(
     return empty_output(x, conv_weight.shape[0], (stride, stride), torch.channels_last).copy_(y)
 
 
-def conv3x3_packed(
+def empty_packed_output(x: Tensor, shape: ConvShape) -> Tensor:
+    """The output of packed_convolution, uninitialised, channels_last."""
+    height, width = (shape.output_size(size) for size in x.shape[2:])
+    size = (x.shape[0], shape.outputs, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def packed_convolution(
     x: Tensor,
     packed: Tensor,
-    outputs: int,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: Activation,
-    stride: int,
+    shape: ConvShape,
     algorithm: str,
 ) -> Tensor:
-    """f(conv3x3(x) + bias + residual), channels_last, with weights that `pack` made."""
-    weight = unpack(packed, outputs, x.shape[1]).to(x.dtype)
-    y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), padding=1, stride=stride)
-    y = activation.forward(y if residual is None else y + residual)
-    return empty_output(x, outputs, (stride, stride), torch.channels_last).copy_(y)
+    """f(conv(x) + bias + residual), channels_last, with weights that `pack` made."""
+    y = empty_packed_output(x, shape)
+    if y.numel() == 0:
+        return y
+    weight = unpack(packed, shape.outputs, x.shape[1], shape.kernel).to(x.dtype)
+    z = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), shape.stride, shape.padding)
+    return y.copy_(activation.forward(z if residual is None else z + residual))
 
 
 # ----------------------------------------------------------------------------------------------------- norm_act_conv3x3

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastres.contract import Act, Norm, NormParams, Residual, Statistics, Sums
-from fastres.ops import batch_norm_act, conv3x3, norm_act_conv3x3, projection_shortcut
+from fastres.ops import (
+    batch_norm_act,
+    conv3x3,
+    frozen_network,
+    norm_act_conv3x3,
+    packed_convolution,
+    projection_shortcut,
+)
 from fastres.ops.arguments import Arguments, Ints2, Needs3
 
 
@@ -70,9 +77,9 @@ def test_an_argument_that_is_missing_or_unknown_is_a_type_error():
 
 
 def test_every_operator_is_registered_with_the_schema_of_its_fallback():
-    modules = (batch_norm_act, conv3x3, norm_act_conv3x3, projection_shortcut)
+    modules = (batch_norm_act, conv3x3, frozen_network, norm_act_conv3x3, packed_convolution, projection_shortcut)
     operators = [v for module in modules for v in vars(module).values() if hasattr(v, "overload")]
-    assert len(operators) == 17
+    assert len(operators) == 18
     for operator in operators:
         text = str(operator.overload._schema)
         assert operator.arguments.schema in text

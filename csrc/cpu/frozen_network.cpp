@@ -1,0 +1,318 @@
+// The operator frozen_network: the layers of a frozen network, or of a block, in one call.
+//
+// fastres/nn/plan.py records the steps: what each reads and writes, in the input, the output, or one scratch buffer
+// that is planned ahead, so that a layer reads what the one before has left in the caches.
+#include "packed_convolution.h"
+#include "workspace.h"
+
+#include <torch/library.h>
+
+#include <bit>
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+
+namespace fastres {
+inline namespace CPU_CAPABILITY {
+namespace conv {
+namespace {
+
+// The values of fastres.ops.frozen_network.Kind, and of its INPUT, OUTPUT and NONE.
+enum class StepKind : int64_t { convolution, norm_act, max_pool, mean };
+constexpr int64_t kInput = -1, kOutput = -2, kNone = -3;
+
+// A row of `steps`; fastres.ops.frozen_network.Step has the same fields, in words. Places are offsets in scratch, in
+// elements of one image, or one of the three values above.
+struct Step {
+  int64_t kind, input, residual, output, weight, bias;
+  int64_t channels, height, width, outputs, out_height, out_width;
+  int64_t kernel, stride, padding, depth, winograd, activation, alpha;
+};
+constexpr int64_t kFields = sizeof(Step) / sizeof(int64_t);
+
+constexpr int64_t kThreadElements = 16 * 1024;
+
+// x and y: [images, height, width, channels].
+template <typename T>
+struct Pass {
+  const Step& step;
+  int64_t images;
+  const T* x;
+  const T* residual; // or null
+  T* y;
+  const float *weight, *bias;
+  ActivationOf<float> activation;
+
+  int64_t pixels() const {
+    return images * step.height * step.width;
+  }
+};
+
+// f(c, count) for the vectors of a row of channels.
+template <typename F>
+inline void for_each_vector(int64_t channels, const F& f) {
+  int64_t c = 0;
+  for (; c + kWidth <= channels; c += kWidth) {
+    f(c, std::integral_constant<int64_t, kWidth>());
+  }
+  if (c < channels) {
+    f(c, channels - c);
+  }
+}
+
+// f(begin, end) for shares of `rows`, each of which takes `elements` operations.
+template <typename F>
+inline void for_rows(int64_t rows, int64_t elements, const F& f) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kThreadElements / std::max<int64_t>(1, elements)), f);
+}
+
+// y = f(weight * x + bias + residual)
+template <typename T>
+void norm_act(const Pass<T>& p) {
+  const int64_t channels = p.step.channels;
+  for_rows(p.pixels(), channels, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * channels; row < end * channels; row += channels) {
+      for_each_vector(channels, [&](int64_t c, auto count) {
+        Lanes z = multiply_add(
+            load_counted(p.x + row + c, count), load_counted(p.weight + c, count), load_counted(p.bias + c, count));
+        if (p.residual != nullptr) {
+          z = z + load_counted(p.residual + row + c, count);
+        }
+        store_counted(p.y + row + c, Lanes(p.activation.forward(Vec<float>(z))), count);
+      });
+    }
+  });
+}
+
+template <typename T>
+void max_pool(const Pass<T>& p) {
+  const Step& s = p.step;
+  for_rows(p.images * s.out_height, s.out_width * s.channels * s.kernel, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const T* image = p.x + line / s.out_height * s.height * s.width * s.channels;
+      const int64_t top = line % s.out_height * s.stride - s.padding;
+      const int64_t first = std::max<int64_t>(0, top), last = std::min(s.height, top + s.kernel);
+      for (int64_t column = 0; column < s.out_width; ++column) {
+        const int64_t left = column * s.stride - s.padding;
+        const int64_t from = std::max<int64_t>(0, left), to = std::min(s.width, left + s.kernel);
+        T* y = p.y + (line * s.out_width + column) * s.channels;
+        for_each_vector(s.channels, [&](int64_t c, auto count) {
+          Vec<float> largest(-std::numeric_limits<float>::infinity());
+          for (int64_t i = first; i < last; ++i) {
+            for (int64_t j = from; j < to; ++j) {
+              const Lanes v = load_counted(image + (i * s.width + j) * s.channels + c, count);
+              largest = at::vec::maximum(largest, Vec<float>(v)); // NaN where one of them is
+            }
+          }
+          store_counted(y + c, Lanes(largest), count);
+        });
+      }
+    }
+  });
+}
+
+// Over all pixels of an image.
+template <typename T>
+void mean(const Pass<T>& p) {
+  const Step& s = p.step;
+  const int64_t pixels = s.height * s.width, vectors = (s.channels + kWidth - 1) / kWidth;
+  const Lanes inverse = broadcast(1.0f / static_cast<float>(pixels));
+  for_rows(p.images * vectors, pixels * kWidth, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / vectors, c = task % vectors * kWidth;
+      const auto add = [&](auto count) {
+        Lanes sum{};
+        for (int64_t i = 0; i < pixels; ++i) {
+          sum = sum + load_counted(p.x + (image * pixels + i) * s.channels + c, count);
+        }
+        store_counted(p.y + image * s.channels + c, sum * inverse, count);
+      };
+      if (c + kWidth <= s.channels) {
+        add(std::integral_constant<int64_t, kWidth>());
+      } else {
+        add(s.channels - c);
+      }
+    }
+  });
+}
+
+template <typename T>
+void run_step(const Pass<T>& p) {
+  const Step& s = p.step;
+  switch (static_cast<StepKind>(s.kind)) {
+    case StepKind::convolution:
+      convolve_packed<T>(
+          {{p.weight, s.outputs, s.channels, s.kernel * s.kernel, s.depth},
+           p.bias,
+           {p.images, s.height, s.width, s.stride, s.kernel, s.padding},
+           s.winograd != 0 ? Algorithm::winograd : Algorithm::gemm,
+           p.activation.kind,
+           p.activation},
+          p.x,
+          p.residual,
+          p.y);
+      return;
+    case StepKind::norm_act:
+      norm_act(p);
+      return;
+    case StepKind::max_pool:
+      max_pool(p);
+      return;
+    case StepKind::mean:
+      mean(p);
+      return;
+  }
+  TORCH_CHECK_VALUE(false, "steps: expected a kind of step from 0 to 3, got ", s.kind);
+}
+
+int64_t elements(at::IntArrayRef sizes) {
+  return c10::multiply_integers(sizes);
+}
+
+// Memory is read and written by the numbers in `steps`, so all of them are checked.
+class Checked {
+public:
+  Checked(const Tensor& x, at::TensorList tensors, int64_t scratch, at::IntArrayRef output)
+      : x_(x.numel() / x.size(0)), y_(elements(output) / x.size(0)), scratch_(scratch), tensors_(tensors) {}
+
+  void operator()(const Step& s) const {
+    const int64_t in = s.channels * s.height * s.width, out = s.outputs * s.out_height * s.out_width;
+    TORCH_CHECK_VALUE(
+        s.channels > 0 && s.height > 0 && s.width > 0 && s.outputs > 0 && s.out_height > 0 && s.out_width > 0,
+        "steps: expected sizes of at least 1");
+    place(s.input, in, kInput, x_);
+    place(s.output, out, kOutput, y_);
+    if (s.residual != kNone) {
+      place(s.residual, out, kInput, x_);
+    }
+    TORCH_CHECK_VALUE(
+        s.activation >= 0 && s.activation < static_cast<int64_t>(std::size(kKindNames)),
+        "steps: expected an activation's number, got ",
+        s.activation);
+    switch (static_cast<StepKind>(s.kind)) {
+      case StepKind::convolution: {
+        window(s);
+        const int64_t padded = round_up(s.channels, kPanel), groups = round_up((s.outputs + kPanel - 1) / kPanel, 2);
+        TORCH_CHECK_VALUE(
+            s.depth == padded || (s.depth == s.channels && s.winograd == 0), "steps: unexpected depth ", s.depth);
+        TORCH_CHECK_VALUE(
+            s.winograd == 0 || (s.kernel == kTaps && s.stride == 1 && s.padding == kTaps / 2),
+            "steps: expected a 3x3 kernel with stride 1 and padding 1 for Winograd's algorithm");
+        tensor(s.weight, groups * s.kernel * s.kernel * s.depth * kPanel);
+        tensor(s.bias, s.outputs);
+        return;
+      }
+      case StepKind::norm_act:
+        same(s, s.out_height == s.height && s.out_width == s.width);
+        tensor(s.weight, s.channels);
+        tensor(s.bias, s.channels);
+        return;
+      case StepKind::max_pool:
+        window(s);
+        same(s, 2 * s.padding <= s.kernel);
+        return;
+      case StepKind::mean:
+        same(s, s.out_height == 1 && s.out_width == 1);
+        return;
+    }
+  }
+
+private:
+  int64_t x_, y_, scratch_; // elements of one image
+  at::TensorList tensors_;
+
+  // `at` is in scratch, or is `outside`, which has room for that many elements.
+  void place(int64_t at, int64_t size, int64_t outside, int64_t elements) const {
+    const int64_t room = at >= 0 ? scratch_ - at : at == outside ? elements : 0;
+    TORCH_CHECK_VALUE(size <= room, "steps: expected room for ", size, " elements at ", at, ", got ", room);
+  }
+  void tensor(int64_t i, int64_t size) const {
+    TORCH_CHECK_VALUE(
+        i >= 0 && i < static_cast<int64_t>(tensors_.size()), "steps: expected one of the tensors, got number ", i);
+    TORCH_CHECK_TYPE(
+        tensors_[i].scalar_type() == at::kFloat, "tensors: expected dtype float32, got ", tensors_[i].scalar_type());
+    TORCH_CHECK_VALUE(
+        tensors_[i].is_contiguous() && tensors_[i].numel() == size,
+        "tensors: expected a contiguous tensor of ",
+        size,
+        " elements, got shape ",
+        tensors_[i].sizes());
+  }
+  static void window(const Step& s) {
+    TORCH_CHECK_VALUE(
+        s.kernel > 0 && s.stride > 0 && s.padding >= 0 &&
+            s.out_height == (s.height + 2 * s.padding - s.kernel) / s.stride + 1 &&
+            s.out_width == (s.width + 2 * s.padding - s.kernel) / s.stride + 1,
+        "steps: the sizes of the output are not those of the window");
+  }
+  static void same(const Step& s, bool sizes) {
+    TORCH_CHECK_VALUE(s.outputs == s.channels && sizes, "steps: the sizes of the output are not those of the input");
+  }
+};
+
+// x: channels_last or copied to it. steps: int64 [steps, kFields]. scratch: elements of one image. output: sizes of the
+// result, [N, C, H, W] in channels_last or [N, C].
+Tensor frozen_network(
+    const Tensor& x,
+    at::TensorList tensors,
+    const Tensor& steps,
+    int64_t scratch,
+    at::IntArrayRef output) {
+  check_input(x);
+  TORCH_CHECK_VALUE(x.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(
+      steps.dim() == 2 && steps.size(1) == kFields && steps.scalar_type() == at::kLong && steps.is_contiguous(),
+      "steps: expected a contiguous int64 tensor of shape [steps, ",
+      kFields,
+      "], got ",
+      steps.scalar_type(),
+      " of shape ",
+      steps.sizes());
+  TORCH_CHECK_VALUE(scratch >= 0, "scratch: expected at least 0, got ", scratch);
+  TORCH_CHECK_VALUE(
+      (output.size() == 2 || output.size() == 4) && output[0] == x.size(0) && elements(output) > 0,
+      "output: expected the sizes of ",
+      x.size(0),
+      " images or rows, got ",
+      output);
+  const Step* all = reinterpret_cast<const Step*>(steps.const_data_ptr<int64_t>());
+  const int64_t count = steps.size(0), images = x.size(0);
+  const Checked check(x, tensors, scratch, output);
+  std::for_each(all, all + count, check);
+  const Tensor in = channels_last(x);
+  Tensor y = output.size() == 4 ? empty_channels_last(output, x)
+                                : at::empty(output, x.options().memory_format(at::MemoryFormat::Contiguous));
+  with_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t item = sizeof(T);
+    const Workspace memory((scratch * images * item + 3) / static_cast<int64_t>(sizeof(float)));
+    T* const places = reinterpret_cast<T*>(memory.data());
+    const auto read = [&](int64_t place) -> const T* {
+      return place == kNone ? nullptr : place == kInput ? in.const_data_ptr<T>() : places + place * images;
+    };
+    const auto data = [&](int64_t i) { return i >= 0 ? tensors[i].const_data_ptr<float>() : nullptr; };
+    for (int64_t i = 0; i < count; ++i) {
+      const Step& s = all[i];
+      run_step<T>(
+          {s,
+           images,
+           read(s.input),
+           read(s.residual),
+           s.output == kOutput ? y.mutable_data_ptr<T>() : places + s.output * images,
+           data(s.weight),
+           data(s.bias),
+           {static_cast<Kind>(s.activation), static_cast<float>(std::bit_cast<double>(s.alpha))}});
+    }
+  });
+  return y;
+}
+
+} // namespace
+} // namespace conv
+} // namespace CPU_CAPABILITY
+} // namespace fastres
+
+TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("frozen_network", fastres::conv::frozen_network);
+}
+
+#endif

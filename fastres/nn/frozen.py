@@ -1,0 +1,369 @@
+"""The layers and blocks of a frozen network: for inference only, without parameters.
+
+`fastres.freeze` makes them. Normalisations are folded into their convolutions, whose weights are packed in the order in
+which the CPU's kernels read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres import functional, ordinary
+from fastres.activations import KINDS, Activation
+from fastres.contract import ConvShape, statistics_dtype
+from fastres.nn.plan import NotPlannedError, Value, plan_for
+from fastres.ops.algorithms import choose_packed, is_served, problem_of, requested_algorithm
+from fastres.ops.packed import pack, packed_shape, unpack
+from fastres.ops.packed_convolution import packed_convolution
+
+
+class Frozen(nn.Module):
+    """A module for inference only: without parameters, always in evaluation mode, and not differentiable."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Leaves the module as it is, in evaluation mode.
+
+        Raises:
+            RuntimeError: mode is on.
+        """
+        if mode:
+            raise RuntimeError(
+                "train: the model was frozen for inference by fastres.freeze, expected mode=False; train its source, "
+                "and freeze that again"
+            )
+        return self
+
+
+class _Inference(torch.autograd.Function):
+    """A frozen module on an input that asks for a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, infer: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        return infer(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "backward: the model was frozen for inference by fastres.freeze, expected no gradient to be asked for; "
+            "differentiate its source"
+        )
+
+
+class FrozenLayer(Frozen):
+    """A layer whose result is that of `_infer`, and no gradient's."""
+
+    is_recordable = True
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.training = False
+        self.activation = activation
+
+    def forward(self, x: Any, residual: Any = None) -> Any:
+        """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape."""
+        if isinstance(x, Value):
+            return self._record(x, residual)
+        asks = x.requires_grad or (residual is not None and residual.requires_grad)
+        if asks and torch.is_grad_enabled():
+            return _Inference.apply(self._infer, x, residual)
+        return self._infer(x, residual)
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _record(self, x: Any, residual: Any) -> Any:
+        """The same as a step of a plan."""
+        raise NotPlannedError(f"there is no step for a {type(self).__name__}")
+
+
+class FrozenNormAct(FrozenLayer):
+    """f(weight * x + bias [+ residual]): a normalisation that no convolution comes before.
+
+    Buffers: weight and bias [C], float32 (float64 for a float64 network); zero and one [C], not in the state_dict.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    zero: Tensor
+    one: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, activation: Activation) -> None:
+        super().__init__(activation)
+        scale, shift = scale_and_shift(norm)
+        assert norm.running_mean is not None
+        dtype = statistics_dtype(norm.running_mean.dtype)
+        self.register_buffer("weight", scale.to(dtype))
+        self.register_buffer("bias", shift.to(dtype))
+        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
+        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if _takes_operators(x):
+            return functional.batch_norm_act(
+                x, self.zero, self.one, self.weight, self.bias, eps=0.0, residual=residual, activation=self.activation
+            )
+        weight, bias = (t.to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
+        y = x * weight + bias
+        return self.activation.forward(y if residual is None else y + residual)
+
+    def _record(self, x: Any, residual: Any) -> Any:
+        return x.recorder.norm_act(x, self.weight, self.bias, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, steps=norm > [add] > {self.activation.kind}"
+
+
+class FrozenConvolution(FrozenLayer):
+    """f(conv(x) + bias + residual), in channels_last on the CPU."""
+
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
+        super().__init__(activation)
+        self.outputs, self.inputs = conv.out_channels, conv.in_channels
+        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """The same by PyTorch's operators."""
+        y = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        y = y if residual is None else y + residual
+        return self.activation.forward(y)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.inputs}, {self.outputs}, kernel_size={self.kernel_size}, stride={self.stride}"
+        kind = self.activation.kind
+        return f"{shown}, steps=conv > bias > [add]{f' > {kind}' * (kind != 'identity')}"
+
+
+class FrozenConv2d(FrozenConvolution):
+    """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution and at most one pass.
+
+    Buffers: weight, as the convolution's, and bias [K], in the weight's dtype; zero and one [K], not in the state_dict.
+    """
+
+    weight: Tensor
+    zero: Tensor
+    one: Tensor
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation, why: str) -> None:
+        """
+        Args:
+            why: its weight is not packed, for the report.
+        """
+        super().__init__(conv, activation)
+        self.why = why
+        weight, bias = folded(conv, norm)
+        dtype = conv.weight.dtype
+        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", bias.to(dtype))
+        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
+        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if not _takes_operators(x):
+            return self._convolve(x, self.weight, self.bias, residual)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is None:
+            return self._convolve(x, self.weight, self.bias, None)
+        y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return functional.batch_norm_act(
+            y,
+            self.zero,
+            self.one,
+            None,
+            self.bias,
+            eps=0.0,
+            residual=residual.to(y.dtype),
+            activation=self.activation,
+        )
+
+
+class FrozenPackedConv2d(FrozenConvolution):
+    """A convolution with a square kernel in one group, the normalisation behind it, an addition and ReLU in one step.
+
+    The algorithm is chosen at each call. Away from the kernels (another device or dtype, an exported program) the
+    weight is unpacked at each call, for PyTorch's convolution.
+
+    Buffers: packed and bias [K], float32, see `fastres.ops.packed.pack`.
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation, algorithm: str | None
+    ) -> None:
+        super().__init__(conv, activation)
+        self.algorithm = algorithm
+        self.shape = shape_of(conv)
+        weight, bias = folded(conv, norm)
+        self.register_buffer("packed", pack(weight, padded=self._padded))
+        self.register_buffer("bias", bias.float())
+
+    @property
+    def _padded(self) -> bool:
+        # As Winograd's algorithm reads them, but where the zeros would be more than the weights.
+        return self.shape.kernel == 3 and self.inputs >= 16
+
+    def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if _takes_operators(x) and self.packed.dtype == self.bias.dtype == torch.float32:
+            if torch.is_autocast_enabled("cpu"):
+                x = x.to(torch.get_autocast_dtype("cpu"))
+            x = x.contiguous(memory_format=torch.channels_last)
+            algorithm = self._choose(x)
+            if algorithm != "torch":
+                if residual is not None:
+                    residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
+                return packed_convolution(  # type: ignore[no-any-return]
+                    x, self.packed, self.bias, residual, self.activation, self.shape, algorithm
+                )
+        weight = unpack(self.packed, self.outputs, self.inputs, self.shape.kernel)
+        return self._convolve(x, weight.to(x.dtype), self.bias.to(x.dtype), residual)
+
+    def _record(self, x: Any, residual: Any) -> Any:
+        return x.recorder.convolution(x, self, residual, self._requested, self._padded)
+
+    @property
+    def _requested(self) -> str | None:
+        return self.algorithm if self.shape.kernel == 3 else "auto"
+
+    def _choose(self, x: Tensor) -> str:
+        if not KINDS[self.activation.kind].compiled:
+            return "torch"
+        problem = problem_of(x, self.outputs, self.shape.kernel, self.shape.stride, needs_grad=False, followed=True)
+        return choose_packed(problem, self._padded, requested_algorithm(self._requested)).algorithm
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A network that was frozen when weights like this one were not packed.
+        weight, packed = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "packed"))
+        expected = packed_shape(self.outputs, self.inputs, self.shape.kernel, padded=self._padded)
+        if packed is not None and packed.shape != expected:
+            padded_before = packed_shape(self.outputs, self.inputs, self.shape.kernel, padded=True)
+            if packed.shape == padded_before:
+                weight = unpack(packed, self.outputs, self.inputs, self.shape.kernel)
+                packed = None
+        if packed is None and weight is not None:
+            packed = pack(weight, padded=self._padded)
+        if packed is not None:
+            state_dict[f"{prefix}packed"] = packed
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _takes_operators(x: Tensor) -> bool:
+    """Whether this call may be made of our operators."""
+    return (
+        not ordinary.is_exporting()
+        and ordinary.why_not_ordinary() is None
+        and is_served(problem_of(x, 1, needs_grad=False))
+    )
+
+
+def shape_of(conv: nn.Conv2d) -> ConvShape:
+    """Of a convolution that `why_not_packed` has nothing to say of."""
+    return ConvShape(conv.out_channels, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """norm(x) as scale * x + shift, in float64 and new memory."""
+    params = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, var, weight, bias = (None if t is None else t.detach().double() for t in params)
+    assert mean is not None and var is not None
+    scale = torch.rsqrt(var + norm.eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of the convolution that is norm(conv(x)), in float64 and new memory."""
+    kernel = conv.weight.detach().double()
+    own = kernel.new_zeros(len(kernel)) if conv.bias is None else conv.bias.detach().double()
+    if norm is None:
+        return kernel.clone(), own.clone()
+    scale, shift = scale_and_shift(norm)
+    return kernel * scale[:, None, None, None], own * scale + shift
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+class _Planned(Frozen):
+    """A module that is one operator call where its forward can be recorded as a plan."""
+
+    is_recordable = True
+
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Value):
+            plan = plan_for(self, x, self._forward)
+            if plan is not None:
+                asks = x.requires_grad and torch.is_grad_enabled()
+                return _Inference.apply(plan.run, x) if asks else plan.run(x)
+        return self._forward(x)
+
+    def _forward(self, x: Any) -> Any:
+        """Child by child, of a tensor or of a `Value`."""
+        raise NotImplementedError
+
+
+class FrozenNetwork(_Planned):
+    """A network of blocks; the class behind it in the order of bases says how it goes through them."""
+
+    def _forward(self, x: Any) -> Any:
+        return super(_Planned, self).forward(x)
+
+
+class FrozenBlock(_Planned):
+    """A block of a network."""
+
+
+class FrozenBasicBlock(FrozenBlock):
+    """relu(conv2(relu(conv1 x)) + shortcut(x)), with normalisations folded into the convolutions."""
+
+    def _forward(self, x: Any) -> Any:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv2(self.conv1(x), shortcut)
+
+
+class FrozenBottleneck(FrozenBlock):
+    """relu(conv3(relu(conv2(relu(conv1 x)))) + shortcut(x)), with normalisations folded into the convolutions."""
+
+    def _forward(self, x: Any) -> Any:
+        """[N, C, H, W] to [N, 4 * K, ceil(H / stride), ceil(W / stride)]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.conv3(self.conv2(self.conv1(x)), shortcut)
+
+
+class FrozenResidualBlock(FrozenBlock):
+    """conv2(relu(conv1 x) + shortcut(x)), with normalisations folded into the convolutions."""
+
+    def _forward(self, x: Any) -> Any:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        return self.conv2(self.conv1(x) + self.shortcut(x))
+
+
+class FrozenPreactivationBlock(FrozenBlock):
+    """conv2(relu(conv1 a)) + shortcut, a = relu(bn1 x); only the second normalisation is folded into a convolution."""
+
+    def _forward(self, x: Any) -> Any:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        a = self.bn1(x)
+        return self.conv2(self.conv1(a), x if self.shortcut is None else self.shortcut(a))
+
+
+class FrozenSkipConnection(FrozenBlock):
+    """relu(conv(x)), with the normalisation folded into the 1x1 convolution."""
+
+    def _forward(self, x: Any) -> Any:
+        """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
+        return self.conv(x)
