@@ -1,14 +1,17 @@
 """`python -m benchmarks.convolutions`: the algorithm that is chosen for every convolution of ResNet-18 and ResNet-50,
 beside the measured times of all that serve it.
 
-A convolution whose kernel is not 3x3 has PyTorch's algorithm alone. The others are measured interleaved: each round
-runs every algorithm once, and figures are medians over the rounds. In training forward and backward count, with the
-gradients that the network asks for; in evaluation a normalisation by running statistics and ReLU follow, as in a block.
+A convolution that no kernel of ours serves has PyTorch's algorithm alone. The others are measured interleaved: each
+round runs every algorithm once, and figures are medians over the rounds. In training forward and backward count, with
+the gradients that the network asks for, and around a 1x1 convolution the passes of the normalisations beside it that
+ours spares: the statistics of its output, and where it has more outputs than inputs, as the last one of a bottleneck,
+the normalisation and ReLU before it. In evaluation a normalisation by running statistics and ReLU follow, as in blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections import Counter
@@ -27,7 +30,7 @@ import fastres
 from benchmarks.records import insert_table, number, row, to_json, write_text
 from benchmarks.results import describe_machine
 from fastres.activations import RELU
-from fastres.functional import NormParams, conv3x3_norm_act
+from fastres.functional import NormParams, Statistics, conv1x1_with_statistics, conv3x3_norm_act, norm_act_conv1x1
 from fastres.ops import conv3x3 as ops
 from fastres.ops.algorithms import Choice, choose_algorithm, is_served, problem_of
 
@@ -120,6 +123,10 @@ def sides(conv: Convolution) -> Iterator[tuple[str, Callable[[], object]]]:
         weight.requires_grad_()
         dy = torch.randn_like(torchs())
         inputs = [t for t in (x, weight) if t.requires_grad]
+        if conv.kernel == 1 and conv.stride == 1:
+            for name, run in pointwise_sides(conv, x, weight):
+                yield name, lambda run=run: torch.autograd.grad(run(), inputs, dy)  # type: ignore[misc]
+            return
         yield "torch", lambda: torch.autograd.grad(torchs(), inputs, dy)
         if conv.kernel == 3 and conv.stride == 1:
             yield "winograd", lambda: torch.autograd.grad(ops.Conv3x3.apply(x, weight, False)[0], inputs, dy)
@@ -134,6 +141,25 @@ def sides(conv: Convolution) -> Iterator[tuple[str, Callable[[], object]]]:
     if conv.stride == 1:
         yield "winograd", lambda: ops.inference(x, weight, norm, None, RELU, 1, "winograd")
     yield "gemm", lambda: ops.inference(x, weight, norm, None, RELU, conv.stride, "gemm")
+
+
+def pointwise_sides(conv: Convolution, x: Tensor, weight: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(algorithm, y of a 1x1 convolution in training, after the normalisation before it where there is one)."""
+    channels = conv.shape[1]
+    norm = NormParams(None, None, torch.ones(channels), torch.zeros(channels))
+    known = Statistics(*torch.ops.fastres.batch_norm_act_stats(x.detach())[1:])  # the convolution before took them
+
+    def convolve(algorithm: str) -> Tensor:
+        if conv.outputs <= channels:
+            y, found, _ = conv1x1_with_statistics(x, weight, algorithm=algorithm)
+        else:
+            y, found = norm_act_conv1x1(x, norm, weight, statistics=known, algorithm=algorithm)
+        if found is None:
+            torch.ops.fastres.batch_norm_act_stats(y.detach())
+        return y
+
+    for name in ("torch", "gemm"):
+        yield name, functools.partial(convolve, name)
 
 
 def measure(conv: Convolution, rounds: int) -> Measured:

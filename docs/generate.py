@@ -1,4 +1,4 @@
-"""`python -m docs.generate` writes what the reference pages take from the code: operators and the trainer's options.
+"""`python -m docs.generate` writes what the reference takes from the code: names, operators, the trainer's options.
 
 tests/test_site.py fails where a page is not what this script writes.
 """
@@ -6,6 +6,8 @@ tests/test_site.py fails where a page is not what this script writes.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -17,6 +19,17 @@ from benchmarks.records import insert_table, row
 from fastres.train.config import TrainConfig
 
 REFERENCE = Path(__file__).parent / "reference"
+
+
+def names(module: str) -> str:
+    """A line for each public name of a module, at which mkdocstrings puts its docstring."""
+    found = importlib.import_module(module)
+    public = getattr(found, "__all__", None)
+    if public is None:
+        own = [name for name, value in vars(found).items() if getattr(value, "__module__", None) == module]
+        public = [name for name in own if not name.startswith("_")]
+    shown = [name for name in public if not inspect.ismodule(getattr(found, name))]
+    return "".join(f"\n::: {module}.{name}\n" for name in shown) + "\n"
 
 
 def overloads() -> list[Any]:
@@ -79,10 +92,22 @@ def default(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"`{value}`"
 
 
+PARTS = {
+    ("fastres", "names"): functools.partial(names, "fastres"),
+    ("fastres", "reference"): functools.partial(names, "fastres.reference"),
+    **{
+        (part, "names"): functools.partial(names, f"fastres.{part}") for part in ("functional", "nn", "models", "train")
+    },
+    ("operators", "operators"): operators,
+    ("options", "options"): options,
+}
+"""(page, marker) -> what stands between `<!-- marker -->` and `<!-- /marker -->` of docs/reference/<page>.md."""
+
+
 def main(folder: Path = REFERENCE) -> None:
-    for page, text in (("operators", operators()), ("options", options())):
-        if not insert_table(folder / f"{page}.md", text, page):
-            raise ValueError(f"{folder / page}.md: expected the lines <!-- {page} --> and <!-- /{page} -->")
+    for (page, marker), write in PARTS.items():
+        if not insert_table(folder / f"{page}.md", write(), marker):
+            raise ValueError(f"{folder / page}.md: expected the lines <!-- {marker} --> and <!-- /{marker} -->")
 
 
 if __name__ == "__main__":

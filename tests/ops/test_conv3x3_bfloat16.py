@@ -1,4 +1,5 @@
-"""The 3x3 convolution and its neighbours in bfloat16: a storage format, with float32 arithmetic between load and store.
+"""The 3x3 and 1x1 convolutions and their neighbours in bfloat16: a storage format, with float32 arithmetic between load
+and store.
 
 The oracle is float64 on the same inputs, rounded already. What an error may be has three parts.
 
@@ -36,7 +37,8 @@ from fastres.ops import algorithms
 from fastres.ops import conv3x3 as ops
 from fastres.ops import norm_act_conv3x3 as norm_act_ops
 from tests.operators import flat
-from tests.ops.test_conv3x3 import COMPILED, layout_of, needs_kernels
+from tests.ops.test_conv3x3 import COMPILED, OURS, WITH_STATISTICS, both_kernels, layout_of, needs_kernels
+from tests.ops.test_norm_act_conv3x3 import FUSED
 from tests.oracle import (
     LAYOUTS,
     SEED,
@@ -125,84 +127,94 @@ class Convolution:
     def __post_init__(self) -> None:
         # PyTorch's convolution takes a float32 weight in bfloat16, and gives its gradient so.
         self.rounds_weight = not COMPILED and self.weight.dtype == torch.float32
+        self.padding = self.weight.shape[2] // 2
         self.a, self.weight, self.dy = (t.detach().double() for t in (self.a, self.weight, self.dy))
 
     def y(self) -> Tensor:
-        return F.conv2d(self.a, self.weight, padding=1)
+        return F.conv2d(self.a, self.weight, padding=self.padding)
 
     def da(self) -> Tensor:
-        return conv2d_input(self.a.shape, self.weight, self.dy, padding=1)
+        return conv2d_input(self.a.shape, self.weight, self.dy, padding=self.padding)
 
     def dweight(self) -> Tensor:
-        return conv2d_weight(self.a, self.weight.shape, self.dy, padding=1)
+        return conv2d_weight(self.a, self.weight.shape, self.dy, padding=self.padding)
 
     def _squares(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.a.square(), self.weight.square(), self.dy.square()
 
     def y_noise(self) -> Tensor:
         a, weight, _ = self._squares()
-        return together(HALF**2 * (self.rounds_a + self.rounds_weight) * F.conv2d(a, weight, padding=1))
+        return together(HALF**2 * (self.rounds_a + self.rounds_weight) * F.conv2d(a, weight, padding=self.padding))
 
     def da_noise(self) -> Tensor:
         a, weight, dy = self._squares()
-        return together(HALF**2 * (self.rounds_dy + self.rounds_weight) * conv2d_input(a.shape, weight, dy, padding=1))
+        return together(
+            HALF**2 * (self.rounds_dy + self.rounds_weight) * conv2d_input(a.shape, weight, dy, padding=self.padding)
+        )
 
     def dweight_noise(self) -> Tensor:
         a, weight, dy = self._squares()
-        noise = together(HALF**2 * (self.rounds_a + self.rounds_dy) * conv2d_weight(a, weight.shape, dy, padding=1))
+        noise = together(
+            HALF**2 * (self.rounds_a + self.rounds_dy) * conv2d_weight(a, weight.shape, dy, padding=self.padding)
+        )
         return noise + self.rounds_weight * (stored(self.dweight()) + HALF * noise)
 
 
-def tensors(shape: Shape, weight_dtype: torch.dtype, *key: object, layout: str = "channels_last") -> tuple[Tensor, ...]:
+def tensors(
+    shape: Shape, weight_dtype: torch.dtype, *key: object, layout: str = "channels_last", kernel: int = 3
+) -> tuple[Tensor, ...]:
     """x, weight and dy."""
     n, c, k, h, w = shape
-    gen = generator(shape, weight_dtype, layout, *key)
+    gen = generator(shape, weight_dtype, layout, kernel, *key)
     x = activation((n, c, h, w), LOW, layout, gen)
-    weight = activation((k, c, 3, 3), weight_dtype, layout, gen, mean=0.02, std=(9 * c) ** -0.5)
+    weight = activation((k, c, kernel, kernel), weight_dtype, layout, gen, mean=0.02, std=(kernel**2 * c) ** -0.5)
     return x, weight, activation((n, k, h, w), LOW, layout, gen, mean=0.1, std=1.0)
 
 
 # ---------------------------------------------------------------------------------------------- conv3x3_with_statistics
 
 
-def check_measured(shape: Shape, weight_dtype: torch.dtype, layout: str = "channels_last") -> None:
+def check_measured(shape: Shape, weight_dtype: torch.dtype, layout: str = "channels_last", kernel: int = 3) -> None:
     """y, its statistics, and both gradients, with another use of x and without."""
-    x, weight, dy = tensors(shape, weight_dtype, "measured", layout=layout)
+    x, weight, dy = tensors(shape, weight_dtype, "measured", layout=layout, kernel=kernel)
     other = activation(x.shape, LOW, layout, generator(shape, "other"))
     exact = Convolution(x, weight, dy)
     x.requires_grad_()
     weight.requires_grad_()
     with unrounded(weight_dtype):
-        y, statistics, same = functional.conv3x3_with_statistics(x, weight, algorithm="winograd")
+        y, statistics, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
     assert y.dtype == LOW and torch.equal(same, x)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1]), noise=exact.y_noise())
+    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1], kernel), noise=exact.y_noise())
     assert_statistics(*statistics[:2], y.detach(), "y")
 
     dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
     both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
     assert dx.dtype == both.dtype == LOW and dweight.dtype == weight_dtype
-    da, noise, length = exact.da(), exact.da_noise(), output_length(shape[2])
+    da, noise, length = exact.da(), exact.da_noise(), output_length(shape[2], kernel)
     assert_close(dx, da, "gradient of x", length=length, noise=noise)
     # The kernels add before they round; PyTorch's gradient is stored before `other` is added to it.
     apart = 0 if COMPILED else stored(da) + HALF * noise
     assert_close(both, da + other.double(), "both gradients of x", length=length, noise=noise + apart)
-    assert_close(dweight, exact.dweight(), "gradient of weight", length=weight_length(x), noise=exact.dweight_noise())
+    assert_close(
+        dweight, exact.dweight(), "gradient of weight", length=weight_length(x, kernel), noise=exact.dweight_noise()
+    )
     assert torch.equal(dweight_again, dweight)
 
 
+@both_kernels
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_values_statistics_and_gradients_are_those_of_float64(shape, layout, weight_dtype):
-    check_measured(shape, weight_dtype, layout)
+def test_values_statistics_and_gradients_are_those_of_float64(shape, layout, weight_dtype, kernel):
+    check_measured(shape, weight_dtype, layout, kernel)
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=False)
 @hypothesis.seed(SEED)
-@hypothesis.given(ANY_SHAPE, st.sampled_from(WEIGHTS), st.sampled_from(sorted(LAYOUTS)))
-def test_any_shape_of_the_convolution_agrees_with_float64(shape, weight_dtype, layout):
-    check_measured(shape, weight_dtype, layout)
+@hypothesis.given(ANY_SHAPE, st.sampled_from(WEIGHTS), st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(OURS)))
+def test_any_shape_of_the_convolution_agrees_with_float64(shape, weight_dtype, layout, kernel):
+    check_measured(shape, weight_dtype, layout, kernel)
 
 
 @pytest.mark.parametrize("strides", ["nchw", "expanded", "every other"])
@@ -251,6 +263,7 @@ def keep_off_zero(x: Tensor, z) -> None:
 def check_norm_act(
     shape: Shape, weight_dtype: torch.dtype, *, layout: str = "channels_last", order: str | None = None,
     relu: bool = True, dropout_p: float = 0.0, given: bool = False, affine: bool = True,
+    kernel: int = 3,
 ) -> None:  # fmt: skip
     """Everything that a call writes, and every gradient.
 
@@ -258,7 +271,7 @@ def check_norm_act(
     scale * (e + mean(e) + |xhat| * mean(e * |xhat|)).
     """
     key = ("norm_act", order, relu, dropout_p, given, affine)
-    x, weight, dy = tensors(shape, weight_dtype, *key, layout=layout)
+    x, weight, dy = tensors(shape, weight_dtype, *key, layout=layout, kernel=kernel)
     gen = generator(shape, *key)
     residual = activation(x.shape, LOW, layout, gen) if order is not None else None
     n = norm(shape[1], torch.float32, gen, affine=affine)
@@ -291,12 +304,12 @@ def check_norm_act(
     inputs = {key: t.requires_grad_() for key, t in inputs.items() if t is not None}
     statistics = Statistics(*OPS.batch_norm_act_stats(x.detach())[1:]) if given else None
     with unrounded(weight_dtype):
-        y, found = functional.norm_act_conv3x3(
+        y, found = FUSED[kernel](
             x, n, weight, statistics=statistics, residual=residual, relu=relu, dropout_p=dropout_p, order=order,
-            seed=seed, algorithm="winograd",
+            seed=seed, algorithm=OURS[kernel],
         )  # fmt: skip
     assert y.dtype == LOW and y.is_contiguous(memory_format=torch.channels_last)
-    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1]), noise=exact.y_noise())
+    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1], kernel), noise=exact.y_noise())
     assert_statistics(*found[:2], y.detach(), "y")
     for value, wanted in zip(n[:2], running, strict=True):
         assert_close(value, wanted, "running statistics", length=count)
@@ -305,7 +318,7 @@ def check_norm_act(
     for key, gradient in gradients.items():
         assert gradient.dtype == inputs[key].dtype, key
     da = exact.da()
-    da_noise = exact.da_noise() + float(bound(da, torch.float32, output_length(shape[2])).max())
+    da_noise = exact.da_noise() + float(bound(da, torch.float32, output_length(shape[2], kernel)).max())
     if not COMPILED:
         da_noise = da_noise + stored(da) + HALF * da_noise
     g, g_noise = da * gate, da_noise * gate
@@ -321,7 +334,7 @@ def check_norm_act(
     scale = per_channel(rstd * gamma)
     assert_close(gradients["x"], scale * dx, "gradient of x", noise=scale * dx_noise)
     assert_close(
-        gradients["weight"], exact.dweight(), "gradient of weight", length=weight_length(x),
+        gradients["weight"], exact.dweight(), "gradient of weight", length=weight_length(x, kernel),
         noise=exact.dweight_noise(),
     )  # fmt: skip
     if affine:
@@ -330,20 +343,23 @@ def check_norm_act(
             assert_close(gradients[key], (g * factor).sum(channels), f"gradient of {key}", length=count, noise=noise)
 
 
+@both_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_behind_a_normalisation_all_is_that_of_float64(shape, weight_dtype, layout):
-    check_norm_act(shape, weight_dtype, layout=layout)
+def test_behind_a_normalisation_all_is_that_of_float64(shape, weight_dtype, layout, kernel):
+    check_norm_act(shape, weight_dtype, layout=layout, kernel=kernel)
 
 
+@both_kernels
 @pytest.mark.parametrize("shape", [(4, 20, 33, 5, 6), (40, 17, 9, 6, 7)], ids=name)
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_every_option_agrees_with_float64(shape, order, relu, dropout_p):
+def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, kernel):
+    options = {"order": order, "relu": relu, "dropout_p": dropout_p, "kernel": kernel}
     for weight_dtype, affine, given in ((torch.float32, True, True), (LOW, True, False), (torch.float32, False, False)):
-        check_norm_act(shape, weight_dtype, order=order, relu=relu, dropout_p=dropout_p, given=given, affine=affine)
+        check_norm_act(shape, weight_dtype, given=given, affine=affine, **options)
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=False)
@@ -356,11 +372,10 @@ def test_every_option_agrees_with_float64(shape, order, relu, dropout_p):
     relu=st.booleans(),
     dropout_p=st.sampled_from([0.0, 0.25]),
     given=st.booleans(),
+    kernel=st.sampled_from(sorted(OURS)),
 )
-def test_any_shape_behind_a_normalisation_agrees_with_float64(
-    shape, weight_dtype, layout, order, relu, dropout_p, given
-):
-    check_norm_act(shape, weight_dtype, layout=layout, order=order, relu=relu, dropout_p=dropout_p, given=given)
+def test_any_shape_behind_a_normalisation_agrees_with_float64(shape, weight_dtype, **options):
+    check_norm_act(shape, weight_dtype, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -595,8 +610,9 @@ def test_several_threads_agree_with_float64(count):
     # A share may start anywhere in a line of tiles.
     with threads(count):
         for shape in ((6, 24, 40, 21, 50), (4, 200, 256, 4, 4)):
-            check_measured(shape, torch.float32)
-            check_norm_act(shape, torch.float32, order="add_act", dropout_p=0.2)
+            for kernel in OURS:
+                check_measured(shape, torch.float32, kernel=kernel)
+                check_norm_act(shape, torch.float32, order="add_act", dropout_p=0.2, kernel=kernel)
             check_end(shape, torch.float32)
         check_end((1, 64, 200, 8, 8), torch.float32, gemm=True)
 
