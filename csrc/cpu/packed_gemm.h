@@ -3,8 +3,8 @@
 //
 //   y[p][k] = f(sum over tap, c of x[pixel(p, tap)][c] * weights[tap, c][k] + bias[k] + residual[p][k])
 //
-// Rows of the operand are read where they lie, if they are rows of x (1x1, stride 1, float32), and are gathered
-// otherwise, zeros where a tap lies outside. Every output is one sum in one order, whatever the number of threads.
+// Rows of the operand are read where they lie, or where lines of x have been copied to with their padding; rows of
+// images of few pixels are copied one by one. Every output is one sum in one order, whatever the number of threads.
 #pragma once
 
 #include "activations.h"
@@ -48,6 +48,20 @@ struct Biased {
       put(of.y + at, z, count, of.streaming);
     }
   };
+  // What kColumns outputs of some rows read and write.
+  void prefetch(int64_t at, int64_t rows, int64_t row) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t r = 0; r < rows; ++r, at += row) {
+      for (int64_t c = 0; c < kColumns; c += line) {
+        if (residual != nullptr) {
+          __builtin_prefetch(residual + at + c, 0, 3);
+        }
+        if (!streaming) {
+          __builtin_prefetch(y + at + c, 1, 3);
+        }
+      }
+    }
+  }
   template <typename Count>
   Vector<Count> vector(int64_t c, Count count) const {
     return {*this, count, bias != nullptr ? load_counted(bias + c, count) : Lanes{}, broadcast(least)};
