@@ -3,6 +3,7 @@ and what one call costs where there is nearly nothing to compute.
 
 Every instruction set and number of threads has a process of its own, and so has PyTorch there: ATEN_CPU_CAPABILITY
 chooses both sides' kernels. Sides are interleaved and figures are medians over the rounds, as in `benchmarks.results`.
+With one thread they are the process's CPU time, which other work on the machine lengthens least.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import time
 import timeit
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -69,8 +71,10 @@ def measure(threads: int, rounds: int) -> Measured:
     """In this process, with the instruction set that it has."""
     fastres.reuse_cpu_memory()
     torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     stages = [
-        interleave(dataclasses.replace(workload, sides=(EAGER, FUSED)), rounds) for workload in workloads.op_workloads()
+        interleave(dataclasses.replace(workload, sides=(EAGER, FUSED)), rounds, clock)
+        for workload in workloads.op_workloads()
     ]
     return Measured(torch.backends.cpu.get_cpu_capability(), threads, stages, parts_of_a_call())
 
@@ -144,7 +148,7 @@ def parts_of_a_call(repeats: int = 15, calls: int = 100) -> dict[str, float]:
     best = dict.fromkeys(cases, float("inf"))
     for _ in range(repeats):
         for name, case in cases.items():
-            best[name] = min(best[name], timeit.timeit(case, number=calls) / calls)
+            best[name] = min(best[name], timeit.timeit(case, timer=time.process_time, number=calls) / calls)
     torch.set_num_threads(threads)
     return {name: 1e6 * seconds for name, seconds in best.items()}
 
@@ -188,6 +192,7 @@ def main(config: Config) -> None:
     records.write_text(config.output_dir / name, records.to_json(data))
     how = f"{machine['processor']}; torch {machine['torch']}; float32, channels_last; {machine['date']}. Large buffers"
     how += f" kept. Medians of {config.rounds} interleaved rounds; of a call the least of several runs, in one thread."
+    how += " With one thread CPU time."
     if config.page is not None:
         insert_table(config.page, f"{how}\n\n{table(found)}", "pointwise")
     print(table(found))

@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -121,7 +122,7 @@ def measure(config: Config) -> Results:
     return Results(machine, measurements, saved)
 
 
-def interleave(workload: Workload, rounds: int) -> Measurement:
+def interleave(workload: Workload, rounds: int, clock: Callable[[], float] = time.perf_counter) -> Measurement:
     """Time every side of a workload once a round."""
     runs = {side: workload.make(side) for side in workload.sides}
     if workload.shape is not None:
@@ -132,9 +133,9 @@ def interleave(workload: Workload, rounds: int) -> Measurement:
     seconds: dict[str, list[float]] = {side: [] for side in runs}
     for _ in range(rounds):
         for side, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[side].append(time.perf_counter() - start)
+            seconds[side].append(clock() - start)
     return Measurement(
         group=workload.group,
         name=workload.name,

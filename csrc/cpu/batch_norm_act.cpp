@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> apply_forward(
   const Tensor r = has_residual ? like_rows("residual", *residual, x, rows) : Tensor();
   Tensor y = empty_rows(x);
   Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, at::kByte);
-  Dropout dropout{};
+  std::optional<Dropout> dropout;
   if (act.dropout_p > 0) {
     dropout = dropout_of(seed, act.dropout_p);
   }
@@ -38,11 +38,12 @@ std::tuple<Tensor, Tensor> apply_forward(
   params.bits = saves ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   params.norm = &norm;
   params.residual_norm = residual_norm;
-  params.dropout = act.dropout_p > 0 ? &dropout : nullptr;
+  params.dropout = dropout.has_value() ? &*dropout : nullptr;
   params.keep_scale = static_cast<acc_t<T>>(1.0 / (1.0 - act.dropout_p));
   params.relu = act.kind == Kind::ReLU;
   params.act_add = act.act_add;
   params.stream = should_stream(y.const_data_ptr<T>(), rows);
+  params.fetches_ahead = true;
   params.rows = rows;
   params.activation = act.activation<acc_t<T>>();
   params.gated = act.gated();

@@ -10,24 +10,6 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
-// The keys of the rounds are computed once: the loops write bytes, which may alias anything, so that the compiler would
-// compute them again for every vector.
-struct Dropout {
-  PhiloxKey key{};
-  uint32_t threshold = 0;
-  std::array<uint64_t, kPhiloxRounds> round_a{}, round_b{};
-
-  Dropout() = default;
-  Dropout(PhiloxKey seeded, uint32_t at_least) : key(seeded), threshold(at_least) {
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      round_a[round] = seeded.a;
-      round_b[round] = seeded.b;
-      seeded.a += kPhiloxKeyA;
-      seeded.b += kPhiloxKeyB;
-    }
-  }
-};
-
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 
 // Philox over vectors whose 64-bit lanes each hold one 32-bit value in their low half: the multiplication takes the low
@@ -37,8 +19,11 @@ struct Dropout {
 struct Lanes64 {
   using type = __m512i;
   static constexpr int64_t counters = 8;
-  static type set1(uint64_t v) {
-    return _mm512_set1_epi64(static_cast<int64_t>(v));
+  static type set1(uint32_t v) {
+    return _mm512_set1_epi64(v);
+  }
+  static type load(const uint64_t* p) {
+    return _mm512_load_si512(p);
   }
   static type mul(type a, type b) {
     return _mm512_mul_epu32(a, b);
@@ -58,8 +43,11 @@ struct Lanes64 {
 struct Lanes64 {
   using type = __m256i;
   static constexpr int64_t counters = 4;
-  static type set1(uint64_t v) {
-    return _mm256_set1_epi64x(static_cast<int64_t>(v));
+  static type set1(uint32_t v) {
+    return _mm256_set1_epi64x(v);
+  }
+  static type load(const uint64_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   }
   static type mul(type a, type b) {
     return _mm256_mul_epu32(a, b);
@@ -76,16 +64,32 @@ struct Lanes64 {
 };
 #endif
 
+// The keys of all rounds as vectors, computed once: the loops write bytes, which may alias anything, so that the
+// compiler would compute them again for every vector.
+struct RoundKeys {
+  using Copies = std::array<uint64_t, Lanes64::counters>;
+  alignas(64) std::array<Copies, kPhiloxRounds> a, b;
+
+  explicit RoundKeys(PhiloxKey key) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      a[round].fill(key.a);
+      b[round].fill(key.b);
+      key.a += kPhiloxKeyA;
+      key.b += kPhiloxKeyB;
+    }
+  }
+};
+
 struct WordLanes {
   Lanes64::type a, b, c, d;
 };
 
 // `index` holds whole 64-bit counters.
-inline WordLanes philox_lanes(const Dropout& dropout, Lanes64::type index) {
+inline WordLanes philox_lanes(const RoundKeys& keys, Lanes64::type index) {
   using L = Lanes64;
   const L::type factor_a = L::set1(kPhiloxRoundA), factor_b = L::set1(kPhiloxRoundB);
-  const auto key_a = [&](int round) { return L::set1(dropout.round_a[round]); };
-  const auto key_b = [&](int round) { return L::set1(dropout.round_b[round]); };
+  const auto key_a = [&](int round) { return L::load(keys.a[round].data()); };
+  const auto key_b = [&](int round) { return L::load(keys.b[round].data()); };
   // The first round with c = d = 0, whose product is 0.
   const L::type first = L::mul(index, factor_a);
   L::type a = L::xor2(L::high(index), key_a(0)), b = L::set1(0), c = L::xor2(L::high(first), key_b(0)), d = first;
@@ -100,7 +104,21 @@ inline WordLanes philox_lanes(const Dropout& dropout, Lanes64::type index) {
   return {a, b, c, d};
 }
 
+#else
+
+struct RoundKeys {
+  explicit RoundKeys(PhiloxKey) {}
+};
+
 #endif
+
+struct Dropout {
+  PhiloxKey key;
+  uint32_t threshold;
+  RoundKeys rounds;
+
+  Dropout(PhiloxKey seeded, uint32_t at_least) : key(seeded), threshold(at_least), rounds(seeded) {}
+};
 
 // The fewest elements that a vector of counters draws.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -119,7 +137,7 @@ inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
 #if defined(CPU_CAPABILITY_AVX512)
   // Lane order such that the two interleavings below leave the elements in order.
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const WordLanes w = philox_lanes(dropout, _mm512_add_epi64(_mm512_set1_epi64(first / 4), lane));
+  const WordLanes w = philox_lanes(dropout.rounds, _mm512_add_epi64(_mm512_set1_epi64(first / 4), lane));
   const __m512i ab = _mm512_mask_blend_epi32(0xAAAA, w.a, _mm512_slli_epi64(w.b, 32));
   const __m512i cd = _mm512_mask_blend_epi32(0xAAAA, w.c, _mm512_slli_epi64(w.d, 32));
   const __m512i threshold = _mm512_set1_epi32(static_cast<int>(dropout.threshold));
@@ -131,7 +149,7 @@ inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
   const __m256i threshold = _mm256_set1_epi32(static_cast<int>(dropout.threshold));
   uint32_t bits = 0;
   for (int half = 0; half < kDrawn<kWanted> / 16; ++half) {
-    const WordLanes w = philox_lanes(dropout, _mm256_add_epi64(_mm256_set1_epi64x(first / 4 + 4 * half), lane));
+    const WordLanes w = philox_lanes(dropout.rounds, _mm256_add_epi64(_mm256_set1_epi64x(first / 4 + 4 * half), lane));
     const __m256i ab = _mm256_blend_epi32(w.a, _mm256_slli_epi64(w.b, 32), 0xAA);
     const __m256i cd = _mm256_blend_epi32(w.c, _mm256_slli_epi64(w.d, 32), 0xAA);
     const __m256i even = _mm256_unpacklo_epi64(ab, cd), odd = _mm256_unpackhi_epi64(ab, cd);
@@ -154,17 +172,20 @@ inline uint32_t keep_bits_aligned(const Dropout& dropout, int64_t first) {
 #endif
 }
 
+// `keep_bits` where `first` is no multiple of 4. Not inlined: it would hold twice the registers in every loop.
+template <int64_t kWanted>
+[[gnu::noinline]] uint32_t keep_bits_between(const Dropout& dropout, int64_t first) {
+  constexpr int64_t drawn = kDrawn<kWanted>;
+  const int64_t over = first % 4;
+  const uint32_t bits = keep_bits_aligned<kWanted>(dropout, first - over);
+  return bits >> over | keep_bits_aligned<kWanted>(dropout, first - over + drawn) << (drawn - over);
+}
+
 // Elements first ... first + kWanted - 1 of a run that is consecutive in N, H, W, C order. Bits beyond are of elements
 // that follow, or 0.
 template <int64_t kWanted = 32>
 inline uint32_t keep_bits(const Dropout& dropout, int64_t first) {
-  const int64_t over = first % 4;
-  const uint32_t bits = keep_bits_aligned<kWanted>(dropout, first - over);
-  if (over == 0) {
-    return bits;
-  }
-  constexpr int64_t drawn = kDrawn<kWanted>;
-  return bits >> over | keep_bits_aligned<kWanted>(dropout, first - over + drawn) << (drawn - over);
+  return first % 4 == 0 ? keep_bits_aligned<kWanted>(dropout, first) : keep_bits_between<kWanted>(dropout, first);
 }
 
 // Eight positions of four neighbouring channels in NCHW: bits[k] is the byte of channel c + k. Position j has the
@@ -172,7 +193,7 @@ inline uint32_t keep_bits(const Dropout& dropout, int64_t first) {
 inline void keep_bytes_of_four_channels(const Dropout& dropout, int64_t counter, int64_t step, uint8_t bits[4]) {
 #if defined(CPU_CAPABILITY_AVX512)
   const __m512i lane = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(step));
-  const WordLanes w = philox_lanes(dropout, _mm512_add_epi64(_mm512_set1_epi64(counter), lane));
+  const WordLanes w = philox_lanes(dropout.rounds, _mm512_add_epi64(_mm512_set1_epi64(counter), lane));
   const __m256i threshold = _mm256_set1_epi32(static_cast<int>(dropout.threshold));
   const __m512i words[4] = {w.a, w.b, w.c, w.d};
   for (int k = 0; k < 4; ++k) {
@@ -187,7 +208,7 @@ inline void keep_bytes_of_four_channels(const Dropout& dropout, int64_t counter,
   const __m256i lane = _mm256_setr_epi64x(0, step, 2 * step, 3 * step);
   for (int half = 0; half < 2; ++half) {
     const __m256i first = _mm256_set1_epi64x(counter + 4 * half * step);
-    const WordLanes w = philox_lanes(dropout, _mm256_add_epi64(first, lane));
+    const WordLanes w = philox_lanes(dropout.rounds, _mm256_add_epi64(first, lane));
     const __m256i words[4] = {w.a, w.b, w.c, w.d};
     for (int k = 0; k < 4; ++k) {
       // The word is the low half of its lane: the sign that movemask_pd reads is the high half's.

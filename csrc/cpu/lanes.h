@@ -142,6 +142,22 @@ inline void stream_fence() {
 #endif
 }
 
+// --- prefetch
+//
+// A pass over several tensors has more streams than the hardware's prefetchers follow, and these fetch no lines to be
+// written: the loops ask for both, into the L2 cache. The addresses may lie beyond a tensor's end.
+
+constexpr int64_t kAheadBytes = 8 * 1024;
+
+// Of the unit that lies kAheadBytes behind that at p.
+template <typename T>
+inline void fetch_ahead(const T* p) {
+  constexpr int64_t line = 64, bytes = Pair<acc_t<T>>::size() * static_cast<int64_t>(sizeof(T));
+  for (int64_t at = 0; at < bytes; at += line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAheadBytes + at), 0, 2);
+  }
+}
+
 // --- lanes <-> bits
 
 // Bit k: lane k is not <= 0, which is where ReLU passes (NaN included).

@@ -47,6 +47,7 @@ struct ApplyParams {
   int64_t first_y_row = 0;             // the row that y starts with, where y is not as large as x
   ActivationOf<acc_t<T>> activation{}; // what is not `relu` is this
   bool gated = true;                   // bits say what the activation passed, too
+  bool fetches_ahead = false;          // whole tensors are passed over
 
   template <typename F>
   void for_each_read(const F& f) const {
@@ -167,6 +168,15 @@ inline void apply_row(const ApplyParams<T, Out>& p, const Variant& variant, int6
   Out* y = p.y + (row - p.first_y_row) * inner;
   uint8_t* bits = p.bits == nullptr ? nullptr : p.bits + row * bitmask_row_bytes(inner);
   for_each_unit<A>(inner, [&](int64_t k, auto count) {
+    if (p.fetches_ahead) {
+      fetch_ahead(x + k);
+      if (variant.residual != ResidualKind::none) {
+        fetch_ahead(residual + k);
+      }
+      if (!p.stream) {
+        fetch_ahead(y + k);
+      }
+    }
     const auto& norm = *p.norm;
     Pair<A> z = fmadd(
         load_lanes(x + k, count) - lanes(norm.mean, k, count), lanes(norm.scale, k, count), lanes(norm.bias, k, count));

@@ -116,6 +116,18 @@ inline void gradient_rows(const BackwardParams<T>& p, const Variant& variant, in
     const ChannelLanes<A, kColumns> lanes{kColumns ? 0 : row % p.rows.channels};
     for_each_unit<A>(inner, [&](int64_t k, auto count) {
       const int64_t at = row * inner + k;
+      if (!p.stream) { // beside streaming stores it gains nothing
+        fetch_ahead(p.dy + at);
+        if (reads_x) {
+          fetch_ahead(p.x + at);
+        }
+        if (p.dx != nullptr) {
+          fetch_ahead(p.dx + at);
+        }
+        if (p.dresidual != nullptr) {
+          fetch_ahead(p.dresidual + at);
+        }
+      }
       const Pair<A> dy = load_lanes(p.dy + at, count);
       const Pair<A> centred = reads_x ? load_lanes(p.x + at, count) - lanes(p.norm->mean, k, count) : Pair<A>::fill(0);
       const Pair<A> g = masked_gradient(p, variant, lanes, row, k, count, dy, centred);

@@ -33,6 +33,8 @@ inline void accumulate(
     PairSums<acc_t<T>>& sums) {
   using A = acc_t<T>;
   const int64_t at = row * p.rows.inner() + k;
+  fetch_ahead(p.dy + at);
+  fetch_ahead(p.x + at);
   Pair<A> dy = load_lanes(p.dy + at, count);
   if (Variant::general && p.dy2 != nullptr) {
     dy = dy + load_lanes(p.dy2 + at, count);

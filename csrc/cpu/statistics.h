@@ -81,7 +81,9 @@ inline void add_panel(
     for_each_unit<A>(channels, [&](int64_t k, auto count) {
       Pair<A> sum = load_lanes(rough + k, count);
       for (int64_t i = 0; i < together; ++i) {
-        sum = sum + load_lanes(x + (row + i) * stride + k, count);
+        const T* p = x + (row + i) * stride + k;
+        fetch_ahead(p);
+        sum = sum + load_lanes(p, count);
       }
       store_lanes(rough + k, sum, count);
     });

@@ -96,7 +96,8 @@ def norm_act(
     """
     check_tensor("x", x, dimensions=(2, 3, 4, 5))
     if residual is not None:
-        if autocast_dtype(x.device) is not None and isinstance(residual, Tensor) and is_cast(residual):
+        differs = isinstance(residual, Tensor) and residual.dtype != x.dtype
+        if differs and autocast_dtype(x.device) is not None and is_cast(residual):
             residual = residual.to(x.dtype)
         check_tensor("residual", residual, x, x.shape, dimensions=(2, 3, 4, 5))
     elif residual_norm is not None:
