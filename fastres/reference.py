@@ -134,9 +134,9 @@ def projection_shortcut(
     )
 
 
-def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """`fastres.functional.conv3x3` in plain PyTorch: differentiable any number of times."""
-    return F.conv2d(x, weight, padding=1)
+    return F.conv2d(x, weight, padding=1, stride=stride)
 
 
 def norm_act_conv3x3(
@@ -150,13 +150,14 @@ def norm_act_conv3x3(
     dropout_p: float = 0.0,
     order: str = "add_act",
     seed: Tensor | None = None,
+    stride: int = 1,
 ) -> Tensor:
     """y of `fastres.functional.norm_act_conv3x3` in plain PyTorch, differentiable; it trusts its arguments."""
     a = batch_norm_act(
         x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual,
         activation=_chosen(relu, activation), dropout_p=dropout_p, order=order, seed=seed,
     )  # fmt: skip
-    return conv3x3(a, weight)
+    return conv3x3(a, weight, stride)
 
 
 def conv3x3_norm_act(
@@ -170,5 +171,5 @@ def conv3x3_norm_act(
     stride: int = 1,
 ) -> Tensor:
     """`fastres.functional.conv3x3_norm_act` in plain PyTorch, differentiable; it trusts its arguments."""
-    product = F.conv2d(x, weight, stride=stride, padding=1)
+    product = conv3x3(x, weight, stride)
     return batch_norm_act(product, *norm[:4], eps=norm.eps, residual=residual, activation=_chosen(relu, activation))

@@ -16,16 +16,17 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics, int64_t stride) {
   check_operands(x, weight);
+  check_stride(stride);
   TORCH_CHECK_VALUE(!statistics || x.numel() > 0, "x: expected at least one element to measure, got shape ", x.sizes());
   if (x.numel() == 0 || weight.numel() == 0) {
-    return {empty_output(x, weight).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
+    return {empty_output(x, weight.size(0), stride).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
   }
   const Tensor in = channels_last(x);
   return with_type(x, [&](auto zero) {
     using T = decltype(zero);
-    return convolve_measured<T>(in, {in.const_data_ptr<T>()}, weight, statistics);
+    return convolve_measured<T>(in, source_of<T>(in), weight, statistics, stride);
   });
 }
 
@@ -34,9 +35,11 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& x,
     const Tensor& weight,
     const OptionalTensor& added,
-    std::array<bool, 2> needs) {
+    std::array<bool, 2> needs,
+    int64_t stride) {
   check_operands(x, weight);
-  check_gradient(dy, x, weight);
+  check_stride(stride);
+  check_gradient(dy, x, weight, stride);
   TORCH_CHECK_VALUE(
       !added.has_value() || (added->sizes() == x.sizes() && added->scalar_type() == x.scalar_type()),
       "added: expected shape and dtype of x");
@@ -52,18 +55,21 @@ std::tuple<Tensor, Tensor> backward(
       }
     } else if (needs[0] && x.numel() > 0) {
       const Kernel kernel = turned(kernel_of(w));
-      const Chunks chunks = chunks_of(tiles_of(x), kernel);
-      const Source<T> source{gradient.const_data_ptr<T>()};
       T* to = dx.mutable_data_ptr<T>();
-      if (added.has_value()) {
-        const Tensor other = channels_last(*added);
-        convolve(chunks, source, kernel, WriteAdded<T>{to, other.const_data_ptr<T>(), streams(dx)});
-      } else {
-        convolve(chunks, source, kernel, Write<T>{to, streams(dx)});
-      }
+      with_form(stride, gradient.size(2), gradient.size(3), [&](auto form) {
+        using Turned = typename decltype(form)::Turned;
+        const Chunks chunks = chunks_of<Turned>(dx, kernel);
+        if (added.has_value()) {
+          const Tensor other = channels_last(*added);
+          const WriteAdded<T> epilogue{to, other.const_data_ptr<T>(), streams(dx)};
+          convolve<Turned>(chunks, source_of<T>(gradient), kernel, epilogue);
+        } else {
+          convolve<Turned>(chunks, source_of<T>(gradient), kernel, Write<T>{to, streams(dx)});
+        }
+      });
     }
     if (needs[1]) {
-      dweight = weight_gradient_of<T>(in, {in.const_data_ptr<T>()}, gradient, weight);
+      dweight = weight_gradient_of<T>(in, source_of<T>(in), gradient, weight, stride);
     }
   });
   return {dx, dweight};
@@ -77,17 +83,14 @@ Algorithm parse_algorithm(std::string_view name, int64_t stride) {
   TORCH_CHECK_VALUE(
       name == "winograd" || name == "gemm", "algorithm: expected \"winograd\" or \"gemm\", got \"", name, "\"");
   TORCH_CHECK_VALUE(
-      stride >= 1 && (stride == 1 || name == "gemm"), "stride: expected 1, or more with \"gemm\", got ", stride);
+      stride >= 1 && (stride <= 2 || name == "gemm"), "stride: expected 1 or 2, or more with \"gemm\", got ", stride);
   return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
 }
 
 // The output. fill(y, an element of its type, convolve_to) has to call convolve_to with an epilogue that writes y.
 template <typename F>
 Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, Algorithm algorithm, const F& fill) {
-  const Positions positions{x.size(0), x.size(2), x.size(3), stride};
-  const bool empty = x.size(2) == 0 || x.size(3) == 0;
-  Tensor y = empty_channels_last(
-      {x.size(0), kernel.outputs, empty ? 0 : positions.out_height(), empty ? 0 : positions.out_width()}, x);
+  Tensor y = empty_output(x, kernel.outputs, stride);
   if (y.numel() == 0) {
     return y;
   }
@@ -95,12 +98,15 @@ Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, Algorithm al
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     fill(y, zero, [&](const auto& epilogue) {
-      const T* from = in.const_data_ptr<T>();
       if (algorithm == Algorithm::gemm) {
-        gathered_gemm(positions, from, kernel, epilogue);
-      } else {
-        convolve(chunks_of(tiles_of(x), kernel), Source<T>{from}, kernel, epilogue);
+        const Positions positions{x.size(0), x.size(2), x.size(3), stride};
+        gathered_gemm(positions, in.const_data_ptr<T>(), kernel, epilogue);
+        return;
       }
+      with_form(stride, y.size(2), y.size(3), [&](auto form) {
+        using Form = decltype(form);
+        convolve<Form>(chunks_of<Form>(y, kernel), source_of<T>(in), kernel, epilogue);
+      });
     });
   });
   return y;

@@ -44,8 +44,18 @@ inline void check_operands(const Tensor& x, const Tensor& weight) {
       weight.scalar_type());
 }
 
-inline void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
-  const std::array<int64_t, 4> sizes = {x.size(0), weight.size(0), x.size(2), x.size(3)};
+inline void check_stride(int64_t stride) {
+  TORCH_CHECK_VALUE(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
+}
+
+// The outputs along an axis.
+inline int64_t output_size(int64_t size, int64_t stride) {
+  return (size + stride - 1) / stride;
+}
+
+inline void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, int64_t stride) {
+  const std::array<int64_t, 4> sizes = {
+      x.size(0), weight.size(0), output_size(x.size(2), stride), output_size(x.size(3), stride)};
   const at::IntArrayRef shape(sizes);
   TORCH_CHECK_VALUE(dy.sizes() == shape, "dy: expected shape ", shape, ", got ", dy.sizes());
   TORCH_CHECK_TYPE(
@@ -66,12 +76,20 @@ inline Tensor empty_channels_last(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-inline Tensor empty_output(const Tensor& x, const Tensor& weight) {
-  return empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
+inline Tensor empty_output(const Tensor& x, int64_t outputs, int64_t stride) {
+  return empty_channels_last({x.size(0), outputs, output_size(x.size(2), stride), output_size(x.size(3), stride)}, x);
 }
 
-inline Tiles tiles_of(const Tensor& x) {
-  return {x.size(0), x.size(2), x.size(3)};
+// Of a tensor in channels_last.
+template <typename T>
+Source<T> source_of(const Tensor& x) {
+  return {x.size(0), x.size(2), x.size(3), x.const_data_ptr<T>()};
+}
+
+// How threads share the tiles of y.
+template <typename Form>
+Chunks chunks_of(const Tensor& y, const Kernel& kernel) {
+  return chunks_of<Form>(y.size(0), y.size(2), y.size(3), kernel);
 }
 
 // Whether outputs are stored past the caches: they are more than those can keep, and every vector is a whole line.
@@ -87,37 +105,46 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
     const Tensor& x,
     const Source<T>& source,
     const Tensor& weight,
-    bool measure) {
-  Tensor y = empty_output(x, weight);
+    bool measure,
+    int64_t stride) {
+  Tensor y = empty_output(x, weight.size(0), stride);
   const int64_t channels = measure ? y.size(1) : 0;
   Tensor mean = channel_vector(x, channels), m2 = channel_vector(x, channels);
   const Tensor w = weight.to(at::kFloat);
   const Kernel kernel = kernel_of(w);
-  const Chunks chunks = chunks_of(tiles_of(x), kernel);
-  T* to = y.mutable_data_ptr<T>();
-  if (!measure) {
-    convolve(chunks, source, kernel, Write<T>{to, streams(y)});
-    return {y, mean, m2};
-  }
-  ChunkSums sums(chunks, channels);
-  const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
-  convolve(chunks, source, kernel, epilogue);
-  const Moments moments = epilogue.moments();
-  std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
-  std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
+  with_form(stride, y.size(2), y.size(3), [&](auto form) {
+    using Form = decltype(form);
+    const Chunks chunks = chunks_of<Form>(y, kernel);
+    T* to = y.mutable_data_ptr<T>();
+    if (!measure) {
+      convolve<Form>(chunks, source, kernel, Write<T>{to, streams(y)});
+      return;
+    }
+    ChunkSums sums(chunks, channels);
+    const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
+    convolve<Form>(chunks, source, kernel, epilogue);
+    const Moments moments = epilogue.moments();
+    std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
+    std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
+  });
   return {y, mean, m2};
 }
 
 // In the weight's dtype; in its layout where that is channels_last, and else contiguous.
 template <typename T>
-Tensor weight_gradient_of(const Tensor& x, const Source<T>& source, const Tensor& dy, const Tensor& weight) {
+Tensor weight_gradient_of(
+    const Tensor& x,
+    const Source<T>& source,
+    const Tensor& dy,
+    const Tensor& weight,
+    int64_t stride) {
   const auto options = weight.options().dtype(at::kFloat);
   Tensor to = at::empty(weight.sizes(), options.memory_format(at::MemoryFormat::ChannelsLast));
   if (x.numel() == 0 || weight.numel() == 0) {
     to.zero_();
   } else {
-    weight_gradient<T>(
-        {tiles_of(x), source, dy.const_data_ptr<T>(), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)});
+    const WeightGradient<T> operands{source, source_of<T>(dy), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)};
+    with_form(stride, dy.size(2), dy.size(3), [&](auto form) { weight_gradient<decltype(form)>(operands); });
   }
   to = to.to(weight.scalar_type());
   return weight.is_contiguous() ? to.contiguous() : to;

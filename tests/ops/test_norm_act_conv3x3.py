@@ -19,7 +19,7 @@ from fastres.contract import Act, Norm
 from fastres.functional import NormParams, Statistics
 from fastres.ops import norm_act_conv3x3 as ops
 from tests.operators import flat, opcheck
-from tests.ops.test_conv3x3 import BAD_CONVOLUTIONS, layout_of, needs_kernels
+from tests.ops.test_conv3x3 import BAD_CONVOLUTIONS, layout_of, needs_kernels, strides
 from tests.oracle import (
     LAYOUTS,
     SEED,
@@ -29,7 +29,9 @@ from tests.oracle import (
     assert_statistics,
     bound,
     check_case,
+    form_of,
     generator,
+    input_length,
     keep_off_zero,
     near_zero,
     norm,
@@ -55,6 +57,7 @@ SHAPES = [
     (4, 1, 40, 3, 2),
     (2, 40, 1, 1, 11),
     (5, 130, 70, 10, 3),
+    (9, 24, 40, 10, 10),
 ]
 Shape = tuple[int, int, int, int, int]
 
@@ -112,8 +115,9 @@ def gradient_of(y: Tensor, gen: torch.Generator) -> Tensor:
 
 
 def check(
-    case: Case, *, algorithm: str = "winograd", given: bool = False, workers: int | None = None, **options: object
-) -> None:
+    case: Case, *, algorithm: str = "winograd", given: bool = False, workers: int | None = None, stride: int = 1,
+    **options: object,
+) -> None:  # fmt: skip
     """Everything that a call writes, and every gradient, against float64.
 
     The convolution's input gradient carries Winograd's rounding errors. They are independent from pixel to pixel: sums
@@ -121,20 +125,20 @@ def check(
     """
     order, dropout_p = options.get("order", "add_act"), options.get("dropout_p", 0.0)
     f = options.get("activation", RELU if options.get("relu", True) else IDENTITY)
-    x, n = case.tensors["x"], case.norms["norm"]
-    gen = generator(x.shape, options)
+    x, n, form = case.tensors["x"], case.norms["norm"], form_of(case.tensors["x"], stride)
+    gen = generator(x.shape, options, stride)
     seed = torch.randint(2**62, (1,), generator=gen)
     keep_off_kinks(case, f, order)
     exact = case.double()
-    wanted = call(exact, reference.norm_act_conv3x3, seed=seed, **options)
+    wanted = call(exact, reference.norm_act_conv3x3, seed=seed, stride=stride, **options)
     statistics = Statistics(*OPS.batch_norm_act_stats(x.detach())[1:]) if given else None
     inputs, exact_inputs = case.inputs(), exact.inputs()
     with threads(workers or torch.get_num_threads()):
-        y, found = call(case, statistics=statistics, seed=seed, algorithm=algorithm, **options)
+        y, found = call(case, statistics=statistics, seed=seed, stride=stride, algorithm=algorithm, **options)
         dy = gradient_of(y, gen)
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
     count, outputs = x.numel() // x.shape[1], y.shape[1]
-    assert_close(y, wanted, "y", length=output_length(x.shape[1]))
+    assert_close(y, wanted, "y", length=output_length(x.shape[1], form))
     if algorithm == "winograd":
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert not any(t.requires_grad for t in found[:2])
@@ -145,8 +149,8 @@ def check(
         assert_close(value, exact.running()[name], name, length=count)
 
     expected = torch.autograd.grad(wanted, list(exact_inputs.values()), dy.double())
-    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=1)
-    noise = float(bound(da, torch.float32, output_length(outputs)).max())
+    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), stride, padding=1)
+    noise = float(bound(da, torch.float32, input_length(outputs, form)).max())
     slope = float(f.gradient(torch.linspace(-8, 8, 4001, dtype=torch.float64)).abs().max())
     g_noise = slope * noise / (1 - dropout_p)
     rstd = torch.rsqrt(exact.tensors["x"].detach().var((0, 2, 3), correction=0) + n.eps)
@@ -159,7 +163,7 @@ def check(
         "norm.bias": math.sqrt(count) * g_noise,
         "weight": 0.0,
     }
-    lengths = {"weight": weight_length(x), "norm.weight": count, "norm.bias": count}
+    lengths = {"weight": weight_length(x, stride), "norm.weight": count, "norm.bias": count}
     for name, gradient, exact_gradient in zip(inputs, gradients, expected, strict=True):
         assert gradient.dtype == torch.float32
         length = lengths.get(name, 1)
@@ -169,35 +173,39 @@ def check(
 # --------------------------------------------------------------------------------------------------------------- values
 
 
+@strides
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_values_and_gradients_are_those_of_float64(shape, layout):
-    check(make_case(shape, layout=layout))
+def test_values_and_gradients_are_those_of_float64(shape, layout, stride):
+    check(make_case(shape, layout=layout), stride=stride)
 
 
 @needs_kernels
+@strides
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("shape", [(6, 24, 40, 21, 50), (64, 64, 64, 16, 16)], ids=str)
-def test_several_workers_agree_with_float64(shape, workers):
+def test_several_workers_agree_with_float64(shape, workers, stride):
     # A share may start anywhere in a line of tiles.
-    check(make_case(shape, workers, residual=True), workers=workers, dropout_p=0.2)
+    check(make_case(shape, workers, residual=True), workers=workers, dropout_p=0.2, stride=stride)
 
 
+@strides
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_tensors_larger_than_the_caches_agree_with_float64(order):
+def test_tensors_larger_than_the_caches_agree_with_float64(order, stride):
     # From 6 MiB on results are stored past the caches.
     case = make_case((26, 64, 64, 31, 31), order, residual=True)
-    check(case, order=order, dropout_p=0.2)
+    check(case, order=order, dropout_p=0.2, stride=stride)
 
 
 @pytest.mark.parametrize("shape", [(4, 20, 33, 5, 6), (40, 17, 9, 6, 7)], ids=str)
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_every_option_agrees_with_float64(shape, order, relu, dropout_p):
+@strides
+def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, stride):
     for affine, given in itertools.product((True, False), repeat=2):
         case = make_case(shape, order, relu, dropout_p, affine, given, residual=order is not None, affine=affine)
-        check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given)
+        check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given, stride=stride)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=False)
@@ -211,10 +219,11 @@ def test_every_option_agrees_with_float64(shape, order, relu, dropout_p):
     relu=st.booleans(),
     dropout_p=st.sampled_from([0.0, 0.25]),
     given=st.booleans(),
+    stride=st.sampled_from([1, 2]),
 )
-def test_any_shape_agrees_with_float64(shape, layout, order, relu, dropout_p, given):
+def test_any_shape_agrees_with_float64(shape, layout, order, relu, dropout_p, given, stride):
     case = make_case(shape, order, relu, dropout_p, given, layout=layout, residual=order is not None)
-    check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given)
+    check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given, stride=stride)
 
 
 @pytest.mark.parametrize("order", functional.ORDERS)
