@@ -128,8 +128,11 @@ def sides(conv: Convolution) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield name, lambda run=run: torch.autograd.grad(run(), inputs, dy)  # type: ignore[misc]
             return
         yield "torch", lambda: torch.autograd.grad(torchs(), inputs, dy)
-        if conv.kernel == 3 and conv.stride == 1:
-            yield "winograd", lambda: torch.autograd.grad(ops.Conv3x3.apply(x, weight, False)[0], inputs, dy)
+        if conv.kernel == 3 and conv.stride <= 2:
+            yield (
+                "winograd",
+                lambda: torch.autograd.grad(ops.Conv3x3.apply(x, weight, False, conv.stride)[0], inputs, dy),
+            )
         return
     if conv.kernel != 3:
         yield "torch", torchs
@@ -138,8 +141,8 @@ def sides(conv: Convolution) -> Iterator[tuple[str, Callable[[], object]]]:
         torch.zeros(conv.outputs), torch.ones(conv.outputs), torch.ones(conv.outputs), torch.zeros(conv.outputs)
     )
     yield "torch", lambda: conv3x3_norm_act(x, weight, norm, stride=conv.stride, algorithm="torch")
-    if conv.stride == 1:
-        yield "winograd", lambda: ops.inference(x, weight, norm, None, RELU, 1, "winograd")
+    if conv.stride <= 2:
+        yield "winograd", lambda: ops.inference(x, weight, norm, None, RELU, conv.stride, "winograd")
     yield "gemm", lambda: ops.inference(x, weight, norm, None, RELU, conv.stride, "gemm")
 
 

@@ -45,7 +45,7 @@ FLOORS = (
         "C++ for the CPU",
         (
             "conv3x3.cpp batch_norm_act.cpp batch_norm_act_backward.cpp norm_act_conv3x3.cpp",
-            "winograd.cpp gathered_gemm.cpp projection_shortcut.cpp activations.h epilogues.h",
+            "winograd.h gathered_gemm.cpp projection_shortcut.cpp activations.h epilogues.h",
         ),
     ),
     Room(

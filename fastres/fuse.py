@@ -220,7 +220,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
         inplace: change the model itself. Otherwise a copy is changed that shares every parameter and buffer with it: a
             training step on one is seen by the other, until one of them is moved or cast. Modules that the model
             refers to other than as children are not copied.
-        conv_algorithm: what the blocks' 3x3 convolutions with stride 1 compute with, as `algorithm` of
+        conv_algorithm: what the blocks' 3x3 convolutions compute with, as `algorithm` of
             `fastres.functional.conv3x3`; it holds for blocks that were fused before as well. None leaves those as they
             are, and the others to the environment variable FASTRES_CONV.
     Returns:

@@ -134,24 +134,24 @@ def projection_shortcut(
     )
 
 
-def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """`fastres.functional.conv3x3` in plain PyTorch: differentiable any number of times."""
-    return F.conv2d(x, weight, padding=1)
+    return F.conv2d(x, weight, padding=1, stride=stride)
 
 
-def conv1x1(x: Tensor, weight: Tensor) -> Tensor:
+def conv1x1(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """y of `fastres.functional.conv1x1_with_statistics` in plain PyTorch: differentiable any number of times."""
-    return F.conv2d(x, weight)
+    return F.conv2d(x, weight, stride=stride)
 
 
-def norm_act_conv3x3(x: Tensor, norm: NormParams, weight: Tensor, **options: Any) -> Tensor:
+def norm_act_conv3x3(x: Tensor, norm: NormParams, weight: Tensor, *, stride: int = 1, **options: Any) -> Tensor:
     """y of `fastres.functional.norm_act_conv3x3` in plain PyTorch, differentiable; it trusts its arguments."""
-    return conv3x3(_activated(x, norm, **options), weight)
+    return conv3x3(_activated(x, norm, **options), weight, stride)
 
 
-def norm_act_conv1x1(x: Tensor, norm: NormParams, weight: Tensor, **options: Any) -> Tensor:
+def norm_act_conv1x1(x: Tensor, norm: NormParams, weight: Tensor, *, stride: int = 1, **options: Any) -> Tensor:
     """y of `fastres.functional.norm_act_conv1x1` in plain PyTorch, differentiable; it trusts its arguments."""
-    return conv1x1(_activated(x, norm, **options), weight)
+    return conv1x1(_activated(x, norm, **options), weight, stride)
 
 
 def _activated(x: Tensor, norm: NormParams, **options: Any) -> Tensor:
@@ -170,5 +170,5 @@ def conv3x3_norm_act(
     stride: int = 1,
 ) -> Tensor:
     """`fastres.functional.conv3x3_norm_act` in plain PyTorch, differentiable; it trusts its arguments."""
-    product = F.conv2d(x, weight, stride=stride, padding=1)
+    product = conv3x3(x, weight, stride)
     return batch_norm_act(product, *norm[:4], eps=norm.eps, residual=residual, activation=_chosen(relu, activation))

@@ -2,7 +2,7 @@
 
 Winograd's convolution has a tolerance of its own, which follows from the algorithm: its transforms are sums of products
 whose terms are larger than their result, so rounding errors grow by a factor that the matrices determine.
-`amplification` computes it from the points alone.
+`Form` computes it from the points alone.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def saved_bytes(f: Callable[[], Tensor]) -> int:
 
 
 def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T, G and B^T of the minimal filter with these points and infinity, float64."""
+    """A^T, G and B^T of the minimal filter with these points, and infinity where a product more is needed, float64."""
     size = outputs + taps - 1
     a, g, b = (torch.zeros(s, dtype=torch.float64) for s in ((outputs, size), (size, taps), (size, size)))
 
@@ -121,46 +121,105 @@ def toom_cook(points: list[float], outputs: int, taps: int) -> tuple[Tensor, Ten
 
     for i, p in enumerate(points):
         others = [q for j, q in enumerate(points) if j != i]
-        b[i, : size - 1] = polynomial(others)
+        b[i, : len(points)] = polynomial(others)
         g[i] = torch.tensor([p**k for k in range(taps)], dtype=torch.float64) / math.prod(p - q for q in others)
         a[:, i] = torch.tensor([p**k for k in range(outputs)], dtype=torch.float64)
-    b[-1], g[-1, -1], a[-1, -1] = polynomial(points), 1, 1
+    if size > len(points):
+        b[-1], g[-1, -1], a[-1, -1] = polynomial(points), 1, 1
     return a, g, b
 
 
-POINTS = [0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2)]
-A, G, B = toom_cook(POINTS, 4, 3)
-
-
-def amplification(last: Tensor, left: Tensor, right: Tensor, terms: int) -> float:
-    """How much larger, in root mean square, what is summed at last is than the result, for independent random data.
+def terms(last: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The mean square of what is summed at last for each result, in one dimension, for independent random data.
 
     Args:
-        last: rows of the last transform, in one dimension; left, right: those of the two factors.
-        terms: products behind a result in the direct sum.
+        last: rows of the last transform; left, right: those of the two factors.
     """
-    squares = last.square() @ (left.square().sum(1) * right.square().sum(1))
-    return math.sqrt(float(torch.outer(squares, squares).max()) / terms)
+    return last.square() @ (left.square().sum(1) * right.square().sum(1))
 
 
-OUTPUT_AMPLIFICATION = amplification(A, G, B, 9)  # 7.1; 31 with the points 0, +-1 and +-2
-WEIGHT_AMPLIFICATION = amplification(G.T, A.T, B, 16)  # 6.0; 24
+def amplification(down: Tensor, across: Tensor, products: int) -> float:
+    """How much larger, in root mean square, what is summed at last is than a result of so many products."""
+    return math.sqrt(float(torch.outer(down, across).max()) / products)
 
 
-def output_length(channels: int, kernel: int = 3) -> int:
-    """The `length` of an output of the convolution over that many channels, and of an input gradient likewise: of a 3x3
-    kernel by Winograd's algorithm, of a 1x1 kernel the direct sum.
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A form of Winograd's convolution, see csrc/cpu/winograd_forms.h, or the direct sum of a 1x1 kernel.
+
+    Attributes:
+        points: products of a tile that are summed up.
+        outputs, inputs, weights: the amplification in the outputs and in the gradients of the inputs and weights.
+        taps: of the kernel.
     """
+
+    points: int
+    outputs: float
+    inputs: float
+    weights: float
+    taps: int = 9
+
+    @classmethod
+    def of_stride_1(cls, points: list[float], side: int) -> Form:
+        a, g, b = toom_cook(points, side, 3)
+        outputs, weights = terms(a, g, b), terms(g.T, a.T, b)
+        of_outputs = amplification(outputs, outputs, 9)
+        return cls((side + 2) ** 2, of_outputs, of_outputs, amplification(weights, weights, side**2))
+
+    @classmethod
+    def of_stride_2(cls, points: list[float]) -> Form:
+        # Of an axis with two taps, and of one with one.
+        filters = [toom_cook(points, 4, taps) for taps in (2, 1)]
+        outputs = [terms(a, g, b) for a, g, b in filters]
+        weights = [terms(g.T, a.T, b) for a, g, b in filters]
+        both = outputs[0] + outputs[1]
+        return cls(
+            81,
+            amplification(both, both, 9),
+            max(amplification(outputs[i], outputs[j], (2 - i) * (2 - j)) for i in (0, 1) for j in (0, 1)),
+            max(amplification(down, across, 16) for down in weights for across in weights),
+        )
+
+
+def pairs(*points: float) -> list[float]:
+    return [sign * p for p in points for sign in (1, -1)]
+
+
+POINTS, FIVE_POINTS, PHASE_POINTS = [0, *pairs(0.5**0.5, 2**0.5)], pairs(0.3, 0.85, 1.75), pairs(0.5, 1.25)
+TILE4 = Form.of_stride_1(POINTS, 4)  # amplifications of 7.1, 7.1 and 6.0; 31 and 24 with the points 0, +-1 and +-2
+TILE5 = Form.of_stride_1(FIVE_POINTS, 5)  # 17.7, 17.7 and 12.0
+STRIDE2 = Form.of_stride_2(PHASE_POINTS)  # 4.3, 5.5 and 3.3
+POINTWISE = Form(0, 1.0, 1.0, 1.0, taps=1)
+
+
+def form_of(x: Tensor, stride: int = 1, kernel: int = 3) -> Form:
+    """The form that serves a convolution of x: of stride 1 5x5 tiles where they save a fifth of the products."""
     if kernel == 1:
-        return channels
-    # A tile adds up its 36 points whatever the true sum's length.
-    return math.ceil((36 + 9 * channels) * OUTPUT_AMPLIFICATION**2)
+        return POINTWISE
+    if stride == 2:
+        return STRIDE2
+    four, five = (
+        form.points * math.prod(math.ceil(size / side) for size in x.shape[2:])
+        for form, side in ((TILE4, 4), (TILE5, 5))
+    )
+    return TILE5 if 5 * five <= 4 * four else TILE4
 
 
-def weight_length(x: Tensor, kernel: int = 3) -> int:
+def output_length(channels: int, form: Form = TILE4) -> int:
+    """The `length` of an output of the convolution over that many channels."""
+    # A tile adds up its points whatever the true sum's length.
+    return math.ceil((form.points + form.taps * channels) * form.outputs**2)
+
+
+def input_length(channels: int, form: Form = TILE4) -> int:
+    """The `length` of the gradient of the convolution's input, over that many channels of the output."""
+    return math.ceil((form.points + form.taps * channels) * form.inputs**2)
+
+
+def weight_length(x: Tensor, stride: int = 1, kernel: int = 3) -> int:
     """The `length` of the gradient of the convolution's weight, with x its input."""
-    count = x.numel() // x.shape[1]
-    return count if kernel == 1 else math.ceil((36 + count) * WEIGHT_AMPLIFICATION**2)
+    form = form_of(x, stride, kernel)
+    return math.ceil((form.points + x.numel() // x.shape[1]) * form.weights**2)
 
 
 # What the convolution measures it sums up in float32 over a chunk of tiles, in float64 from there on. With 36 points of

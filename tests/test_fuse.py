@@ -28,7 +28,7 @@ from fastres.nn import (
     ResidualBlock,
 )
 from tests.operators import Operators
-from tests.oracle import OUTPUT_AMPLIFICATION
+from tests.oracle import TILE4
 from tests.parity import FORMATS, one_thread, same_training, scramble, twin  # noqa: F401
 
 # Blocks in each, all of torchvision's ResNet constructors.
@@ -736,7 +736,7 @@ def test_by_winograds_convolution_a_resnet_stays_as_near_to_float64(memory_forma
         torch.cat([v.double().flatten() / t.norm() for v, t in zip(r, results[2], strict=True)]) for r in results
     )
     # Winograd's transforms magnify rounding errors by so much.
-    assert (ours - true).norm() <= 2 * OUTPUT_AMPLIFICATION * (theirs - true).norm()
+    assert (ours - true).norm() <= 2 * TILE4.outputs * (theirs - true).norm()
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
@@ -810,7 +810,7 @@ def test_a_network_on_nchw_input_computes_in_channels_last(block, training):
     found = lie_channels_last(seen)
     assert len(found) > 8
     assert all(found)
-    assert (y - true).norm() <= 2 * OUTPUT_AMPLIFICATION * (theirs - true).norm()
+    assert (y - true).norm() <= 2 * TILE4.outputs * (theirs - true).norm()
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

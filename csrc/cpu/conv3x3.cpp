@@ -15,16 +15,17 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics, int64_t stride) {
   check_operands(x, weight);
+  check_stride(stride, weight);
   TORCH_CHECK_VALUE(!statistics || x.numel() > 0, "x: expected at least one element to measure, got shape ", x.sizes());
   if (x.numel() == 0 || weight.numel() == 0) {
-    return {empty_output(x, weight).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
+    return {empty_output(x, weight.size(0), stride).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
   }
   const Tensor in = channels_last(x);
   return with_type(x, [&](auto zero) {
     using T = decltype(zero);
-    return convolve_measured<T>(in, {in.const_data_ptr<T>()}, weight, statistics);
+    return convolve_measured<T>(in, source_of<T>(in), weight, statistics, stride);
   });
 }
 
@@ -33,9 +34,11 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& x,
     const Tensor& weight,
     const OptionalTensor& added,
-    std::array<bool, 2> needs) {
+    std::array<bool, 2> needs,
+    int64_t stride) {
   check_operands(x, weight);
-  check_gradient(dy, x, weight);
+  check_stride(stride, weight);
+  check_gradient(dy, x, weight, stride);
   TORCH_CHECK_VALUE(
       !added.has_value() || (added->sizes() == x.sizes() && added->scalar_type() == x.scalar_type()),
       "added: expected shape and dtype of x");
@@ -50,18 +53,19 @@ std::tuple<Tensor, Tensor> backward(
         dx.add_(*added);
       }
     } else if (needs[0] && x.numel() > 0) {
-      const Convolution convolution(x, weight, true);
-      const Source<T> source{gradient.const_data_ptr<T>()};
       T* to = dx.mutable_data_ptr<T>();
-      if (added.has_value()) {
-        const Tensor other = channels_last(*added);
-        convolution.run(source, WriteAdded<T>{to, other.const_data_ptr<T>(), streams(dx)});
-      } else {
-        convolution.run(source, Write<T>{to, streams(dx)});
-      }
+      with_convolution<true>(dx, gradient, weight, stride, [&](const auto& convolution) {
+        if (added.has_value()) {
+          const Tensor other = channels_last(*added);
+          const WriteAdded<T> epilogue{to, other.const_data_ptr<T>(), streams(dx)};
+          convolution.run(source_of<T>(gradient), epilogue);
+        } else {
+          convolution.run(source_of<T>(gradient), Write<T>{to, streams(dx)});
+        }
+      });
     }
     if (needs[1]) {
-      dweight = weight_gradient_of<T>(in, {in.const_data_ptr<T>()}, gradient, weight);
+      dweight = weight_gradient_of<T>(in, source_of<T>(in), gradient, weight, stride);
     }
   });
   return {dx, dweight};
@@ -72,10 +76,7 @@ std::tuple<Tensor, Tensor> backward(
 // The output. fill(y, an element of its type, convolve_to) has to call convolve_to with an epilogue that writes y.
 template <typename F>
 Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, Algorithm algorithm, const F& fill) {
-  const Positions positions{x.size(0), x.size(2), x.size(3), stride};
-  const bool empty = x.size(2) == 0 || x.size(3) == 0;
-  Tensor y = empty_channels_last(
-      {x.size(0), kernel.outputs, empty ? 0 : positions.out_height(), empty ? 0 : positions.out_width()}, x);
+  Tensor y = empty_output(x, kernel.outputs, stride);
   if (y.numel() == 0) {
     return y;
   }
@@ -83,12 +84,15 @@ Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, Algorithm al
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     fill(y, zero, [&](const auto& epilogue) {
-      const T* from = in.const_data_ptr<T>();
       if (algorithm == Algorithm::gemm) {
-        gathered_gemm(positions, from, kernel, epilogue);
-      } else {
-        convolve(chunks_of(tiles_of(x), kernel), Source<T>{from}, kernel, epilogue);
+        const Positions positions{x.size(0), x.size(2), x.size(3), stride};
+        gathered_gemm(positions, in.const_data_ptr<T>(), kernel, epilogue);
+        return;
       }
+      with_form(stride, y.size(2), y.size(3), [&](auto form) {
+        using Form = decltype(form);
+        convolve<Form>(chunks_of<Form>(y, kernel), source_of<T>(in), kernel, epilogue);
+      });
     });
   });
   return y;

@@ -50,8 +50,21 @@ inline void check_operands(const Tensor& x, const Tensor& weight) {
       weight.scalar_type());
 }
 
-inline void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
-  const std::array<int64_t, 4> sizes = {x.size(0), weight.size(0), x.size(2), x.size(3)};
+inline void check_stride(int64_t stride, const Tensor& weight) {
+  TORCH_CHECK_VALUE(
+      stride == 1 || (stride == 2 && weight.size(2) == kTaps),
+      "stride: expected 1, or 2 with a 3x3 kernel, got ",
+      stride);
+}
+
+// The outputs along an axis.
+inline int64_t output_size(int64_t size, int64_t stride) {
+  return (size + stride - 1) / stride;
+}
+
+inline void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, int64_t stride) {
+  const std::array<int64_t, 4> sizes = {
+      x.size(0), weight.size(0), output_size(x.size(2), stride), output_size(x.size(3), stride)};
   const at::IntArrayRef shape(sizes);
   TORCH_CHECK_VALUE(dy.sizes() == shape, "dy: expected shape ", shape, ", got ", dy.sizes());
   TORCH_CHECK_TYPE(
@@ -72,12 +85,20 @@ inline Tensor empty_channels_last(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-inline Tensor empty_output(const Tensor& x, const Tensor& weight) {
-  return empty_channels_last({x.size(0), weight.size(0), x.size(2), x.size(3)}, x);
+inline Tensor empty_output(const Tensor& x, int64_t outputs, int64_t stride) {
+  return empty_channels_last({x.size(0), outputs, output_size(x.size(2), stride), output_size(x.size(3), stride)}, x);
 }
 
-inline Tiles tiles_of(const Tensor& x) {
-  return {x.size(0), x.size(2), x.size(3)};
+// Of a tensor in channels_last.
+template <typename T>
+Source<T> source_of(const Tensor& x) {
+  return {x.size(0), x.size(2), x.size(3), x.const_data_ptr<T>()};
+}
+
+// How threads share the tiles of y.
+template <typename Form>
+Chunks chunks_of(const Tensor& y, const Kernel& kernel) {
+  return chunks_of<Form>(y.size(0), y.size(2), y.size(3), kernel);
 }
 
 // Whether outputs are stored past the caches: they are more than those can keep, and every vector is a whole line.
@@ -99,46 +120,55 @@ inline Algorithm parse_algorithm(std::string_view name, int64_t stride) {
   TORCH_CHECK_VALUE(
       name == "winograd" || name == "gemm", "algorithm: expected \"winograd\" or \"gemm\", got \"", name, "\"");
   TORCH_CHECK_VALUE(
-      stride >= 1 && (stride == 1 || name == "gemm"), "stride: expected 1, or more with \"gemm\", got ", stride);
+      stride >= 1 && (stride <= 2 || name == "gemm"), "stride: expected 1 or 2, or more with \"gemm\", got ", stride);
   return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
 }
 
-// A convolution with stride 1, its work cut into chunks.
-class Convolution {
-public:
-  // Of x with the weight; or, as its input gradient, of dy, whose images have the size of x's.
-  Convolution(const Tensor& x, const Tensor& weight, bool gradient)
-      : weight_(weight.to(at::kFloat)),
-        kernel_(gradient ? turned(kernel_of(weight_)) : kernel_of(weight_)),
-        pointwise_(weight.size(2) == 1) {
-    if (pointwise_) {
-      pixels_ = pixel_chunks(x.size(0) * x.size(2) * x.size(3), kernel_);
-    } else {
-      tiles_ = chunks_of(tiles_of(x), kernel_);
-    }
-  }
+// A convolution by one form of Winograd's algorithm, and a 1x1 convolution as a product over pixels.
+template <typename Form>
+struct WinogradConvolution {
+  Kernel kernel;
+  Chunks chunks;
 
   // For epilogues that keep some of `channels` channels.
   ChunkSums sums(int64_t channels) const {
-    return ChunkSums(pointwise_ ? pixels_.outputs() : tiles_.outputs(), channels);
+    return ChunkSums(chunks.outputs(), channels);
   }
-
   template <typename T, typename Epilogue>
   void run(const Source<T>& source, const Epilogue& epilogue) const {
-    if (pointwise_) {
-      multiply_pixels(pixels_, source, kernel_, epilogue);
-    } else {
-      convolve(tiles_, source, kernel_, epilogue);
-    }
+    convolve<Form>(chunks, source, kernel, epilogue);
   }
-
-private:
-  Tensor weight_;
-  Kernel kernel_;
-  bool pointwise_;
-  Chunks tiles_{};
-  PixelChunks pixels_{};
 };
+
+struct PixelConvolution {
+  Kernel kernel;
+  PixelChunks chunks;
+
+  ChunkSums sums(int64_t channels) const {
+    return ChunkSums(chunks.outputs(), channels);
+  }
+  template <typename T, typename Epilogue>
+  void run(const Source<T>& source, const Epilogue& epilogue) const {
+    multiply_pixels(chunks, source, kernel, epilogue);
+  }
+};
+
+// f(the convolution that writes `to`); where kGradient it is the input gradient. `outputs` has the sizes of the
+// outputs.
+template <bool kGradient, typename F>
+void with_convolution(const Tensor& to, const Tensor& outputs, const Tensor& weight, int64_t stride, const F& f) {
+  const Tensor w = weight.to(at::kFloat);
+  const Kernel kernel = kGradient ? turned(kernel_of(w)) : kernel_of(w);
+  if (weight.size(2) == 1) {
+    f(PixelConvolution{kernel, pixel_chunks(to.size(0) * to.size(2) * to.size(3), kernel)});
+    return;
+  }
+  with_form(stride, outputs.size(2), outputs.size(3), [&](auto form) {
+    using Form = decltype(form);
+    using Chosen = std::conditional_t<kGradient, typename Form::Turned, Form>;
+    f(WinogradConvolution<Chosen>{kernel, chunks_of<Chosen>(to, kernel)});
+  });
+}
 
 // (y, mean, M2) of the convolution, the last two empty where `measure` is off.
 template <typename T>
@@ -146,39 +176,45 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
     const Tensor& x,
     const Source<T>& source,
     const Tensor& weight,
-    bool measure) {
-  Tensor y = empty_output(x, weight);
+    bool measure,
+    int64_t stride) {
+  Tensor y = empty_output(x, weight.size(0), stride);
   const int64_t channels = measure ? y.size(1) : 0;
   Tensor mean = channel_vector(x, channels), m2 = channel_vector(x, channels);
-  const Convolution convolution(x, weight, false);
   T* to = y.mutable_data_ptr<T>();
-  if (!measure) {
-    convolution.run(source, Write<T>{to, streams(y)});
-    return {y, mean, m2};
-  }
-  ChunkSums sums = convolution.sums(channels);
-  const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
-  convolution.run(source, epilogue);
-  const Moments moments = epilogue.moments();
-  std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
-  std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
+  with_convolution<false>(y, y, weight, stride, [&](const auto& convolution) {
+    if (!measure) {
+      convolution.run(source, Write<T>{to, streams(y)});
+      return;
+    }
+    ChunkSums sums = convolution.sums(channels);
+    const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
+    convolution.run(source, epilogue);
+    const Moments moments = epilogue.moments();
+    std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
+    std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
+  });
   return {y, mean, m2};
 }
 
 // In the weight's dtype; in its layout where that is channels_last, and else contiguous.
 template <typename T>
-Tensor weight_gradient_of(const Tensor& x, const Source<T>& source, const Tensor& dy, const Tensor& weight) {
+Tensor weight_gradient_of(
+    const Tensor& x,
+    const Source<T>& source,
+    const Tensor& dy,
+    const Tensor& weight,
+    int64_t stride) {
   const auto options = weight.options().dtype(at::kFloat);
   Tensor to = at::empty(weight.sizes(), options.memory_format(at::MemoryFormat::ChannelsLast));
   if (x.numel() == 0 || weight.numel() == 0) {
     to.zero_();
   } else {
-    const WeightGradient<T> problem{
-        tiles_of(x), source, dy.const_data_ptr<T>(), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)};
+    const WeightGradient<T> operands{source, source_of<T>(dy), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)};
     if (weight.size(2) == 1) {
-      pixel_weight_gradient(problem);
+      pixel_weight_gradient(operands);
     } else {
-      weight_gradient(problem);
+      with_form(stride, dy.size(2), dy.size(3), [&](auto form) { weight_gradient<decltype(form)>(operands); });
     }
   }
   to = to.to(weight.scalar_type());

@@ -356,12 +356,14 @@ inline void with_masked_gradient(const MaskedGradient<T, false>& fixed, const F&
   }
 }
 
-// X(T, epilogue) for every epilogue of evaluation, of training, and for every one.
+// X(T, epilogue) for every epilogue of evaluation, of the outputs, of the input gradient, of training, and for every
+// one.
 #define FASTRES_INFERENCE_EPILOGUES(X, T) X(T, Write<T>) X(T, Normalise<T, false>) X(T, Normalise<T, true>)
-#define FASTRES_GRADIENT_EPILOGUES(X, T) \
-  X(T, WriteAdded<T>) X(T, WriteMeasured<T>) X(T, MaskedGradient<T, false>) X(T, MaskedGradient<T, true>)
-#define FASTRES_TRAINING_EPILOGUES(X, T) X(T, Write<T>) FASTRES_GRADIENT_EPILOGUES(X, T)
-#define FASTRES_EPILOGUES(X, T) FASTRES_INFERENCE_EPILOGUES(X, T) FASTRES_GRADIENT_EPILOGUES(X, T)
+#define FASTRES_FORWARD_EPILOGUES(X, T) FASTRES_INFERENCE_EPILOGUES(X, T) X(T, WriteMeasured<T>)
+#define FASTRES_MASKED_EPILOGUES(X, T) X(T, WriteAdded<T>) X(T, MaskedGradient<T, false>) X(T, MaskedGradient<T, true>)
+#define FASTRES_GRADIENT_EPILOGUES(X, T) X(T, Write<T>) FASTRES_MASKED_EPILOGUES(X, T)
+#define FASTRES_TRAINING_EPILOGUES(X, T) X(T, WriteMeasured<T>) FASTRES_GRADIENT_EPILOGUES(X, T)
+#define FASTRES_EPILOGUES(X, T) FASTRES_FORWARD_EPILOGUES(X, T) FASTRES_MASKED_EPILOGUES(X, T)
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

@@ -184,8 +184,14 @@ inline void with_rows(int64_t rows, const F& f) {
   }
 }
 
-// product [p][kColumns] = `tiles` rows of operand times one column group of weights. depth is a multiple of kWidth.
-inline void multiply_outputs(const float* operand, const float* weights, float* product, int64_t tiles, int64_t depth) {
+// product [p][kColumns] (+)= `tiles` rows of operand times one column group of weights. depth is a multiple of kWidth.
+inline void multiply_outputs(
+    const float* operand,
+    const float* weights,
+    float* product,
+    int64_t tiles,
+    int64_t depth,
+    bool accumulate) {
   for (int64_t p = 0; p < tiles; p += kRows) {
     with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
       output_product<rows, kPanel>(
@@ -196,7 +202,7 @@ inline void multiply_outputs(const float* operand, const float* weights, float* 
           kWidth * kPanel,
           depth / kWidth,
           product + p * kColumns,
-          false);
+          accumulate);
     });
   }
 }

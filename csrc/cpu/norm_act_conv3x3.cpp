@@ -66,7 +66,7 @@ struct Operands {
   Operands& operator=(const Operands&) = delete;
 
   Source<T> source() const {
-    return {prologue.x, &prologue};
+    return {x.size(0), x.size(2), x.size(3), prologue.x, &prologue};
   }
 };
 
@@ -78,8 +78,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const OptionalTensor& seed,
     const Tensor& weight,
     const Act& act,
-    bool measure) {
+    bool measure,
+    int64_t stride) {
   check_nonempty(x, weight);
+  check_stride(stride, weight);
   const Pointwise parsed = pointwise(act);
   const Tensor in = channels_last(x);
   const Rows rows = rows_of_channels(x);
@@ -93,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor mean, rstd;
     const ChannelNorm<float> own = finalise<T>(in, rows, norm, statistics, mean, rstd);
     operands.prologue.norm = &own;
-    const auto [y, y_mean, y_m2] = convolve_measured<T>(in, operands.source(), weight, measure);
+    const auto [y, y_mean, y_m2] = convolve_measured<T>(in, operands.source(), weight, measure, stride);
     return std::make_tuple(y, y_mean, y_m2, mean, rstd, keep);
   });
 }
@@ -108,30 +110,36 @@ struct Gradients {
 
 // The input gradient of the convolution, and through the prologue, as far as g and its sums.
 template <typename T>
-void reduce(const Tensor& dy, const Operands<T>& operands, const Tensor& weight, const float* rstd, Gradients& out) {
+void reduce(
+    const Tensor& dy,
+    const Operands<T>& operands,
+    const Tensor& weight,
+    int64_t stride,
+    const float* rstd,
+    Gradients& out) {
   const Tensor& x = operands.x;
   const int64_t channels = x.size(1);
   out.dz = empty_channels_last(x.sizes(), x);
-  const Convolution convolution(x, weight, true);
-  ChunkSums sums = convolution.sums(channels);
-  const MaskedGradient<T, false> epilogue{
-      &operands.prologue,
-      out.dz.mutable_data_ptr<T>(),
-      out.da.numel() > 0 ? out.da.mutable_data_ptr<T>() : nullptr,
-      streams(out.dz),
-      channels,
-      &sums};
-  const Source<T> source{dy.const_data_ptr<T>()};
-  with_masked_gradient(epilogue, [&](const auto& chosen) { convolution.run(source, chosen); });
-  const auto [sum_g, sum_products] = epilogue.totals();
   out.dnorm_weight = channel_vector(x, channels);
   out.dnorm_bias = channel_vector(x, channels);
-  float* of_weight = out.dnorm_weight.mutable_data_ptr<float>();
-  float* of_bias = out.dnorm_bias.mutable_data_ptr<float>();
-  for (int64_t c = 0; c < channels; ++c) {
-    of_weight[c] = static_cast<float>(sum_products[c] * rstd[c]);
-    of_bias[c] = static_cast<float>(sum_g[c]);
-  }
+  with_convolution<true>(x, dy, weight, stride, [&](const auto& convolution) {
+    ChunkSums sums = convolution.sums(channels);
+    const MaskedGradient<T, false> epilogue{
+        &operands.prologue,
+        out.dz.mutable_data_ptr<T>(),
+        out.da.numel() > 0 ? out.da.mutable_data_ptr<T>() : nullptr,
+        streams(out.dz),
+        channels,
+        &sums};
+    with_masked_gradient(epilogue, [&](const auto& chosen) { convolution.run(source_of<T>(dy), chosen); });
+    const auto [sum_g, sum_products] = epilogue.totals();
+    float* of_weight = out.dnorm_weight.mutable_data_ptr<float>();
+    float* of_bias = out.dnorm_bias.mutable_data_ptr<float>();
+    for (int64_t c = 0; c < channels; ++c) {
+      of_weight[c] = static_cast<float>(sum_products[c] * rstd[c]);
+      of_bias[c] = static_cast<float>(sum_g[c]);
+    }
+  });
 }
 
 // The second stage. dx replaces dz in its memory unless that is needed further.
@@ -170,13 +178,15 @@ struct Arguments {
   const Tensor& weight;
   Pointwise act;
   std::array<bool, 3> needs; // dx, dresidual, dweight
+  int64_t stride;
 };
 
 // The first stage; then finish(operands, rstd, the results so far) where dx is needed.
 template <typename F>
 Gradients gradients(const Arguments& a, const F& finish) {
   check_nonempty(a.x, a.weight);
-  check_gradient(a.dy, a.x, a.weight);
+  check_stride(a.stride);
+  check_gradient(a.dy, a.x, a.weight, a.stride);
   TORCH_CHECK_VALUE(!a.needs[1] || (a.needs[0] && a.residual.has_value()), "needs: the residual's gradient needs x's");
   const Saved<float> saved(a.x.size(1), a.norm);
   const ChannelNorm<float> norm = saved.norm();
@@ -188,14 +198,14 @@ Gradients gradients(const Arguments& a, const F& finish) {
     Operands<T> operands(a.x, a.residual, a.keep, a.act);
     operands.prologue.norm = &norm;
     if (a.needs[2]) {
-      out.dweight = weight_gradient_of<T>(operands.x, operands.source(), dy, a.weight);
+      out.dweight = weight_gradient_of<T>(operands.x, operands.source(), dy, a.weight, a.stride);
     }
     if (a.needs[0]) {
       // A residual that is added before the activation has g as its gradient, one that is added after it da.
       if (a.needs[1] && a.act.act_add) {
         out.da = empty_channels_last(a.x.sizes(), a.x);
       }
-      reduce(dy, operands, a.weight, saved.rstd, out);
+      reduce(dy, operands, a.weight, a.stride, saved.rstd, out);
       finish(operands, saved.rstd, out);
     }
   });
@@ -212,9 +222,11 @@ Results backward_reduce(
     const Tensor& keep,
     const Tensor& weight,
     const Act& act,
-    std::array<bool, 3> needs) {
+    std::array<bool, 3> needs,
+    int64_t stride) {
   const Gradients found = gradients(
-      {dy, x, norm, residual, keep, weight, pointwise(act), needs}, [](const auto&, const float*, const Gradients&) {});
+      {dy, x, norm, residual, keep, weight, pointwise(act), needs, stride},
+      [](const auto&, const float*, const Gradients&) {});
   return {found.dz, found.da, found.dweight, found.dnorm_weight, found.dnorm_bias};
 }
 
@@ -226,12 +238,13 @@ Results backward(
     const Tensor& keep,
     const Tensor& weight,
     const Act& act,
-    std::array<bool, 3> needs) {
+    std::array<bool, 3> needs,
+    int64_t stride) {
   const Pointwise parsed = pointwise(act);
   const bool dr_is_dz = needs[1] && !parsed.act_add;
   Tensor dx = nothing_like(x);
   const Gradients found = gradients(
-      {dy, x, norm, residual, keep, weight, parsed, needs},
+      {dy, x, norm, residual, keep, weight, parsed, needs, stride},
       [&](const auto& operands, const float* rstd, const Gradients& so_far) {
         dx = apply(so_far, operands, rstd, dr_is_dz);
       });

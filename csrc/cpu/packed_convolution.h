@@ -40,9 +40,13 @@ void convolve_packed(const PackedConvolution& c, const T* x, const T* residual, 
       std::copy_n(c.bias, c.weights.outputs, norm.bias.data());
     }
     const Kernel kernel = packed_kernel(c.weights);
-    const Chunks chunks = chunks_of({c.positions.images, c.positions.height, c.positions.width}, kernel);
+    const Positions& p = c.positions;
+    const Source<T> source{p.images, p.height, p.width, x};
     with_normalise(Normalise<T, false>{y, streaming, &norm, residual, relu, c.activation}, [&](const auto& epilogue) {
-      convolve(chunks, Source<T>{x}, kernel, epilogue);
+      with_form(p.stride, p.out_height(), p.out_width(), [&](auto form) {
+        using Form = decltype(form);
+        convolve<Form>(chunks_of<Form>(p.images, p.out_height(), p.out_width(), kernel), source, kernel, epilogue);
+      });
     });
   } else if (c.activation.general()) {
     packed_gemm(c.positions, x, c.weights, Biased<T, true>{y, streaming, c.bias, residual, 0.0f, c.activation});

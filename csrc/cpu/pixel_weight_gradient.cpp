@@ -33,7 +33,7 @@ struct Problem : WeightGradient<T> {
   using WeightGradient<T>::inputs, WeightGradient<T>::outputs;
 
   int64_t pixels() const {
-    return this->tiles.images * this->tiles.height * this->tiles.width;
+    return this->x.images * this->x.height * this->x.width;
   }
   int64_t groups() const {
     return groups_of(inputs);
@@ -84,7 +84,7 @@ public:
     }
     for (int64_t p = 0; p < count; p += together) {
       for (int64_t k = 0; k < w.outputs; k += kWidth) {
-        const T* from = w.dy + (first + p) * w.outputs + k;
+        const T* from = w.dy.data + (first + p) * w.outputs + k;
         float* to = rows_.data() + (at + p) * w.row() + k;
         pack_vectors(from, w.outputs, std::min(together, count - p), std::min(kWidth, w.outputs - k), to, w.row());
       }
@@ -214,7 +214,7 @@ void gradient_by_shares(const Problem<T>& w, int64_t shares) {
         if (c + 1 < stop) {
           const int64_t next = first + count, next_count = std::min(chunk, pixels - next);
           reader.add(prefetch, next, next_count);
-          prefetch.add(w.dy + next * w.outputs, next_count * w.outputs * static_cast<int64_t>(sizeof(T)));
+          prefetch.add(w.dy.data + next * w.outputs, next_count * w.outputs * static_cast<int64_t>(sizeof(T)));
         }
         const int64_t kernels = w.groups() * rows.count(), lines = (prefetch.lines() + kernels - 1) / kernels;
         for (int64_t group = 0; group < w.groups(); ++group) {

@@ -1,4 +1,4 @@
-// The direct sum: the outputs of the tiles that are beyond the transforms' range (winograd_transforms.h), tap by tap.
+// The direct sum: the outputs of the tiles that are beyond the transforms' range (winograd_forms.h), tap by tap.
 #pragma once
 
 #include "winograd_tiles.h"
@@ -14,14 +14,8 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
-// Outputs, whole rows of a tile's, that are summed in registers: two vectors of channels each.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kDirectOutputs = 2 * kOut;
-#else
-constexpr int kDirectOutputs = kOut;
-#endif
-
 // The outputs of direct tiles for one column group.
+template <typename Form>
 class DirectSums {
 public:
   // tiles [count], of which those that are not empty are summed. finite: that all of the group's weights are.
@@ -32,24 +26,30 @@ public:
       return;
     }
     gather(kernel, from);
-    sums_.resize(direct * kOut * kOut * kColumns);
+    sums_.resize(direct * kTileOutputs * kColumns);
     int64_t next = 0;
     for (int64_t p = 0; p < count; ++p) {
       if (!tiles[p].empty()) {
-        place_[p] = next++ * kOut * kOut * kColumns;
-        for (int first = 0; first < kOut * kOut; first += kDirectOutputs) {
-          sum_outputs(tiles[p], kernel.inputs, finite, first, sums_.data() + place_[p]);
+        place_[p] = next++ * kTileOutputs * kColumns;
+        for (int piece = 0; piece < Form::kPieces; ++piece) {
+          for (int first = 0; first < kPieceOutputs; first += kTogether) {
+            sum_outputs(tiles[p], kernel.inputs, finite, piece, first, sums_.data() + place_[p]);
+          }
         }
       }
     }
   }
 
-  // [16 outputs][kColumns], or null where the tile is transformed.
+  // [outputs][kColumns], or null where the tile is transformed.
   const float* of(int64_t p) const {
     return place_.empty() || place_[p] < 0 ? nullptr : sums_.data() + place_[p];
   }
 
 private:
+  static constexpr int kTileOutputs = Form::kOut * Form::kOut, kPieceOutputs = Form::kPiece * Form::kPiece;
+  // Outputs, whole rows of a piece's, that are summed in registers: two vectors of channels each.
+  static constexpr int kTogether = Form::kPiece * (kRows >= 12 && Form::kPiece % 2 == 0 ? 2 : 1);
+
   void gather(const Kernel& kernel, int64_t from) {
     constexpr int taps = kTaps * kTaps;
     if (!weights_) {
@@ -69,21 +69,26 @@ private:
     }
   }
 
-  // Outputs first ... first + kDirectOutputs - 1 of a tile. Positions outside the image are zeros; a tap on one of them
-  // is left out where weights are not finite, as an infinite weight times zero would be NaN.
-  void sum_outputs(const DirectTile& tile, int64_t inputs, bool finite, int first, float* to) const {
-    Lanes low[kDirectOutputs] = {}, high[kDirectOutputs] = {};
+  // Outputs first ... first + kTogether - 1 of a piece. Positions outside the image are zeros; a tap on one of them is
+  // left out where weights are not finite, as an infinite weight times zero would be NaN.
+  void sum_outputs(const DirectTile& tile, int64_t inputs, bool finite, int piece, int first, float* to) const {
+    Lanes low[kTogether] = {}, high[kTogether] = {};
+    const auto position = [](int i) {
+      return (i / Form::kPiece * Form::Input::kWindow + i % Form::kPiece) * Form::kStep;
+    };
     for (int tap = 0; tap < kTaps * kTaps; ++tap) {
-      const int corner = (first / kOut + tap / kTaps) * kIn + tap % kTaps;
+      if (Form::corner(piece, tap) < 0) {
+        continue;
+      }
+      const int corner = Form::corner(piece, tap) + position(first);
       const float* values = tile.values.data() + corner * inputs;
       const float* weights = weights_->data() + tap * inputs * kColumns;
-      const auto position = [](int i) { return i / kOut * kIn + i % kOut; };
       const auto sum = [&](const auto& each) __attribute__((always_inline)) {
         for (int64_t c = 0; c < inputs; ++c) {
           const float* w = weights + c * kColumns;
           const Lanes weights_low = load(w), weights_high = load(w + kWidth);
 #pragma GCC unroll 8
-          for (int i = 0; i < kDirectOutputs; ++i) {
+          for (int i = 0; i < kTogether; ++i) {
             if (each(i)) {
               const Lanes value = broadcast(values[position(i) * inputs + c]);
               low[i] = multiply_add(value, weights_low, low[i]);
@@ -99,9 +104,10 @@ private:
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kDirectOutputs; ++i) {
-      store(to + (first + i) * kColumns, low[i]);
-      store(to + (first + i) * kColumns + kWidth, high[i]);
+    for (int i = 0; i < kTogether; ++i) {
+      float* at = to + Form::output(piece, first + i) * kColumns;
+      store(at, low[i]);
+      store(at + kWidth, high[i]);
     }
   }
 

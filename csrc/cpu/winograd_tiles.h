@@ -3,10 +3,11 @@
 
 #include "prefetch.h"
 #include "prologue.h"
-#include "winograd_transforms.h"
+#include "winograd_forms.h"
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -17,28 +18,29 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
-// The 4x4 tiles of [images, height, width] outputs, in the order of memory. The last ones of a line or column may reach
-// over the edge.
+// The tiles of [images, height, width] pixels, side x side each, in the order of memory. The last ones of a line or
+// column may reach over the edge.
 struct Tiles {
   int64_t images, height, width;
+  int64_t side;
 
   int64_t down() const {
-    return (height + kOut - 1) / kOut;
+    return (height + side - 1) / side;
   }
   int64_t across() const {
-    return (width + kOut - 1) / kOut;
+    return (width + side - 1) / side;
   }
   int64_t count() const {
     return images * down() * across();
   }
   // Of a tile, inside the image.
   int64_t pixels_down(int64_t tile) const {
-    return std::min<int64_t>(kOut, height - tile / across() % down() * kOut);
+    return std::min(side, height - tile / across() % down() * side);
   }
   int64_t pixels_across(int64_t tile) const {
-    return std::min<int64_t>(kOut, width - tile % across() * kOut);
+    return std::min(side, width - tile % across() * side);
   }
-  // Outputs of tiles first ... first + count - 1.
+  // Pixels of tiles first ... first + count - 1.
   int64_t pixels(int64_t first, int64_t count) const {
     int64_t sum = 0;
     for (int64_t tile = first; tile < first + count; ++tile) {
@@ -83,8 +85,9 @@ void add_tiles(Prefetch& prefetch, const Tiles& tiles, const T* x, int64_t chann
   const int64_t across = tiles.across(), down = tiles.down();
   for (int64_t tile = first; tile < first + count;) {
     const int64_t line = tile / across, begin = tile % across, end = std::min(across, begin + first + count - tile);
-    const int64_t top = line % down * kOut, left = begin * kOut, right = std::min(tiles.width, end * kOut);
-    for (int64_t y = top; y < std::min(tiles.height, top + kOut); ++y) {
+    const int64_t top = line % down * tiles.side, left = begin * tiles.side;
+    const int64_t right = std::min(tiles.width, end * tiles.side);
+    for (int64_t y = top; y < std::min(tiles.height, top + tiles.side); ++y) {
       const int64_t pixel = (line / down * tiles.height + y) * tiles.width + left;
       prefetch.add(x + pixel * channels, (right - left) * channels * static_cast<int64_t>(sizeof(T)));
     }
@@ -96,29 +99,29 @@ void add_tiles(Prefetch& prefetch, const Tiles& tiles, const T* x, int64_t chann
 // position inside the image. Empty for the tiles that are transformed.
 struct DirectTile {
   std::vector<float> values;
-  uint64_t inside = 0;
+  std::bitset<81> inside{};
 
   bool empty() const {
     return values.empty();
   }
   bool has(int position) const {
-    return inside >> position & 1;
+    return inside[position];
   }
 };
 
 // Whether no pixel of a tile, other than zeros, is further below all of them than a block may be.
-inline bool even(const DirectTile& tile, int64_t channels) {
+inline bool even(const DirectTile& tile, int64_t channels, float ratio) {
   float all = 0.0f, least = std::numeric_limits<float>::infinity();
   for (auto pixel = tile.values.begin(); pixel != tile.values.end(); pixel += channels) {
     const float energy = std::inner_product(pixel, pixel + channels, pixel, 0.0f);
     all += energy;
     least = energy == 0.0f ? least : std::min(least, energy);
   }
-  return all <= kEnergyRatio * least;
+  return all <= ratio * least;
 }
 
-// The Size x Size positions of a tile, from Before up and left of its outputs on: a pointer to each of its rows, of
-// which those outside the image point to zeros, and whether its first or last column lies outside.
+// The Size x Size positions that are read of a tile: a pointer to each of its rows, of which those outside the image
+// point to zeros, and whether its first or last column lies outside.
 template <typename T, int Size>
 struct Window {
   std::array<const T*, Size> row;
@@ -127,17 +130,17 @@ struct Window {
 };
 
 // Transforms the tiles of x [images, height, width, channels], or of x behind a prologue: that is computed a line of
-// tiles at a time, into a buffer of this object's, and two of its six lines of pixels serve the next line of tiles as
-// well. One object a thread.
-template <typename Transform, int Before, typename T>
+// tiles at a time, into a buffer of this object's, and those of its lines of pixels that the next line of tiles reads
+// as well serve that. `Side` is what winograd_forms.h has to be read of a tile. One object a thread.
+template <typename Side, typename T>
 class TileReader {
 public:
-  static constexpr int kSize = Transform::kFrom;
+  static constexpr int kSize = Side::kWindow, kBefore = Side::kBefore, kPitch = Side::kPitch;
 
-  TileReader(const Tiles& tiles, const T* x, int64_t channels, const Prologue<T>* prologue = nullptr)
-      : tiles_(tiles), x_(x), channels_(channels), prologue_(prologue) {
-    // A margin of Before on the left, and up to the last tile's end on the right, is never written to and stays zero.
-    const int64_t width = tiles.across() * kOut + kSize - kOut;
+  TileReader(const Tiles& tiles, float ratio, const T* x, int64_t channels, const Prologue<T>* prologue = nullptr)
+      : tiles_(tiles), ratio_(ratio), x_(x), channels_(channels), prologue_(prologue) {
+    // A margin of kBefore on the left, and up to the last tile's end on the right, is never written to and stays zero.
+    const int64_t width = tiles.across() * kPitch + kSize - kPitch;
     line_ = width * channels;
     buffer_.assign(prologue != nullptr ? kSize * line_ : 0, 0.0f);
     zeros_.assign(prologue != nullptr ? 0 : kSize * channels, T(0.0f));
@@ -177,24 +180,24 @@ public:
 private:
   // The line of pixels that is the i-th of a line of tiles; lines of tiles are numbered through all images.
   int64_t pixel_line(int64_t line, int64_t i) const {
-    return line % tiles_.down() * kOut - Before + i;
+    return line % tiles_.down() * kPitch - kBefore + i;
   }
 
   // Where a line of pixels lies in the buffer.
   int64_t slot(int64_t pixel_line) const {
-    return (pixel_line + Before) % kSize * line_;
+    return (pixel_line + kBefore) % kSize * line_;
   }
 
   Window<float, kSize> activated(int64_t line, int64_t column) const {
     Window<float, kSize> window{{}, false, false, kSize};
     for (int64_t i = 0; i < kSize; ++i) {
-      window.row[i] = buffer_.data() + slot(pixel_line(line, i)) + column * kOut * channels_;
+      window.row[i] = buffer_.data() + slot(pixel_line(line, i)) + column * kPitch * channels_;
     }
     return window;
   }
 
   Window<T, kSize> in_place(int64_t line, int64_t column) const {
-    const int64_t image = line / tiles_.down(), left = column * kOut - Before;
+    const int64_t image = line / tiles_.down(), left = column * kPitch - kBefore;
     Window<T, kSize> window{{}, left<0, left + kSize> tiles_.width, std::min<int64_t>(kSize, tiles_.width - left)};
     for (int64_t i = 0; i < kSize; ++i) {
       const int64_t y = pixel_line(line, i);
@@ -212,9 +215,9 @@ private:
     DirectTile tile{std::vector<float>(kSize * kSize * channels_)};
     for (int64_t i = 0; i < kSize; ++i) {
       for (int64_t j = 0; j < kSize; ++j) {
-        const int64_t y = pixel_line(line, i), x = column * kOut - Before + j;
+        const int64_t y = pixel_line(line, i), x = column * kPitch - kBefore + j;
         if (y >= 0 && y < tiles_.height && x >= 0 && x < tiles_.width) {
-          tile.inside |= uint64_t(1) << (i * kSize + j);
+          tile.inside.set(i * kSize + j);
           const From* from = window.row[i] + (j - window.left_out) * channels_;
           std::copy(from, from + channels_, tile.values.data() + (i * kSize + j) * channels_);
         }
@@ -226,11 +229,11 @@ private:
   // Fills the buffer for tiles begin ... end - 1 of a line.
   void activate(int64_t line, int64_t begin, int64_t end) {
     const bool follows = line == line_filled_ + 1 && line % tiles_.down() != 0 && begin >= begin_ && end <= end_;
-    const int64_t left = std::max<int64_t>(0, begin * kOut - Before);
-    const int64_t right = std::min(tiles_.width, end * kOut + kSize - kOut - Before);
-    for (int64_t i = follows ? kSize - kOut : 0; i < kSize; ++i) {
+    const int64_t left = std::max<int64_t>(0, begin * kPitch - kBefore);
+    const int64_t right = std::min(tiles_.width, end * kPitch + kSize - kPitch - kBefore);
+    for (int64_t i = follows ? kSize - kPitch : 0; i < kSize; ++i) {
       const int64_t y = pixel_line(line, i);
-      float* to = buffer_.data() + slot(y) + (left + Before) * channels_;
+      float* to = buffer_.data() + slot(y) + (left + kBefore) * channels_;
       if (y < 0 || y >= tiles_.height) {
         std::fill_n(to, (right - left) * channels_, 0.0f);
         continue;
@@ -250,7 +253,7 @@ private:
   bool transform_tile(const Window<From, kSize>& window, float* to, int64_t plane, int64_t p, const Place& place)
       const {
     if (window.right_out && window.inside != kSize - 1) {
-      // The last tile of a line whose width is no multiple of four.
+      // The last tile of a line whose width is no multiple of kPitch.
       return transform_columns(
           window, to, plane, p, place, [&](int64_t j) { return j >= (window.left_out ? 1 : 0) && j < window.inside; });
     }
@@ -277,13 +280,12 @@ private:
       const Inside& inside) const {
     const auto rows = window.row;
     const int64_t channels = channels_, out = window.left_out ? 1 : 0;
-    Energy energy;
+    Energy<Side> energy;
     const auto run = [&](int64_t c, auto count) {
       float* target = to + place(p, c);
-      Energy part;
-      transform_square<Transform>(
-          [&](int i) __attribute__((always_inline)) {
-            const int y = i / kSize, x = i % kSize;
+      Energy<Side> part;
+      Side::transform(
+          [&](int y, int x) __attribute__((always_inline)) {
             if (!inside(x)) {
               return Lanes{};
             }
@@ -294,8 +296,8 @@ private:
             } else {
               v = load(from);
             }
-            const bool own = y >= Before && y < Before + kOut && x >= Before && x < Before + kOut;
-            Lanes& sum = own ? part.block[(y - Before) / 2 * 2 + (x - Before) / 2] : part.around;
+            const int cell = Side::cell(y, x);
+            Lanes& sum = cell >= 0 ? part.cell[cell] : part.around;
             sum = multiply_add(v, v, sum);
             return v;
           },
@@ -309,10 +311,11 @@ private:
     if (c < channels) {
       run(c, channels - c);
     }
-    return within_range(energy);
+    return within_range(energy, ratio_);
   }
 
   Tiles tiles_;
+  float ratio_;
   const T* x_;
   int64_t channels_;
   const Prologue<T>* prologue_;
@@ -325,8 +328,14 @@ private:
 // The input of a convolution: [images, height, width, channels], with a prologue or without.
 template <typename T>
 struct Source {
+  int64_t images, height, width;
   const T* data;
   const Prologue<T>* prologue = nullptr;
+
+  template <typename Side>
+  Tiles tiles() const {
+    return {images, height, width, Side::kPitch};
+  }
 
   template <typename F>
   void for_each_read(const F& f) const {
@@ -337,9 +346,6 @@ struct Source {
     }
   }
 };
-
-template <typename T>
-using InputReader = TileReader<InputTransform, 1, T>;
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

@@ -1,5 +1,4 @@
-// The weight gradient of Winograd's convolution: 36 products over tiles of the transformed x and dy, in one of two
-// orders:
+// The weight gradient of Winograd's convolution: products over tiles of the transformed x and dy, in one of two orders:
 //   by shares     Each thread has its share of the tiles, puts them through transforms and products a chunk at a time,
 //                 and keeps sums of its own; those are added up and transformed back at the end.
 //   at once       Where the tiles are few: all are transformed, and each thread has its share of the channels.
@@ -31,10 +30,16 @@ constexpr int64_t kDirectPairs = 16;
 constexpr int64_t kGradientRows = 48;
 
 // The operands, and the sizes of the transformed tiles and their products.
-template <typename T>
+template <typename Form, typename T>
 struct Problem : WeightGradient<T> {
-  using WeightGradient<T>::inputs, WeightGradient<T>::outputs;
+  using WeightGradient<T>::inputs, WeightGradient<T>::outputs, WeightGradient<T>::x, WeightGradient<T>::dy;
 
+  Tiles x_tiles() const {
+    return x.template tiles<typename Form::GradientInput>();
+  }
+  Tiles tiles() const {
+    return dy.template tiles<typename Form::Gradient>();
+  }
   int64_t groups() const {
     return groups_of(inputs);
   }
@@ -43,13 +48,13 @@ struct Problem : WeightGradient<T> {
     return round_up(outputs, kWidth) + kSkew;
   }
   int64_t tile_bytes() const {
-    return kPoints * (row() + groups() * kColumns) * static_cast<int64_t>(sizeof(float));
+    return (Form::kPoints * row() + Form::kPlanes * groups() * kColumns) * static_cast<int64_t>(sizeof(float));
   }
   int64_t gradient_plane() const {
     return groups() * outputs * kColumns + kSkew;
   }
   int64_t gradient_bytes() const {
-    return kPoints * gradient_plane() * static_cast<int64_t>(sizeof(float));
+    return Form::kPlanes * gradient_plane() * static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -59,33 +64,39 @@ struct DirectPair {
 };
 
 // Up to `most` transformed tiles of x and dy. Those that are summed directly are zero.
-template <typename T>
+template <typename Form, typename T>
 class GradientTiles {
 public:
-  GradientTiles(const Problem<T>& w, int64_t most)
+  GradientTiles(const Problem<Form, T>& w, int64_t most)
       : most_(most),
         column_plane_(w.groups() * most * kColumns + kSkew),
         row_plane_(most * w.row() + kSkew),
-        columns_(kPoints * column_plane_),
-        rows_(kPoints * row_plane_) {
+        columns_(Form::kPlanes * column_plane_),
+        rows_(Form::kPoints * row_plane_) {
     if (w.inputs % kColumns != 0) {
       // The part of a column group that no vector of channels fills.
-      std::fill_n(columns_.data(), kPoints * column_plane_, 0.0f);
+      std::fill_n(columns_.data(), Form::kPlanes * column_plane_, 0.0f);
     }
   }
 
   // What a thread transforms tiles with.
   struct Readers {
-    InputReader<T> x;
-    TileReader<GradientTransform, 0, T> dy;
+    TileReader<typename Form::GradientInput, T> x;
+    TileReader<typename Form::Gradient, T> dy;
 
-    explicit Readers(const Problem<T>& w)
-        : x(w.tiles, w.x.data, w.inputs, w.x.prologue), dy(w.tiles, w.dy, w.outputs) {}
+    explicit Readers(const Problem<Form, T>& w)
+        : x(w.x_tiles(), Form::kEnergyRatio, w.x.data, w.inputs, w.x.prologue),
+          dy(w.tiles(), Form::kEnergyRatio, w.dy.data, w.outputs) {}
   };
 
   // Tiles first ... first + count - 1 of the convolution become tiles at ... at + count - 1 of these. Returns those of
   // them that are summed directly.
-  std::vector<DirectPair> transform(const Problem<T>& w, Readers& readers, int64_t first, int64_t count, int64_t at) {
+  std::vector<DirectPair> transform(
+      const Problem<Form, T>& w,
+      Readers& readers,
+      int64_t first,
+      int64_t count,
+      int64_t at) {
     const int64_t most = most_, row = w.row();
     std::vector<int64_t> beyond;
     const auto note = [&](int64_t p) { beyond.push_back(p); };
@@ -95,10 +106,11 @@ public:
     const auto row_place = [row](int64_t p, int64_t k) { return p * row + k; };
     readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, column_place, note);
     readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
+    const Tiles tiles = w.tiles();
     for (int64_t p = 0; p < count; ++p) {
-      // Of a tile with a single block of 2x2 pixels some taps read less than that block.
-      if (w.tiles.pixels_down(first + p) <= kOut / 2 && w.tiles.pixels_across(first + p) <= kOut / 2 &&
-          !(even(readers.x.read(first + p), w.inputs) && even(readers.dy.read(first + p), w.outputs))) {
+      if (!Form::taps_read_blocks(tiles.pixels_down(first + p), tiles.pixels_across(first + p)) &&
+          !(even(readers.x.read(first + p), w.inputs, Form::kEnergyRatio) &&
+            even(readers.dy.read(first + p), w.outputs, Form::kEnergyRatio))) {
         beyond.push_back(p);
       }
     }
@@ -107,20 +119,22 @@ public:
     std::vector<DirectPair> direct;
     for (const int64_t p : beyond) {
       direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
-      for (int64_t point = 0; point < kPoints; ++point) {
+      for (int64_t plane = 0; plane < Form::kPlanes; ++plane) {
         for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
-          std::fill_n(columns_.data() + point * column_plane_ + column_place(at + p, c), kColumns, 0.0f);
+          std::fill_n(columns_.data() + plane * column_plane_ + column_place(at + p, c), kColumns, 0.0f);
         }
+      }
+      for (int64_t point = 0; point < Form::kPoints; ++point) {
         std::fill_n(rows_.data() + point * row_plane_ + row_place(at + p, 0), w.outputs, 0.0f);
       }
     }
     return direct;
   }
 
-  // gradient (+)= the product of one point and tiles first ... first + count - 1 for output channels begin ... begin
-  // + size - 1 and a group of input channels.
+  // gradient, its planes gradient_plane apart, (+)= the products of one point and tiles first ... first + count - 1 for
+  // output channels begin ... begin + size - 1 and a group of input channels.
   void multiply(
-      const Problem<T>& w,
+      const Problem<Form, T>& w,
       int64_t point,
       int64_t group,
       int64_t begin,
@@ -128,10 +142,16 @@ public:
       int64_t first,
       int64_t count,
       float* gradient,
+      int64_t gradient_plane,
       bool accumulate) const {
     const float* rows = rows_.data() + point * row_plane_ + first * w.row() + begin;
-    const float* columns = columns_.data() + point * column_plane_ + (group * most_ + first) * kColumns;
-    with_rows(size, [&](auto r) { gradient_product<r>(rows, w.row(), columns, gradient, count, accumulate); });
+    const float* columns = columns_.data() + (group * most_ + first) * kColumns;
+    with_rows(size, [&](auto r) {
+      Form::for_each_plane(point, [&](int64_t plane) {
+        gradient_product<r>(
+            rows, w.row(), columns + plane * column_plane_, gradient + plane * gradient_plane, count, accumulate);
+      });
+    });
   }
 
 private:
@@ -141,9 +161,9 @@ private:
 
 // The inverse transform of `size` output channels from `begin` on and a group of input channels: the sum of `parts`
 // products, each with planes of [size][kColumns].
-template <typename T>
+template <typename Form, typename T>
 void transform_gradient(
-    const Problem<T>& w,
+    const Problem<Form, T>& w,
     int64_t group,
     int64_t begin,
     int64_t size,
@@ -154,7 +174,7 @@ void transform_gradient(
       const int64_t c = group * kColumns + half, at = k * kColumns + half;
       float* out = w.dw + (begin + k) * kTaps * kTaps * w.inputs + c;
       const int64_t lanes = std::min(kWidth, w.inputs - c);
-      transform_square<WeightGradientTransform>(
+      Form::weight_gradient(
           [&](int i) {
             Lanes sum = load(parts[0] + i * plane + at);
             for (size_t part = 1; part < parts.size(); ++part) {
@@ -169,9 +189,9 @@ void transform_gradient(
 
 // dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
 // For each tap the outputs meet the inputs above them, where both are inside the image.
-template <typename T>
+template <typename Form, typename T>
 void add_directly(
-    const Problem<T>& w,
+    const Problem<Form, T>& w,
     const std::vector<DirectPair>& tiles,
     int64_t group,
     int64_t begin,
@@ -182,7 +202,7 @@ void add_directly(
   }
   constexpr int taps = kTaps * kTaps;
   const int64_t from = group * kColumns, inputs = std::min(kColumns, w.inputs - from);
-  const int64_t count = tiles.size(), most = std::min(kDirectPairs, count) * kOut * kOut;
+  const int64_t count = tiles.size(), most = std::min(kDirectPairs, count) * Form::kOut * Form::kOut;
   const int64_t row = round_up(size, kWidth) + kSkew;
   const RowGroups groups{size};
   const Workspace rows(most * row), columns(most * kColumns), product(size * kColumns);
@@ -191,8 +211,9 @@ void add_directly(
     for (int tap = 0; tap < taps; ++tap) {
       int64_t depth = 0;
       for (int64_t p = first; p < std::min(count, first + kDirectPairs); ++p) {
-        for (int output = 0; output < kOut * kOut; ++output) {
-          const int position = (output / kOut + tap / kTaps) * kIn + output % kOut + tap % kTaps;
+        for (int output = 0; output < Form::kOut * Form::kOut; ++output) {
+          const int position = Form::corner(0, tap) +
+              (output / Form::kOut * Form::GradientInput::kWindow + output % Form::kOut) * Form::kStride;
           if (tiles[p].dy.has(output) && tiles[p].x.has(position)) {
             std::copy_n(tiles[p].dy.values.data() + output * w.outputs + begin, size, rows.data() + depth * row);
             std::copy_n(
@@ -218,13 +239,13 @@ void add_directly(
 }
 
 // Few tiles: all are transformed, and each product is transformed back at once.
-template <typename T>
-void gradient_at_once(const Problem<T>& w) {
-  const int64_t count = w.tiles.count();
-  GradientTiles<T> transformed(w, count);
+template <typename Form, typename T>
+void gradient_at_once(const Problem<Form, T>& w) {
+  const int64_t count = w.tiles().count();
+  GradientTiles<Form, T> transformed(w, count);
   std::vector<std::vector<DirectPair>> direct_from(count); // by the first tile of a thread's share
   at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
-    typename GradientTiles<T>::Readers readers(w);
+    typename GradientTiles<Form, T>::Readers readers(w);
     direct_from[begin] = transformed.transform(w, readers, begin, end - begin, begin);
   });
   std::vector<DirectPair> direct;
@@ -236,18 +257,18 @@ void gradient_at_once(const Problem<T>& w) {
   constexpr int64_t together = kGradientRows / kRows, plane = kGradientRows * kColumns + kSkew;
   const int64_t blocks = (rows.count() + together - 1) / together;
   at::parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Workspace product(kPoints * plane);
+    const Workspace product(Form::kPlanes * plane);
     const std::vector<const float*> parts{product.data()};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / blocks, first_group = task % blocks * together;
       const int64_t last_group = std::min(rows.count(), first_group + together);
       const int64_t first = rows.begin(first_group), size = rows.begin(last_group) - first;
-      for (int64_t point = 0; point < kPoints; ++point) {
+      for (int64_t point = 0; point < Form::kPoints; ++point) {
         for (int64_t from = 0; from < count; from += kGradientTiles) {
           const int64_t depth = std::min(kGradientTiles, count - from);
           for (int64_t r = first_group; r < last_group; ++r) {
-            float* to = product.data() + point * plane + (rows.begin(r) - first) * kColumns;
-            transformed.multiply(w, point, group, rows.begin(r), rows.size(r), from, depth, to, from > 0);
+            float* to = product.data() + (rows.begin(r) - first) * kColumns;
+            transformed.multiply(w, point, group, rows.begin(r), rows.size(r), from, depth, to, plane, from > 0);
           }
         }
       }
@@ -258,21 +279,21 @@ void gradient_at_once(const Problem<T>& w) {
 }
 
 // Many tiles: every thread computes a share of them, a chunk at a time in its caches, and the shares are added up.
-template <typename T>
-void gradient_by_shares(const Problem<T>& w) {
-  const int64_t count = w.tiles.count(), plane = w.gradient_plane();
+template <typename Form, typename T>
+void gradient_by_shares(const Problem<Form, T>& w) {
+  const int64_t count = w.tiles().count(), plane = w.gradient_plane();
   const int64_t chunks = (count + kGradientTiles - 1) / kGradientTiles;
   const int64_t shares =
       std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, at::get_num_threads()));
-  const Workspace gradients(shares * kPoints * plane);
+  const Workspace gradients(shares * Form::kPlanes * plane);
   std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
   const RowGroups rows{w.outputs};
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    GradientTiles<T> transformed(w, std::min(count, kGradientTiles));
-    typename GradientTiles<T>::Readers readers(w);
+    GradientTiles<Form, T> transformed(w, std::min(count, kGradientTiles));
+    typename GradientTiles<Form, T>::Readers readers(w);
     Prefetch prefetch;
     for (int64_t share = begin; share < end; ++share) {
-      float* gradient = gradients.data() + share * kPoints * plane;
+      float* gradient = gradients.data() + share * Form::kPlanes * plane;
       const int64_t start = chunks * share / shares;
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
@@ -286,15 +307,15 @@ void gradient_by_shares(const Problem<T>& w) {
         prefetch.clear();
         if (chunk + 1 < chunks * (share + 1) / shares) {
           const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
-          w.x.for_each_read([&](const T* p) { add_tiles(prefetch, w.tiles, p, w.inputs, next, next_size); });
-          add_tiles(prefetch, w.tiles, w.dy, w.outputs, next, next_size);
+          w.x.for_each_read([&](const T* p) { add_tiles(prefetch, w.x_tiles(), p, w.inputs, next, next_size); });
+          add_tiles(prefetch, w.tiles(), w.dy.data, w.outputs, next, next_size);
         }
-        for (int64_t point = 0; point < kPoints; ++point) {
-          prefetch.fetch(kPoints);
+        for (int64_t point = 0; point < Form::kPoints; ++point) {
+          prefetch.fetch(Form::kPoints);
           for (int64_t group = 0; group < w.groups(); ++group) {
             for (int64_t r = 0; r < rows.count(); ++r) {
-              float* to = gradient + point * plane + (group * w.outputs + rows.begin(r)) * kColumns;
-              transformed.multiply(w, point, group, rows.begin(r), rows.size(r), 0, size, to, chunk > start);
+              float* to = gradient + (group * w.outputs + rows.begin(r)) * kColumns;
+              transformed.multiply(w, point, group, rows.begin(r), rows.size(r), 0, size, to, plane, chunk > start);
             }
           }
         }
@@ -307,7 +328,7 @@ void gradient_by_shares(const Problem<T>& w) {
       const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
       const int64_t size = rows.size(task % rows.count());
       for (int64_t share = 0; share < shares; ++share) {
-        parts[share] = gradients.data() + share * kPoints * plane + (group * w.outputs + first) * kColumns;
+        parts[share] = gradients.data() + share * Form::kPlanes * plane + (group * w.outputs + first) * kColumns;
       }
       transform_gradient(w, group, first, size, parts, plane);
       const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
@@ -325,11 +346,11 @@ void gradient_by_shares(const Problem<T>& w) {
 
 } // namespace
 
-template <typename T>
+template <typename Form, typename T>
 void weight_gradient(const WeightGradient<T>& given) {
-  const Problem<T> w{given};
+  const Problem<Form, T> w{given};
   // At once where the transformed tiles are no larger than what would be added up otherwise.
-  const int64_t bytes = w.tiles.count() * w.tile_bytes();
+  const int64_t bytes = w.tiles().count() * w.tile_bytes();
   if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 2 * w.gradient_bytes())) {
     gradient_at_once(w);
   } else {
@@ -337,8 +358,13 @@ void weight_gradient(const WeightGradient<T>& given) {
   }
 }
 
-template void weight_gradient(const WeightGradient<float>&);
-template void weight_gradient(const WeightGradient<at::BFloat16>&);
+#define FASTRES_INSTANTIATE(Form) \
+  template void weight_gradient<Form>(const WeightGradient<float>&); \
+  template void weight_gradient<Form>(const WeightGradient<at::BFloat16>&);
+FASTRES_INSTANTIATE(Tile4)
+FASTRES_INSTANTIATE(Tile5)
+FASTRES_INSTANTIATE(Stride2)
+#undef FASTRES_INSTANTIATE
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

@@ -27,7 +27,7 @@ def why_not_ours(conv: Conv, requested: str, *, followed: bool = False) -> str |
     choice = choose_algorithm(conv.problem(needs_grad=needs_grad, followed=followed and not needs_grad), requested)
     if choice.algorithm == "torch":
         return choice.reason
-    if conv.stride != (1, 1) and not (followed and conv.stride == (2, 2)):
+    if conv.stride not in ((1, 1), (2, 2)):
         return f"its stride is {conv.stride}"
     if x.dtype == y.dtype and weight.dtype not in (y.dtype, x.new_empty(0).float().dtype):
         return f"its weight is {weight.dtype}, its input {x.dtype}"

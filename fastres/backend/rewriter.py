@@ -229,17 +229,19 @@ class Rewriter:
             behind: Any = functional.norm_act_conv3x3 if conv.kernel == 3 else functional.norm_act_conv1x1
             made = self.call(
                 self.count(behind, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p, order=chain.order,
-                statistics=self._statistics.get(chain.norm.x), algorithm=self.algorithm, **options,
+                statistics=self._statistics.get(chain.norm.x), stride=conv.stride[0], algorithm=self.algorithm,
+                **options,
             )  # fmt: skip
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             self._move_mean(chain.norm)
         elif measures:
             ours = functional.conv3x3_with_statistics if conv.kernel == 3 else functional.conv1x1_with_statistics
-            made = self.call(self.count(ours, 0, 1), x, weight, algorithm=self.algorithm)
+            made = self.call(self.count(ours, 0, 1), x, weight, stride=conv.stride[0], algorithm=self.algorithm)
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             self._share_input(conv, x, made)
         else:
-            y = self.call(self.count(functional.conv3x3, 0, 1), x, weight, algorithm=self.algorithm, like=n)
+            function = self.count(functional.conv3x3, 0, 1)
+            y = self.call(function, x, weight, stride=conv.stride[0], algorithm=self.algorithm, like=n)
         if absorbs and reader is not None:  # the batch's mean takes it out again
             self._biases[reader.norm.node] = bias
         elif bias is not None:

@@ -189,7 +189,7 @@ def check_statistics(
             raise TypeError(f"{name}.{part}: expected dtype {dtype}, got {vector.dtype}")
 
 
-def check_convolution(x: Tensor, weight: Tensor, algorithm: str | None, kernel: int = 3) -> None:
+def check_convolution(x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None) -> None:
     check_tensor("x", x)
     # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
     casts = isinstance(weight, Tensor) and autocast_dtype(x.device) is not None and is_cast(x) and is_cast(weight)
@@ -199,6 +199,10 @@ def check_convolution(x: Tensor, weight: Tensor, algorithm: str | None, kernel: 
             f"weight: expected shape (K, {x.shape[1]}, {kernel}, {kernel}) for x of shape {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
+    if not isinstance(stride, int) or isinstance(stride, bool):
+        raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
+    if stride < 1:
+        raise ValueError(f"stride: expected at least 1, got {stride}")
     if algorithm is not None and not isinstance(algorithm, str):
         raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")
 

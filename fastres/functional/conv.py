@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import contract, reference
@@ -55,7 +54,7 @@ class Convolved(NamedTuple):
 
 
 def _algorithm(
-    x: Tensor, weight: Tensor, requested: str, *, needs_grad: bool, stride: int = 1, followed: bool = False
+    x: Tensor, weight: Tensor, stride: int, requested: str, *, needs_grad: bool, followed: bool = False
 ) -> str:
     """What computes this call; "torch" where it is not an ordinary one."""
     if why_not_ordinary() is not None:
@@ -64,16 +63,18 @@ def _algorithm(
     return choose_algorithm(problem, requested).algorithm
 
 
-def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tensor:
-    """3x3 convolution with stride 1, padding 1, one group and no bias.
+def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Tensor:
+    """3x3 convolution with padding 1, one group and no bias.
 
-        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, i + u - 1, j + v - 1]
+        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, stride * i + u - 1, stride * j + v - 1]
 
-    On the CPU in float32 and bfloat16 by Winograd's F(4x4, 3x3), which takes a quarter of the multiplications. In
-    float32 its rounding errors are about twice those of the direct sum; in bfloat16, which it computes in float32, they
-    are no larger. Tiles with values too large for its transforms, infinities or NaN are summed directly, so that these
-    show only where they are read (docs/convolution.md, "Range"). Results are the same in every run; the rounding of the
-    weight's gradient, and nothing else, depends on the number of threads. Elsewhere PyTorch's convolution.
+    On the CPU in float32 and bfloat16 by Winograd's algorithm: with stride 1 by tiles of 4x4 or 5x5 outputs, which take
+    a quarter or less of the multiplications, with stride 2 by four phases of the input, 81 multiplications for 144. In
+    float32 its rounding errors are two to four times those of the direct sum; in bfloat16, which it computes in
+    float32, they are no larger. Tiles with values too large for its transforms, infinities or NaN are summed directly,
+    so that these show only where they are read (docs/convolution.md, "Range"). Results are the same in every run; the
+    rounding of the weight's gradient, and nothing else, depends on the number of threads. Elsewhere PyTorch's
+    convolution.
 
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
     as one matrix product of our own, with the direct sum's rounding errors.
@@ -84,51 +85,55 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. Winograd's algorithm reads float32 and bfloat16 in
             channels_last, and computes in float32.
         weight: [K, C, 3, 3], dtype of x. Under autocast Winograd's algorithm takes a float32 weight unrounded.
+        stride: both axes. Winograd's algorithm serves 1 and 2, PyTorch's convolution all others.
         algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays (never for
             bfloat16 on a CPU with AMX, which PyTorch's convolution uses); "winograd" wherever it serves x at all
             (other memory formats are copied once); "torch" leaves all to PyTorch. None: the environment variable
             FASTRES_CONV, or "auto". Under torch.compile the variable is read when the function is traced.
     Returns:
-        [N, K, H, W], dtype of x; channels_last by Winograd's algorithm, and else as PyTorch's convolution makes it.
+        [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; channels_last by Winograd's algorithm, and else as
+        PyTorch's convolution makes it.
     Raises:
-        TypeError: not a tensor, an unsupported dtype, dtypes of x and weight differ, algorithm not a string.
-        ValueError: shapes or devices disagree; an unknown algorithm.
+        TypeError: not a tensor, an unsupported dtype, dtypes of x and weight differ, stride not an int, algorithm not a
+            string.
+        ValueError: shapes or devices disagree; stride below 1; an unknown algorithm.
     Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.
     """
     x = autocast(x)
-    check_convolution(x, weight, algorithm)
+    check_convolution(x, weight, 3, stride, algorithm)
     requested = requested_algorithm(algorithm)
     gradients = needs_grad(x, weight)
-    chosen = _algorithm(x, weight, requested, needs_grad=gradients)
+    chosen = _algorithm(x, weight, stride, requested, needs_grad=gradients)
     if chosen == "torch":
-        return reference.conv3x3(x, weight.to(x.dtype))
+        return reference.conv3x3(x, weight.to(x.dtype), stride)
     x, weight = dense(x, torch.channels_last), served(weight, x)
     if gradients:
-        return ops.Conv3x3.apply(x, weight, False)[0]  # type: ignore[no-any-return]
-    return ops.inference(x, weight, None, None, IDENTITY, 1, chosen)  # type: ignore[no-any-return]
+        return ops.Conv3x3.apply(x, weight, False, stride)[0]  # type: ignore[no-any-return]
+    return ops.inference(x, weight, None, None, IDENTITY, stride, chosen)  # type: ignore[no-any-return]
 
 
-def conv3x3_with_statistics(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
+def conv3x3_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Convolved:
     """`conv3x3` in training, with the batch statistics of its output, and its input for other readers.
 
     Args, Raises, Source: as `conv3x3`.
     Returns:
         y as `conv3x3`; by Winograd's algorithm with its statistics, and x. See `Convolved`.
     """
-    return _conv_with_statistics(x, weight, 3, algorithm)
+    return _conv_with_statistics(x, weight, 3, stride, algorithm)
 
 
-def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
-    """1x1 convolution with stride 1, one group and no bias in training, with the batch statistics of its output.
+def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Convolved:
+    """1x1 convolution without padding, one group and no bias in training, with the batch statistics of its output.
 
-        y[n, k, i, j] = sum over c of weight[k, c] * x[n, c, i, j]
+        y[n, k, i, j] = sum over c of weight[k, c] * x[n, c, stride * i, stride * j]
 
-    On the CPU in float32 and bfloat16 as a matrix product of our own, which measures y while it is in registers, with
+    On the CPU in float32 and bfloat16 with stride 1 as a matrix product of our own, which measures y while it is in registers, with
     PyTorch's rounding errors. Elsewhere PyTorch's convolution.
 
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. The matrix product reads float32 and bfloat16 in channels_last,
             and computes in float32.
+        stride: both axes; all but 1 are left to PyTorch.
         weight: [K, C, 1, 1], dtype of x. Under autocast the matrix product takes a float32 weight unrounded.
         algorithm: "auto" takes the matrix product where x is channels_last and a cost model says that it pays; "gemm"
             wherever it serves x at all (other memory formats are copied once); "torch" and "winograd" leave all to
@@ -138,23 +143,23 @@ def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, algorithm: str | None 
     Raises:
         TypeError, ValueError: as `conv3x3`.
     """
-    return _conv_with_statistics(x, weight, 1, algorithm)
+    return _conv_with_statistics(x, weight, 1, stride, algorithm)
 
 
-def _conv_with_statistics(x: Tensor, weight: Tensor, kernel: int, algorithm: str | None) -> Convolved:
+def _conv_with_statistics(x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None) -> Convolved:
     x = autocast(x)
-    check_convolution(x, weight, algorithm, kernel)
-    if _algorithm(x, weight, requested_algorithm(algorithm), needs_grad=True) == "torch":
-        return Convolved(_pytorchs(x, weight), None, x)
+    check_convolution(x, weight, kernel, stride, algorithm)
+    if _algorithm(x, weight, stride, requested_algorithm(algorithm), needs_grad=True) == "torch":
+        return Convolved(_pytorchs(x, weight, stride), None, x)
     x = dense(x, torch.channels_last)
-    y, mean, m2, same = ops.Conv3x3.apply(x, served(weight, x), True)
+    y, mean, m2, same = ops.Conv3x3.apply(x, served(weight, x), True, stride)
     # Otherwise x would ask for a gradient that nobody reads, where only the weight does.
     return Convolved(y, Statistics(mean, m2), same if x.requires_grad else x)
 
 
-def _pytorchs(x: Tensor, weight: Tensor) -> Tensor:
+def _pytorchs(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     convolve = reference.conv3x3 if weight.shape[2] == 3 else reference.conv1x1
-    return convolve(x, weight.to(x.dtype))
+    return convolve(x, weight.to(x.dtype), stride)
 
 
 def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
@@ -175,12 +180,13 @@ def norm_act_conv3x3(
     dropout_p: float = 0.0,
     order: str = "add_act",
     seed: Tensor | None = None,
+    stride: int = 1,
     algorithm: str | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     """conv3x3(batch_norm_act(x)) in training: normalisation by the batch's statistics, and the convolution after it.
 
-        a = batch_norm_act(x, *norm, training=True, ...)        y = conv3x3(a, weight)
+        a = batch_norm_act(x, *norm, training=True, ...)        y = conv3x3(a, weight, stride=stride)
 
     By Winograd's algorithm a is applied in the convolution's input transform: it is neither written nor saved for
     backward. Saved are x, mean, rstd, the weight, the residual, and with dropout one bit an element.
@@ -190,9 +196,10 @@ def norm_act_conv3x3(
         norm: normalisation of x; running statistics are updated in place.
         weight: [K, C, 3, 3], dtype of x, of the convolution.
         statistics, residual, relu, activation, dropout_p, order, seed, group: as in `batch_norm_act`, training=True.
+        stride: as in `conv3x3`.
         algorithm: as in `conv3x3`; "torch" computes the one after the other.
     Returns:
-        y: [N, K, H, W], dtype of x; memory format as `conv3x3`'s.
+        y: [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; memory format as `conv3x3`'s.
         statistics: those of y, of this process alone, or None where they have not been taken.
     Raises:
         TypeError, ValueError, RuntimeError: as `batch_norm_act` and `conv3x3`.
@@ -200,7 +207,7 @@ def norm_act_conv3x3(
     """
     return _norm_act_conv(
         3, x, norm, weight, (relu, activation, dropout_p, order), statistics=statistics, residual=residual, seed=seed,
-        algorithm=algorithm, group=group,
+        stride=stride, algorithm=algorithm, group=group,
     )  # fmt: skip
 
 
@@ -222,7 +229,7 @@ def norm_act_conv1x1(
     Args:
         weight: [K, C, 1, 1], dtype of x, of the convolution.
         x, norm, relu, activation, dropout_p, order: as in `norm_act_conv3x3`.
-        options: algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other; statistics,
+        options: stride and algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other; statistics,
             residual, seed and group as in `norm_act_conv3x3`.
     Returns, Raises: as `norm_act_conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1.
@@ -240,12 +247,13 @@ def _norm_act_conv(
     statistics: Statistics | None = None,
     residual: Tensor | None = None,
     seed: Tensor | None = None,
+    stride: int = 1,
     algorithm: str | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Statistics | None]:
     """`given`: relu, activation, dropout_p and order."""
     x, residual = autocast(x), None if residual is None else autocast(residual)
-    check_convolution(x, weight, algorithm, kernel)
+    check_convolution(x, weight, kernel, stride, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
     act = checked_act(*given)
@@ -256,13 +264,13 @@ def _norm_act_conv(
     check_statistics("statistics", statistics, x, True, shared)
     check_training(True, seed, x, tuple(x.shape), shared)
     requested = requested_algorithm(algorithm)
-    if not is_compiled(act) or _algorithm(x, weight, requested, needs_grad=True) == "torch":
+    if not is_compiled(act) or _algorithm(x, weight, stride, requested, needs_grad=True) == "torch":
         a = batch_norm_act(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual,
             activation=act.activation, dropout_p=act.dropout_p, order=act.order, seed=seed, statistics=statistics,
             group=group,
         )  # fmt: skip
-        return _pytorchs(a, weight), None
+        return _pytorchs(a, weight, stride), None
     if residual is not None:
         residual = dense(residual, torch.channels_last)
     if act.dropout_p > 0 and seed is None:
@@ -270,7 +278,7 @@ def _norm_act_conv(
     own = cast(norm, torch.float32)
     y, mean, m2 = norm_act_ops.NormActConv3x3.apply(
         dense(x, torch.channels_last), own.weight, own.bias, residual, served(weight, x),
-        norm_act_ops.Call(own, statistics, seed, act, True, shared),
+        norm_act_ops.Call(own, statistics, seed, act, True, shared, stride),
     )  # fmt: skip
     store_running(norm, own)
     return y, Statistics(mean, m2)
@@ -299,20 +307,16 @@ def conv3x3_norm_act(
         norm: normalisation of the convolution's output, [K]; running statistics are needed.
         residual: [N, K, ceil(H / stride), ceil(W / stride)], dtype and device of x.
         relu, activation: as in `batch_norm_act`.
-        stride: of the convolution, both axes. Winograd's algorithm serves 1 only.
+        stride: as in `conv3x3`.
     Returns:
         [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; memory format as `conv3x3`'s.
     Raises:
         TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
     """
     x = autocast(x)
-    check_convolution(x, weight, algorithm)
+    check_convolution(x, weight, stride, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
-    if not isinstance(stride, int) or isinstance(stride, bool):
-        raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
-    if stride < 1:
-        raise ValueError(f"stride: expected at least 1, got {stride}")
     height, width = (output_size(size, stride) for size in x.shape[2:])
     shape = torch.Size((x.shape[0], weight.shape[0], height, width))
     if residual is not None:
@@ -322,12 +326,12 @@ def conv3x3_norm_act(
     act = checked_act(relu, activation, 0.0)
     requested = requested_algorithm(algorithm)
     gradients = needs_grad(x, weight, norm.weight, norm.bias, residual)
-    chosen = _algorithm(x, weight, requested, needs_grad=gradients, stride=stride, followed=not gradients)
+    chosen = _algorithm(x, weight, stride, requested, needs_grad=gradients, followed=not gradients)
     if gradients or chosen == "torch" or not is_compiled(act):
         if chosen == "winograd":
-            y = ops.Conv3x3.apply(dense(x, torch.channels_last), served(weight, x), False)[0]
+            y = ops.Conv3x3.apply(dense(x, torch.channels_last), served(weight, x), False, stride)[0]
         else:
-            y = F.conv2d(x, weight.to(x.dtype), stride=stride, padding=1)
+            y = reference.conv3x3(x, weight.to(x.dtype), stride)
         return batch_norm_act(
             y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, activation=act.activation
         )

@@ -209,7 +209,7 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
     Args:
         inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's block.
         dropout: 0 <= dropout < 1, between the convolutions.
-        conv_algorithm: of the 3x3 convolutions with stride 1, as `algorithm` of `fastres.functional.conv3x3`. By
+        conv_algorithm: of the 3x3 convolutions, as `algorithm` of `fastres.functional.conv3x3`. By
             Winograd's, in training, the block keeps for backward its input, the raw outputs of its convolutions, and
             bits.
     Raises:

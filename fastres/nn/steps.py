@@ -134,8 +134,8 @@ def norm_act(
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
-def is_conv3x3(conv: nn.Conv2d, strides: tuple[tuple[int, int], ...] = ((1, 1),)) -> bool:
-    """Whether calling the module is `fastres.functional.conv3x3` with its weight, or the same with one of `strides`."""
+def is_conv3x3(conv: nn.Conv2d, strides: tuple[tuple[int, int], ...] = ((1, 1), (2, 2))) -> bool:
+    """Whether calling the module is `fastres.functional.conv3x3` with its weight and one of `strides`."""
     return (
         conv.bias is None
         and conv.kernel_size == (3, 3)
@@ -186,7 +186,7 @@ def is_computed_in_its_dtype(x: Tensor) -> bool:
 def conv_with_statistics(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
     """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
     if is_conv3x3(conv):
-        return functional.conv3x3_with_statistics(x, conv.weight, algorithm=algorithm)
+        return functional.conv3x3_with_statistics(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
     if is_conv1x1(conv):
         return functional.conv1x1_with_statistics(x, conv.weight, algorithm=algorithm)
     return Convolved(conv(x), None, x)
@@ -213,7 +213,7 @@ def norm_act_conv(
         return conv(a), None
     return ours(
         x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, activation=activation,
-        dropout_p=dropout, order=order, algorithm=algorithm, group=group_of(norm),
+        dropout_p=dropout, order=order, stride=conv.stride[0], algorithm=algorithm, group=group_of(norm),
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def conv_norm(
     algorithm: str | None,
 ) -> Tensor:
     """f(norm(conv(x)) + residual), by norm's running statistics."""
-    if is_conv3x3(conv, ((1, 1), (2, 2))) and (residual is None or residual.shape == _output_shape(conv, x)):
+    if is_conv3x3(conv) and (residual is None or residual.shape == _output_shape(conv, x)):
         return functional.conv3x3_norm_act(
             x, conv.weight, begin_norm(norm), residual=residual, activation=activation, stride=conv.stride[0],
             algorithm=algorithm,
@@ -237,7 +237,9 @@ def conv_norm(
 
 def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
     """conv(x), without a normalisation beside it."""
-    return functional.conv3x3(x, conv.weight, algorithm=algorithm) if is_conv3x3(conv) else conv(x)
+    if is_conv3x3(conv):
+        return functional.conv3x3(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
+    return conv(x)  # type: ignore[no-any-return]
 
 
 def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor, algorithm: str | None) -> Tensor:
@@ -249,7 +251,7 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor, algorithm: str | None
     mean, var = (make(conv.weight.shape[0], device=x.device) for make in (torch.zeros, torch.ones))
     no_norm = NormParams(mean, var, None, None, 0.0, 0.0)  # exactly the identity
     return functional.conv3x3_norm_act(
-        x, conv.weight, no_norm, residual=residual, activation=IDENTITY, algorithm=algorithm
+        x, conv.weight, no_norm, residual=residual, activation=IDENTITY, stride=conv.stride[0], algorithm=algorithm
     )
 
 
@@ -361,7 +363,7 @@ def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algori
     """Whether it pays to copy a block's input x to channels_last, and its output back, for conv in conv(before(x))."""
     if x.is_contiguous(memory_format=torch.channels_last) or not is_conv3x3(conv):
         return False
-    problem = problem_of(x, conv.weight.shape[0], needs_grad=True)
+    problem = problem_of(x, conv.weight.shape[0], 3, conv.stride[0], needs_grad=True)
     height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], _strides(before), strict=True))
     as_read = problem._replace(shape=(x.shape[0], conv.weight.shape[1], height, width), channels_last=True)
     return is_served(problem) and choose_algorithm(as_read, requested_algorithm(algorithm)).algorithm == "winograd"

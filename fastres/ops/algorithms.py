@@ -1,5 +1,5 @@
-"""Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's F(4x4, 3x3) ("winograd") or one matrix
-product of our own ("gemm"), of a 3x3 kernel over gathered rows, of a 1x1 kernel over pixels.
+"""Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's ("winograd") or one matrix product of our own
+("gemm"), of a 3x3 kernel over gathered rows, of a 1x1 kernel over pixels.
 
 `choose_algorithm` decides by arithmetic alone, from one `ConvProblem`. docs/convolution.md has the measurements behind
 the constants; `python -m benchmarks.convolutions` prints the choice beside the measured times of all three.
@@ -20,12 +20,29 @@ from fastres.contract import ConvProblem, output_size, rows_are_channels
 
 ALGORITHMS = ("auto", "torch", "winograd", "gemm")
 
-TILE = 4
-_POINTS = 36
-# Costs in floating-point operations of the products, as measured on one core with AVX-512: the transforms of a tile, a
-# channel; the transform of the weights, read from memory, a pair of channels; a call.
-_TILE_COST = 1600
-_WEIGHT_COST = 1200
+
+class _Form(NamedTuple):
+    """A form of Winograd's algorithm. Costs are in floating-point operations of the products, as measured on one core
+    with AVX-512.
+
+    Attributes:
+        side: outputs of a tile's side.
+        products: a tile and pair of channels.
+        tile_cost: the transforms of a tile, a channel.
+        weight_cost: the transform of the weights, read from memory, a pair of channels.
+    """
+
+    side: int
+    products: int
+    tile_cost: int
+    weight_cost: int
+
+
+# By stride. csrc/cpu/winograd.h chooses between them.
+_FORMS = {
+    1: (_Form(4, 36, 1600, 1200), _Form(5, 49, 2400, 1600)),
+    2: (_Form(4, 81, 3500, 7500),),
+}
 _CALL_COST = 1_000_000
 # The pass over an element of the output that normalises and activates it, which the kernels' epilogues spare.
 _PASS_COST = 200
@@ -33,6 +50,8 @@ _PASS_COST = 200
 # those of one image, and input channels, with which it is faster in batches as well.
 _FEW_POSITIONS = 256
 _SMALL_IMAGE, _MANY_INPUTS = 16, 256
+# How many times as long a direct sum with stride 2 takes in such images.
+_SMALL_STRIDED = 1.5
 # Pixels of a 1x1 kernel's product that pay for packing its weights: one for so many weights, and at most; and images of
 # one pixel from which on PyTorch's convolution is slower in any case.
 _WEIGHTS_PER_PIXEL, _MOST_FEW_PIXELS = 4096, 128
@@ -143,7 +162,7 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         if _product_pays(problem):
             return Choice("gemm", "it spares the passes of the normalisations beside it")
         return Choice("torch", "pixels are few: to pack the weights is most of the work")
-    if problem.stride == 1 and _winograd_pays(problem):
+    if _winograd_pays(problem):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     if not problem.needs_grad:
         images, positions = problem.shape[0], _positions_of_image(problem)
@@ -210,7 +229,7 @@ def _why_not(algorithm: str, problem: ConvProblem) -> str | None:
     if algorithm == "winograd":
         if problem.kernel != 3:
             return "Winograd's algorithm is for 3x3 kernels"
-        return None if problem.stride == 1 else "Winograd's algorithm is for stride 1"
+        return None if problem.stride in _FORMS else "Winograd's algorithm is for strides 1 and 2"
     return (
         "the matrix product of a 3x3 kernel is for evaluation" if problem.kernel == 3 and problem.needs_grad else None
     )
@@ -222,20 +241,27 @@ def _positions_of_image(problem: ConvProblem) -> int:
 
 
 def _winograd_pays(problem: ConvProblem) -> bool:
-    """Whether Winograd's convolution is expected to be clearly faster than the direct sum.
+    """Whether one of the forms for its stride does."""
+    return any(_pays(form, problem) for form in _FORMS.get(problem.stride, ()))
+
+
+def _pays(form: _Form, problem: ConvProblem) -> bool:
+    """Whether a form of Winograd's convolution is expected to be clearly faster than the direct sum.
 
     Both are counted in operations of their inner loops, forward: the direct sum at 2 * 9 a pair of channels and
-    position; Winograd at 2 * 36 a pair of channels and tile, channels rounded up to whole vectors, and its transforms.
-    Where a normalisation follows, it is a pass of its own after the direct sum.
+    position; Winograd at two for each product, channels rounded up to whole vectors, and its transforms. Where a
+    normalisation follows, it is a pass of its own after the direct sum.
     """
     n, inputs, h, w = problem.shape
-    outputs = problem.outputs
-    tiles = n * ((h + TILE - 1) // TILE) * ((w + TILE - 1) // TILE)
-    direct = (2 * 9 * inputs + (_PASS_COST if problem.followed else 0)) * n * h * w * outputs
-    products = 2 * _POINTS * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
-    transforms = _TILE_COST * tiles * (inputs + outputs) + _WEIGHT_COST * inputs * outputs
+    outputs, height, width = problem.outputs, output_size(h, problem.stride), output_size(w, problem.stride)
+    tiles = n * ((height + form.side - 1) // form.side) * ((width + form.side - 1) // form.side)
+    direct = (2 * 9 * inputs + (_PASS_COST if problem.followed else 0)) * n * height * width * outputs
+    unfilled = problem.stride == 2 and problem.needs_grad and _holds(height * width <= _SMALL_IMAGE)
+    slower = round(100 * (_SMALL_STRIDED if unfilled else 1))
+    products = 2 * form.products * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
+    transforms = form.tile_cost * tiles * (inputs + outputs) + form.weight_cost * inputs * outputs
     # In whole numbers, which torch.export can reason about.
-    return _holds(100 * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
+    return _holds(slower * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
 
 
 def _product_pays(problem: ConvProblem) -> bool:

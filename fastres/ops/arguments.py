@@ -3,7 +3,7 @@
 A schema knows tensors, numbers and strings, but no structs. An implementation takes NamedTuples (`fastres.contract`): a
 parameter `norm: Norm` stands for the arguments norm_mean, norm_rstd, norm_weight and norm_bias, in this order.
 A group that may be None has arguments that may each be None; where all of them are, so is the group. csrc/common's
-arguments.h does the same in C++.
+arguments.h does the same in C++. Numbers may have defaults, which are those of the schema.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ class _Parameter(NamedTuple):
         group: the class of a grouped one, else None.
         size: flat arguments that it stands for.
         optional: whether it may be None.
+        default: as it is written, "=1" say, or empty.
     """
 
     name: str
     group: Any
     size: int
     optional: bool
+    default: str = ""
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
@@ -69,12 +71,13 @@ class Arguments:
         self.parameters: list[_Parameter] = []
         flat: list[str] = []
         marks = {name: f"({chr(ord('a') + i)}!)" for i, name in enumerate(mutates)}
-        for name in inspect.signature(implementation).parameters:
+        for name, parameter in inspect.signature(implementation).parameters.items():
             hint, optional = _without_none(hints[name])
             fields = getattr(hint, "_fields", None)
             if fields is None:
-                self.parameters.append(_Parameter(name, None, 1, optional))
-                flat.append(f"{_type(hint, optional)} {name}")
+                default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+                self.parameters.append(_Parameter(name, None, 1, optional, default))
+                flat.append(f"{_type(hint, optional)} {name}{default}")
                 continue
             self.parameters.append(_Parameter(name, hint, len(fields), optional))
             of_field = get_type_hints(hint)
@@ -98,14 +101,14 @@ class Arguments:
             guard: what it makes exists while `target` runs, but for where `unguarded` returns True.
         """
         flat = []
-        for name, group, size, optional in self.parameters:
+        for name, group, size, optional, _ in self.parameters:
             if group is None:
                 flat.append(name)
             elif optional:
                 flat.append(f"*(({'None, ' * size}) if {name} is None else {name})")
             else:
                 flat.append(f"*{name}")
-        names, call = ", ".join(p.name for p in self.parameters), f"return _target({', '.join(flat)})"
+        names, call = ", ".join(p.name + p.default for p in self.parameters), f"return _target({', '.join(flat)})"
         source = f"def call({names}):\n    {call}"
         if guard is not None:
             source = (
@@ -121,9 +124,9 @@ class Arguments:
         flat: list[str] = []
         entries = []
         space: dict[str, Any] = {}
-        for name, group, size, optional in self.parameters:
+        for name, group, size, optional, default in self.parameters:
             own = [name] if group is None else [f"{name}_{i}" for i in range(size)]
-            flat += own
+            flat += [own[0] + default, *own[1:]]
             value = name if group is None else f"_{name}({', '.join(own)})"
             if group is not None:
                 space[f"_{name}"] = group

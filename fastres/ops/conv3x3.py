@@ -1,15 +1,15 @@
-"""conv3x3: the 3x3 convolution with stride 1, padding 1, one group and no bias, by Winograd's F(4x4, 3x3) on the CPU.
+"""conv3x3: the 3x3 convolution of stride 1 or 2, padding 1, one group and no bias, by Winograd's algorithm on the CPU.
 
-    y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, i + u - 1, j + v - 1]
+    y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, stride * i + u - 1, stride * j + v - 1]
 
 In training the batch statistics of y are taken while its tiles are in registers, for the normalisation that follows; in
 evaluation that normalisation, a residual and the activation are applied there, and nothing else is written. In backward
 a gradient that reaches x on another way is added where the convolution's own is written.
 
-Each 4x4 tile of outputs takes 36 multiplications a pair of channels instead of 144; transforming tiles and weights
-takes part of that back, so there is a cost model (`fastres.ops.algorithms`). csrc/cpu serves float32 and bfloat16
-tensors on processors with AVX2 or AVX-512; everything else is PyTorch's convolution. docs/convolution.md has the error
-figures.
+Each 4x4 tile of outputs takes 36 multiplications a pair of channels instead of 144, with stride 2 it takes 81;
+transforming tiles and weights takes part of that back, so there is a cost model (`fastres.ops.algorithms`). csrc/cpu
+serves float32 and bfloat16 tensors on processors with AVX2 or AVX-512; everything else is PyTorch's convolution.
+docs/convolution.md has the error figures.
 
 Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks".
 """
@@ -36,11 +36,11 @@ from fastres.ops.library import (
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
 
-def fake_forward(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fake_forward(x: Tensor, weight: Tensor, statistics: bool, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, M2) of the convolution, uninitialised."""
     size = weight.shape[0] if statistics else 0
     mean, m2 = (x.new_empty(size, dtype=contract.statistics_dtype(x.dtype)) for _ in range(2))
-    return fallback.empty_output(x, weight.shape[0], (1, 1), torch.channels_last), mean, m2
+    return fallback.empty_output(x, weight.shape[0], (stride, stride), torch.channels_last), mean, m2
 
 
 def _fake_backward(x: Tensor, weight: Tensor, needs: Needs2, **_: Any) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,12 @@ class Conv3x3(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, statistics: bool, stride: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        ctx.weight_strides = weight.stride()
-        y, mean, m2 = forward(x, weight, statistics)
+        ctx.weight_strides, ctx.stride = weight.stride(), stride
+        y, mean, m2 = forward(x, weight, statistics, stride)
         ctx.mark_non_differentiable(mean, m2)
         # Otherwise autograd makes zeros where x has no other use.
         ctx.set_materialize_grads(False)
@@ -102,11 +104,11 @@ class Conv3x3(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _mean: None, _m2: None, added: Tensor | None) -> Any:
         needs = ctx.needs_input_grad[:2]
         if dy is None:
-            return added, None, None
+            return added, None, None, None
         x, weight = ctx.saved_tensors
         if needs_plain_formula(dy):
-            dx, dweight = convolution_gradients(dy, x, weight, [1, 1], needs)
-            return dx if dx is None or added is None else dx + added, dweight, None
+            dx, dweight = convolution_gradients(dy, x, weight, [ctx.stride, ctx.stride], needs)
+            return dx if dx is None or added is None else dx + added, dweight, None, None
         x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
-        dx, dweight = backward(dy, x, weight, added, needs)
-        return dx if needs[0] else None, in_strides_of(weight, dweight) if needs[1] else None, None
+        dx, dweight = backward(dy, x, weight, added, needs, ctx.stride)
+        return dx if needs[0] else None, in_strides_of(weight, dweight) if needs[1] else None, None, None

@@ -255,18 +255,19 @@ def empty_gradients(
     return dx, dweight
 
 
-def conv3x3_forward(x: Tensor, weight: Tensor, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
+def conv3x3_forward(x: Tensor, weight: Tensor, statistics: bool, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, M2): y channels_last; the statistics empty where they are not asked for."""
-    y = empty_output(x, weight.shape[0], (1, 1), torch.channels_last)
-    return _measured(y.copy_(F.conv2d(x, weight.to(x.dtype), padding=weight.shape[2] // 2)), statistics)
+    y = empty_output(x, weight.shape[0], (stride, stride), torch.channels_last)
+    convolved = F.conv2d(x, weight.to(x.dtype), padding=weight.shape[2] // 2, stride=stride)
+    return _measured(y.copy_(convolved), statistics)
 
 
 def conv3x3_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, needs: Needs2
+    dy: Tensor, x: Tensor, weight: Tensor, added: Tensor | None, needs: Needs2, stride: int = 1
 ) -> tuple[Tensor, Tensor]:
     """(dx + added, dweight), dx channels_last; what is not needed is empty."""
     results = empty_gradients(x, weight, needs, torch.channels_last)
-    dx, dweight = _convolution_gradients(dy, x, weight, [1, 1], results, needs)
+    dx, dweight = _convolution_gradients(dy, x, weight, [stride, stride], results, needs)
     return dx.add_(added) if needs[0] and added is not None else dx, dweight
 
 
@@ -327,6 +328,7 @@ def norm_act_conv3x3_forward(
     weight: Tensor,
     act: Act,
     measure: bool,
+    stride: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, mean and M2 of y, mean and rstd of x, keep): y = conv3x3(dropout(f(bn(x) + residual))), channels_last.
 
@@ -339,20 +341,14 @@ def norm_act_conv3x3_forward(
         keep = contract.dropout_keep(x.shape, seed, act.dropout_p)
         packed = contract.pack_bits(keep_rows(keep), keep_rows(x))
     a, _ = activate(x, own, None if residual is None else Residual(residual), act, keep)
-    y = conv3x3_forward(torch.empty_like(x).copy_(a), weight, measure)
+    y = conv3x3_forward(torch.empty_like(x).copy_(a), weight, measure, stride)
     return *y, own.mean, own.rstd, packed
 
 
 def norm_act_conv3x3_backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    norm: Norm,
-    residual: Tensor | None,
-    keep: Tensor,
-    weight: Tensor,
-    act: Act,
-    needs: Needs3,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None, keep: Tensor, weight: Tensor, act: Act, needs: Needs3,
+    stride: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dz, dresidual, dweight, dnorm_weight, dnorm_bias): the first stage of backward.
 
     The second is batch_norm_act's `backward_apply` of dz with `PLAIN` for act.
@@ -363,7 +359,7 @@ def norm_act_conv3x3_backward_reduce(
         dz: g, channels_last.
         dresidual: in the order "act_add"; in the order "add_act" it is dz and this is empty.
     """
-    g, da, dweight, sums = _norm_act_conv3x3_sums(dy, x, norm, residual, keep, weight, act, needs)
+    g, da, dweight, sums = _norm_act_conv3x3_sums(dy, x, norm, residual, keep, weight, act, needs, stride)
     dz, dr = _nothing(x), _nothing(x)
     if needs[0]:
         dz = torch.empty_like(x, memory_format=torch.channels_last).copy_(g)
@@ -380,13 +376,14 @@ def _norm_act_conv3x3_sums(
     weight: Tensor,
     act: Act,
     needs: Sequence[bool],
+    stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Sums]:
     """(g in the dtype of the statistics, da, dweight, sums); all but dweight empty where dx is not needed."""
     added = None if residual is None else Residual(residual)
     a, mask = activate(x, norm, added, act, unpack_keep(keep, x))
     a = torch.empty_like(x).copy_(a)
     results = empty_gradients(x, weight, (needs[0], needs[2]), torch.channels_last)
-    da, dweight = _convolution_gradients(dy, a, weight, [1, 1], results, (needs[0], needs[2]))
+    da, dweight = _convolution_gradients(dy, a, weight, [stride, stride], results, (needs[0], needs[2]))
     if not needs[0]:
         return da, da, dweight, Sums(_nothing(norm.mean), _nothing(norm.mean))
     g = masked_gradient(da, x, norm, added, act, mask)
@@ -394,22 +391,16 @@ def _norm_act_conv3x3_sums(
 
 
 def norm_act_conv3x3_backward(
-    dy: Tensor,
-    x: Tensor,
-    norm: Norm,
-    residual: Tensor | None,
-    keep: Tensor,
-    weight: Tensor,
-    act: Act,
-    needs: Needs3,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, norm: Norm, residual: Tensor | None, keep: Tensor, weight: Tensor, act: Act, needs: Needs3,
+    stride: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dresidual, dweight, dnorm_weight, dnorm_bias): both stages, dx and dresidual channels_last.
 
     Args:
         needs: dx, dresidual, dweight; what is not needed is empty, and so are the sums without dx. dresidual without dx
             is not served.
     """
-    g, da, dweight, sums = _norm_act_conv3x3_sums(dy, x, norm, residual, keep, weight, act, needs)
+    g, da, dweight, sums = _norm_act_conv3x3_sums(dy, x, norm, residual, keep, weight, act, needs, stride)
     dx, dr = _nothing(x), _nothing(x)
     if needs[0]:
         dx = torch.empty_like(x, memory_format=torch.channels_last)

@@ -41,11 +41,11 @@ from fastres.ops.synchronised import combine_sums
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
 
-def _fake_forward(x: Tensor, weight: Tensor, act: Act, measure: bool, **_: Any) -> tuple[Tensor, ...]:
+def _fake_forward(x: Tensor, weight: Tensor, act: Act, measure: bool, stride: int = 1, **_: Any) -> tuple[Tensor, ...]:
     mean, rstd = (x.new_empty(x.shape[1], dtype=contract.statistics_dtype(x.dtype)) for _ in range(2))
     n, c, h, w = x.shape
     keep = x.new_empty(n * h * w * ((c + 7) // 8) if act.dropout_p > 0 else 0, dtype=torch.uint8)
-    return *conv3x3.fake_forward(x, weight, measure), mean, rstd, keep
+    return *conv3x3.fake_forward(x, weight, measure, stride), mean, rstd, keep
 
 
 def _fake_backward(x: Tensor, norm: Norm, weight: Tensor, needs: Needs3, **_: Any) -> tuple[Tensor, ...]:
@@ -110,7 +110,7 @@ def _plain_backward(
     norm, added = norm._replace(mean=mean, rstd=rstd), None if residual is None else Residual(residual)
     a, mask = formulas.activate(x, norm, added, act, formulas.unpack_keep(keep, x))
     needs_input = any(needed[:4])
-    da, dweight = convolution_gradients(dy, a.to(x.dtype), weight, [1, 1], [needs_input, needed[4]])
+    da, dweight = convolution_gradients(dy, a.to(x.dtype), weight, [ctx.stride, ctx.stride], [needs_input, needed[4]])
     if da is None:
         return None, None, dweight, None, None
     dx, dr, sums = formulas.gradients(da, x, norm, added, act, mask, True)
@@ -138,6 +138,7 @@ class Call(NamedTuple):
     act: Act
     measure: bool
     group: Group | None = None
+    stride: int = 1
 
 
 class NormActConv3x3(torch.autograd.Function):
@@ -156,13 +157,13 @@ class NormActConv3x3(torch.autograd.Function):
         weight: Tensor,
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        norm, statistics, seed, act, measure, group = call
+        norm, statistics, seed, act, measure, group, stride = call
         if group is not None:
             (statistics,) = batch_norm_act.statistics_of_group([(x, statistics)], group)
-        y, y_mean, y_m2, mean, rstd, keep = forward(x, norm, statistics, residual, seed, weight, act, measure)
+        y, y_mean, y_m2, mean, rstd, keep = forward(x, norm, statistics, residual, seed, weight, act, measure, stride)
         count = None if statistics is None else statistics.count
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, residual, keep, weight, count)
-        ctx.act, ctx.weight_strides, ctx.eps, ctx.group = act, weight.stride(), norm.eps, group
+        ctx.act, ctx.weight_strides, ctx.eps, ctx.group, ctx.stride = act, weight.stride(), norm.eps, group, stride
         ctx.mark_non_differentiable(y_mean, y_m2)
         ctx.set_materialize_grads(False)
         return y, y_mean, y_m2
@@ -183,9 +184,11 @@ class NormActConv3x3(torch.autograd.Function):
         else:
             needs = [any(needed[:4]), needed[3], needed[4]]
             if count is not None:
-                dz, dr, dweight, *sums = backward_reduce(dy, x, norm, residual, keep, weight, ctx.act, needs)
+                dz, dr, dweight, *sums = backward_reduce(
+                    dy, x, norm, residual, keep, weight, ctx.act, needs, ctx.stride
+                )
                 dx, dr = _second_stage(ctx, dz, dr, x, norm, Sums(*sums), count)
             else:
-                dx, dr, dweight, *sums = backward(dy, x, norm, residual, keep, weight, ctx.act, needs)
+                dx, dr, dweight, *sums = backward(dy, x, norm, residual, keep, weight, ctx.act, needs, ctx.stride)
             dweight = in_strides_of(weight, dweight) if needed[4] else dweight
         return *[g if n else None for g, n in zip((dx, *sums, dr, dweight), needed, strict=False)], None

@@ -50,7 +50,7 @@ class TrainConfig:
     Args:
         fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
             checkpoints.
-        conv_algorithm: What the fused blocks compute their 3x3 convolutions of stride 1 with, on a CPU:
+        conv_algorithm: What the fused blocks compute their 3x3 convolutions with, on a CPU:
             winograd, torch (PyTorch's; direct is its old name), or auto, Winograd's where a cost model says that it
             pays. Everything else is PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with
             --no-fused.

@@ -22,23 +22,26 @@ from fastres.ops.fallback import output_size
 from tests import backend
 from tests.operators import flat, opcheck
 from tests.oracle import (
+    FIVE_POINTS,
     LAYOUTS,
+    PHASE_POINTS,
+    POINTS,
     SEED,
-    WEIGHT_AMPLIFICATION,
-    A,
-    B,
+    TILE4,
     Case,
-    G,
     activation,
     assert_close,
     assert_statistics,
     bound,
     check_case,
     double_norm,
+    form_of,
     generator,
+    input_length,
     norm,
     output_length,
     threads,
+    toom_cook,
     weight_length,
 )
 
@@ -51,6 +54,9 @@ OURS = {3: "winograd", 1: "gemm"}
 WITH_STATISTICS = {3: functional.conv3x3_with_statistics, 1: functional.conv1x1_with_statistics}
 PYTORCHS = {3: reference.conv3x3, 1: reference.conv1x1}
 both_kernels = pytest.mark.parametrize("kernel", OURS, ids=lambda k: f"{k}x{k}")
+strides = pytest.mark.parametrize("stride", [1, 2])  # of 3x3 kernels
+CONVOLUTIONS = [(3, 1), (3, 2), (1, 1)]
+convolutions = pytest.mark.parametrize(("kernel", "stride"), CONVOLUTIONS, ids=["3x3", "3x3-strided", "1x1"])
 
 # images, inputs, outputs, height, width: whole tiles, ragged edges and channels, single pixels, more than one chunk.
 SHAPES = [
@@ -64,18 +70,26 @@ SHAPES = [
     (2, 40, 1, 1, 11),
     (5, 130, 70, 10, 3),
     (2, 96, 200, 4, 4),
+    (2, 24, 40, 10, 10),
+    (3, 9, 16, 2, 2),
+    (2, 33, 17, 17, 14),
 ]
 
 
 def data(
-    shape: tuple[int, int, int, int, int], *key: object, layout: str = "channels_last", kernel: int = 3
+    shape: tuple[int, int, int, int, int],
+    *key: object,
+    layout: str = "channels_last",
+    kernel: int = 3,
+    stride: int = 1,
 ) -> tuple[Tensor, ...]:
     """x, weight and dy."""
     n, c, k, h, w = shape
-    gen = generator(shape, kernel, *key)
+    gen = generator(shape, *key, kernel, stride)
     x = activation((n, c, h, w), torch.float32, layout, gen)
     weight = activation((k, c, kernel, kernel), torch.float32, layout, gen, mean=0.02, std=(kernel**2 * c) ** -0.5)
-    return x, weight, activation((n, k, h, w), torch.float32, layout, gen, mean=0.1, std=1.0)
+    outputs = (n, k, output_size(h, stride), output_size(w, stride))
+    return x, weight, activation(outputs, torch.float32, layout, gen, mean=0.1, std=1.0)
 
 
 def layout_of(t: Tensor) -> tuple[object, ...]:
@@ -83,24 +97,25 @@ def layout_of(t: Tensor) -> tuple[object, ...]:
     return t.dtype, t.shape, tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
 
 
-def exact(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def exact(x: Tensor, weight: Tensor, dy: Tensor, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
-    y = PYTORCHS[weight.shape[2]](x, weight)
+    y = PYTORCHS[weight.shape[2]](x, weight, stride)
     return (y.detach(), *torch.autograd.grad(y, (x, weight), dy.double()))
 
 
-def check(shape: tuple[int, int, int, int, int], x: Tensor, weight: Tensor, dy: Tensor) -> None:
+def check(shape: tuple[int, int, int, int, int], x: Tensor, weight: Tensor, dy: Tensor, stride: int = 1) -> None:
     """y, its statistics, and both gradients, with another use of x and without."""
     x, weight, kernel = x.detach().requires_grad_(), weight.detach().requires_grad_(), weight.shape[2]
-    y, statistics, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
+    form = form_of(x, stride, kernel)
+    y, statistics, same = WITH_STATISTICS[kernel](x, weight, stride=stride, algorithm=OURS[kernel])
     other = activation(x.shape, torch.float32, "channels_last", generator(shape, "other"))
     dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
     both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
-    expected = exact(x, weight, dy)
-    assert_close(y.detach(), expected[0], "y", length=output_length(shape[1], kernel))
-    assert_close(dx, expected[1], "gradient of x", length=output_length(shape[2], kernel))
-    assert_close(dweight, expected[2], "gradient of weight", length=weight_length(x, kernel))
-    assert_close(both, expected[1] + other, "gradient of x, added to", length=output_length(shape[2], kernel))
+    expected = exact(x, weight, dy, stride)
+    assert_close(y.detach(), expected[0], "y", length=output_length(shape[1], form))
+    assert_close(dx, expected[1], "gradient of x", length=input_length(shape[2], form))
+    assert_close(dweight, expected[2], "gradient of weight", length=weight_length(x, stride, kernel))
+    assert_close(both, expected[1] + other, "gradient of x, added to", length=input_length(shape[2], form))
     assert torch.equal(dweight_again, dweight)
     assert torch.equal(same, x)
     assert_statistics(*statistics[:2], y.detach(), "y")
@@ -109,18 +124,22 @@ def check(shape: tuple[int, int, int, int, int], x: Tensor, weight: Tensor, dy: 
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-def test_the_matrices_are_a_convolution():
+@pytest.mark.parametrize(
+    ("points", "outputs", "taps"), [(POINTS, 4, 3), (FIVE_POINTS, 5, 3), (PHASE_POINTS, 4, 2), (PHASE_POINTS, 4, 1)]
+)
+def test_the_matrices_are_a_convolution(points, outputs, taps):
     gen = generator("matrices")
-    d, g = torch.randn(6, 6, generator=gen, dtype=torch.float64), torch.randn(3, 3, generator=gen, dtype=torch.float64)
-    y = A @ ((G @ g @ G.T) * (B @ d @ B.T)) @ A.T
-    torch.testing.assert_close(y, F.conv2d(d[None, None], g[None, None])[0, 0])
+    a, g, b = toom_cook(points, outputs, taps)
+    x, w = (torch.randn(size, size, generator=gen, dtype=torch.float64) for size in (outputs + taps - 1, taps))
+    y = a @ ((g @ w @ g.T) * (b @ x @ b.T)) @ a.T
+    torch.testing.assert_close(y, F.conv2d(x[None, None], w[None, None])[0, 0])
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_values_and_gradients_are_those_of_float64(shape, layout, kernel):
-    check(shape, *data(shape, layout, layout=layout, kernel=kernel))
+def test_values_and_gradients_are_those_of_float64(shape, layout, kernel, stride):
+    check(shape, *data(shape, layout, layout=layout, kernel=kernel, stride=stride), stride)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=False)
@@ -128,29 +147,34 @@ def test_values_and_gradients_are_those_of_float64(shape, layout, kernel):
 @hypothesis.given(
     st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 14), st.integers(1, 14)),
     st.sampled_from(sorted(LAYOUTS)),
-    st.sampled_from(sorted(OURS)),
+    st.sampled_from(CONVOLUTIONS),
 )
-def test_any_shape_agrees_with_float64(shape, layout, kernel):
-    check(shape, *data(shape, layout, layout=layout, kernel=kernel))
+def test_any_shape_agrees_with_float64(shape, layout, convolution):
+    kernel, stride = convolution
+    check(shape, *data(shape, layout, layout=layout, kernel=kernel, stride=stride), stride)
 
 
-def test_tensors_larger_than_the_caches_agree_with_float64():
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride"),
+    [((26, 64, 64, 31, 31), 3, 1), ((52, 64, 64, 45, 45), 3, 2), ((26, 64, 64, 31, 31), 1, 1)],
+    ids=str,
+)
+def test_tensors_larger_than_the_caches_agree_with_float64(shape, kernel, stride):
     # From 6 MiB on results are stored past the caches.
-    shape = (26, 64, 64, 31, 31)
-    check(shape, *data(shape, kernel=1))
-    x, weight, dy = data(shape)
-    check(shape, x, weight, dy)
-    check_end(x, weight, norm(64, torch.float32, generator(shape)), residual=dy)
+    x, weight, dy = data(shape, kernel=kernel, stride=stride)
+    check(shape, x, weight, dy, stride)
+    if kernel == 3:
+        check_end(x, weight, norm(64, torch.float32, generator(shape)), stride, residual=dy)
 
 
-@both_kernels
-def test_weights_of_any_strides_are_read_where_they_lie(kernel):
+@convolutions
+def test_weights_of_any_strides_are_read_where_they_lie(kernel, stride):
     shape = (2, 20, 36, 5, 6)
-    x, weight, dy = data(shape, kernel=kernel)
-    check(shape, x, weight.transpose(2, 3).contiguous().transpose(2, 3), dy)
-    check(shape, x, weight.transpose(0, 1).contiguous().transpose(0, 1), dy)
-    check(shape, x, weight.repeat(2, 2, 1, 1)[::2, :20], dy)
-    check(shape, x, weight.repeat(2, 2, 1, 1)[:36, ::2], dy)
+    x, weight, dy = data(shape, kernel=kernel, stride=stride)
+    check(shape, x, weight.transpose(2, 3).contiguous().transpose(2, 3), dy, stride)
+    check(shape, x, weight.transpose(0, 1).contiguous().transpose(0, 1), dy, stride)
+    check(shape, x, weight.repeat(2, 2, 1, 1)[::2, :20], dy, stride)
+    check(shape, x, weight.repeat(2, 2, 1, 1)[:36, ::2], dy, stride)
 
 
 @pytest.mark.parametrize("shape", [(2, 600, 70, 7, 7), (1, 24, 1100, 5, 9), (9, 300, 300, 16, 16)], ids=str)
@@ -159,15 +183,31 @@ def test_sums_longer_than_the_caches_agree_with_float64(shape):
     check(shape, *data(shape, kernel=1))
 
 
+@pytest.mark.parametrize("algorithm", [None, "gemm"])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_1x1_kernels_of_other_strides_are_pytorch_s(stride, algorithm):
+    x, weight, dy = data((2, 9, 20, 7, 6), kernel=1, stride=stride)
+    x.requires_grad_()
+    weight.requires_grad_()
+    y, statistics, same = functional.conv1x1_with_statistics(x, weight, stride=stride, algorithm=algorithm)
+    assert statistics is None and same is x
+    found = y.detach(), *torch.autograd.grad(y, (x, weight), dy)
+    lengths = {"y": 9, "gradient of x": 20, "gradient of weight": weight_length(x, stride, kernel=1)}
+    for value, wanted, (name, length) in zip(found, exact(x, weight, dy, stride), lengths.items(), strict=True):
+        assert_close(value, wanted, name, length=length)
+
+
 @needs_kernels
-def test_errors_are_as_small_as_documented():
+@pytest.mark.parametrize(("largest", "stride"), [(32, 1), (40, 1), (64, 2)])
+def test_errors_are_as_small_as_documented(largest, stride):
     """docs/convolution.md: at most 1e-5 of the largest value, at the shapes of ResNet-18's stages."""
     for stage in range(4):
-        channels, size = 64 << stage, 32 >> stage
-        x, weight, dy = data((4, channels, channels, size, size))
-        wanted = exact(x, weight, dy)
-        y = OPS.conv3x3_forward(x, weight, False)[0]
-        for got, value in zip((y, *OPS.conv3x3_backward(dy, x, weight, None, [True, True])), wanted, strict=True):
+        channels, size = 64 << stage, largest >> stage
+        x, weight, dy = data((4, channels, channels, size, size), stride=stride)
+        wanted = exact(x, weight, dy, stride)
+        y = OPS.conv3x3_forward(x, weight, False, stride)[0]
+        gradients = OPS.conv3x3_backward(dy, x, weight, None, [True, True], stride)
+        for got, value in zip((y, *gradients), wanted, strict=True):
             assert float((got - value).abs().max() / value.abs().max()) < 1e-5
 
 
@@ -183,41 +223,41 @@ def test_weight_gradient_at_batch_128_is_close_to_pytorch_s(channels, size):
         dy, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
     )
     error, direct_error = (float((t - wanted).square().mean().sqrt()) for t in (dweight, direct))
-    assert_close(dweight, wanted, "gradient of weight", length=math.ceil(128 * size**2 * WEIGHT_AMPLIFICATION**2))
-    assert error < 2 * WEIGHT_AMPLIFICATION * direct_error
+    assert_close(dweight, wanted, "gradient of weight", length=math.ceil(128 * size**2 * TILE4.weights**2))
+    assert error < 2 * TILE4.weights * direct_error
 
 
 # ------------------------------------------------------------------------------------------------------------ behaviour
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (1, 1, 1, 1, 1), (2, 8, 8, 4, 4)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck_passes_on_every_operator(shape, layout, kernel):
-    x, weight, dy = data(shape, layout=layout, kernel=kernel)
+def test_opcheck_passes_on_every_operator(shape, layout, kernel, stride):
+    x, weight, dy = data(shape, layout=layout, kernel=kernel, stride=stride)
     vectors = [t.detach() for t in norm(shape[2], torch.float32, generator(shape))[:4]]
     for statistics in (True, False):
-        torch.library.opcheck(OPS.conv3x3_forward.default, (x, weight, statistics))
+        torch.library.opcheck(OPS.conv3x3_forward.default, (x, weight, statistics, stride))
     for added in (None, torch.ones_like(x)):
         for needs in ([True, True], [True, False], [False, True]):
-            torch.library.opcheck(OPS.conv3x3_backward.default, (dy, x, weight, added, needs))
+            torch.library.opcheck(OPS.conv3x3_backward.default, (dy, x, weight, added, needs, stride))
     if kernel == 1:
         return  # in evaluation it is PyTorch's
-    opcheck(ops.inference, x, weight, None, None, IDENTITY, 1, "winograd")
+    opcheck(ops.inference, x, weight, None, None, IDENTITY, stride, "winograd")
     for residual in (None, dy):
-        opcheck(ops.inference, x, weight, NormParams(*vectors, eps=0.05), residual, RELU, 1, "winograd")
+        opcheck(ops.inference, x, weight, NormParams(*vectors, eps=0.05), residual, RELU, stride, "winograd")
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(layout, kernel):
-    x, weight, dy = data((2, 5, 3, 6, 7), layout=layout, kernel=kernel)
+def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(layout, kernel, stride):
+    x, weight, dy = data((2, 5, 3, 6, 7), layout=layout, kernel=kernel, stride=stride)
     n = NormParams(torch.zeros(3), torch.ones(3), eps=0.1)
-    end = flat(ops.inference, x, data((2, 5, 3, 6, 7))[1], n, dy, RELU, 1, "winograd")
+    end = flat(ops.inference, x, data((2, 5, 3, 6, 7))[1], n, dy, RELU, stride, "winograd")
     calls = [
-        *((OPS.conv3x3_forward, (x, weight, statistics)) for statistics in (True, False)),
+        *((OPS.conv3x3_forward, (x, weight, statistics, stride)) for statistics in (True, False)),
         *(
-            (OPS.conv3x3_backward, (dy, x, w, x, [first, second]))
+            (OPS.conv3x3_backward, (dy, x, w, x, [first, second], stride))
             for w in (weight, weight.contiguous(memory_format=torch.channels_last))
             for first in (True, False)
             for second in (True, False)
@@ -276,44 +316,54 @@ def test_the_environment_is_read_while_compiling(algorithm, ours, monkeypatch):
 
 
 @needs_kernels
-@both_kernels
-@pytest.mark.parametrize("shape", [(8, 64, 96, 12, 11), (4, 256, 256, 4, 4), (40, 32, 40, 32, 32)], ids=str)
-def test_results_are_the_same_in_every_run_and_with_any_threads(shape, kernel):
-    x, weight, dy = data(shape, kernel=kernel)
+@convolutions
+@pytest.mark.parametrize(
+    "shape", [(8, 64, 96, 12, 11), (4, 256, 256, 4, 4), (4, 256, 256, 5, 5), (40, 32, 40, 32, 32)], ids=str
+)
+def test_results_are_the_same_in_every_run_and_with_any_threads(shape, kernel, stride):
+    x, weight, dy = data(shape, kernel=kernel, stride=stride)
     results = {}
     for count in (1, 2, 3, 7, 20):
         with threads(count):
             runs = [
-                (*OPS.conv3x3_forward(x, weight, True), *OPS.conv3x3_backward(dy, x, weight, x, [True, True]))
+                (
+                    *OPS.conv3x3_forward(x, weight, True, stride),
+                    *OPS.conv3x3_backward(dy, x, weight, x, [True, True], stride),
+                )
                 for _ in range(2)
             ]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
         results[count] = runs[0]
-    wanted = exact(x, weight, dy)[2]
+    wanted = exact(x, weight, dy, stride)[2]
     for y, mean, m2, dx, dweight in results.values():
         assert torch.equal(y, results[1][0])
         assert torch.equal(dx, results[1][3])
         # Each thread adds up its share of the tiles.
-        assert_close(dweight, wanted, "gradient of weight", length=weight_length(x, kernel))
+        assert_close(dweight, wanted, "gradient of weight", length=weight_length(x, stride, kernel))
         assert_statistics(mean, m2, y, "y")
 
 
 @needs_kernels
-def test_either_order_of_work_gives_the_same_bits():
-    # One image goes by channels and 64 by tiles; an image's results know nothing of the others.
-    x, weight, _ = data((64, 64, 64, 8, 8))
-    together, alone = (OPS.conv3x3_forward(t, weight, False)[0] for t in (x, x[:1]))
-    assert torch.equal(together[:1], alone)
+@pytest.mark.parametrize(("size", "stride"), [(8, 1), (10, 1), (16, 2)])
+def test_either_order_of_work_gives_the_same_bits(size, stride):
+    # One image goes by channels and 128 by tiles; an image's results know nothing of the others.
+    x, weight, dy = data((128, 64, 64, size, size), stride=stride)
+    y, alone = (OPS.conv3x3_forward(t, weight, False, stride)[0] for t in (x, x[:1]))
+    assert torch.equal(y[:1], alone)
+    dx, alone = (
+        OPS.conv3x3_backward(g, t, weight, None, [True, False], stride)[0] for g, t in ((dy, x), (dy[:1], x[:1]))
+    )
+    assert torch.equal(dx[:1], alone)
 
 
-@both_kernels
-def test_one_gradient_alone_is_that_of_both(kernel):
-    x, weight, dy = data((2, 24, 40, 6, 6), kernel=kernel)
+@convolutions
+def test_one_gradient_alone_is_that_of_both(kernel, stride):
+    x, weight, dy = data((2, 24, 40, 6, 6), kernel=kernel, stride=stride)
     for added in (None, torch.ones_like(x)):
-        dx, dweight = OPS.conv3x3_backward(dy, x, weight, added, [True, True])
-        alone, empty = OPS.conv3x3_backward(dy, x, weight, added, [True, False])
+        dx, dweight = OPS.conv3x3_backward(dy, x, weight, added, [True, True], stride)
+        alone, empty = OPS.conv3x3_backward(dy, x, weight, added, [True, False], stride)
         assert torch.equal(alone, dx) and empty.numel() == 0
-        empty, alone = OPS.conv3x3_backward(dy, x, weight, added, [False, True])
+        empty, alone = OPS.conv3x3_backward(dy, x, weight, added, [False, True], stride)
         assert torch.equal(alone, dweight) and empty.numel() == 0
 
 
@@ -330,36 +380,36 @@ def test_nothing_outside_the_tiles_of_a_nan_is_touched():
 # ----------------------------------------------------------------------------------------------------------- statistics
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (40, 8, 40, 9, 7)], ids=str)
-def test_y_does_not_depend_on_whether_it_is_measured(shape, kernel):
-    x, weight, _ = data(shape, kernel=kernel)
-    measured, plain = (OPS.conv3x3_forward(x, weight, statistics) for statistics in (True, False))
+def test_y_does_not_depend_on_whether_it_is_measured(shape, kernel, stride):
+    x, weight, _ = data(shape, kernel=kernel, stride=stride)
+    measured, plain = (OPS.conv3x3_forward(x, weight, statistics, stride) for statistics in (True, False))
     assert torch.equal(measured[0], plain[0])
     assert [t.numel() for t in plain[1:]] == [0, 0]
     if kernel == 3:
-        assert torch.equal(functional.conv3x3(x, weight, algorithm="winograd"), plain[0])
+        assert torch.equal(functional.conv3x3(x, weight, stride=stride, algorithm="winograd"), plain[0])
 
 
 @needs_kernels
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(40, 32, 40, 30, 31), (4, 256, 256, 3, 4), (9, 3, 70, 5, 5)], ids=str)
-def test_statistics_of_many_chunks_by_several_workers(shape, kernel):
-    x, weight, _ = data(shape, kernel=kernel)
+def test_statistics_of_many_chunks_by_several_workers(shape, kernel, stride):
+    x, weight, _ = data(shape, kernel=kernel, stride=stride)
     for workers in (1, 2, 3, 5):
         with threads(workers):
-            y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
+            y, mean, m2 = OPS.conv3x3_forward(x, weight, True, stride)
         assert_statistics(mean, m2, y, f"y by {workers} workers")
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(8, 20, 40, 16, 15), (2, 20, 40, 4, 6)], ids=str)
-def test_statistics_far_from_zero_lose_no_precision(shape, kernel):
+def test_statistics_far_from_zero_lose_no_precision(shape, kernel, stride):
     n, c, k, h, w = shape
     x = activation((n, c, h, w), torch.float32, "channels_last", generator(shape), mean=1e4, std=1.0)
     weight = torch.zeros(k, c, kernel, kernel)
     weight[torch.arange(k), torch.arange(k) % c, kernel // 2, kernel // 2] = 1  # padding's zeros stay out of the sums
-    y, mean, m2 = OPS.conv3x3_forward(x, weight, True)
+    y, mean, m2 = OPS.conv3x3_forward(x, weight, True, stride)
     exact = y.double()
     exact_m2 = (exact - exact.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
     # The mean is stored in float32, half a spacing of 1e4 away at best; its own error takes as much again.
@@ -367,13 +417,13 @@ def test_statistics_far_from_zero_lose_no_precision(shape, kernel):
     assert ((m2.double() - exact_m2).abs() / exact_m2).max() < 1e-5
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(37, 12, 20, 1, 1), (300, 8, 5, 1, 1), (2, 3, 40, 1, 1)], ids=str)
-def test_the_variance_of_a_constant_channel_is_nothing(shape, kernel):
+def test_the_variance_of_a_constant_channel_is_nothing(shape, kernel, stride):
     n, c, k, h, w = shape
     x, weight, _ = data((1, c, k, h, w), kernel=kernel)
     weight[0] = 0
-    y, mean, m2 = OPS.conv3x3_forward(x.expand(n, -1, -1, -1), weight, True)
+    y, mean, m2 = OPS.conv3x3_forward(x.expand(n, -1, -1, -1), weight, True, stride)
     assert torch.equal(y, y[:1].expand_as(y))
     value = y[0, :, 0, 0]
     assert ((mean - value).abs() <= 2 * torch.finfo(torch.float32).eps * value.abs()).all()
@@ -384,36 +434,36 @@ def test_the_variance_of_a_constant_channel_is_nothing(shape, kernel):
 # ------------------------------------------------------------------------------------------------------- added gradient
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(2, 17, 33, 5, 6), (40, 8, 40, 9, 7)], ids=str)
-@pytest.mark.parametrize("strides", ["nchw", "channels_last", "expanded", "every other"])
-def test_an_added_gradient_of_any_strides_is_added_once(shape, strides, kernel):
-    x, weight, dy = data(shape, kernel=kernel)
-    added = activation(x.shape, torch.float32, "channels_last", generator(shape, strides))
-    if strides in LAYOUTS:
-        added = added.contiguous(memory_format=LAYOUTS[strides])
-    elif strides == "expanded":
+@pytest.mark.parametrize("memory", ["nchw", "channels_last", "expanded", "every other"])
+def test_an_added_gradient_of_any_strides_is_added_once(shape, memory, kernel, stride):
+    x, weight, dy = data(shape, kernel=kernel, stride=stride)
+    added = activation(x.shape, torch.float32, "channels_last", generator(shape, memory))
+    if memory in LAYOUTS:
+        added = added.contiguous(memory_format=LAYOUTS[memory])
+    elif memory == "expanded":
         added = added[:1, :, :1, :1].expand_as(x)
     else:
         added = added.repeat_interleave(2, 3)[..., ::2]
-    alone, dweight = OPS.conv3x3_backward(dy, x, weight, None, [True, True])
-    dx, same = OPS.conv3x3_backward(dy, x, weight, added, [True, True])
+    alone, dweight = OPS.conv3x3_backward(dy, x, weight, None, [True, True], stride)
+    dx, same = OPS.conv3x3_backward(dy, x, weight, added, [True, True], stride)
     assert_close(dx, alone.double() + added, "gradient of x")
     assert torch.equal(same, dweight)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("asked", ["x", "weight", "both"])
 @pytest.mark.parametrize("used", ["y", "x", "both"])
-def test_every_use_of_the_input_sends_its_gradient_back(ours, asked, used, kernel):
+def test_every_use_of_the_input_sends_its_gradient_back(ours, asked, used, kernel, stride):
     algorithm = OURS[kernel] if ours else "torch"
-    x, weight, dy = data((3, 20, 36, 6, 7), algorithm, asked, used, kernel=kernel)
+    x, weight, dy = data((3, 20, 36, 6, 7), algorithm, asked, used, kernel=kernel, stride=stride)
     other = activation(x.shape, torch.float32, "nchw", generator(algorithm, asked, used))
-    _, dx, dweight = exact(x, weight, dy)
+    _, dx, dweight = exact(x, weight, dy, stride)
     x.requires_grad_(asked != "weight")
     weight.requires_grad_(asked != "x")
-    y, _, same = WITH_STATISTICS[kernel](x, weight, algorithm=algorithm)
+    y, _, same = WITH_STATISTICS[kernel](x, weight, stride=stride, algorithm=algorithm)
     loss = torch.zeros((), requires_grad=True)
     if used != "x":
         loss = loss + (y * dy).sum()
@@ -423,57 +473,59 @@ def test_every_use_of_the_input_sends_its_gradient_back(ours, asked, used, kerne
     if asked == "weight":
         assert x.grad is None
     else:
-        assert_close(
-            x.grad, (used != "x") * dx + (used != "y") * other, "gradient of x", length=output_length(36, kernel)
-        )
+        length = input_length(36, form_of(x, stride, kernel))
+        assert_close(x.grad, (used != "x") * dx + (used != "y") * other, "gradient of x", length=length)
     if asked == "x" or used == "x":
         assert weight.grad is None
     else:
-        assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x, kernel))
+        assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x, stride, kernel))
 
 
-@both_kernels
-def test_gradients_of_sums_have_no_strides_and_are_taken(kernel):
-    x, weight, dy = data((2, 9, 20, 5, 6), kernel=kernel)
+@convolutions
+def test_gradients_of_sums_have_no_strides_and_are_taken(kernel, stride):
+    x, weight, dy = data((2, 9, 20, 5, 6), kernel=kernel, stride=stride)
     x.requires_grad_()
     weight.requires_grad_()
-    y, _, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
+    y, _, same = WITH_STATISTICS[kernel](x, weight, stride=stride, algorithm=OURS[kernel])
     (y.sum() + same.sum()).backward()
-    _, dx, dweight = exact(x, weight, torch.ones_like(dy))
-    assert_close(x.grad, dx + 1, "gradient of x", length=output_length(20, kernel))
-    assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x, kernel))
+    _, dx, dweight = exact(x, weight, torch.ones_like(dy), stride)
+    assert_close(x.grad, dx + 1, "gradient of x", length=input_length(20, form_of(x, stride, kernel)))
+    assert_close(weight.grad, dweight, "gradient of weight", length=weight_length(x, stride, kernel))
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def end(x: Tensor, weight: Tensor, n: NormParams, **options: object) -> Tensor:
+def end(x: Tensor, weight: Tensor, n: NormParams, stride: int = 1, **options: object) -> Tensor:
     with torch.no_grad():
-        return functional.conv3x3_norm_act(x, weight, n, algorithm="winograd", **options)
+        return functional.conv3x3_norm_act(x, weight, n, stride=stride, algorithm="winograd", **options)
 
 
-def check_end(x: Tensor, weight: Tensor, n: NormParams, **options: Tensor | bool | Activation | None) -> None:
+def check_end(
+    x: Tensor, weight: Tensor, n: NormParams, stride: int = 1, **options: Tensor | bool | Activation | None
+) -> None:
     exact = [t.detach().double() if isinstance(t, Tensor) else t for t in options.values()]
-    product = reference.conv3x3(x.double(), weight.double())
+    product = reference.conv3x3(x.double(), weight.double(), stride)
     wanted = reference.batch_norm_act(product, *double_norm(n)[:4], eps=n.eps, **dict(zip(options, exact, strict=True)))
     scale = torch.rsqrt(n.running_var + n.eps) * (1 if n.weight is None else n.weight.detach().abs())
-    noise = float(bound(product, torch.float32, output_length(x.shape[1])).max() * scale.max())
-    y = end(x, weight, n, **options)
+    noise = float(bound(product, torch.float32, output_length(x.shape[1], form_of(x, stride))).max() * scale.max())
+    y = end(x, weight, n, stride, **options)
     assert_close(y, wanted.detach(), "y", noise=noise)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_the_end_of_a_block_in_evaluation_agrees_with_float64(shape, layout):
-    x, weight, residual = data(shape, "end", layout, layout=layout)
+@strides
+def test_the_end_of_a_block_in_evaluation_agrees_with_float64(shape, layout, stride):
+    x, weight, residual = data(shape, "end", layout, layout=layout, stride=stride)
     n = norm(shape[2], torch.float32, generator(shape, layout))
     for relu in (True, False):
         for r in (None, residual):
-            check_end(x, weight, n, residual=r, relu=relu)
-        check_end(x, weight, n._replace(weight=None, bias=None), residual=residual, relu=relu)
-        check_end(x, weight, n._replace(weight=None), relu=relu)
-        check_end(x, weight, n._replace(bias=None), residual=residual, relu=relu)
+            check_end(x, weight, n, stride, residual=r, relu=relu)
+        check_end(x, weight, n._replace(weight=None, bias=None), stride, residual=residual, relu=relu)
+        check_end(x, weight, n._replace(weight=None), stride, relu=relu)
+        check_end(x, weight, n._replace(bias=None), stride, residual=residual, relu=relu)
 
 
 def test_the_end_of_a_block_takes_any_strides_and_parameters_of_other_dtypes():
@@ -798,6 +850,12 @@ def test_the_operators_name_bad_arguments():
         ops.inference(x, weight[..., :1, :1], None, None, IDENTITY, 1, "gemm")
     with pytest.raises(TypeError, match=r"weight: expected dtype"):
         OPS.conv3x3_forward(x, weight.double(), False)
+    for kernel, stride in ((1, 2), (3, 3), (3, 0)):
+        w = weight[..., :kernel, :kernel]
+        with pytest.raises(ValueError, match=f"stride: expected 1, or 2 with a 3x3 kernel, got {stride}"):
+            OPS.conv3x3_forward(x, w, False, stride)
+        with pytest.raises(ValueError, match=f"stride: expected 1, or 2 with a 3x3 kernel, got {stride}"):
+            OPS.conv3x3_backward(PLANE, x, w, None, [True, True], stride)
     with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 5, 5\], got \[1, 4, 5, 4\]"):
         OPS.conv3x3_backward(torch.zeros(1, 4, 5, 4), x, weight, None, [True, True])
     with pytest.raises(ValueError, match=r"added: expected shape"):

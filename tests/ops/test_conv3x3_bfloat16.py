@@ -30,14 +30,24 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastres import contract, functional, reference
 from fastres.activations import IDENTITY, RELU, Activation
-from fastres.contract import Act, Norm
+from fastres.contract import Act, Norm, output_size
 from fastres.functional import NormParams, Statistics
 from fastres.nn import FusedBasicBlock
 from fastres.ops import algorithms
 from fastres.ops import conv3x3 as ops
 from fastres.ops import norm_act_conv3x3 as norm_act_ops
 from tests.operators import flat
-from tests.ops.test_conv3x3 import COMPILED, OURS, WITH_STATISTICS, both_kernels, layout_of, needs_kernels
+from tests.ops.test_conv3x3 import (
+    COMPILED,
+    CONVOLUTIONS,
+    OURS,
+    WITH_STATISTICS,
+    both_kernels,
+    convolutions,
+    layout_of,
+    needs_kernels,
+    strides,
+)
 from tests.ops.test_norm_act_conv3x3 import FUSED
 from tests.oracle import (
     LAYOUTS,
@@ -46,7 +56,9 @@ from tests.oracle import (
     assert_close,
     assert_statistics,
     bound,
+    form_of,
     generator,
+    input_length,
     near_zero,
     norm,
     output_length,
@@ -81,6 +93,7 @@ SHAPES: list[Shape] = [
     (2, 40, 1, 1, 11),
     (5, 130, 70, 10, 3),
     (8, 96, 200, 4, 4),
+    (4, 24, 40, 10, 10),
 ]
 ANY_SHAPE = st.tuples(
     st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 14), st.integers(1, 14)
@@ -123,6 +136,7 @@ class Convolution:
     dy: Tensor
     rounds_a: bool = False
     rounds_dy: bool = False
+    stride: int = 1
 
     def __post_init__(self) -> None:
         # PyTorch's convolution takes a float32 weight in bfloat16, and gives its gradient so.
@@ -131,90 +145,102 @@ class Convolution:
         self.a, self.weight, self.dy = (t.detach().double() for t in (self.a, self.weight, self.dy))
 
     def y(self) -> Tensor:
-        return F.conv2d(self.a, self.weight, padding=self.padding)
+        return self._convolve(self.a, self.weight)
 
     def da(self) -> Tensor:
-        return conv2d_input(self.a.shape, self.weight, self.dy, padding=self.padding)
+        return self._convolve_back(self.weight, self.dy)
 
     def dweight(self) -> Tensor:
-        return conv2d_weight(self.a, self.weight.shape, self.dy, padding=self.padding)
+        return self._correlate(self.a, self.dy)
+
+    def _convolve(self, a: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(a, weight, stride=self.stride, padding=self.padding)
+
+    def _convolve_back(self, weight: Tensor, dy: Tensor) -> Tensor:
+        return conv2d_input(self.a.shape, weight, dy, self.stride, self.padding)
+
+    def _correlate(self, a: Tensor, dy: Tensor) -> Tensor:
+        return conv2d_weight(a, self.weight.shape, dy, self.stride, self.padding)
 
     def _squares(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.a.square(), self.weight.square(), self.dy.square()
 
     def y_noise(self) -> Tensor:
         a, weight, _ = self._squares()
-        return together(HALF**2 * (self.rounds_a + self.rounds_weight) * F.conv2d(a, weight, padding=self.padding))
+        return together(HALF**2 * (self.rounds_a + self.rounds_weight) * self._convolve(a, weight))
 
     def da_noise(self) -> Tensor:
-        a, weight, dy = self._squares()
-        return together(
-            HALF**2 * (self.rounds_dy + self.rounds_weight) * conv2d_input(a.shape, weight, dy, padding=self.padding)
-        )
+        _, weight, dy = self._squares()
+        return together(HALF**2 * (self.rounds_dy + self.rounds_weight) * self._convolve_back(weight, dy))
 
     def dweight_noise(self) -> Tensor:
-        a, weight, dy = self._squares()
-        noise = together(
-            HALF**2 * (self.rounds_a + self.rounds_dy) * conv2d_weight(a, weight.shape, dy, padding=self.padding)
-        )
+        a, _, dy = self._squares()
+        noise = together(HALF**2 * (self.rounds_a + self.rounds_dy) * self._correlate(a, dy))
         return noise + self.rounds_weight * (stored(self.dweight()) + HALF * noise)
 
 
 def tensors(
-    shape: Shape, weight_dtype: torch.dtype, *key: object, layout: str = "channels_last", kernel: int = 3
+    shape: Shape,
+    weight_dtype: torch.dtype,
+    *key: object,
+    layout: str = "channels_last",
+    kernel: int = 3,
+    stride: int = 1,
 ) -> tuple[Tensor, ...]:
     """x, weight and dy."""
     n, c, k, h, w = shape
-    gen = generator(shape, weight_dtype, layout, kernel, *key)
+    gen = generator(shape, weight_dtype, layout, kernel, stride, *key)
     x = activation((n, c, h, w), LOW, layout, gen)
     weight = activation((k, c, kernel, kernel), weight_dtype, layout, gen, mean=0.02, std=(kernel**2 * c) ** -0.5)
-    return x, weight, activation((n, k, h, w), LOW, layout, gen, mean=0.1, std=1.0)
+    outputs = (n, k, output_size(h, stride), output_size(w, stride))
+    return x, weight, activation(outputs, LOW, layout, gen, mean=0.1, std=1.0)
 
 
 # ---------------------------------------------------------------------------------------------- conv3x3_with_statistics
 
 
-def check_measured(shape: Shape, weight_dtype: torch.dtype, layout: str = "channels_last", kernel: int = 3) -> None:
+def check_measured(
+    shape: Shape, weight_dtype: torch.dtype, layout: str = "channels_last", kernel: int = 3, stride: int = 1
+) -> None:
     """y, its statistics, and both gradients, with another use of x and without."""
-    x, weight, dy = tensors(shape, weight_dtype, "measured", layout=layout, kernel=kernel)
+    x, weight, dy = tensors(shape, weight_dtype, "measured", layout=layout, kernel=kernel, stride=stride)
     other = activation(x.shape, LOW, layout, generator(shape, "other"))
-    exact = Convolution(x, weight, dy)
+    exact, form = Convolution(x, weight, dy, stride=stride), form_of(x, stride, kernel)
     x.requires_grad_()
     weight.requires_grad_()
     with unrounded(weight_dtype):
-        y, statistics, same = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
+        y, statistics, same = WITH_STATISTICS[kernel](x, weight, stride=stride, algorithm=OURS[kernel])
     assert y.dtype == LOW and torch.equal(same, x)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1], kernel), noise=exact.y_noise())
+    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1], form), noise=exact.y_noise())
     assert_statistics(*statistics[:2], y.detach(), "y")
 
     dx, dweight = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
     both, dweight_again = torch.autograd.grad((y, same), (x, weight), (dy, other))
     assert dx.dtype == both.dtype == LOW and dweight.dtype == weight_dtype
-    da, noise, length = exact.da(), exact.da_noise(), output_length(shape[2], kernel)
+    da, noise, length = exact.da(), exact.da_noise(), input_length(shape[2], form)
     assert_close(dx, da, "gradient of x", length=length, noise=noise)
     # The kernels add before they round; PyTorch's gradient is stored before `other` is added to it.
     apart = 0 if COMPILED else stored(da) + HALF * noise
     assert_close(both, da + other.double(), "both gradients of x", length=length, noise=noise + apart)
-    assert_close(
-        dweight, exact.dweight(), "gradient of weight", length=weight_length(x, kernel), noise=exact.dweight_noise()
-    )
+    of_weight = weight_length(x, stride, kernel)
+    assert_close(dweight, exact.dweight(), "gradient of weight", length=of_weight, noise=exact.dweight_noise())
     assert torch.equal(dweight_again, dweight)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_values_statistics_and_gradients_are_those_of_float64(shape, layout, weight_dtype, kernel):
-    check_measured(shape, weight_dtype, layout, kernel)
+def test_values_statistics_and_gradients_are_those_of_float64(shape, layout, weight_dtype, kernel, stride):
+    check_measured(shape, weight_dtype, layout, kernel, stride)
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=False)
 @hypothesis.seed(SEED)
-@hypothesis.given(ANY_SHAPE, st.sampled_from(WEIGHTS), st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(OURS)))
-def test_any_shape_of_the_convolution_agrees_with_float64(shape, weight_dtype, layout, kernel):
-    check_measured(shape, weight_dtype, layout, kernel)
+@hypothesis.given(ANY_SHAPE, st.sampled_from(WEIGHTS), st.sampled_from(sorted(LAYOUTS)), st.sampled_from(CONVOLUTIONS))
+def test_any_shape_of_the_convolution_agrees_with_float64(shape, weight_dtype, layout, convolution):
+    check_measured(shape, weight_dtype, layout, *convolution)
 
 
 @pytest.mark.parametrize("strides", ["nchw", "expanded", "every other"])
@@ -262,8 +288,8 @@ def keep_off_zero(x: Tensor, z) -> None:
 
 def check_norm_act(
     shape: Shape, weight_dtype: torch.dtype, *, layout: str = "channels_last", order: str | None = None,
-    relu: bool = True, dropout_p: float = 0.0, given: bool = False, affine: bool = True,
-    kernel: int = 3,
+    relu: bool = True, dropout_p: float = 0.0, given: bool = False, affine: bool = True, kernel: int = 3,
+    stride: int = 1,
 ) -> None:  # fmt: skip
     """Everything that a call writes, and every gradient.
 
@@ -271,8 +297,8 @@ def check_norm_act(
     scale * (e + mean(e) + |xhat| * mean(e * |xhat|)).
     """
     key = ("norm_act", order, relu, dropout_p, given, affine)
-    x, weight, dy = tensors(shape, weight_dtype, *key, layout=layout, kernel=kernel)
-    gen = generator(shape, *key)
+    x, weight, dy = tensors(shape, weight_dtype, *key, layout=layout, kernel=kernel, stride=stride)
+    gen, form = generator(shape, *key), form_of(x, stride, kernel)
     residual = activation(x.shape, LOW, layout, gen) if order is not None else None
     n = norm(shape[1], torch.float32, gen, affine=affine)
     order = order or "add_act"
@@ -296,7 +322,7 @@ def check_norm_act(
     if dropout_p > 0:
         passed = passed & contract.dropout_keep(x.shape, seed, dropout_p)
     gate = passed / (1 - torch.tensor(dropout_p, dtype=torch.float64))
-    exact = Convolution(z * gate + after, weight, dy, rounds_a=not COMPILED)
+    exact = Convolution(z * gate + after, weight, dy, rounds_a=not COMPILED, stride=stride)
     running = [0.8 * n.running_mean.double() + 0.2 * x.double().mean(channels)]
     running.append(0.8 * n.running_var.double() + 0.2 * x.double().var(channels))
 
@@ -306,10 +332,10 @@ def check_norm_act(
     with unrounded(weight_dtype):
         y, found = FUSED[kernel](
             x, n, weight, statistics=statistics, residual=residual, relu=relu, dropout_p=dropout_p, order=order,
-            seed=seed, algorithm=OURS[kernel],
+            seed=seed, stride=stride, algorithm=OURS[kernel],
         )  # fmt: skip
     assert y.dtype == LOW and y.is_contiguous(memory_format=torch.channels_last)
-    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1], kernel), noise=exact.y_noise())
+    assert_close(y.detach(), exact.y(), "y", length=output_length(shape[1], form), noise=exact.y_noise())
     assert_statistics(*found[:2], y.detach(), "y")
     for value, wanted in zip(n[:2], running, strict=True):
         assert_close(value, wanted, "running statistics", length=count)
@@ -318,7 +344,7 @@ def check_norm_act(
     for key, gradient in gradients.items():
         assert gradient.dtype == inputs[key].dtype, key
     da = exact.da()
-    da_noise = exact.da_noise() + float(bound(da, torch.float32, output_length(shape[2], kernel)).max())
+    da_noise = exact.da_noise() + float(bound(da, torch.float32, input_length(shape[2], form)).max())
     if not COMPILED:
         da_noise = da_noise + stored(da) + HALF * da_noise
     g, g_noise = da * gate, da_noise * gate
@@ -334,7 +360,7 @@ def check_norm_act(
     scale = per_channel(rstd * gamma)
     assert_close(gradients["x"], scale * dx, "gradient of x", noise=scale * dx_noise)
     assert_close(
-        gradients["weight"], exact.dweight(), "gradient of weight", length=weight_length(x, kernel),
+        gradients["weight"], exact.dweight(), "gradient of weight", length=weight_length(x, stride, kernel),
         noise=exact.dweight_noise(),
     )  # fmt: skip
     if affine:
@@ -343,12 +369,12 @@ def check_norm_act(
             assert_close(gradients[key], (g * factor).sum(channels), f"gradient of {key}", length=count, noise=noise)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weight_dtype", WEIGHTS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_behind_a_normalisation_all_is_that_of_float64(shape, weight_dtype, layout, kernel):
-    check_norm_act(shape, weight_dtype, layout=layout, kernel=kernel)
+def test_behind_a_normalisation_all_is_that_of_float64(shape, weight_dtype, layout, kernel, stride):
+    check_norm_act(shape, weight_dtype, layout=layout, kernel=kernel, stride=stride)
 
 
 @both_kernels
@@ -372,10 +398,11 @@ def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, kernel)
     relu=st.booleans(),
     dropout_p=st.sampled_from([0.0, 0.25]),
     given=st.booleans(),
-    kernel=st.sampled_from(sorted(OURS)),
+    convolution=st.sampled_from(CONVOLUTIONS),
 )
-def test_any_shape_behind_a_normalisation_agrees_with_float64(shape, weight_dtype, **options):
-    check_norm_act(shape, weight_dtype, **options)
+def test_any_shape_behind_a_normalisation_agrees_with_float64(shape, weight_dtype, convolution, **options):
+    kernel, stride = convolution
+    check_norm_act(shape, weight_dtype, kernel=kernel, stride=stride, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -391,7 +418,7 @@ def check_end(
     n = norm(shape[2], torch.float32, gen)
     y = F.conv2d(x.double(), weight.double(), padding=1, stride=stride)
     residual = activation(y.shape, LOW, layout, gen) if with_residual else None
-    length = 9 * shape[1] if gemm else output_length(shape[1])
+    length = 9 * shape[1] if gemm else output_length(shape[1], form_of(x, stride))
     noise = torch.zeros_like(y)
     if not COMPILED and weight_dtype == torch.float32:
         noise = together(HALF**2 * F.conv2d(x.double().square(), weight.double().square(), padding=1, stride=stride))
@@ -403,9 +430,9 @@ def check_end(
         with torch.no_grad(), unrounded(weight_dtype):
             if n is None:
                 own = ops.inference(x, weight, None, None, IDENTITY, stride, algorithm)
-                return [own] if gemm else [own, functional.conv3x3(x, weight, algorithm="winograd")]
+                return [own] if gemm else [own, functional.conv3x3(x, weight, stride=stride, algorithm="winograd")]
             own = ops.inference(x, weight, n, residual, RELU if relu else IDENTITY, stride, algorithm)
-            options = {"residual": residual, "relu": relu, "algorithm": "winograd"}
+            options = {"residual": residual, "relu": relu, "stride": stride, "algorithm": "winograd"}
             return [own] if gemm else [own, functional.conv3x3_norm_act(x, weight, n, **options)]
 
     for result in found(None):
@@ -422,11 +449,12 @@ def check_end(
         assert_close(result, z, "normalised", noise=noise * scale)
 
 
+@strides
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
-def test_the_end_of_a_block_in_evaluation_agrees_with_float64(shape, layout):
+def test_the_end_of_a_block_in_evaluation_agrees_with_float64(shape, layout, stride):
     for weight_dtype, (with_residual, relu) in itertools.product(WEIGHTS, [(True, True), (False, False)]):
-        check_end(shape, weight_dtype, layout=layout, with_residual=with_residual, relu=relu)
+        check_end(shape, weight_dtype, layout=layout, with_residual=with_residual, relu=relu, stride=stride)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -610,9 +638,9 @@ def test_several_threads_agree_with_float64(count):
     # A share may start anywhere in a line of tiles.
     with threads(count):
         for shape in ((6, 24, 40, 21, 50), (4, 200, 256, 4, 4)):
-            for kernel in OURS:
-                check_measured(shape, torch.float32, kernel=kernel)
-                check_norm_act(shape, torch.float32, order="add_act", dropout_p=0.2, kernel=kernel)
+            for kernel, stride in CONVOLUTIONS:
+                check_measured(shape, torch.float32, kernel=kernel, stride=stride)
+                check_norm_act(shape, torch.float32, order="add_act", dropout_p=0.2, kernel=kernel, stride=stride)
             check_end(shape, torch.float32)
         check_end((1, 64, 200, 8, 8), torch.float32, gemm=True)
 

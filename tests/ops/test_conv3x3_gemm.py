@@ -195,4 +195,4 @@ def test_the_operator_refuses_a_stride_that_winograd_cannot_serve():
     if not torch._C._dispatch_has_kernel_for_dispatch_key("fastres::conv3x3_inference", "CPU"):
         pytest.skip("the plain fallback serves any stride")
     with pytest.raises(ValueError, match="stride: expected 1"):
-        ops.inference(x, weight, None, None, IDENTITY, 2, "winograd")
+        ops.inference(x, weight, None, None, IDENTITY, 3, "winograd")

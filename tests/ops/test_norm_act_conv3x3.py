@@ -21,10 +21,12 @@ from fastres.ops import norm_act_conv3x3 as ops
 from tests.operators import flat, opcheck
 from tests.ops.test_conv3x3 import (
     BAD_CONVOLUTIONS,
+    CONVOLUTIONS,
     OURS,
     PYTORCHS,
     WITH_STATISTICS,
     both_kernels,
+    convolutions,
     layout_of,
     needs_kernels,
     of_kernel,
@@ -38,7 +40,9 @@ from tests.oracle import (
     assert_statistics,
     bound,
     check_case,
+    form_of,
     generator,
+    input_length,
     keep_off_zero,
     near_zero,
     norm,
@@ -66,6 +70,7 @@ SHAPES = [
     (4, 1, 40, 3, 2),
     (2, 40, 1, 1, 11),
     (5, 130, 70, 10, 3),
+    (9, 24, 40, 10, 10),
 ]
 Shape = tuple[int, int, int, int, int]
 
@@ -129,8 +134,9 @@ def gradient_of(y: Tensor, gen: torch.Generator) -> Tensor:
 
 
 def check(
-    case: Case, *, algorithm: str | None = None, given: bool = False, workers: int | None = None, **options: object
-) -> None:
+    case: Case, *, algorithm: str | None = None, given: bool = False, workers: int | None = None, stride: int = 1,
+    **options: object,
+) -> None:  # fmt: skip
     """Everything that a call writes, and every gradient, against float64.
 
     The convolution's input gradient carries the rounding errors of its algorithm, by default ours. They are independent
@@ -140,20 +146,20 @@ def check(
     order, dropout_p = options.get("order", "add_act"), options.get("dropout_p", 0.0)
     f = options.get("activation", RELU if options.get("relu", True) else IDENTITY)
     x, n, kernel = case.tensors["x"], case.norms["norm"], kernel_of(case)
-    algorithm = algorithm or OURS[kernel]
-    gen = generator(x.shape, options)
+    algorithm, form = algorithm or OURS[kernel], form_of(x, stride, kernel)
+    gen = generator(x.shape, options, stride)
     seed = torch.randint(2**62, (1,), generator=gen)
     keep_off_kinks(case, f, order)
     exact = case.double()
-    wanted = call(exact, EXACT, seed=seed, **options)
+    wanted = call(exact, EXACT, seed=seed, stride=stride, **options)
     statistics = Statistics(*OPS.batch_norm_act_stats(x.detach())[1:]) if given else None
     inputs, exact_inputs = case.inputs(), exact.inputs()
     with threads(workers or torch.get_num_threads()):
-        y, found = call(case, statistics=statistics, seed=seed, algorithm=algorithm, **options)
+        y, found = call(case, statistics=statistics, seed=seed, stride=stride, algorithm=algorithm, **options)
         dy = gradient_of(y, gen)
         gradients = torch.autograd.grad(y, list(inputs.values()), dy)
     count, outputs = x.numel() // x.shape[1], y.shape[1]
-    assert_close(y, wanted, "y", length=output_length(x.shape[1], kernel))
+    assert_close(y, wanted, "y", length=output_length(x.shape[1], form))
     if algorithm != "torch":
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert not any(t.requires_grad for t in found[:2])
@@ -164,8 +170,9 @@ def check(
         assert_close(value, exact.running()[name], name, length=count)
 
     expected = torch.autograd.grad(wanted, list(exact_inputs.values()), dy.double())
-    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=kernel // 2)
-    noise = float(bound(da, torch.float32, output_length(outputs, kernel)).max())
+    exact_weight = exact.tensors["weight"].detach()
+    da = torch.nn.grad.conv2d_input(x.shape, exact_weight, dy.double(), stride, padding=kernel // 2)
+    noise = float(bound(da, torch.float32, input_length(outputs, form)).max())
     slope = float(f.gradient(torch.linspace(-8, 8, 4001, dtype=torch.float64)).abs().max())
     g_noise = slope * noise / (1 - dropout_p)
     rstd = torch.rsqrt(exact.tensors["x"].detach().var((0, 2, 3), correction=0) + n.eps)
@@ -178,7 +185,7 @@ def check(
         "norm.bias": math.sqrt(count) * g_noise,
         "weight": 0.0,
     }
-    lengths = {"weight": weight_length(x, kernel), "norm.weight": count, "norm.bias": count}
+    lengths = {"weight": weight_length(x, stride, kernel), "norm.weight": count, "norm.bias": count}
     for name, gradient, exact_gradient in zip(inputs, gradients, expected, strict=True):
         assert gradient.dtype == torch.float32
         length = lengths.get(name, 1)
@@ -188,41 +195,42 @@ def check(
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_values_and_gradients_are_those_of_float64(shape, layout, kernel):
-    check(make_case(shape, layout=layout, kernel=kernel))
+def test_values_and_gradients_are_those_of_float64(shape, layout, kernel, stride):
+    check(make_case(shape, layout=layout, kernel=kernel), stride=stride)
 
 
 @needs_kernels
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("shape", [(6, 24, 40, 21, 50), (64, 64, 64, 16, 16)], ids=str)
-def test_several_workers_agree_with_float64(shape, workers, kernel):
+def test_several_workers_agree_with_float64(shape, workers, kernel, stride):
     # A share may start anywhere in a line of tiles.
-    check(make_case(shape, workers, residual=True, kernel=kernel), workers=workers, dropout_p=0.2)
+    case = make_case(shape, workers, residual=True, kernel=kernel)
+    check(case, workers=workers, dropout_p=0.2, stride=stride)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_tensors_larger_than_the_caches_agree_with_float64(order, kernel):
+def test_tensors_larger_than_the_caches_agree_with_float64(order, kernel, stride):
     # From 6 MiB on results are stored past the caches.
     case = make_case((26, 64, 64, 31, 31), order, residual=True, kernel=kernel)
-    check(case, order=order, dropout_p=0.2)
+    check(case, order=order, dropout_p=0.2, stride=stride)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(4, 20, 33, 5, 6), (40, 17, 9, 6, 7)], ids=str)
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, kernel):
+def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, kernel, stride):
     for affine, given in itertools.product((True, False), repeat=2):
         case = make_case(
             shape, order, relu, dropout_p, affine, given, residual=order is not None, affine=affine, kernel=kernel
         )
-        check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given)
+        check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given, stride=stride)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=False)
@@ -236,22 +244,34 @@ def test_every_option_agrees_with_float64(shape, order, relu, dropout_p, kernel)
     relu=st.booleans(),
     dropout_p=st.sampled_from([0.0, 0.25]),
     given=st.booleans(),
-    kernel=st.sampled_from(sorted(OURS)),
+    convolution=st.sampled_from(CONVOLUTIONS),
 )
-def test_any_shape_agrees_with_float64(shape, layout, order, relu, dropout_p, given, kernel):
+def test_any_shape_agrees_with_float64(shape, layout, order, relu, dropout_p, given, convolution):
+    kernel, stride = convolution
     case = make_case(shape, order, relu, dropout_p, given, layout=layout, residual=order is not None, kernel=kernel)
-    check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given)
+    check(case, order=order or "add_act", relu=relu, dropout_p=dropout_p, given=given, stride=stride)
 
 
-@both_kernels
+@pytest.mark.parametrize(("kernel", "stride"), [*CONVOLUTIONS, (1, 2), (1, 3)])
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_pytorch_s_algorithm_is_the_same_function(order, kernel):
+def test_pytorch_s_algorithm_is_the_same_function(order, kernel, stride):
     case = make_case((3, 20, 9, 6, 7), order, residual=True, kernel=kernel)
-    check(case, algorithm="torch", order=order, dropout_p=0.2, given=True)
+    check(case, algorithm="torch", order=order, dropout_p=0.2, given=True, stride=stride)
 
 
-@both_kernels
-def test_tensors_of_any_strides_are_taken(kernel):
+@pytest.mark.parametrize("algorithm", [None, "gemm"])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_1x1_kernels_of_other_strides_are_pytorch_s(stride, algorithm):
+    case = make_case((3, 20, 9, 6, 7), kernel=1)
+    n = case.norms["norm"]
+    case.norms["norm"] = n._replace(running_mean=None, running_var=None)
+    y, statistics = call(case, stride=stride, algorithm=algorithm)
+    assert statistics is None
+    assert torch.equal(y, call(case, stride=stride, algorithm="torch")[0])
+
+
+@convolutions
+def test_tensors_of_any_strides_are_taken(kernel, stride):
     case = make_case((3, 20, 36, 5, 6), residual=True, kernel=kernel)
     t = case.tensors
     for name, view in (
@@ -262,28 +282,28 @@ def test_tensors_of_any_strides_are_taken(kernel):
         ("x", t["x"].detach().repeat_interleave(2, 2)[:, :, ::2]),
     ):
         t[name] = view.requires_grad_()
-        check(case, dropout_p=0.2)
+        check(case, dropout_p=0.2, stride=stride)
 
 
-@both_kernels
-def test_a_gradient_without_strides_is_taken(kernel):
+@convolutions
+def test_a_gradient_without_strides_is_taken(kernel, stride):
     case = make_case((2, 9, 20, 5, 6), kernel=kernel)
     keep_off_kinks(case, RELU)
     exact = case.double()
-    y, _ = call(case, algorithm=OURS[kernel])
+    y, _ = call(case, stride=stride, algorithm=OURS[kernel])
     (dweight,) = torch.autograd.grad(y.sum(), case.tensors["weight"])
-    (wanted,) = torch.autograd.grad(call(exact, EXACT).sum(), exact.tensors["weight"])
-    assert_close(dweight, wanted, "gradient of weight", length=weight_length(case.tensors["x"], kernel))
+    (wanted,) = torch.autograd.grad(call(exact, EXACT, stride=stride).sum(), exact.tensors["weight"])
+    assert_close(dweight, wanted, "gradient of weight", length=weight_length(case.tensors["x"], stride, kernel))
 
 
-@both_kernels
-def test_a_constant_channel_gives_the_convolution_of_the_bias(kernel):
+@convolutions
+def test_a_constant_channel_gives_the_convolution_of_the_bias(kernel, stride):
     case = make_case((4, 12, 20, 6, 7), running=False, kernel=kernel)
     with torch.no_grad():
         case.tensors["x"][:, 3:5] = 0.1
         case.norms["norm"].bias[3], case.norms["norm"].bias[4] = 0.5, -0.5
     case.norms["norm"] = case.norms["norm"]._replace(eps=1e-5)
-    check(case)
+    check(case, stride=stride)
 
 
 def test_parameters_of_other_dtypes_are_computed_in_float32():
@@ -302,11 +322,11 @@ def test_parameters_of_other_dtypes_are_computed_in_float32():
 # ----------------------------------------------------------------------------------------------------- known statistics
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(8, 20, 40, 7, 9), (2, 40, 24, 4, 6)], ids=str)
 @pytest.mark.parametrize("mean", [0.5, 1e4])
 @pytest.mark.parametrize("order", functional.ORDERS)
-def test_known_statistics_are_taken_as_they_are(shape, mean, order, kernel):
+def test_known_statistics_are_taken_as_they_are(shape, mean, order, kernel, stride):
     """Against the formulas of backward in float64 with the same mean and M2, which here are not quite those of x.
 
     A mean of 10000 leaves no room for x * scale + shift: its terms are 10000 times the result.
@@ -336,13 +356,14 @@ def test_known_statistics_are_taken_as_they_are(shape, mean, order, kernel):
     gate = (z() > 0) * keep / torch.tensor(1 - dropout_p, dtype=torch.float64)
     a = (z() * gate + (residual if order == "act_add" else 0)).requires_grad_()
     exact_weight = weight.double().requires_grad_()
-    wanted = PYTORCHS[kernel](a, exact_weight)
+    wanted = PYTORCHS[kernel](a, exact_weight, stride)
+    form = form_of(x, stride, kernel)
 
     act, params = Act(*RELU, dropout_p, order), NormParams(*running, gamma, beta, 0.2, p.eps)
     y, y_mean, y_m2, saved_mean, saved_rstd, bits = ops.forward(
-        x, params, Statistics(x_mean, x_m2), residual, seed, weight, act, True
+        x, params, Statistics(x_mean, x_m2), residual, seed, weight, act, True, stride
     )
-    assert_close(y, wanted.detach(), "y", length=output_length(c, kernel))
+    assert_close(y, wanted.detach(), "y", length=output_length(c, form))
     assert_statistics(y_mean, y_m2, y, "y")
     assert torch.equal(saved_mean, x_mean)
     assert saved_mean.data_ptr() != x_mean.data_ptr()
@@ -357,13 +378,13 @@ def test_known_statistics_are_taken_as_they_are(shape, mean, order, kernel):
     g = da * gate
     sums = g.sum((0, 2, 3)), (g * xhat()).sum((0, 2, 3))
     dx = spread[1] * spread[2] * (g - (sums[0] / count)[:, None, None] - xhat() * (sums[1] / count)[:, None, None])
-    noise = float(bound(da, torch.float32, output_length(k, kernel)).max())
+    noise = float(bound(da, torch.float32, input_length(k, form)).max())
     g_noise = noise / (1 - dropout_p)
     own = Norm(saved_mean, saved_rstd, gamma, beta)
-    found = ops.backward(dy, x, own, residual, bits, weight, act, [True] * 3)
+    found = ops.backward(dy, x, own, residual, bits, weight, act, [True] * 3, stride)
     assert_close(found[0], dx, "dx", noise=3 * g_noise * float((exact_rstd * gamma).max()))
     assert_close(found[1], g if order == "add_act" else da, "dresidual", noise=g_noise)
-    assert_close(found[2], dweight, "dweight", length=weight_length(x, kernel))
+    assert_close(found[2], dweight, "dweight", length=weight_length(x, stride, kernel))
     assert_close(found[3], sums[1], "dnorm_weight", length=count, noise=math.sqrt(count) * g_noise)
     assert_close(found[4], sums[0], "dnorm_bias", length=count, noise=math.sqrt(count) * g_noise)
 
@@ -392,22 +413,22 @@ def test_a_mean_of_10000_with_a_standard_deviation_of_1(shape, layout):
 @pytest.mark.parametrize(
     "shape", [(2, 64, 3, 4, 4), (3, 37, 5, 5, 7), (2, 4, 3, 1, 1), (2, 1, 3, 3, 5), (1, 130, 3, 2, 3)], ids=str
 )
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0.5, 1 - 1e-9])
-def test_the_mask_is_the_reference_s_bit_for_bit(shape, dropout_p, kernel):
+def test_the_mask_is_the_reference_s_bit_for_bit(shape, dropout_p, kernel, stride):
     case = make_case(shape, kernel=kernel)
     x, weight = (case.tensors[name].detach() for name in ("x", "weight"))
     for value in (0, -1, 2**62 + 12345, -(2**63)):
         seed = torch.tensor([value])
         act = Act(*RELU, dropout_p, "add_act")
-        *_, bits = ops.forward(x, NormParams(None, None), None, None, seed, weight, act, False)
+        *_, bits = ops.forward(x, NormParams(None, None), None, None, seed, weight, act, False, stride)
         # Rows of channels, also where there is one channel.
         rows = contract.dropout_keep(x.shape, seed, dropout_p).permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1)
         assert torch.equal(bits, contract.pack_bits(rows, rows))
 
 
-@both_kernels
-def test_the_mask_is_the_same_in_both_layouts_and_where_it_is_applied(kernel):
+@convolutions
+def test_the_mask_is_the_same_in_both_layouts_and_where_it_is_applied(kernel, stride):
     seed, results = torch.tensor([99]), []
     case = make_case((2, 20, 20, 6, 5))
     identity = torch.zeros(20, 20, kernel, kernel)
@@ -415,8 +436,8 @@ def test_the_mask_is_the_same_in_both_layouts_and_where_it_is_applied(kernel):
     for layout in LAYOUTS.values():
         x = case.tensors["x"].detach().contiguous(memory_format=layout)
         n = NormParams(None, None, None, torch.full((20,), 9.0))  # nothing is near 0 but what was dropped
-        y, _ = FUSED[kernel](x, n, identity, dropout_p=0.5, seed=seed, algorithm=OURS[kernel])
-        assert torch.equal(y.abs() > 1, contract.dropout_keep(x.shape, seed, 0.5))
+        y, _ = FUSED[kernel](x, n, identity, dropout_p=0.5, seed=seed, stride=stride, algorithm=OURS[kernel])
+        assert torch.equal(y.abs() > 1, contract.dropout_keep(x.shape, seed, 0.5)[..., ::stride, ::stride])
         results.append(y)
     assert torch.equal(*results)
 
@@ -436,30 +457,30 @@ def test_manual_seed_decides_the_mask():
 
 
 def saved(
-    shape: Shape, order: str | None, dropout_p: float, kind: str = "relu", kernel: int = 3
+    shape: Shape, order: str | None, dropout_p: float, kind: str = "relu", kernel: int = 3, stride: int = 1
 ) -> tuple[tuple, tuple]:
-    """Arguments of forward and of backward, but for what it is to make."""
+    """Arguments of forward, but for the stride, and of backward, but for what it is to make and the stride."""
     case = make_case(shape, order, dropout_p, residual=order is not None, kernel=kernel)
     t, n = {name: v.detach() for name, v in case.tensors.items()}, case.norms["norm"]
     act, residual = Act(*Activation.of(kind), dropout_p, order or "add_act"), t.get("residual")
     params = NormParams(*(v.detach() for v in n[:4]), 0.1, 1e-3)
     forward = (t["x"], params, None, residual, torch.tensor([17]), t["weight"], act, True)
-    y, _, _, mean, rstd, keep = ops.forward(*forward)
+    y, _, _, mean, rstd, keep = ops.forward(*forward, stride)
     dy = gradient_of(y, generator(shape, order))
     return forward, (dy, t["x"], Norm(mean, rstd, *params[2:4]), residual, keep, t["weight"], act)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_only_the_gradients_that_are_needed_are_made(order, dropout_p, kernel):
-    _, arguments = saved((3, 20, 36, 6, 5), order, dropout_p, kernel=kernel)
+def test_only_the_gradients_that_are_needed_are_made(order, dropout_p, kernel, stride):
+    _, arguments = saved((3, 20, 36, 6, 5), order, dropout_p, kernel=kernel, stride=stride)
     has_residual = order is not None
-    everything = ops.backward(*arguments, [True, has_residual, True])
+    everything = ops.backward(*arguments, [True, has_residual, True], stride)
     for of_x, of_residual, of_weight in itertools.product((True, False), repeat=3):
         if of_residual and not (of_x and has_residual):
             continue  # the sums that the residual's gradient comes with are those of x
-        some = ops.backward(*arguments, [of_x, of_residual, of_weight])
+        some = ops.backward(*arguments, [of_x, of_residual, of_weight], stride)
         wanted = (of_x, of_residual, of_weight, of_x, of_x)
         for name, need, a, b in zip(("dx", "dr", "dw", "dnw", "dnb"), wanted, everything, some, strict=True):
             assert torch.equal(a, b) if need else b.numel() == 0, name
@@ -494,12 +515,12 @@ def test_nothing_is_saved_without_gradients_and_the_running_statistics_follow():
         assert_close(value, exact.running()[name], name, length=32)
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_the_activation_is_not_among_what_is_saved(order, dropout_p, kernel):
+def test_the_activation_is_not_among_what_is_saved(order, dropout_p, kernel, stride):
     case = make_case((2, 20, 16, 8, 8), residual=order is not None, kernel=kernel)
-    options = {"order": order or "add_act", "dropout_p": dropout_p, "algorithm": OURS[kernel]}
+    options = {"order": order or "add_act", "dropout_p": dropout_p, "algorithm": OURS[kernel], "stride": stride}
     bits = 2 * 8 * 8 * 3 if dropout_p > 0 else 0
     assert saved_bytes(lambda: call(case, **options)[0]) == 4 * sum(t.numel() for t in case.tensors.values()) + bits
 
@@ -563,7 +584,8 @@ def make_block(shape: Shape, *key: object, kernel: int = 3) -> Case:
         exact = case.double()
         product = PYTORCHS[kernel](exact.tensors["x"], exact.tensors["up"])
         z = preactivation(Case({"x": product}, {"norm": exact.norms["first"]}))
-        if not near_zero(z, torch.float32, product_eps=EPS * math.sqrt(output_length(c, kernel))).any():
+        length = output_length(c, form_of(product, 1, kernel))
+        if not near_zero(z, torch.float32, product_eps=EPS * math.sqrt(length)).any():
             return case
 
 
@@ -579,7 +601,7 @@ def test_a_block_s_values_and_gradients_are_those_of_float64(shape, algorithm, k
         torch.float32,
         generator(shape, "dy"),
         length=max(36 + 9 * max(shape[1:3]), shape[0] * shape[3] * shape[4]),
-        product_eps=EPS * math.sqrt(output_length(max(shape[1:3]), kernel)),
+        product_eps=EPS * math.sqrt(output_length(max(shape[1:3]), form_of(case.tensors["x"], 1, kernel))),
     )
 
 
@@ -596,29 +618,29 @@ def test_a_block_keeps_what_its_two_convolutions_and_its_end_read(kernel):
 # --------------------------------------------------------------------------------------------------------- registration
 
 
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("shape", [(2, 17, 9, 5, 6), (3, 1, 4, 2, 3)], ids=str)
-def test_opcheck_passes_on_every_operator(shape, order, kernel):
-    forward, backward = saved(shape, order, 0.25, kernel=kernel)
-    opcheck(ops.forward, *forward)
+def test_opcheck_passes_on_every_operator(shape, order, kernel, stride):
+    forward, backward = saved(shape, order, 0.25, kernel=kernel, stride=stride)
+    opcheck(ops.forward, *forward, stride)
     count, mean, m2 = OPS.batch_norm_act_stats(forward[0])
     for statistics in (Statistics(mean, m2), Statistics(mean, m2, 2 * count)):
-        opcheck(ops.forward, forward[0], NormParams(None, None), statistics, *forward[3:-1], False)
+        opcheck(ops.forward, forward[0], NormParams(None, None), statistics, *forward[3:-1], False, stride)
     for needs in ([True, order is not None, True], [True, False, False], [False, False, True]):
-        opcheck(ops.backward, *backward, needs)
-        opcheck(ops.backward_reduce, *backward, needs)
+        opcheck(ops.backward, *backward, needs, stride)
+        opcheck(ops.backward_reduce, *backward, needs, stride)
 
 
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(2, 17, 9, 5, 6), (2, 1, 4, 2, 3), (3, 20, 4, 1, 1)], ids=str)
-@both_kernels
-def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(shape, dropout_p, order, kernel):
-    forward, backward = saved(shape, order, dropout_p, kernel=kernel)
-    calls = [(ops.forward, (*forward[:-1], measure)) for measure in (True, False)]
+@convolutions
+def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(shape, dropout_p, order, kernel, stride):
+    forward, backward = saved(shape, order, dropout_p, kernel=kernel, stride=stride)
+    calls = [(ops.forward, (*forward[:-1], measure, stride)) for measure in (True, False)]
     calls += [
-        (op, (*backward, needs))
+        (op, (*backward, needs, stride))
         for op in (ops.backward, ops.backward_reduce)
         for needs in ([True, order is not None, True], [True, False, False], [False, False, True], [False] * 3)
     ]
@@ -676,14 +698,14 @@ def test_a_block_compiles_to_one_graph_with_the_same_results():
 
 
 @needs_kernels
-@both_kernels
+@convolutions
 @pytest.mark.parametrize("shape", [(40, 32, 40, 15, 14), (4, 200, 256, 4, 4), (64, 64, 64, 16, 16)], ids=str)
-def test_results_are_the_same_in_every_run_by_as_many_workers(shape, kernel):
-    forward, backward = saved(shape, "add_act", 0.1, kernel=kernel)
+def test_results_are_the_same_in_every_run_by_as_many_workers(shape, kernel, stride):
+    forward, backward = saved(shape, "add_act", 0.1, kernel=kernel, stride=stride)
     results = {}
     for workers in (1, 2, 3):
         with threads(workers):
-            runs = [(*ops.forward(*forward), *ops.backward(*backward, [True] * 3)) for _ in range(2)]
+            runs = [(*ops.forward(*forward, stride), *ops.backward(*backward, [True] * 3, stride)) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
         results[workers] = runs[0]
     first, count = results[1], shape[0] * shape[3] * shape[4]
@@ -693,7 +715,8 @@ def test_results_are_the_same_in_every_run_by_as_many_workers(shape, kernel):
         # Everything but the sums over pixels, which are cut where each worker's share ends.
         for i in (0, 3, 4, 5, 7):
             assert torch.equal(found[i], first[i])
-        assert_close(found[8], first[8].double(), "gradient of weight", length=weight_length(forward[0], kernel))
+        of_weight = weight_length(forward[0], stride, kernel)
+        assert_close(found[8], first[8].double(), "gradient of weight", length=of_weight)
         for i in (9, 10):
             assert_close(found[i], first[i].double(), "sums", length=count, noise=noise)
 
@@ -825,11 +848,14 @@ def test_the_operators_name_bad_arguments():
     (x, params, *_, weight, act, _), backward = saved((2, 9, 5, 4, 6), "add_act", 0.2)
     params = params._replace(running_mean=None, running_var=None)
 
-    def forward(x=x, statistics=None, weight=weight, residual=None, seed=torch.tensor([1]), act=act):  # noqa: B008
-        ops.forward(x, params, statistics, residual, seed, weight, act, True)
+    def forward(x=x, statistics=None, weight=weight, residual=None, seed=torch.tensor([1]), act=act, stride=1):  # noqa: B008
+        ops.forward(x, params, statistics, residual, seed, weight, act, True, stride)
 
     with pytest.raises(ValueError, match=r"weight: expected shape \(K, 9, 3, 3\)"):
         forward(weight=weight[:, :4])
+    for kernel, stride in ((1, 2), (3, 3), (3, 0)):
+        with pytest.raises(ValueError, match=f"stride: expected 1, or 2 with a 3x3 kernel, got {stride}"):
+            forward(weight=weight[..., :kernel, :kernel], stride=stride)
     with pytest.raises(TypeError, match=r"x: expected dtype float32"):
         forward(x=x.double(), weight=weight.double())
     with pytest.raises(ValueError, match=r"residual: expected shape"):
@@ -847,10 +873,13 @@ def test_the_operators_name_bad_arguments():
 
     dy, x, own, residual, keep, weight, act = backward
 
-    def back(dy=dy, keep=keep, needs=(True, True, True), residual=residual):
+    def back(dy=dy, keep=keep, needs=(True, True, True), residual=residual, weight=weight, stride=1):
         for op in (ops.backward, ops.backward_reduce):
-            op(dy, x, own, residual, keep, weight, act, list(needs))
+            op(dy, x, own, residual, keep, weight, act, list(needs), stride)
 
+    for kernel, stride in ((1, 2), (3, 3), (3, 0)):
+        with pytest.raises(ValueError, match=f"stride: expected 1, or 2 with a 3x3 kernel, got {stride}"):
+            back(weight=weight[..., :kernel, :kernel], stride=stride)
     with pytest.raises(ValueError, match=r"dy: expected shape"):
         back(dy=dy[:1])
     with pytest.raises(ValueError, match=r"keep: expected uint8"):

@@ -18,7 +18,7 @@ from fastres.ops.packed import pack, packed_shape, unpack
 from fastres.ops.packed_convolution import packed_convolution
 from tests.operators import flat, opcheck
 from tests.ops.test_conv3x3 import layout_of, needs_kernels
-from tests.oracle import LAYOUTS, SEED, activation, assert_close, generator, output_length, threads
+from tests.oracle import LAYOUTS, SEED, activation, assert_close, form_of, generator, output_length, threads
 
 LOW = torch.bfloat16
 
@@ -63,7 +63,7 @@ def conv_of(shape: tuple[int, ...]) -> ConvShape:
 
 
 def is_winograds(shape: tuple[int, ...]) -> bool:
-    return shape[5:] == (3, 1, 1)
+    return shape[5:] in ((3, 1, 1), (3, 2, 1))
 
 
 def check(shape: tuple[int, ...], layout: str, dtype: torch.dtype, kinds: Iterable[str] = ()) -> None:
@@ -78,7 +78,7 @@ def check(shape: tuple[int, ...], layout: str, dtype: torch.dtype, kinds: Iterab
             wanted = y if b is None else y + b.double()[:, None, None]
             wanted = f.forward(wanted if r is None else wanted + r.double())
             got = packed_convolution(x, packed, b, r, f, conv, algorithm)
-            length = conv.kernel**2 * c if algorithm == "gemm" else output_length(c)
+            length = conv.kernel**2 * c if algorithm == "gemm" else output_length(c, form_of(x, conv.stride))
             assert_close(got, wanted, f"y by {algorithm}, {f.kind}", length=length)
             assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
 
@@ -171,9 +171,15 @@ def test_the_order_of_packed_weights_is_the_one_that_saved_models_hold(padded, d
 @needs_kernels
 @pytest.mark.parametrize("algorithm", ["gemm", "winograd"])
 def test_packed_and_plain_weights_give_the_same_bits(algorithm):
-    for shape in ((1, 64, 96, 4, 4, 3, 1, 1), (9, 20, 33, 8, 9, 3, 1, 1)):
+    shapes = [
+        (1, 64, 96, 4, 4, 3, 1, 1),
+        (9, 20, 33, 8, 9, 3, 1, 1),
+        (1, 20, 33, 10, 9, 3, 1, 1),
+        (3, 20, 33, 8, 9, 3, 2, 1),
+    ]
+    for shape in shapes:
         x, weight, _, _ = data(shape, torch.float32, algorithm)
-        plain = conv3x3.inference(x, weight, None, None, IDENTITY, 1, algorithm)
+        plain = conv3x3.inference(x, weight, None, None, IDENTITY, shape[6], algorithm)
         packed = packed_convolution(x, pack(weight, padded=True), None, None, IDENTITY, conv_of(shape), algorithm)
         assert torch.equal(packed, plain)
 
@@ -184,6 +190,7 @@ def test_packed_and_plain_weights_give_the_same_bits(algorithm):
     [
         ((3, 48, 100, 5, 5, 3, 1, 1), "gemm"),
         ((3, 48, 100, 5, 5, 3, 1, 1), "winograd"),
+        ((3, 48, 100, 9, 9, 3, 2, 1), "winograd"),
         ((1, 300, 520, 4, 5, 1, 1, 0), "gemm"),
         ((2, 40, 64, 17, 19, 1, 2, 0), "gemm"),
     ],
@@ -203,6 +210,7 @@ def test_threads_change_no_bit(shape, algorithm):
         ((2, 17, 33, 5, 6, 3, 1, 1), "gemm"),
         ((2, 17, 33, 5, 6, 3, 1, 1), "winograd"),
         ((2, 17, 33, 5, 6, 3, 2, 1), "gemm"),
+        ((2, 17, 33, 5, 6, 3, 2, 1), "winograd"),
         ((2, 17, 33, 5, 6, 1, 1, 0), "gemm"),
     ],
 )
@@ -228,7 +236,7 @@ def test_opcheck_passes_and_fake_kernels_give_the_layout(shape, algorithm):
         ({"shape": ConvShape(33, 3, 1, -1)}, ValueError, "padding: expected at least 0, got -1"),
         ({"bias": torch.zeros(32)}, ValueError, r"bias: expected .* \(33,\), got shape \[32\]"),
         ({"residual": torch.zeros(1)}, ValueError, "residual: expected shape"),
-        ({"shape": ConvShape(33, 3, 2, 1), "algorithm": "winograd"}, ValueError, "stride: expected 1"),
+        ({"shape": ConvShape(33, 3, 3, 1), "algorithm": "winograd"}, ValueError, "stride: expected 1 or 2"),
         ({"shape": ConvShape(33, 3, 1, 0), "algorithm": "winograd"}, ValueError, "kernel: expected 3, with padding 1"),
         ({"packed": torch.zeros(4, 153, 16), "algorithm": "winograd"}, ValueError, "packed: expected channels padded"),
         ({"algorithm": "torch"}, ValueError, 'algorithm: expected "winograd" or "gemm", got "torch"'),

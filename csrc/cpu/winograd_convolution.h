@@ -1,14 +1,18 @@
-// The 3x3 convolution with stride 1 and padding 1 by Winograd's F(4x4, 3x3), in one of two loop orders:
-//   by tiles      Each thread puts a chunk of tiles that fits its L2 cache through all three steps: transform, 36
+// The 3x3 convolution with padding 1 in one of Winograd's forms (winograd_forms.h), and in one of two loop orders:
+//   by tiles      Each thread puts a chunk of tiles that fits its L2 cache through all three steps: transform,
 //                 products, inverse transform. The transformed weights are made once a call, and read once a chunk.
 //   by channels   All tiles are transformed first; then each thread has a group of output channels, transforms its
-//                 weights, and goes through the tiles: the transformed weights, four times as large as the weights and
-//                 larger than the tiles, never leave the caches.
+//                 weights, and goes through the tiles: the transformed weights, four to nine times as large as the
+//                 weights and larger than the tiles, never leave the caches.
 // The prologue runs where tiles are read (TileReader), the epilogue where they are written. What those read of memory
 // is prefetched during the products.
 //
 // Every output is one sum in one order, whatever the number of threads. Sums that epilogues keep by chunks depend on
 // that number, and on nothing else.
+//
+// The templates are instantiated in winograd_tile4.cpp and its siblings, a form each.
+#pragma once
+
 #include "winograd.h"
 
 #include "epilogues.h"
@@ -25,22 +29,22 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
-namespace {
 
 // What a thread's chunk may have of its L2 cache, transformed input and products together.
 constexpr int64_t kChunkBytes = 448 * 1024;
 // Pairs of channels whose weights are worth a thread's start.
 constexpr int64_t kThreadPairs = 2 * 1024;
 
-// to: [36][group of columns] and as transform_weights writes them. Returns whether the weights are within the
+// to: [plane][group of columns] and as transform_weights writes them. Returns whether the weights are within the
 // transforms' range.
+template <typename Form>
 bool transform_all_weights(const Kernel& kernel, float* to) {
   const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth), vectors = depth / kWidth;
   std::vector<float> energies(groups * vectors); // of each stretch of inputs, at its first vector
   at::parallel_for(0, groups * vectors, kThreadPairs / (kWidth * kColumns), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end;) {
       const int64_t g = task / vectors, first = task % vectors, last = std::min(vectors, first + end - task);
-      energies[task] = transform_weights(
+      energies[task] = transform_weights<Form>(
           kernel, g * kColumns, first * kWidth, last * kWidth, to + g * depth * kColumns, groups * depth * kColumns);
       task += last - first;
     }
@@ -54,7 +58,7 @@ bool transform_all_weights(const Kernel& kernel, float* to) {
 }
 
 // Where channel c of tile p goes in a plane of operand, see gemm.h.
-auto operand_place(int64_t depth) {
+inline auto operand_place(int64_t depth) {
   return [depth](int64_t p, int64_t c) { return p / kRows * depth * kRows + c * kRows + p % kRows * kWidth; };
 }
 
@@ -90,9 +94,9 @@ void transform_tiles(
   }
 }
 
-// The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of a product whose planes
+// The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of products whose planes
 // are [p][kColumns], or out of the direct sums, through the epilogue.
-template <typename Epilogue>
+template <typename Form, typename Epilogue>
 inline void transform_products(
     const Tiles& tiles,
     const float* product,
@@ -101,42 +105,42 @@ inline void transform_products(
     int64_t count,
     int64_t channels,
     int64_t from,
-    const DirectSums& direct,
+    const DirectSums<Form>& direct,
     const Epilogue& epilogue) {
+  constexpr int side = Form::kOut;
   const int64_t columns = std::min(kColumns, channels - from);
   const int64_t across = tiles.across(), down = tiles.down();
   for (int64_t p = 0; p < count; ++p) {
-    const int64_t line = (first + p) / across, top = line % down * kOut, left = (first + p) % across * kOut;
+    const int64_t line = (first + p) / across, top = line % down * side, left = (first + p) % across * side;
     const int64_t pixel = (line / down * tiles.height + top) * tiles.width + left;
-    const int64_t height = std::min<int64_t>(kOut, tiles.height - top);
-    const int64_t width = std::min<int64_t>(kOut, tiles.width - left);
+    const int64_t height = std::min<int64_t>(side, tiles.height - top);
+    const int64_t width = std::min<int64_t>(side, tiles.width - left);
     const int64_t start = pixel * channels + from, row = tiles.width * channels;
     const float* in = product + p * kColumns;
     const float* summed = direct.of(p);
     for (int64_t c = 0; c < columns; c += kWidth) {
       const auto put = [&](auto& vector, int i, Lanes v) __attribute__((always_inline)) {
-        vector(pixel + i / kOut * tiles.width + i % kOut, start + c + i / kOut * row + i % kOut * channels, v);
+        vector(pixel + i / side * tiles.width + i % side, start + c + i / side * row + i % side * channels, v);
       };
-      const auto point = [&](int i) __attribute__((always_inline)) { return load(in + i * plane + c); };
       const auto outputs = [&](const auto& visit) __attribute__((always_inline)) {
         if (summed == nullptr) {
-          transform_square<OutputTransform>(point, visit);
+          Form::outputs([&](int i) __attribute__((always_inline)) { return load(in + i * plane + c); }, visit);
         } else {
-          for (int i = 0; i < kOut * kOut; ++i) {
+          for (int i = 0; i < side * side; ++i) {
             visit(i, load(summed + i * kColumns + c));
           }
         }
       };
-      if (height == kOut && width == kOut && c + kWidth <= columns) {
+      if (height == side && width == side && c + kWidth <= columns) {
         auto vector = epilogue.vector(from + c, std::integral_constant<int64_t, kWidth>());
         if (p == 0) {
-          vector.begin([&](const auto& visit) { outputs([&](int, Lanes v) { visit(v); }); }, kOut * kOut);
+          vector.begin([&](const auto& visit) { outputs([&](int, Lanes v) { visit(v); }); }, side * side);
         }
         outputs([&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i, v); });
         vector.end();
       } else {
         auto vector = epilogue.vector(from + c, std::min(kWidth, columns - c));
-        const auto inside = [&](int i) { return i / kOut < height && i % kOut < width; };
+        const auto inside = [&](int i) { return i / side < height && i % side < width; };
         if (p == 0) {
           vector.begin(
               [&](const auto& visit) {
@@ -160,22 +164,55 @@ inline void transform_products(
 }
 
 // Whether the tiles, transformed, are smaller than the weights are.
+template <typename Form>
 bool goes_by_channels(const Tiles& tiles, const Kernel& kernel) {
-  return tiles.count() <= kernel.outputs &&
-      tiles.count() * kernel.inputs * kPoints * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
+  return tiles.count() * Form::kOperands <= kernel.outputs * Form::kPlanes &&
+      tiles.count() * kernel.inputs * Form::kOperands * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
 }
 
-template <typename T, typename Epilogue>
+// The products of one point, of `size` tiles and one group of output channels. Where the planes of a point have one
+// product, they add up.
+template <typename Form>
+inline void multiply_point(
+    int64_t point,
+    const float* operand,
+    int64_t operand_plane,
+    const float* weights,
+    int64_t weight_plane,
+    float* product,
+    int64_t product_plane,
+    int64_t size,
+    int64_t depth) {
+  bool accumulate = false;
+  Form::for_each_plane(point, [&](int64_t plane) {
+    multiply_outputs(
+        operand + (Form::kOperands == Form::kPlanes ? plane : point) * operand_plane,
+        weights + plane * weight_plane,
+        product + (Form::kProducts == Form::kPlanes ? plane : point) * product_plane,
+        size,
+        depth,
+        accumulate);
+    accumulate = Form::kProducts != Form::kPlanes;
+  });
+}
+
+template <typename Form, typename T>
+TileReader<typename Form::Input, T> reader_of(const Source<T>& x, int64_t channels) {
+  return {x.template tiles<typename Form::Input>(), Form::kEnergyRatio, x.data, channels, x.prologue};
+}
+
+template <typename Form, typename T, typename Epilogue>
 void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), size = chunks.size;
   const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
-  const Workspace weights(kPoints * groups * depth * kColumns);
-  const bool in_range = transform_all_weights(kernel, weights.data());
+  const Workspace weights(Form::kPlanes * groups * depth * kColumns);
+  const bool in_range = transform_all_weights<Form>(kernel, weights.data());
+  const Tiles in = x.template tiles<typename Form::Input>();
   at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
-    const Workspace operand(kPoints * operand_plane), product(kPoints * product_plane);
-    InputReader<T> reader(chunks.tiles, x.data, kernel.inputs, x.prologue);
+    const Workspace operand(Form::kOperands * operand_plane), product(Form::kProducts * product_plane);
+    auto reader = reader_of<Form>(x, kernel.inputs);
     std::vector<DirectTile> direct(size);
-    DirectSums sums;
+    DirectSums<Form> sums;
     Prefetch prefetch;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
@@ -186,16 +223,20 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
           [&](const auto* p) { add_tiles(prefetch, chunks.tiles, p, kernel.outputs, first, count); });
       if (slot + 1 < end) {
         x.for_each_read([&](const T* p) {
-          add_tiles(prefetch, chunks.tiles, p, kernel.inputs, chunks.first(slot + 1), chunks.count(slot + 1));
+          add_tiles(prefetch, in, p, kernel.inputs, chunks.first(slot + 1), chunks.count(slot + 1));
         });
       }
-      for (int64_t point = 0; point < kPoints; ++point) {
-        prefetch.fetch(kPoints);
+      for (int64_t point = 0; point < Form::kPoints; ++point) {
+        prefetch.fetch(Form::kPoints);
         for (int64_t g = 0; g < groups; ++g) {
-          multiply_outputs(
-              operand.data() + point * operand_plane,
-              weights.data() + (point * groups + g) * depth * kColumns,
-              product.data() + point * product_plane + g * size * kColumns,
+          multiply_point<Form>(
+              point,
+              operand.data(),
+              operand_plane,
+              weights.data() + g * depth * kColumns,
+              groups * depth * kColumns,
+              product.data() + g * size * kColumns,
+              product_plane,
               count,
               depth);
         }
@@ -203,7 +244,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
       const auto of_chunk = epilogue.chunk(slot);
       for (int64_t g = 0; g < groups; ++g) {
         sums.compute(kernel, g * kColumns, in_range, direct.data(), count);
-        transform_products(
+        transform_products<Form>(
             chunks.tiles,
             product.data() + g * size * kColumns,
             product_plane,
@@ -219,16 +260,16 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
   });
 }
 
-template <typename T, typename Epilogue>
+template <typename Form, typename T, typename Epilogue>
 void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
   const Tiles& tiles = chunks.tiles;
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
-  const Workspace operand(kPoints * operand_plane);
+  const Workspace operand(Form::kOperands * operand_plane);
   std::vector<DirectTile> direct(count);
   at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kRows;
-    InputReader<T> reader(tiles, x.data, kernel.inputs, x.prologue);
+    auto reader = reader_of<Form>(x, kernel.inputs);
     transform_tiles(
         reader,
         first,
@@ -242,29 +283,33 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
   at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = depth * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
-    const Workspace weights(kPoints * weight_plane), product(kPoints * product_plane);
-    DirectSums sums;
+    const Workspace weights(Form::kPlanes * weight_plane), product(Form::kProducts * product_plane);
+    DirectSums<Form> sums;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, share = task % shares;
       const bool in_range =
-          transform_weights(kernel, g * kColumns, 0, depth, weights.data(), weight_plane) <= kMaxEnergy;
+          transform_weights<Form>(kernel, g * kColumns, 0, depth, weights.data(), weight_plane) <= kMaxEnergy;
       for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
         const int64_t first = chunks.first(slot), size = chunks.count(slot);
-        for (int64_t point = 0; point < kPoints; ++point) {
-          multiply_outputs(
-              operand.data() + point * operand_plane + first * depth,
-              weights.data() + point * weight_plane,
-              product.data() + point * product_plane,
+        for (int64_t point = 0; point < Form::kPoints; ++point) {
+          multiply_point<Form>(
+              point,
+              operand.data() + first * depth,
+              operand_plane,
+              weights.data(),
+              weight_plane,
+              product.data(),
+              product_plane,
               size,
               depth);
         }
         if (in_range) {
           sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);
         } else {
-          InputReader<T> reader(tiles, x.data, kernel.inputs, x.prologue);
+          auto reader = reader_of<Form>(x, kernel.inputs);
           sums.compute(kernel, g * kColumns, in_range, read_tiles(reader, first, size).data(), size);
         }
-        transform_products(
+        transform_products<Form>(
             tiles,
             product.data(),
             product_plane,
@@ -280,39 +325,33 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   });
 }
 
-} // namespace
-
-Chunks chunks_of(const Tiles& tiles, const Kernel& kernel) {
+template <typename Form>
+Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& kernel) {
+  const Tiles tiles{images, height, width, Form::kOut};
   const int64_t count = tiles.count(), threads = at::get_num_threads(), groups = groups_of(kernel.outputs);
-  const int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float)) / kPoints;
-  if (goes_by_channels(tiles, kernel)) {
+  const int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float));
+  if (goes_by_channels<Form>(tiles, kernel)) {
     // With more threads than groups several share a group, and each transforms its weights for itself.
     const int64_t shares = std::clamp<int64_t>(threads / groups, 1, (count + kRows - 1) / kRows);
     const int64_t share = round_up((count + shares - 1) / shares, kRows);
-    return {tiles, share, std::min(share, floats / 2 / kColumns / kRows * kRows)};
+    return {tiles, share, std::min(share, floats / Form::kProducts / 2 / kColumns / kRows * kRows)};
   }
-  const int64_t width = round_up(kernel.inputs, kWidth) + groups * kColumns;
-  const int64_t most = std::max<int64_t>(2, floats / width / kRows) * kRows;
+  const int64_t of_tile = Form::kOperands * round_up(kernel.inputs, kWidth) + Form::kProducts * groups * kColumns;
+  const int64_t most = std::max<int64_t>(2, floats / of_tile / kRows) * kRows;
   // As many chunks for every thread.
   const int64_t chunks = round_up((count + most - 1) / most, threads);
   const int64_t size = round_up((count + chunks - 1) / chunks, kRows);
   return {tiles, round_up(count, size), size};
 }
 
-template <typename T, typename Epilogue>
+template <typename Form, typename T, typename Epilogue>
 void convolve(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
-  if (goes_by_channels(chunks.tiles, kernel)) {
-    by_channels(chunks, x, kernel, epilogue);
+  if (goes_by_channels<Form>(chunks.tiles, kernel)) {
+    by_channels<Form>(chunks, x, kernel, epilogue);
   } else {
-    by_tiles(chunks, x, kernel, epilogue);
+    by_tiles<Form>(chunks, x, kernel, epilogue);
   }
 }
-
-#define FASTRES_INSTANTIATE(T, ...) \
-  template void convolve(const Chunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
-FASTRES_EPILOGUES(FASTRES_INSTANTIATE, float)
-FASTRES_EPILOGUES(FASTRES_INSTANTIATE, at::BFloat16)
-#undef FASTRES_INSTANTIATE
 
 } // namespace conv
 } // namespace CPU_CAPABILITY
