@@ -185,7 +185,7 @@ struct Arguments {
 template <typename F>
 Gradients gradients(const Arguments& a, const F& finish) {
   check_nonempty(a.x, a.weight);
-  check_stride(a.stride);
+  check_stride(a.stride, a.weight);
   check_gradient(a.dy, a.x, a.weight, a.stride);
   TORCH_CHECK_VALUE(!a.needs[1] || (a.needs[0] && a.residual.has_value()), "needs: the residual's gradient needs x's");
   const Saved<float> saved(a.x.size(1), a.norm);

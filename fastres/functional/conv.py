@@ -127,8 +127,8 @@ def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algor
 
         y[n, k, i, j] = sum over c of weight[k, c] * x[n, c, stride * i, stride * j]
 
-    On the CPU in float32 and bfloat16 with stride 1 as a matrix product of our own, which measures y while it is in registers, with
-    PyTorch's rounding errors. Elsewhere PyTorch's convolution.
+    On the CPU in float32 and bfloat16 with stride 1 as a matrix product of our own, which measures y while it is in
+    registers, with PyTorch's rounding errors. Elsewhere PyTorch's convolution.
 
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. The matrix product reads float32 and bfloat16 in channels_last,
@@ -229,8 +229,8 @@ def norm_act_conv1x1(
     Args:
         weight: [K, C, 1, 1], dtype of x, of the convolution.
         x, norm, relu, activation, dropout_p, order: as in `norm_act_conv3x3`.
-        options: stride and algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other; statistics,
-            residual, seed and group as in `norm_act_conv3x3`.
+        options: stride and algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other;
+            statistics, residual, seed and group as in `norm_act_conv3x3`.
     Returns, Raises: as `norm_act_conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
@@ -314,7 +314,7 @@ def conv3x3_norm_act(
         TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
     """
     x = autocast(x)
-    check_convolution(x, weight, stride, algorithm)
+    check_convolution(x, weight, 3, stride, algorithm)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
     height, width = (output_size(size, stride) for size in x.shape[2:])
