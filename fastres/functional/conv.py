@@ -86,8 +86,9 @@ def conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Tenso
         weight: [K, C, 3, 3], dtype of x. Under autocast Winograd's algorithm takes a float32 weight unrounded.
         algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays (never for
             bfloat16 on a CPU with AMX, which PyTorch's convolution uses); "winograd" wherever it serves x at all
-            (other memory formats are copied once); "torch" leaves all to PyTorch. None: the environment variable
-            FASTRES_CONV, or "auto". Under torch.compile the variable is read when the function is traced.
+            (other memory formats are copied once); "gemm" takes that matrix product wherever no gradient is asked for;
+            "torch" leaves all to PyTorch. None: the environment variable FASTRES_CONV, or "auto". Under torch.compile
+            the variable is read when the function is traced.
     Returns:
         [N, K, H, W], dtype of x; channels_last by Winograd's algorithm, and else as PyTorch's convolution makes it.
     Raises:
