@@ -35,8 +35,9 @@ def projection(case: Case, f: Callable[..., Tensor], **options: Any) -> Tensor:
     return f(t["x"], t["weight"], case.norms["norm"], stride=(2, 1), **options)
 
 
-def conv3x3(case: Case, f: Callable[..., Tensor]) -> Tensor:
-    return f(case.tensors["x"], case.tensors["weight"])
+def conv3x3(case: Case, f: Callable[..., Any]) -> Tensor:
+    found = f(case.tensors["x"], case.tensors["weight"])
+    return found[0] if isinstance(found, tuple) else found
 
 
 def norm_act_conv3x3(case: Case, f: Callable[..., Any], **options: Any) -> Tensor:
@@ -47,6 +48,8 @@ def norm_act_conv3x3(case: Case, f: Callable[..., Any], **options: Any) -> Tenso
 
 WINOGRAD = partial(functional.conv3x3, algorithm="winograd")
 NORM_WINOGRAD = partial(functional.norm_act_conv3x3, algorithm="winograd")
+PRODUCT = partial(functional.conv1x1_with_statistics, algorithm="gemm")
+NORM_PRODUCT = partial(functional.norm_act_conv1x1, algorithm="gemm")
 # name: (call, ours, reference, options, the other tensors and normalisations of the case)
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Callable[..., Any], dict[str, Any], str]] = {
     "norm": (batch_norm_act, functional.batch_norm_act, reference.batch_norm_act, {"training": True}, ""),
@@ -71,16 +74,21 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Callable[.
         norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {"dropout_p": 0.3, "order": "act_add"},
         "3x3 residual",
     ),
+    "conv1x1": (conv3x3, PRODUCT, reference.conv1x1, {}, "pixels"),
+    "norm, dropped and added, conv1x1": (
+        norm_act_conv3x3, NORM_PRODUCT, reference.norm_act_conv1x1, {"dropout_p": 0.3, "order": "act_add"},
+        "pixels residual",
+    ),
 }  # fmt: skip
 
 
 def make_case(name: str, layout: str, dtype: torch.dtype) -> Case:
     gen = generator(name, layout, dtype)
     extra = FUNCTIONS[name][4].split()
-    outputs = 12 if "1x1" in extra or "3x3" in extra else SHAPE[1]
+    outputs = SHAPE[1] if {"1x1", "3x3", "pixels"}.isdisjoint(extra) else 12
     tensors = {"x": activation(SHAPE, dtype, layout, gen)}
     if outputs == 12:
-        taps = 1 if "1x1" in extra else 3
+        taps = 3 if "3x3" in extra else 1
         tensors["weight"] = activation((outputs, SHAPE[1], taps, taps), dtype, layout, gen, mean=0.02, std=0.3)
     if "residual" in extra:
         tensors["residual"] = activation(SHAPE, dtype, layout, gen)

@@ -67,7 +67,7 @@ def first(y):
 
 
 NORM, R_NORM = ("weight", "bias"), ("r_weight", "r_bias")
-WINOGRAD = {"algorithm": "winograd"}
+WINOGRAD, PRODUCT = {"algorithm": "winograd"}, {"algorithm": "gemm"}
 SEED = {"seed": torch.tensor([7]), "dropout_p": 0.3}
 FUNCTIONS: dict[str, Function] = {
     **{
@@ -96,6 +96,18 @@ FUNCTIONS: dict[str, Function] = {
         ("x", "r", "k3", *NORM),
         lambda t, b: functional.norm_act_conv3x3(t["x"], own(t, b), t["k3"], residual=t["r"], **SEED, **WINOGRAD)[0],
         lambda t, b: reference.norm_act_conv3x3(t["x"], own(t, b), t["k3"], residual=t["r"], **SEED),
+    ),
+    "conv1x1_with_statistics": Function(
+        ("x", "k3"),
+        lambda t, b: functional.conv1x1_with_statistics(t["x"], t["k3"][..., :1, :1], **PRODUCT).y,
+        lambda t, b: reference.conv1x1(t["x"], t["k3"][..., :1, :1]),
+    ),
+    "norm_act_conv1x1": Function(
+        ("x", "r", "k3", *NORM),
+        lambda t, b: functional.norm_act_conv1x1(
+            t["x"], own(t, b), t["k3"][..., :1, :1], residual=t["r"], **SEED, **PRODUCT
+        )[0],
+        lambda t, b: reference.norm_act_conv1x1(t["x"], own(t, b), t["k3"][..., :1, :1], residual=t["r"], **SEED),
     ),
     "conv3x3_norm_act": Function(
         ("x", "r", "k3", *NORM),

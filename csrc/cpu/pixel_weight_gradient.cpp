@@ -20,6 +20,8 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
+// Bytes of all threads' sums.
+constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
 // Pixels that a chunk has at least, so that adding its product to the sums costs little.
 constexpr int64_t kFewest = 64;
 // Output channels whose products are computed together at once: they fill whole lines of rows.
@@ -242,7 +244,8 @@ template <typename T>
 void pixel_weight_gradient(const WeightGradient<T>& given) {
   const Problem<T> w{given};
   const int64_t chunks = (w.pixels() + w.chunk() - 1) / w.chunk();
-  const int64_t shares = std::min<int64_t>(chunks, at::get_num_threads());
+  const int64_t most = kGradientBytes / static_cast<int64_t>(sizeof(float)) / w.gradient_floats();
+  const int64_t shares = std::clamp<int64_t>(most, 1, std::min<int64_t>(chunks, at::get_num_threads()));
   // At once where packed pixels, which are written and read, are no more than the threads' sums.
   if (w.pixels() * w.pixel_floats() <= shares * w.gradient_floats()) {
     gradient_at_once(w);

@@ -88,8 +88,9 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None
         stride: both axes. Winograd's algorithm serves 1 and 2, PyTorch's convolution all others.
         algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays (never for
             bfloat16 on a CPU with AMX, which PyTorch's convolution uses); "winograd" wherever it serves x at all
-            (other memory formats are copied once); "torch" leaves all to PyTorch. None: the environment variable
-            FASTRES_CONV, or "auto". Under torch.compile the variable is read when the function is traced.
+            (other memory formats are copied once); "gemm" takes that matrix product wherever no gradient is asked for;
+            "torch" leaves all to PyTorch. None: the environment variable FASTRES_CONV, or "auto". Under torch.compile
+            the variable is read when the function is traced.
     Returns:
         [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; channels_last by Winograd's algorithm, and else as
         PyTorch's convolution makes it.

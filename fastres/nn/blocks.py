@@ -91,8 +91,8 @@ class FusedBlock(Fused):
 
     Attributes:
         dropout: the rate between the convolutions.
-        conv_algorithm: "auto", "torch" or "winograd" as in `fastres.functional.conv3x3`; None leaves it to the
-            environment variable FASTRES_CONV.
+        conv_algorithm: "auto", "torch", "winograd" or "gemm" as in `fastres.functional.conv3x3` and
+            `conv1x1_with_statistics`; None leaves it to the environment variable FASTRES_CONV.
     """
 
     # A block that `fastres.fuse` made has none of its own. Typed in comments for TorchScript, as in `Fused`.
@@ -268,6 +268,8 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
 
 class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
     """torchvision's Bottleneck, fused around the convolutions; dropout stands after the ReLU of bn2.
+
+    By our convolutions, in training, it keeps for backward its input, the raw outputs of its convolutions, and bits.
 
     Args, Raises: as `FusedBasicBlock`, of which the rest holds as well.
     """
