@@ -3,7 +3,7 @@
 from fastres import functional, models, nn, reference
 from fastres.activations import Activation
 from fastres.backend import compile, compile_report
-from fastres.freeze import freeze
+from fastres.freeze import freeze, freeze_report
 from fastres.fuse import fuse, fuse_report, unfuse
 from fastres.memory import reuse_cpu_memory
 from fastres.models import (
@@ -28,6 +28,7 @@ __all__ = [
     "compile",
     "compile_report",
     "freeze",
+    "freeze_report",
     "functional",
     "fuse",
     "fuse_report",

@@ -12,6 +12,7 @@ copied as it is. A normalisation with no convolution before it (of a pre-activat
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,14 +34,16 @@ from fastres.nn.frozen import (
     FrozenPreactivationBlock,
     FrozenResidualBlock,
     FrozenSkipConnection,
+    Planned,
 )
+from fastres.nn.plan import why_not_planned
 from fastres.nn.preactivation import FusedPreactivationBlock
 from fastres.nn.shortcut import SkipConnection
 from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
-from fastres.nn.trust import activation_of, is_batch_norm, is_exactly
+from fastres.nn.trust import activation_of, class_name, is_batch_norm, is_exactly
 
-__all__ = ["freeze"]
+__all__ = ["FreezeReport", "freeze", "freeze_report"]
 
 _PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -59,13 +62,6 @@ def _why_not_packed(conv: nn.Conv2d, algorithm: str | None) -> str | None:
     if algorithm == "torch" and is_conv3x3(conv):
         return "PyTorch's algorithm was requested"
     return None
-
-
-def _freeze_convolution(conv: Any, norm: Any, activation: Activation, algorithm: str | None = None) -> FrozenLayer:
-    why = _why_not_packed(conv, algorithm)
-    if why is None:
-        return FrozenPackedConv2d(conv, norm, activation, algorithm)
-    return FrozenConv2d(conv, norm, activation, why)
 
 
 _FROZEN: dict[type[nn.Module], type[Frozen]] = {
@@ -91,77 +87,91 @@ def _is_fixed(norm: nn.Module | None) -> bool:
     return norm is not None and is_batch_norm(norm) and not uses_batch_statistics(cast(nn.BatchNorm2d, norm))
 
 
-def _freeze_block(block: Any) -> None:
-    """Change a fused block, or skip connection, into its frozen form; its own hooks stay."""
-    children = block._modules
-    if type(block) is SkipConnection:
-        if _folds(block, [("0", "1")]):
-            _become(block, {"conv": _freeze_convolution(children["0"], children["1"], activation_of(block[2]))})
-        return
-    if type(block) is FusedPreactivationBlock:
-        _freeze_preactivation(block)
-        return
-    count = 3 if type(block) is FusedBottleneck else 2
-    pairs = [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)]
-    if not _folds(block, pairs):
-        return
-    frozen: dict[str, nn.Module | None] = {}
-    for conv, norm in pairs:
-        last = type(block) is ResidualBlock and conv == "conv2"
-        activation = IDENTITY if last else activation_of(block.relu)
-        frozen[conv] = _freeze_convolution(children[conv], children[norm], activation, block.conv_algorithm)
-    if type(block) is ResidualBlock:
-        frozen["shortcut"] = children["shortcut"]
-    else:
-        downsample = children.get("downsample")
-        if downsample is not None and why_not_downsample(downsample) is None and _folds(downsample, [("0", "1")]):
-            downsample = _freeze_convolution(downsample._modules["0"], downsample._modules["1"], IDENTITY)
-        frozen["downsample"] = downsample
-    _become(block, frozen)
-
-
-def _freeze_preactivation(block: Any) -> None:
-    children, algorithm, f = block._modules, block.conv_algorithm, activation_of(block.relu)
-    if not _folds(block, [("conv1", "bn2")]) or not _is_fixed(block.bn1) or not _is_foldable(block.conv2):
-        return
-    shortcut = children.get("shortcut")
-    if _is_foldable(shortcut):
-        shortcut = _freeze_convolution(shortcut, None, IDENTITY)
-    _become(block, {
-        "bn1": FrozenNormAct(block.bn1, f),
-        "conv1": _freeze_convolution(block.conv1, block.bn2, f, algorithm),
-        "conv2": _freeze_convolution(block.conv2, None, IDENTITY, algorithm),
-        "shortcut": shortcut,
-    })  # fmt: skip
-
-
 def _become(block: nn.Module, children: dict[str, nn.Module | None]) -> None:
     block.__class__, block._modules = _FROZEN[type(block)], children
     for name in ("dropout", "conv_algorithm", "_was_fused"):
         block.__dict__.pop(name, None)
 
 
-def _freeze_stem(trunk: Any) -> None:
-    """Freeze the normalisation outside of a network's blocks, and leave the way through it to its plain class."""
-    plain = plain_trunk_class(type(trunk))
-    if plain is None:  # a subclass, of whose forward nothing is known
-        return
-    children = trunk._modules
-    seen = isinstance(trunk, IntermediateLayerGetter) and "conv1" in trunk.return_layers
-    if not seen and trunk.why_not_fusable() is None:
-        f = activation_of(children["relu"])
-        if not trunk.norm_after_conv1 and _is_fixed(children["bn1"]):
-            children["bn1"], children["relu"] = FrozenNormAct(children["bn1"], f), nn.Identity().eval()
-            if _is_foldable(children["conv1"]):
-                children["conv1"] = _freeze_convolution(children["conv1"], None, IDENTITY)
-        elif trunk.norm_after_conv1 and _folds(trunk, [("conv1", "bn1")]):
-            children["conv1"] = _freeze_convolution(children["conv1"], children["bn1"], f)
-            children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
-    # Features of a trunk are many results, which no plan has.
-    if not isinstance(trunk, IntermediateLayerGetter):
-        plain = made_class("Frozen", cast(Any, FrozenNetwork), cast(Any, plain))
-    trunk.__class__ = plain
-    trunk.__dict__.pop("_was_fused", None)
+class _Freezer:
+    """Freezes blocks and stems in place.
+
+    Args:
+        packed: whether weights may be packed.
+    """
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
+
+    def convolution(self, conv: Any, norm: Any, activation: Activation, algorithm: str | None = None) -> FrozenLayer:
+        why = _why_not_packed(conv, algorithm) if self.packed else "packed=False was asked for"
+        if why is None:
+            return FrozenPackedConv2d(conv, norm, activation, algorithm)
+        return FrozenConv2d(conv, norm, activation, why)
+
+    def block(self, block: Any) -> None:
+        """Change a fused block, or skip connection, into its frozen form; its own hooks stay."""
+        children = block._modules
+        if type(block) is SkipConnection:
+            if _folds(block, [("0", "1")]):
+                _become(block, {"conv": self.convolution(children["0"], children["1"], activation_of(block[2]))})
+            return
+        if type(block) is FusedPreactivationBlock:
+            self._preactivation(block)
+            return
+        count = 3 if type(block) is FusedBottleneck else 2
+        pairs = [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)]
+        if not _folds(block, pairs):
+            return
+        frozen: dict[str, nn.Module | None] = {}
+        for conv, norm in pairs:
+            last = type(block) is ResidualBlock and conv == "conv2"
+            activation = IDENTITY if last else activation_of(block.relu)
+            frozen[conv] = self.convolution(children[conv], children[norm], activation, block.conv_algorithm)
+        if type(block) is ResidualBlock:
+            frozen["shortcut"] = children["shortcut"]
+        else:
+            downsample = children.get("downsample")
+            if downsample is not None and why_not_downsample(downsample) is None and _folds(downsample, [("0", "1")]):
+                downsample = self.convolution(downsample._modules["0"], downsample._modules["1"], IDENTITY)
+            frozen["downsample"] = downsample
+        _become(block, frozen)
+
+    def _preactivation(self, block: Any) -> None:
+        children, algorithm, f = block._modules, block.conv_algorithm, activation_of(block.relu)
+        if not _folds(block, [("conv1", "bn2")]) or not _is_fixed(block.bn1) or not _is_foldable(block.conv2):
+            return
+        shortcut = children.get("shortcut")
+        if _is_foldable(shortcut):
+            shortcut = self.convolution(shortcut, None, IDENTITY)
+        _become(block, {
+            "bn1": FrozenNormAct(block.bn1, f),
+            "conv1": self.convolution(block.conv1, block.bn2, f, algorithm),
+            "conv2": self.convolution(block.conv2, None, IDENTITY, algorithm),
+            "shortcut": shortcut,
+        })  # fmt: skip
+
+    def stem(self, trunk: Any) -> None:
+        """Freeze the normalisation outside of a network's blocks, and leave the way through it to its plain class."""
+        plain = plain_trunk_class(type(trunk))
+        if plain is None:  # a subclass, of whose forward nothing is known
+            return
+        children = trunk._modules
+        seen = isinstance(trunk, IntermediateLayerGetter) and "conv1" in trunk.return_layers
+        if not seen and trunk.why_not_fusable() is None:
+            f = activation_of(children["relu"])
+            if not trunk.norm_after_conv1 and _is_fixed(children["bn1"]):
+                children["bn1"], children["relu"] = FrozenNormAct(children["bn1"], f), nn.Identity().eval()
+                if _is_foldable(children["conv1"]):
+                    children["conv1"] = self.convolution(children["conv1"], None, IDENTITY)
+            elif trunk.norm_after_conv1 and _folds(trunk, [("conv1", "bn1")]):
+                children["conv1"] = self.convolution(children["conv1"], children["bn1"], f)
+                children["bn1"], children["relu"] = nn.Identity().eval(), nn.Identity().eval()
+        # Features of a trunk are many results, which no plan has.
+        if not isinstance(trunk, IntermediateLayerGetter):
+            plain = made_class("Frozen", cast(Any, FrozenNetwork), cast(Any, plain))
+        trunk.__class__ = plain
+        trunk.__dict__.pop("_was_fused", None)
 
 
 def _hold_as_buffers(module: nn.Module) -> None:
@@ -173,7 +183,7 @@ def _hold_as_buffers(module: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: nn.Module, *, packed: bool = True) -> nn.Module:
     """A copy of the model for inference only: normalisations folded into convolutions, weights packed for the kernels.
 
     The copy shares no memory with the model: whatever is written to the model later does not reach it. It has no
@@ -187,23 +197,81 @@ def freeze(model: nn.Module) -> nn.Module:
     parametrised, or normalises by the batch's statistics, the block is copied as it is, in evaluation mode. Exported
     programs consist of PyTorch's operators.
 
+    A frozen network, or a block of one, is one operator call where `freeze_report` has nothing against it.
+
     Args:
         model: a network that `fastres.fuse` takes, fused or not; any other module is copied as it is.
+        packed: False leaves every weight as PyTorch has it, for a program that is exported or runs on a GPU.
     Returns:
         A module whose class is made of the model's (for a fused network: of torchvision's). Outputs are those of the
         model in evaluation, up to rounding. train() and backward raise a RuntimeError; eval() changes nothing.
     Raises:
-        TypeError: as `fastres.fuse`.
+        TypeError: as `fastres.fuse`; packed is not a bool.
     """
     check_model(model, "freeze")
+    if not isinstance(packed, bool):
+        raise TypeError(f"packed: expected a bool, got {type(packed).__name__}")
+    freezer = _Freezer(packed)
     frozen = fuse(copy.deepcopy(model).eval(), inplace=True)
     for module in list(frozen.modules()):
         if isinstance(module, FusedTrunk):
-            _freeze_stem(module)
+            freezer.stem(module)
         elif type(module) in _FROZEN and cast("FusedBlock | SkipConnection", module).why_not_fusable() is None:
-            _freeze_block(module)
+            freezer.block(module)
     for module in frozen.modules():
         _hold_as_buffers(module)
     if not isinstance(frozen, Frozen):
         frozen.__class__ = made_class("Frozen", cast(Any, Frozen), cast(Any, type(frozen)))
     return frozen
+
+
+@dataclass(frozen=True)
+class FreezeReport:
+    """What became of a frozen model's layers.
+
+    Attributes:
+        packed: module name -> the convolution whose weights are packed for the CPU's kernels.
+        left: module name -> why it is PyTorch's, or is computed child by child as before.
+        apart: name of a network or block -> why its layers are operator calls of their own. What depends on the input
+            is known after the first call.
+    """
+
+    packed: dict[str, str]
+    left: dict[str, str]
+    apart: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"packed: {len(self.packed)}, left: {len(self.left)}, in layers of their own: {len(self.apart)}"]
+        lines += [f"  {name or '(model)'}: packed, {what}" for name, what in self.packed.items()]
+        lines += [f"  {name or '(model)'}: left, {why}" for name, why in self.left.items()]
+        lines += [f"  {name or '(model)'}: layer by layer, {why}" for name, why in self.apart.items()]
+        return "\n".join(lines)
+
+
+def freeze_report(model: nn.Module) -> FreezeReport:
+    """What `freeze` packed of a model, what it left to PyTorch and why, and which parts are no single operator call.
+
+    Args:
+        model: what `freeze` returned.
+    Returns:
+        The report; it prints a line a module.
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: nothing in the model was frozen by `freeze`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not any(isinstance(module, Frozen) for module in model.modules()):
+        raise ValueError(f"model: expected one that fastres.freeze returned, got {class_name(type(model))}")
+    report = FreezeReport({}, {}, {})
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenPackedConv2d):
+            report.packed[name] = module.described()
+        elif isinstance(module, FrozenConv2d):
+            report.left[name] = f"PyTorch's convolution: {module.why}"
+        elif type(module) in _FROZEN:
+            why = cast("FusedBlock | SkipConnection", module).why_not_fusable()
+            report.left[name] = why or "a normalisation in it is by the batch's statistics, or follows no convolution"
+        elif isinstance(module, Planned) and (problem := why_not_planned(module)) is not None:
+            report.apart[name] = problem
+    return report

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor
 from torchvision.models._utils import IntermediateLayerGetter
 
-from fastres import ArticleResNet18, FusedResNet18, freeze, fuse, unfuse
+from fastres import ArticleResNet18, FusedResNet18, freeze, freeze_report, fuse, unfuse
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, ResidualBlock, SkipConnection
 from fastres.nn.frozen import Frozen
 from fastres.ops.packed import pack, unpack
@@ -401,3 +401,42 @@ def test_what_cannot_be_frozen_is_named():
         freeze(3)
     with pytest.raises(TypeError, match=r"^model: it is compiled already; call freeze before torch.compile"):
         freeze(torch.compile(FusedResNet18(7)))
+    with pytest.raises(TypeError, match=r"^packed: expected a bool, got int"):
+        freeze(FusedResNet18(7), packed=1)
+
+
+# ----------------------------------------------------------------------------------------------------- unpacked, report
+
+
+@pytest.mark.parametrize("name", ["FusedResNet18", "torchvision resnet50"])
+def test_weights_stay_pytorchs_where_that_is_asked_for(name):
+    model = randomise(NETWORKS[name](), name, "unpacked")
+    frozen = freeze(model, packed=False)
+    assert not any("packed" in key for key in frozen.state_dict())
+    assert_same_function(frozen, model, images(2, 3, 32, 32))
+    report = freeze_report(frozen)
+    assert not report.packed and set(report.left.values()) == {"PyTorch's convolution: packed=False was asked for"}
+
+
+def test_the_report_says_what_is_packed_and_why_the_rest_is_not():
+    model = randomise(torchvision.models.resnext50_32x4d(num_classes=7), "report")
+    _batch_statistics(model.layer1[1])
+    frozen = freeze(model)
+    with torch.no_grad():
+        frozen(images(1, 3, 32, 32))
+    report = freeze_report(frozen)
+    assert report.packed["conv1"] == "3 to 64, 7x7, stride 2" and report.packed["layer2.0.conv3"] == "256 to 512, 1x1"
+    assert report.left["layer2.0.conv2"] == "PyTorch's convolution: it has 32 groups"
+    assert "normalisations" in report.left["layer1.1"]
+    assert report.apart[""] == "FusedBottleneck is no module of PyTorch's or ours"
+    assert report.apart["layer2.0"] == "there is no step for a FrozenConv2d"
+    assert str(report).startswith("packed: ") and "  layer2.0.conv2: left, PyTorch's convolution" in str(report)
+    whole = freeze_report(freeze(FusedResNet18(7)))
+    assert len(whole.packed) == 20 and not whole.left and not whole.apart
+
+
+def test_the_report_is_of_frozen_models():
+    with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got int"):
+        freeze_report(3)
+    with pytest.raises(ValueError, match=r"^model: expected one that fastres.freeze returned, got torch.nn.Linear"):
+        freeze_report(nn.Linear(2, 2))

@@ -210,6 +210,11 @@ class FrozenPackedConv2d(FrozenConvolution):
         self.register_buffer("packed", pack(weight, padded=self._padded))
         self.register_buffer("bias", bias.float())
 
+    def described(self) -> str:
+        """In words, for the report."""
+        kernel, stride = self.shape.kernel, self.shape.stride
+        return f"{self.inputs} to {self.outputs}, {kernel}x{kernel}" + (f", stride {stride}" if stride > 1 else "")
+
     @property
     def _padded(self) -> bool:
         # As Winograd's algorithm reads them, but where the zeros would be more than the weights.
@@ -297,7 +302,7 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor
 # --------------------------------------------------------------------------------------------------------------- blocks
 
 
-class _Planned(Frozen):
+class Planned(Frozen):
     """A module that is one operator call where its forward can be recorded as a plan."""
 
     is_recordable = True
@@ -315,14 +320,14 @@ class _Planned(Frozen):
         raise NotImplementedError
 
 
-class FrozenNetwork(_Planned):
+class FrozenNetwork(Planned):
     """A network of blocks; the class behind it in the order of bases says how it goes through them."""
 
     def _forward(self, x: Any) -> Any:
-        return super(_Planned, self).forward(x)
+        return super(Planned, self).forward(x)
 
 
-class FrozenBlock(_Planned):
+class FrozenBlock(Planned):
     """A block of a network."""
 
 

@@ -401,10 +401,10 @@ def _recorded(x: Tensor, dtype: torch.dtype, plans: _Plans, forward: Callable[[A
         return str(e)
 
 
-def why_not_planned(module: nn.Module, x: Tensor) -> str | None:
-    """Why a call with x would go child by child, in words; None where it is one operator."""
+def why_not_planned(module: nn.Module) -> str | None:
+    """Why calls of a frozen module go layer by layer, in words; None where none did, or none has been made yet."""
     plans = _made.get(module)
-    if plans is None:
-        return None
-    reasons = [plans.why, *(plan for plan in plans.plans.values() if isinstance(plan, str))]
-    return next((why for why in reasons if why is not None), None)
+    if plans is None or not plans.hold():
+        plans = _Plans(module)
+    left = (plan for plan in plans.plans.values() if isinstance(plan, str))
+    return plans.why or next(left, None)
