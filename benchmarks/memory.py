@@ -133,7 +133,7 @@ def training_step(network: Network, side: str) -> tuple[Callable[[], None], nn.M
     model: nn.Module = models.create(
         network.name, num_classes=10, stem=network.stem, dropout=network.dropout, fused=side == FUSED
     )
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(network.batch, 3, network.image, network.image).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (network.batch,))
@@ -162,21 +162,16 @@ def measure_alone(network: Network, side: str, kept: bool) -> tuple[int, int]:
         return process.submit(measure, network, side, kept).result()
 
 
-def measure_all(networks: Iterable[Network]) -> list[Measured]:
-    """Every network, side and setting of the allocator."""
-    found = []
-    for network in tqdm(list(networks)):
-        default = {side: measure_alone(network, side, False) for side in SIDES}
-        kept = {side: measure_alone(network, side, True) for side in SIDES}
-        found.append(
-            Measured(
-                network,
-                tensors={side: tensors for side, (tensors, _) in default.items()},
-                resident={side: resident for side, (_, resident) in default.items()},
-                resident_kept={side: resident for side, (_, resident) in kept.items()},
-            )
-        )
-    return found
+def measure_sides(network: Network) -> Measured:
+    """Every side, under both settings of the allocator."""
+    default = {side: measure_alone(network, side, False) for side in SIDES}
+    kept = {side: measure_alone(network, side, True) for side in SIDES}
+    return Measured(
+        network,
+        tensors={side: tensors for side, (tensors, _) in default.items()},
+        resident={side: resident for side, (_, resident) in default.items()},
+        resident_kept={side: resident for side, (_, resident) in kept.items()},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- reporting
@@ -200,7 +195,7 @@ def table(found: Iterable[Measured]) -> str:
 
 
 def main(config: Config) -> None:
-    """Measure, print, write.
+    """Measure, print, write; what there is after each network, so that a run that is cut off leaves it.
 
     Raises:
         ValueError: an unknown network.
@@ -210,14 +205,18 @@ def main(config: Config) -> None:
     if unknown:
         raise ValueError(f"networks: expected some of {', '.join(by_words)}, got {', '.join(unknown)}")
     machine = describe_machine_of_defaults()
-    found = measure_all(by_words[words] for words in config.networks)
     slug = records.slug(f"{machine['processor']} {machine['capability']}")
+    file = config.output_dir / f"memory-{slug}-{machine['date']}.json"
+    how = f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']};"
+    how += f" float32, channels_last; {machine['date']}."
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    data = {"machine": machine, "networks": [dataclasses.asdict(entry) for entry in found]}
-    records.write_text(config.output_dir / f"memory-{slug}-{machine['date']}.json", records.to_json(data))
-    where = f"{machine['processor']}, {machine['capability']}, {machine['threads']} threads; torch {machine['torch']}"
-    if config.page is not None:
-        insert_table(config.page, f"{where}; float32, channels_last; {machine['date']}.\n\n{table(found)}", "memory")
+    found: list[Measured] = []
+    for words in tqdm(config.networks):
+        found.append(measure_sides(by_words[words]))
+        data = {"machine": machine, "networks": [dataclasses.asdict(entry) for entry in found]}
+        records.write_text(file, records.to_json(data))
+        if config.page is not None:
+            insert_table(config.page, f"{how}\n\n{table(found)}", "memory")
     print(table(found))
 
 

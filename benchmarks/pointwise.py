@@ -142,7 +142,7 @@ def parts_of_a_call(repeats: int = 15, calls: int = 100) -> dict[str, float]:
         "the operator, forward": lambda: ops.training(x0, norm0, None, r0, None, None, None, act),
         "the operator, backward": lambda: ops.backward(dy, None, x0, saved, None, bits, act, True, [True, True, True]),
         "a torch.autograd.Function that does nothing, forward + backward": whole(
-            lambda: _Nothing.apply(x, weight, bias, r)  # type: ignore[no-untyped-call]
+            lambda: _Nothing.apply(x, weight, bias, r)
         ),
     }
     best = dict.fromkeys(cases, float("inf"))

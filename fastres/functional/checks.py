@@ -79,7 +79,7 @@ def check_channels(name: str, value: Tensor | None, like: Tensor, channels: int)
 
 def check_norm(prefix: str, norm: NormParams, like: Tensor, channels: int, training: bool) -> None:
     shape, device = (channels,), like.device
-    for name, value in zip(_VECTORS, norm, strict=False):
+    for name, value in zip(_VECTORS, norm[:4], strict=True):
         # What is as it should be is passed over here: this runs at every call of every layer.
         if value is not None and not (
             isinstance(value, Tensor)
