@@ -207,8 +207,8 @@ def norm_act_conv3x3(
     Source: Ioffe and Szegedy 2015, algorithm 1; Lavin and Gray 2016, section 4.
     """
     return _norm_act_conv(
-        3, x, norm, weight, (relu, activation, dropout_p, order), statistics=statistics, residual=residual, seed=seed,
-        stride=stride, algorithm=algorithm, group=group,
+        (3, stride), x, norm, weight, (relu, activation, dropout_p, order), statistics=statistics, residual=residual,
+        seed=seed, algorithm=algorithm, group=group,
     )  # fmt: skip
 
 
@@ -221,6 +221,7 @@ def norm_act_conv1x1(
     activation: Activation | str | None = None,
     dropout_p: float = 0.0,
     order: str = "add_act",
+    stride: int = 1,
     **options: Any,
 ) -> tuple[Tensor, Statistics | None]:
     """conv1x1(batch_norm_act(x)) in training, as `norm_act_conv3x3` with a 1x1 convolution without padding.
@@ -230,16 +231,17 @@ def norm_act_conv1x1(
     Args:
         weight: [K, C, 1, 1], dtype of x, of the convolution.
         x, norm, relu, activation, dropout_p, order: as in `norm_act_conv3x3`.
-        options: stride and algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other;
+        stride: as in `conv1x1_with_statistics`.
+        options: algorithm as in `conv1x1_with_statistics`, where "torch" computes the one after the other;
             statistics, residual, seed and group as in `norm_act_conv3x3`.
     Returns, Raises: as `norm_act_conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
-    return _norm_act_conv(1, x, norm, weight, (relu, activation, dropout_p, order), **options)
+    return _norm_act_conv((1, stride), x, norm, weight, (relu, activation, dropout_p, order), **options)
 
 
 def _norm_act_conv(
-    kernel: int,
+    shape: tuple[int, int],
     x: Tensor,
     norm: NormParams,
     weight: Tensor,
@@ -248,11 +250,11 @@ def _norm_act_conv(
     statistics: Statistics | None = None,
     residual: Tensor | None = None,
     seed: Tensor | None = None,
-    stride: int = 1,
     algorithm: str | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Statistics | None]:
-    """`given`: relu, activation, dropout_p and order."""
+    """`shape`: kernel and stride; `given`: relu, activation, dropout_p and order."""
+    kernel, stride = shape
     x, residual = autocast(x), None if residual is None else autocast(residual)
     check_convolution(x, weight, kernel, stride, algorithm)
     if not isinstance(norm, NormParams):
