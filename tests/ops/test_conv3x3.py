@@ -778,6 +778,8 @@ BAD_CONVOLUTIONS = [
     ({"weight": torch.zeros(4, 7, 3, 3)}, ValueError, r"weight: expected shape \(K, 8, (3|1), \1\).*got \(4, 7"),
     ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape \(K, 8, (3|1), \1\).*got \(4, 8"),
     ({"weight": torch.zeros(4, 8, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
+    ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
+    ({"stride": (1, 1)}, TypeError, "stride: expected an int, got tuple"),
     ({"algorithm": "fast"}, ValueError, "algorithm: expected one of .*'winograd'.*got 'fast'"),
     ({"algorithm": 3}, TypeError, "algorithm: expected a string or None, got int"),
 ]
