@@ -24,8 +24,8 @@ namespace {
 constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
 // Pixels that a chunk has at least, so that adding its product to the sums costs little.
 constexpr int64_t kFewest = 64;
-// Output channels whose products are computed together at once: they fill whole lines of rows.
-constexpr int64_t kGradientRows = 48;
+// Groups of kRows output channels whose products are computed together at once.
+constexpr int64_t kTogether = 4;
 // Bytes of inputs that are put through the prologue before they are packed.
 constexpr int64_t kScratchBytes = 16 * 1024;
 
@@ -40,22 +40,25 @@ struct Problem : WeightGradient<T> {
   int64_t groups() const {
     return groups_of(inputs);
   }
-  // Rows of dy a multiple of 2 KiB apart would fall into the same few lines of the L1 cache.
-  int64_t row() const {
-    return round_up(outputs, kWidth) + kSkew;
+  int64_t row_groups() const {
+    return (outputs + kRows - 1) / kRows;
+  }
+  // Output channels of a group.
+  int64_t rows_of(int64_t row_group) const {
+    return std::min<int64_t>(kRows, outputs - row_group * kRows);
   }
   int64_t pixel_floats() const {
-    return row() + groups() * kColumns;
+    return row_groups() * kRows + groups() * kColumns;
   }
   // Floats of the sums, [group][outputs][kColumns].
   int64_t gradient_floats() const {
     return groups() * outputs * kColumns;
   }
-  // Pixels of a chunk: columns and lines of rows in the L1 cache for a micro-kernel, all of it in half of the L2 cache.
+  // Pixels of a chunk: a micro-kernel's columns and rows in the L1 cache, all of it in half of the L2 cache.
   int64_t chunk() const {
     const Caches& caches = Caches::of_machine();
-    constexpr int64_t item = sizeof(float), line = 64;
-    const int64_t in_l1 = caches.l1 * 3 / 4 / (kColumns * item + line);
+    constexpr int64_t item = sizeof(float);
+    const int64_t in_l1 = caches.l1 * 3 / 4 / ((kColumns + kRows) * item);
     const int64_t in_l2 = caches.l2 / 2 / (pixel_floats() * item);
     const int64_t most = std::max(kFewest, std::min(in_l1, in_l2));
     const int64_t chunks = (pixels() + most - 1) / most;
@@ -63,12 +66,13 @@ struct Problem : WeightGradient<T> {
   }
 };
 
-// Up to `most` pixels in panels: of a [group][most][kColumns], of dy [most][row].
+// Up to `most` pixels in panels: of a [group][most][kColumns], of dy [row group][most][kRows]. In dy itself the rows of
+// a micro-kernel would each lie in a page of its own, and a few lines of the L1 cache would have to hold them all.
 template <typename T>
 class Panels {
 public:
   Panels(const Problem<T>& w, int64_t most)
-      : most_(most), columns_(w.groups() * most * kColumns), rows_(most * w.row()) {}
+      : most_(most), columns_(w.groups() * most * kColumns), rows_(w.row_groups() * most * kRows) {}
 
   // Pixels first ... first + count - 1 become those from `at` on.
   void pack(const Problem<T>& w, const PixelReader<T>& reader, float* scratch, int64_t first, int64_t count, int64_t at)
@@ -83,13 +87,7 @@ public:
         from = w.x.data + (first + p) * w.inputs;
       }
       pack_columns(from, w.inputs, size, at + p);
-    }
-    for (int64_t p = 0; p < count; p += together) {
-      for (int64_t k = 0; k < w.outputs; k += kWidth) {
-        const T* from = w.dy.data + (first + p) * w.outputs + k;
-        float* to = rows_.data() + (at + p) * w.row() + k;
-        pack_vectors(from, w.outputs, std::min(together, count - p), std::min(kWidth, w.outputs - k), to, w.row());
-      }
+      pack_rows(w.dy.data + (first + p) * w.outputs, w, size, at + p);
     }
   }
 
@@ -97,38 +95,53 @@ public:
     return std::max<int64_t>(1, kScratchBytes / static_cast<int64_t>(sizeof(float)) / w.inputs);
   }
 
-  // gradient (+)= the product of pixels first ... first + count - 1 for `size` output channels from `begin` on and a
-  // group of input channels.
+  // gradient (+)= the product of pixels first ... first + count - 1 for a group of output channels and one of input
+  // channels.
   void multiply(
       const Problem<T>& w,
       int64_t group,
-      int64_t begin,
-      int64_t size,
+      int64_t row_group,
       int64_t first,
       int64_t count,
       float* gradient,
       bool accumulate,
       const Ahead& ahead = {}) const {
-    const float* rows = rows_.data() + first * w.row() + begin;
+    const float* rows = rows_.data() + (row_group * most_ + first) * kRows;
     const float* columns = columns_.data() + (group * most_ + first) * kColumns;
-    with_rows(size, [&](auto r) { gradient_product<r>(rows, w.row(), columns, gradient, count, accumulate, ahead); });
+    with_rows(w.rows_of(row_group), [&](auto r) {
+      gradient_product<r>(rows, kRows, columns, gradient, count, accumulate, ahead);
+    });
   }
 
 private:
-  // Lanes past the last channel are zero, in columns as in rows.
+  // Lanes past the last channel are zero.
   void pack_columns(const float* from, int64_t inputs, int64_t count, int64_t at) const {
     for (int64_t c = 0; c < round_up(inputs, kColumns); c += kWidth) {
       float* to = columns_.data() + (c / kColumns * most_ + at) * kColumns + c % kColumns;
-      pack_vectors(from + c, inputs, count, std::clamp<int64_t>(inputs - c, 0, kWidth), to, kColumns);
+      const int64_t lanes = std::clamp<int64_t>(inputs - c, 0, kWidth);
+      for (int64_t p = 0; p < count; ++p) {
+        store(to + p * kColumns, part(from + p * inputs + c, lanes));
+      }
     }
   }
 
-  // A vector of `lanes` channels of each pixel.
-  template <typename From>
-  static void pack_vectors(const From* from, int64_t channels, int64_t count, int64_t lanes, float* to, int64_t row) {
-    for (int64_t p = 0; p < count; ++p, from += channels, to += row) {
-      store(to, lanes == kWidth ? load(from) : lanes > 0 ? load(from, lanes) : Lanes{});
+  // A vector is longer than a row: its end is overwritten by the next row, but for the last one's, which is not stored.
+  void pack_rows(const T* from, const Problem<T>& w, int64_t count, int64_t at) const {
+    static_assert(kRows <= kWidth);
+    for (int64_t g = 0; g < w.row_groups(); ++g) {
+      float* to = rows_.data() + (g * most_ + at) * kRows;
+      const T* pixel = from + g * kRows;
+      const int64_t lanes = std::min(kWidth, w.outputs - g * kRows);
+      for (int64_t p = 0; p + 1 < count; ++p) {
+        store(to + p * kRows, part(pixel + p * w.outputs, lanes));
+      }
+      store(to + (count - 1) * kRows, part(pixel + (count - 1) * w.outputs, lanes), kRows);
     }
+  }
+
+  template <typename From>
+  static Lanes part(const From* from, int64_t lanes) {
+    return lanes == kWidth ? load(from) : lanes > 0 ? load(from, lanes) : Lanes{};
   }
 
   int64_t most_;
@@ -173,23 +186,20 @@ void gradient_at_once(const Problem<T>& w) {
     const Workspace scratch(Panels<T>::scratch_pixels(w) * w.inputs);
     panels.pack(w, reader, scratch.data(), begin, end - begin, begin);
   });
-  const RowGroups rows{w.outputs};
-  constexpr int64_t together = kGradientRows / kRows;
-  const int64_t blocks = (rows.count() + together - 1) / together;
+  const int64_t blocks = (w.row_groups() + kTogether - 1) / kTogether;
   at::parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Workspace product(kGradientRows * kColumns);
+    const Workspace product(kTogether * kRows * kColumns);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / blocks, first_rows = task % blocks * together;
-      const int64_t last_rows = std::min(rows.count(), first_rows + together);
-      const int64_t first = rows.begin(first_rows), size = rows.begin(last_rows) - first;
+      const int64_t group = task / blocks, first = task % blocks * kTogether;
+      const int64_t last = std::min(w.row_groups(), first + kTogether);
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t from = c * chunk, depth = std::min(chunk, pixels - from);
-        for (int64_t r = first_rows; r < last_rows; ++r) {
-          float* to = product.data() + (rows.begin(r) - first) * kColumns;
-          panels.multiply(w, group, rows.begin(r), rows.size(r), from, depth, to, c > 0);
+        for (int64_t r = first; r < last; ++r) {
+          panels.multiply(w, group, r, from, depth, product.data() + (r - first) * kRows * kColumns, c > 0);
         }
       }
-      store_gradient(w, group, first, size, product.data(), 1, 0);
+      const int64_t size = std::min(w.outputs, last * kRows) - first * kRows;
+      store_gradient(w, group, first * kRows, size, product.data(), 1, 0);
     }
   });
 }
@@ -201,7 +211,6 @@ void gradient_by_shares(const Problem<T>& w, int64_t shares) {
   const int64_t size = w.gradient_floats();
   const Workspace gradients(shares * size);
   const PixelReader<T> reader(w.x, w.inputs);
-  const RowGroups rows{w.outputs};
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const Panels<T> panels(w, chunk);
     const Workspace scratch(Panels<T>::scratch_pixels(w) * w.inputs);
@@ -218,22 +227,22 @@ void gradient_by_shares(const Problem<T>& w, int64_t shares) {
           reader.add(prefetch, next, next_count);
           prefetch.add(w.dy.data + next * w.outputs, next_count * w.outputs * static_cast<int64_t>(sizeof(T)));
         }
-        const int64_t kernels = w.groups() * rows.count(), lines = (prefetch.lines() + kernels - 1) / kernels;
+        const int64_t kernels = w.groups() * w.row_groups(), lines = (prefetch.lines() + kernels - 1) / kernels;
         for (int64_t group = 0; group < w.groups(); ++group) {
-          for (int64_t r = 0; r < rows.count(); ++r) {
+          for (int64_t r = 0; r < w.row_groups(); ++r) {
             const Ahead ahead = prefetch.take(std::min(lines, count));
-            float* to = gradient + (group * w.outputs + rows.begin(r)) * kColumns;
-            panels.multiply(w, group, rows.begin(r), rows.size(r), 0, count, to, c > start, ahead);
+            float* to = gradient + (group * w.outputs + r * kRows) * kColumns;
+            panels.multiply(w, group, r, 0, count, to, c > start, ahead);
           }
         }
       }
     }
   });
-  at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, w.groups() * w.row_groups(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
-      const float* product = gradients.data() + (group * w.outputs + first) * kColumns;
-      store_gradient(w, group, first, rows.size(task % rows.count()), product, shares, size);
+      const int64_t group = task / w.row_groups(), r = task % w.row_groups();
+      const float* product = gradients.data() + (group * w.outputs + r * kRows) * kColumns;
+      store_gradient(w, group, r * kRows, w.rows_of(r), product, shares, size);
     }
   });
 }
