@@ -28,6 +28,7 @@ from tests.oracle import (
     POINTS,
     SEED,
     TILE4,
+    TILE5,
     Case,
     activation,
     assert_close,
@@ -160,7 +161,7 @@ def test_weights_of_any_strides_are_read_where_they_lie(stride):
 @needs_kernels
 @pytest.mark.parametrize(("largest", "stride"), [(32, 1), (40, 1), (64, 2)])
 def test_errors_are_as_small_as_documented(largest, stride):
-    """docs/convolution.md: at most 1e-5 of the largest value, at the shapes of ResNet-18's stages."""
+    """docs/convolution.md: at most 1e-5 of the largest value, 2e-5 by tiles of 5x5, at ResNet-18's stages."""
     for stage in range(4):
         channels, size = 64 << stage, largest >> stage
         x, weight, dy = data((4, channels, channels, size, size), stride=stride)
@@ -168,7 +169,9 @@ def test_errors_are_as_small_as_documented(largest, stride):
         y = OPS.conv3x3_forward(x, weight, False, stride)[0]
         gradients = OPS.conv3x3_backward(dy, x, weight, None, [True, True], stride)
         for got, value in zip((y, *gradients), wanted, strict=True):
-            assert float((got - value).abs().max() / value.abs().max()) < 1e-5
+            assert float((got - value).abs().max() / value.abs().max()) < (
+                2e-5 if form_of(x, stride) is TILE5 else 1e-5
+            )
 
 
 @needs_kernels
