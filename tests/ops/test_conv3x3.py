@@ -674,6 +674,12 @@ def test_the_argument_comes_before_the_environment(monkeypatch):
     assert not calls(monkeypatch, x, weight)
 
 
+def test_other_strides_are_pytorch_s_convolution():
+    x, weight, _ = data((2, 8, 8, 9, 10))
+    assert torch.equal(functional.conv3x3(x, weight, stride=3, algorithm="winograd"), reference.conv3x3(x, weight, 3))
+    assert functional.conv3x3_with_statistics(x, weight, stride=3, algorithm="winograd").statistics is None
+
+
 def test_other_dtypes_are_pytorch_s_convolution():
     x, weight, _ = data((2, 8, 8, 5, 5))
     for dtype in (torch.float64, torch.float16):
@@ -716,6 +722,9 @@ BAD_CONVOLUTIONS = [
     ({"weight": torch.zeros(4, 7, 3, 3)}, ValueError, r"weight: expected shape \(K, 8, 3, 3\).*got \(4, 7, 3, 3\)"),
     ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape .*got \(4, 8, 1, 1\)"),
     ({"weight": torch.zeros(4, 8, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
+    ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
+    ({"stride": (2, 2)}, TypeError, "stride: expected an int, got tuple"),
+    ({"stride": True}, TypeError, "stride: expected an int, got bool"),
     ({"algorithm": "fast"}, ValueError, "algorithm: expected one of .*'winograd'.*got 'fast'"),
     ({"algorithm": 3}, TypeError, "algorithm: expected a string or None, got int"),
 ]
@@ -783,6 +792,10 @@ def test_the_operators_name_bad_arguments():
         OPS.conv3x3_forward(x, weight.double(), False)
     with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 5, 5\], got \[1, 4, 5, 4\]"):
         OPS.conv3x3_backward(torch.zeros(1, 4, 5, 4), x, weight, None, [True, True])
+    with pytest.raises(ValueError, match=r"stride: expected 1 or 2, got 3"):
+        OPS.conv3x3_forward(x, weight, False, 3)
+    with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 3, 3\], got \[1, 4, 5, 5\]"):
+        OPS.conv3x3_backward(PLANE, x, weight, None, [True, True], 2)
     with pytest.raises(ValueError, match=r"added: expected shape"):
         OPS.conv3x3_backward(PLANE, x, weight, PLANE, [True, True])
     with pytest.raises(ValueError, match=r"added: expected shape"):
