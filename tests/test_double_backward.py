@@ -35,8 +35,8 @@ def projection(case: Case, f: Callable[..., Tensor], **options: Any) -> Tensor:
     return f(t["x"], t["weight"], case.norms["norm"], stride=(2, 1), **options)
 
 
-def conv3x3(case: Case, f: Callable[..., Any]) -> Tensor:
-    found = f(case.tensors["x"], case.tensors["weight"])
+def conv3x3(case: Case, f: Callable[..., Any], **options: Any) -> Tensor:
+    found = f(case.tensors["x"], case.tensors["weight"], **options)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -69,7 +69,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Callable[.
         projection, functional.projection_shortcut, reference.projection_shortcut, {"training": True}, "1x1",
     ),
     "conv3x3": (conv3x3, WINOGRAD, reference.conv3x3, {}, "3x3"),
+    "conv3x3, stride 2": (conv3x3, WINOGRAD, reference.conv3x3, {"stride": 2}, "3x3"),
     "norm, conv3x3": (norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {}, "3x3"),
+    "norm, conv3x3, stride 2": (norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {"stride": 2}, "3x3"),
     "norm, dropped and added, conv3x3": (
         norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {"dropout_p": 0.3, "order": "act_add"},
         "3x3 residual",

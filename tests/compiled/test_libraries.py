@@ -37,16 +37,16 @@ EXPECTED: dict[str, tuple[str, ...]] = {
 # In float32, channels_last and by Winograd's convolutions: training, evaluation.
 BY_OUR_CONVOLUTIONS: dict[str, tuple[str, str]] = {
     "resnet18": (
-        "15/15 11/15 16 batch_norm_act:2 conv3x3_with_statistics:2 norm_act_conv3x3:5 projection_shortcut:4",
-        "15/15 11/15 16 batch_norm_act:4 conv3x3:4 conv3x3_norm_act:3 projection_shortcut:4",
+        "15/15 14/15 16 batch_norm_act:2 conv3x3_with_statistics:5 norm_act_conv3x3:5 projection_shortcut:4",
+        "15/15 14/15 16 batch_norm_act:1 conv3x3:4 conv3x3_norm_act:6 projection_shortcut:4",
     ),
     "seresnet18": (
-        "15/15 7/25 14 batch_norm_act:10 conv3x3_with_statistics:2 norm_act_conv3x3:5",
-        "15/15 7/25 14 batch_norm_act:8 conv3x3_norm_act:7",
+        "15/15 10/25 14 batch_norm_act:10 conv3x3_with_statistics:5 norm_act_conv3x3:5",
+        "15/15 10/25 14 batch_norm_act:5 conv3x3_norm_act:10",
     ),
     "resnetv2_50": (
-        "10/10 2/13 10 batch_norm_act:8 norm_act_conv3x3:2",
-        "10/10 2/13 10 batch_norm_act:8 conv3x3_norm_act:2",
+        "10/10 3/13 10 batch_norm_act:7 norm_act_conv3x3:3",
+        "10/10 3/13 10 batch_norm_act:7 conv3x3_norm_act:3",
     ),
     "vgg11_bn": (
         "4/4 4/6 4 batch_norm_act:3 conv3x3_with_statistics:3 norm_act_conv3x3:1",
@@ -57,12 +57,12 @@ BY_OUR_CONVOLUTIONS: dict[str, tuple[str, str]] = {
         "11/11 4/10 11 batch_norm_act:11 conv3x3:4",
     ),
     "dla34": (
-        "29/29 18/30 38 batch_norm_act:16 conv3x3_with_statistics:6 norm_act_conv3x3:11 projection_shortcut:1",
-        "29/29 18/30 38 batch_norm_act:11 conv3x3:1 conv3x3_norm_act:16 projection_shortcut:1",
+        "29/29 23/30 38 batch_norm_act:15 conv3x3_with_statistics:10 norm_act_conv3x3:12 projection_shortcut:1",
+        "29/29 23/30 38 batch_norm_act:6 conv3x3:1 conv3x3_norm_act:21 projection_shortcut:1",
     ),
     "transformers_bottleneck": (
-        "12/12 4/12 13 batch_norm_act:6 norm_act_conv3x3:2 projection_shortcut:2",
-        "12/12 4/12 13 batch_norm_act:6 conv3x3_norm_act:2 projection_shortcut:2",
+        "12/12 5/12 13 batch_norm_act:5 norm_act_conv3x3:3 projection_shortcut:2",
+        "12/12 5/12 13 batch_norm_act:5 conv3x3_norm_act:3 projection_shortcut:2",
     ),
     "inception": (
         "13/13 5/13 13 batch_norm_act:9 conv3x3_with_statistics:1 norm_act_conv3x3:4",

@@ -20,8 +20,8 @@ def counts(report: GraphReport) -> str:
 EXPECTED: dict[str, tuple[str, ...]] = {
     "basic": (
         "6/6 1/6 7 batch_norm_act:4 projection_shortcut:1",
-        "6/6 5/6 7 batch_norm_act:2 conv3x3_with_statistics:2 norm_act_conv3x3:2 projection_shortcut:1",
-        "6/6 5/6 7 batch_norm_act:1 conv3x3:1 conv3x3_norm_act:3 projection_shortcut:1",
+        "6/6 6/6 7 batch_norm_act:2 conv3x3_with_statistics:3 norm_act_conv3x3:2 projection_shortcut:1",
+        "6/6 6/6 7 conv3x3:1 conv3x3_norm_act:4 projection_shortcut:1",
     ),
     "bottleneck": (
         "8/8 1/8 9 batch_norm_act:6 projection_shortcut:1",
@@ -30,13 +30,13 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "option_a": (
         "5/5 0/5 7 batch_norm_act:5",
-        "5/5 4/5 7 batch_norm_act:3 conv3x3_with_statistics:2 norm_act_conv3x3:2",
-        "5/5 4/5 7 batch_norm_act:1 conv3x3_norm_act:4",
+        "5/5 5/5 7 batch_norm_act:3 conv3x3_with_statistics:3 norm_act_conv3x3:2",
+        "5/5 5/5 7 conv3x3_norm_act:5",
     ),
     "preactivation": (
         "5/5 0/6 5 batch_norm_act:5",
-        "5/5 4/6 5 batch_norm_act:2 conv3x3_with_statistics:1 norm_act_conv3x3:3",
-        "5/5 4/6 5 batch_norm_act:4 conv3x3:3 conv3x3_norm_act:1",
+        "5/5 5/6 5 batch_norm_act:2 conv3x3_with_statistics:2 norm_act_conv3x3:3",
+        "5/5 5/6 5 batch_norm_act:3 conv3x3:3 conv3x3_norm_act:2",
     ),
     "unet": (
         "6/6 0/7 6 batch_norm_act:6",

@@ -28,6 +28,7 @@ from tests.oracle import (
     POINTS,
     SEED,
     TILE4,
+    TILE5,
     Case,
     activation,
     assert_close,
@@ -200,7 +201,7 @@ def test_1x1_kernels_of_other_strides_are_pytorch_s(stride, algorithm):
 @needs_kernels
 @pytest.mark.parametrize(("largest", "stride"), [(32, 1), (40, 1), (64, 2)])
 def test_errors_are_as_small_as_documented(largest, stride):
-    """docs/convolution.md: at most 1e-5 of the largest value, at the shapes of ResNet-18's stages."""
+    """docs/convolution.md: at most 1e-5 of the largest value, 2e-5 by tiles of 5x5, at ResNet-18's stages."""
     for stage in range(4):
         channels, size = 64 << stage, largest >> stage
         x, weight, dy = data((4, channels, channels, size, size), stride=stride)
@@ -208,7 +209,9 @@ def test_errors_are_as_small_as_documented(largest, stride):
         y = OPS.conv3x3_forward(x, weight, False, stride)[0]
         gradients = OPS.conv3x3_backward(dy, x, weight, None, [True, True], stride)
         for got, value in zip((y, *gradients), wanted, strict=True):
-            assert float((got - value).abs().max() / value.abs().max()) < 1e-5
+            assert float((got - value).abs().max() / value.abs().max()) < (
+                2e-5 if form_of(x, stride) is TILE5 else 1e-5
+            )
 
 
 @needs_kernels
@@ -720,6 +723,12 @@ def test_the_argument_comes_before_the_environment(monkeypatch):
     assert not calls(monkeypatch, x, weight)
 
 
+def test_other_strides_are_pytorch_s_convolution():
+    x, weight, _ = data((2, 8, 8, 9, 10))
+    assert torch.equal(functional.conv3x3(x, weight, stride=3, algorithm="winograd"), reference.conv3x3(x, weight, 3))
+    assert functional.conv3x3_with_statistics(x, weight, stride=3, algorithm="winograd").statistics is None
+
+
 def test_other_dtypes_are_pytorch_s_convolution():
     x, weight, _ = data((2, 8, 8, 5, 5))
     for dtype in (torch.float64, torch.float16):
@@ -779,7 +788,8 @@ BAD_CONVOLUTIONS = [
     ({"weight": torch.zeros(4, 8, 1, 1)}, ValueError, r"weight: expected shape \(K, 8, (3|1), \1\).*got \(4, 8"),
     ({"weight": torch.zeros(4, 8, 3, 3, device="meta")}, ValueError, "weight: expected a tensor on cpu"),
     ({"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
-    ({"stride": (1, 1)}, TypeError, "stride: expected an int, got tuple"),
+    ({"stride": (2, 2)}, TypeError, "stride: expected an int, got tuple"),
+    ({"stride": True}, TypeError, "stride: expected an int, got bool"),
     ({"algorithm": "fast"}, ValueError, "algorithm: expected one of .*'winograd'.*got 'fast'"),
     ({"algorithm": 3}, TypeError, "algorithm: expected a string or None, got int"),
 ]
@@ -860,6 +870,8 @@ def test_the_operators_name_bad_arguments():
             OPS.conv3x3_backward(PLANE, x, w, None, [True, True], stride)
     with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 5, 5\], got \[1, 4, 5, 4\]"):
         OPS.conv3x3_backward(torch.zeros(1, 4, 5, 4), x, weight, None, [True, True])
+    with pytest.raises(ValueError, match=r"dy: expected shape \[1, 4, 3, 3\], got \[1, 4, 5, 5\]"):
+        OPS.conv3x3_backward(PLANE, x, weight, None, [True, True], 2)
     with pytest.raises(ValueError, match=r"added: expected shape"):
         OPS.conv3x3_backward(PLANE, x, weight, PLANE, [True, True])
     with pytest.raises(ValueError, match=r"added: expected shape"):
