@@ -146,14 +146,15 @@ inline void multiply_tile(
     sum_low[r] = begun != nullptr ? load(begun + r * kColumns) : Lanes{};
     sum_high[r] = begun != nullptr ? load(begun + r * kColumns + kWidth) : Lanes{};
   }
-  const int64_t row = shape.row;
-  const int64_t stretches = shape.lines * ((shape.run + Ahead::kEvery - 1) / Ahead::kEvery);
+  // A short rest would cost more than a few lines of the cache that are not fetched ahead.
+  const int64_t row = shape.row, every = shape.run < 2 * Ahead::kEvery ? shape.run : Ahead::kEvery;
+  const int64_t stretches = shape.lines * ((shape.run + every - 1) / every);
   const int64_t share = (ahead.vectors + stretches - 1) / stretches;
   for (int64_t line = 0; line < shape.lines; ++line, operand += shape.line) {
     // Four rows to a pointer: twelve pointers would not fit into registers.
     const float* quad[3] = {operand, operand + 4 * row, operand + 8 * row};
-    for (int64_t begin = 0; begin < shape.run; begin += Ahead::kEvery) {
-      const int64_t count = std::min(Ahead::kEvery, shape.run - begin);
+    for (int64_t begin = 0; begin < shape.run; begin += every) {
+      const int64_t count = std::min(every, shape.run - begin);
       ahead.fetch(share, R, row, line * shape.line + begin);
 #pragma GCC unroll 4
       for (int64_t c = 0; c < count; ++c) {
