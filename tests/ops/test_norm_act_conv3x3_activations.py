@@ -1,5 +1,5 @@
-"""norm_act_conv3x3 with every activation against float64, and its backward in two stages, by which the parts of a batch
-share their statistics."""
+"""norm_act_conv3x3 and norm_act_conv1x1 with every activation against float64, and their backward in two stages, by
+which the parts of a batch share their statistics."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres import functional, reference
+from fastres import functional
 from fastres.activations import KINDS, Activation
 from fastres.contract import PLAIN, Act, Norm, NormParams, Statistics, Sums
 from fastres.ops import batch_norm_act, norm_act_conv3x3
-from tests.ops.test_norm_act_conv3x3 import check, gradient_of, keep_off_kinks, make_case, saved
+from tests.ops.test_conv3x3 import both_kernels
+from tests.ops.test_norm_act_conv3x3 import EXACT, check, gradient_of, keep_off_kinks, make_case, saved
 from tests.oracle import (
     Case,
     assert_close,
@@ -34,11 +35,12 @@ orders = pytest.mark.parametrize("order", functional.ORDERS)
 
 
 @kinds
+@both_kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_values_and_every_gradient_are_those_of_float64(shape, kind, dropout_p):
+def test_values_and_every_gradient_are_those_of_float64(shape, kind, dropout_p, kernel):
     for order in (None, *functional.ORDERS):
-        case = make_case(shape, kind, order, dropout_p, residual=order is not None)
+        case = make_case(shape, kind, order, dropout_p, residual=order is not None, kernel=kernel)
         check(case, order=order or "add_act", dropout_p=dropout_p, activation=Activation.of(kind))
 
 
@@ -64,8 +66,9 @@ def test_no_activation_keeps_a_tensor_of_its_own(kind):
 
 @kinds
 @orders
-def test_the_first_stage_and_the_second_are_backward(kind, order):
-    _, (dy, x, own, residual, keep, weight, act) = saved((3, 20, 36, 6, 5), order, 0.2, kind)
+@both_kernels
+def test_the_first_stage_and_the_second_are_backward(kind, order, kernel):
+    _, (dy, x, own, residual, keep, weight, act) = saved((3, 20, 36, 6, 5), order, 0.2, kind, kernel)
     arguments = (dy, x, own, residual, keep, weight, act)
     dx, dr, dweight, *sums = norm_act_conv3x3.backward(*arguments, [True] * 3)
     dz, da, same_dweight, *same = norm_act_conv3x3.backward_reduce(*arguments, [True] * 3)
@@ -96,16 +99,17 @@ def parts_of(t: Tensor | None, sizes: tuple[int, int]) -> list[Tensor | None]:
     return [part.contiguous(memory_format=torch.channels_last) for part in t.detach().split(list(sizes))]
 
 
+@both_kernels
 @pytest.mark.parametrize("kind", ["relu", "silu", "leaky_relu", "identity"])
 @pytest.mark.parametrize("order", [None, *functional.ORDERS])
 @pytest.mark.parametrize(("shape", "sizes"), [((6, 20, 33, 5, 6), (3, 3)), ((7, 64, 40, 8, 9), (2, 5))], ids=str)
-def test_two_parts_of_a_batch_that_share_their_statistics_are_the_whole(shape, sizes, order, kind):
+def test_two_parts_of_a_batch_that_share_their_statistics_are_the_whole(shape, sizes, order, kind, kernel):
     """Forward and backward of each part by itself, with nothing exchanged but sums of [C], against float64 on both."""
     f, order_or_default = Activation.of(kind), order or "add_act"
-    case = make_case(shape, kind, order, residual=order is not None)
+    case = make_case(shape, kind, order, residual=order is not None, kernel=kernel)
     keep_off_kinks(case, f, order_or_default)
     exact = case.double()
-    wanted = reference.norm_act_conv3x3(
+    wanted = EXACT[kernel](
         exact.tensors["x"], exact.norms["norm"], exact.tensors["weight"], residual=exact.tensors.get("residual"),
         activation=f, order=order_or_default,
     )  # fmt: skip
@@ -121,7 +125,7 @@ def test_two_parts_of_a_batch_that_share_their_statistics_are_the_whole(shape, s
         forwards.append(norm_act_conv3x3.forward(part, params, shared, residual, None, weight, act, True))
         running.append(params[:2])
     y = torch.cat([found[0] for found in forwards])
-    assert_close(y, wanted.detach(), "y", length=output_length(shape[1]))
+    assert_close(y, wanted.detach(), "y", length=output_length(shape[1], kernel))
     for found in forwards:
         assert_statistics(found[1], found[2], found[0], "y of a part")
     for name, *values in zip(("running_mean", "running_var"), *running, strict=True):
@@ -152,13 +156,13 @@ def check_gradients(
     dx, dweight, dnorm_weight, dnorm_bias, reduced = found
     inputs = exact.inputs()
     expected = dict(zip(inputs, torch.autograd.grad(wanted, list(inputs.values()), dy.double()), strict=True))
-    x, n, count = case.tensors["x"], case.norms["norm"], dx.numel() // dx.shape[1]
-    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=1)
-    noise = float(bound(da, torch.float32, output_length(dy.shape[1])).max())
+    x, n, count, kernel = case.tensors["x"], case.norms["norm"], dx.numel() // dx.shape[1], dweight.shape[2]
+    da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=kernel // 2)
+    noise = float(bound(da, torch.float32, output_length(dy.shape[1], kernel)).max())
     g_noise = noise * float(f.gradient(torch.linspace(-8, 8, 4001, dtype=torch.float64)).abs().max())
     rstd = torch.rsqrt(x.detach().double().var((0, 2, 3), correction=0) + n.eps)
     assert_close(dx, expected["x"], "dx", noise=3 * g_noise * float((rstd * n.weight.detach()).max()))
-    assert_close(dweight, expected["weight"], "dweight", length=weight_length(x))
+    assert_close(dweight, expected["weight"], "dweight", length=weight_length(x, kernel))
     for name, value in (("weight", dnorm_weight), ("bias", dnorm_bias)):
         assert_close(value, expected[f"norm.{name}"], f"dnorm_{name}", length=count, noise=math.sqrt(count) * g_noise)
     if order is not None:
@@ -182,9 +186,10 @@ def test_a_shared_count_is_taken_for_the_variance():
         assert_close(running[1], (1 - share) * params.running_var.double() + share * exact_m2 / (m - 1), "running_var")
 
 
+@both_kernels
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_change_no_bit_of_g(workers):
-    _, arguments = saved((40, 32, 40, 15, 14), "add_act", 0.1, "gelu")
+def test_workers_change_no_bit_of_g(workers, kernel):
+    _, arguments = saved((40, 32, 40, 15, 14), "add_act", 0.1, "gelu", kernel)
     first = norm_act_conv3x3.backward_reduce(*arguments, [True] * 3)[0]
     with threads(workers):
         again = norm_act_conv3x3.backward_reduce(*arguments, [True] * 3)[0]
