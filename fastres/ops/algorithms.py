@@ -196,13 +196,15 @@ def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice
     unserved = _why_not_served(problem._replace(kernel=3))
     if unserved is not None:
         return Choice("torch", unserved)
-    if problem.kernel == 3 and problem.stride == 1:
-        if requested == "torch":
-            return Choice("torch", "it was requested")
-        if padded and (requested == "winograd" or _winograd_pays(problem)):
-            return Choice("winograd", "it saves more multiplications than its transforms cost")
+    winograds = problem.kernel == 3 and problem.stride == 1
+    if winograds and requested == "torch":
+        return Choice("torch", "it was requested")
+    if winograds and padded and requested == "winograd":
+        return Choice("winograd", "it was requested")
     if problem.dtype == torch.bfloat16 and problem.matrix_units:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
+    if winograds and padded and _winograd_pays(problem):
+        return Choice("winograd", "it saves more multiplications than its transforms cost")
     return Choice("gemm", "its weights are packed for it")
 
 

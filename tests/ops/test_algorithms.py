@@ -8,7 +8,14 @@ import torch
 from fastres import functional, fuse
 from fastres.contract import ConvProblem
 from fastres.nn import FusedBasicBlock
-from fastres.ops.algorithms import ALGORITHMS, choose_algorithm, is_served, problem_of, requested_algorithm
+from fastres.ops.algorithms import (
+    ALGORITHMS,
+    choose_algorithm,
+    choose_packed,
+    is_served,
+    problem_of,
+    requested_algorithm,
+)
 
 LARGE = ConvProblem(torch.float32, (128, 64, 32, 32), 64, 3, 1, True, True, 2, "avx512", False)
 FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
@@ -57,6 +64,31 @@ def test_the_choice_and_its_reason(problem, algorithm, reason, capability):
     choice = choose_algorithm(problem._replace(capability=capability))
     assert choice.algorithm == algorithm
     assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("problem", "padded", "requested", "algorithm", "reason"),
+    [
+        (LARGE, True, "auto", "winograd", "saves more multiplications"),
+        (LARGE, False, "auto", "gemm", "packed"),
+        (LARGE, True, "torch", "torch", "requested"),
+        (LARGE, True, "winograd", "winograd", "requested"),
+        (FEW, True, "auto", "gemm", "packed"),
+        (FEW, True, "winograd", "winograd", "requested"),
+        (FEW, False, "winograd", "gemm", "packed"),
+        (LARGE._replace(kernel=1), False, "auto", "gemm", "packed"),
+        (LARGE._replace(kernel=7, stride=2), False, "auto", "gemm", "packed"),
+        (LARGE._replace(stride=2), True, "torch", "gemm", "packed"),
+        (LARGE._replace(dtype=torch.bfloat16), True, "auto", "winograd", "saves more multiplications"),
+        (LARGE._replace(dtype=torch.bfloat16, matrix_units=True), True, "auto", "torch", "bfloat16 matrices"),
+        (LARGE._replace(dtype=torch.float64), True, "auto", "torch", "this dtype"),
+        (LARGE._replace(kernel=1, capability="default"), False, "auto", "torch", "for default"),
+        (LARGE._replace(kernel=1, shape=(0, 64, 8, 8)), False, "auto", "torch", "empty"),
+    ],
+)
+def test_the_choice_for_packed_weights_and_its_reason(problem, padded, requested, algorithm, reason):
+    choice = choose_packed(problem, padded, requested)
+    assert choice.algorithm == algorithm and reason in choice.reason
 
 
 @pytest.mark.parametrize("capability", ["default", "cuda", "meta", "xpu"])
