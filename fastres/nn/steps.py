@@ -134,13 +134,13 @@ def norm_act(
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
-def is_conv3x3(conv: nn.Conv2d, strides: tuple[tuple[int, int], ...] = ((1, 1), (2, 2))) -> bool:
-    """Whether calling the module is `fastres.functional.conv3x3` with its weight and one of `strides`."""
+def is_conv3x3(conv: nn.Conv2d) -> bool:
+    """Whether calling the module is `fastres.functional.conv3x3` with its weight, with stride 1 or 2."""
     return (
         conv.bias is None
         and conv.kernel_size == (3, 3)
         and conv.padding == conv.dilation == (1, 1)
-        and conv.stride in strides
+        and conv.stride in ((1, 1), (2, 2))
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
