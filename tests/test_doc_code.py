@@ -235,9 +235,14 @@ def check_mkdocs(subcommand: str, *words: str) -> None:
     check_module("mkdocs", *words) if subcommand.startswith("-") else help_of("mkdocs", subcommand)
 
 
+def check_compiler(*words: str) -> None:
+    """tests/test_export.py runs the command itself, and the program that it makes."""
+    check_paths(*(word for word in words if word.endswith(".cpp")))
+
+
 CHECKS = {
     "python": check_python, "pip": check_pip, "pytest": check_pytest, "torchrun": check_torchrun, "make": check_make,
-    "mkdocs": check_mkdocs,
+    "mkdocs": check_mkdocs, "g++": check_compiler, "./serve": check_compiler,
 }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "bottleneck": (
         "8/8 1/8 9 batch_norm_act:6 projection_shortcut:1",
-        "8/8 3/8 9 batch_norm_act:5 conv3x3_with_statistics:1 norm_act_conv3x3:1 projection_shortcut:1",
-        "8/8 3/8 9 batch_norm_act:4 conv3x3_norm_act:2 projection_shortcut:1",
+        "8/8 4/8 9 batch_norm_act:4 conv3x3_with_statistics:1 norm_act_conv3x3:2 projection_shortcut:1",
+        "8/8 4/8 9 batch_norm_act:3 conv3x3_norm_act:3 projection_shortcut:1",
     ),
     "option_a": (
         "5/5 0/5 7 batch_norm_act:5",
@@ -52,8 +52,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "volume": ("2/2 0/0 2 batch_norm_act:2",),
     "autoencoder": (
         "3/3 0/2 3 batch_norm_act:3",
-        "3/3 0/2 3 batch_norm_act:3",
-        "3/3 0/2 3 batch_norm_act:3",
+        "3/3 2/2 3 batch_norm_act:2 conv3x3_with_statistics:1 norm_act_conv3x3:1",
+        "3/3 2/2 3 batch_norm_act:1 conv3x3_norm_act:2",
     ),
 }
 
