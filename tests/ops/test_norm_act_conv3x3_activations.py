@@ -21,7 +21,9 @@ from tests.oracle import (
     assert_close,
     assert_statistics,
     bound,
+    form_of,
     generator,
+    input_length,
     output_length,
     saved_bytes,
     threads,
@@ -125,7 +127,7 @@ def test_two_parts_of_a_batch_that_share_their_statistics_are_the_whole(shape, s
         forwards.append(norm_act_conv3x3.forward(part, params, shared, residual, None, weight, act, True))
         running.append(params[:2])
     y = torch.cat([found[0] for found in forwards])
-    assert_close(y, wanted.detach(), "y", length=output_length(shape[1], kernel))
+    assert_close(y, wanted.detach(), "y", length=output_length(shape[1], form_of(case.tensors["x"], kernel=kernel)))
     for found in forwards:
         assert_statistics(found[1], found[2], found[0], "y of a part")
     for name, *values in zip(("running_mean", "running_var"), *running, strict=True):
@@ -158,11 +160,11 @@ def check_gradients(
     expected = dict(zip(inputs, torch.autograd.grad(wanted, list(inputs.values()), dy.double()), strict=True))
     x, n, count, kernel = case.tensors["x"], case.norms["norm"], dx.numel() // dx.shape[1], dweight.shape[2]
     da = torch.nn.grad.conv2d_input(x.shape, exact.tensors["weight"].detach(), dy.double(), padding=kernel // 2)
-    noise = float(bound(da, torch.float32, output_length(dy.shape[1], kernel)).max())
+    noise = float(bound(da, torch.float32, input_length(dy.shape[1], form_of(x, kernel=kernel))).max())
     g_noise = noise * float(f.gradient(torch.linspace(-8, 8, 4001, dtype=torch.float64)).abs().max())
     rstd = torch.rsqrt(x.detach().double().var((0, 2, 3), correction=0) + n.eps)
     assert_close(dx, expected["x"], "dx", noise=3 * g_noise * float((rstd * n.weight.detach()).max()))
-    assert_close(dweight, expected["weight"], "dweight", length=weight_length(x, kernel))
+    assert_close(dweight, expected["weight"], "dweight", length=weight_length(x, kernel=kernel))
     for name, value in (("weight", dnorm_weight), ("bias", dnorm_bias)):
         assert_close(value, expected[f"norm.{name}"], f"dnorm_{name}", length=count, noise=math.sqrt(count) * g_noise)
     if order is not None:
