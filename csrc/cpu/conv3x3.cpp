@@ -89,10 +89,7 @@ Tensor infer(const Tensor& x, const Kernel& kernel, int64_t stride, Algorithm al
         gathered_gemm(positions, in.const_data_ptr<T>(), kernel, epilogue);
         return;
       }
-      with_form(stride, y.size(2), y.size(3), [&](auto form) {
-        using Form = decltype(form);
-        convolve<Form>(chunks_of<Form>(y, kernel), source_of<T>(in), kernel, epilogue);
-      });
+      convolve_by_winograd(source_of<T>(in), stride, kernel, epilogue);
     });
   });
   return y;

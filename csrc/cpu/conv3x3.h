@@ -95,12 +95,6 @@ Source<T> source_of(const Tensor& x) {
   return {x.size(0), x.size(2), x.size(3), x.const_data_ptr<T>()};
 }
 
-// How threads share the tiles of y.
-template <typename Form>
-Chunks chunks_of(const Tensor& y, const Kernel& kernel) {
-  return chunks_of<Form>(y.size(0), y.size(2), y.size(3), kernel);
-}
-
 // Whether outputs are stored past the caches: they are more than those can keep, and every vector is a whole line.
 template <typename T>
 bool streams(const T* y, const Rows& rows) {
@@ -114,6 +108,16 @@ inline bool streams(const Tensor& y) {
 
 // --- evaluation
 
+// The 3x3 convolution by the form of Winograd's algorithm that serves its outputs.
+template <typename T, typename Epilogue>
+void convolve_by_winograd(const Source<T>& x, int64_t stride, const Kernel& kernel, const Epilogue& epilogue) {
+  const int64_t height = output_size(x.height, stride), width = output_size(x.width, stride);
+  with_form(stride, height, width, [&](auto form) {
+    using Form = decltype(form);
+    convolve<Form>(chunks_of<Form>(x.images, height, width, kernel), x, kernel, epilogue);
+  });
+}
+
 enum class Algorithm { winograd, gemm };
 
 inline Algorithm parse_algorithm(std::string_view name, int64_t stride) {
@@ -124,16 +128,14 @@ inline Algorithm parse_algorithm(std::string_view name, int64_t stride) {
   return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
 }
 
+// --- training
+
 // A convolution by one form of Winograd's algorithm, and a 1x1 convolution as a product over pixels.
 template <typename Form>
 struct WinogradConvolution {
   Kernel kernel;
   Chunks chunks;
 
-  // For epilogues that keep some of `channels` channels.
-  ChunkSums sums(int64_t channels) const {
-    return ChunkSums(chunks.outputs(), channels);
-  }
   template <typename T, typename Epilogue>
   void run(const Source<T>& source, const Epilogue& epilogue) const {
     convolve<Form>(chunks, source, kernel, epilogue);
@@ -144,9 +146,6 @@ struct PixelConvolution {
   Kernel kernel;
   PixelChunks chunks;
 
-  ChunkSums sums(int64_t channels) const {
-    return ChunkSums(chunks.outputs(), channels);
-  }
   template <typename T, typename Epilogue>
   void run(const Source<T>& source, const Epilogue& epilogue) const {
     multiply_pixels(chunks, source, kernel, epilogue);
@@ -166,7 +165,7 @@ void with_convolution(const Tensor& to, const Tensor& outputs, const Tensor& wei
   with_form(stride, outputs.size(2), outputs.size(3), [&](auto form) {
     using Form = decltype(form);
     using Chosen = std::conditional_t<kGradient, typename Form::Turned, Form>;
-    f(WinogradConvolution<Chosen>{kernel, chunks_of<Chosen>(to, kernel)});
+    f(WinogradConvolution<Chosen>{kernel, chunks_of<Chosen>(to.size(0), to.size(2), to.size(3), kernel)});
   });
 }
 
@@ -187,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
       convolution.run(source, Write<T>{to, streams(y)});
       return;
     }
-    ChunkSums sums = convolution.sums(channels);
+    ChunkSums sums(convolution.chunks.outputs(), channels);
     const WriteMeasured<T> epilogue{to, streams(y), channels, &sums};
     convolution.run(source, epilogue);
     const Moments moments = epilogue.moments();

@@ -356,6 +356,43 @@ inline void with_masked_gradient(const MaskedGradient<T, false>& fixed, const F&
   }
 }
 
+// The outputs of positions first ... first + count - 1 and one column group of a product [position][kColumns] go
+// through the epilogue of their chunk, which `begins` with them or not.
+template <typename Epilogue>
+inline void finish_positions(
+    const float* product,
+    int64_t first,
+    int64_t count,
+    int64_t channels,
+    int64_t from,
+    bool begins,
+    const Epilogue& epilogue) {
+  const int64_t columns = std::min(kColumns, channels - from);
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const auto run = [&](auto lanes) {
+      auto vector = epilogue.vector(from + c, lanes);
+      if (begins) {
+        vector.begin(
+            [&](const auto& visit) {
+              for (int64_t p = 0; p < count; ++p) {
+                visit(load(product + p * kColumns + c));
+              }
+            },
+            count);
+      }
+      for (int64_t p = 0; p < count; ++p) {
+        vector(first + p, (first + p) * channels + from + c, load(product + p * kColumns + c));
+      }
+      vector.end();
+    };
+    if (c + kWidth <= columns) {
+      run(std::integral_constant<int64_t, kWidth>());
+    } else {
+      run(columns - c);
+    }
+  }
+}
+
 // X(T, epilogue) for every epilogue of evaluation, of the outputs, of the input gradient, of training, and for every
 // one.
 #define FASTRES_INFERENCE_EPILOGUES(X, T) X(T, Write<T>) X(T, Normalise<T, false>) X(T, Normalise<T, true>)

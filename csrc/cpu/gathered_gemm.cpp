@@ -112,7 +112,7 @@ void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel,
       const int64_t g = task / shares, first = task % shares * share, size = std::min(share, count - first);
       if (size > 0) {
         multiply_positions(kernel, g * kColumns, operand.data() + first * depth, size, product.data());
-        finish_positions(product.data(), first, size, kernel.outputs, g * kColumns, epilogue);
+        finish_positions(product.data(), first, size, kernel.outputs, g * kColumns, false, epilogue);
       }
     }
   });

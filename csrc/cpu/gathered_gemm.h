@@ -47,32 +47,6 @@ inline bool gemm_reads(const Kernel& kernel) {
   return kernel.inputs_are_adjacent() || kernel.taps_are_adjacent();
 }
 
-// The outputs of positions first ... first + count - 1 and one column group go to the epilogue.
-template <typename Epilogue>
-inline void finish_positions(
-    const float* product,
-    int64_t first,
-    int64_t count,
-    int64_t channels,
-    int64_t from,
-    const Epilogue& epilogue) {
-  const int64_t columns = std::min(kColumns, channels - from);
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const auto run = [&](auto lanes) {
-      auto vector = epilogue.vector(from + c, lanes);
-      for (int64_t p = 0; p < count; ++p) {
-        vector(first + p, (first + p) * channels + from + c, load(product + p * kColumns + c));
-      }
-      vector.end();
-    };
-    if (c + kWidth <= columns) {
-      run(std::integral_constant<int64_t, kWidth>());
-    } else {
-      run(columns - c);
-    }
-  }
-}
-
 // The convolution of x [images, height, width, channels].
 template <typename T, typename Epilogue>
 void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel, const Epilogue& epilogue);

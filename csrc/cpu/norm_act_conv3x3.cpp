@@ -123,7 +123,7 @@ void reduce(
   out.dnorm_weight = channel_vector(x, channels);
   out.dnorm_bias = channel_vector(x, channels);
   with_convolution<true>(x, dy, weight, stride, [&](const auto& convolution) {
-    ChunkSums sums = convolution.sums(channels);
+    ChunkSums sums(convolution.chunks.outputs(), channels);
     const MaskedGradient<T, false> epilogue{
         &operands.prologue,
         out.dz.mutable_data_ptr<T>(),

@@ -43,10 +43,7 @@ void convolve_packed(const PackedConvolution& c, const T* x, const T* residual, 
     const Positions& p = c.positions;
     const Source<T> source{p.images, p.height, p.width, x};
     with_normalise(Normalise<T, false>{y, streaming, &norm, residual, relu, c.activation}, [&](const auto& epilogue) {
-      with_form(p.stride, p.out_height(), p.out_width(), [&](auto form) {
-        using Form = decltype(form);
-        convolve<Form>(chunks_of<Form>(p.images, p.out_height(), p.out_width(), kernel), source, kernel, epilogue);
-      });
+      convolve_by_winograd(source, p.stride, kernel, epilogue);
     });
   } else if (c.activation.general()) {
     packed_gemm(c.positions, x, c.weights, Biased<T, true>{y, streaming, c.bias, residual, 0.0f, c.activation});

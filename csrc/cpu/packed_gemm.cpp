@@ -6,6 +6,8 @@
 // step a tile goes through the epilogue out of its registers. Meanwhile the next step's weights are prefetched.
 #include "packed_gemm.h"
 
+#include "caches.h"
+#include "epilogues.h"
 #include "workspace.h"
 
 #include <ATen/Parallel.h>
@@ -13,8 +15,6 @@
 #include <algorithm>
 #include <optional>
 #include <vector>
-
-#include <unistd.h>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -30,31 +30,10 @@ constexpr double kWeightsShare = 2.0 / 3, kRowsShare = 3.0 / 8;
 // Bytes a cycle that a thread reads from beyond its caches, roughly.
 constexpr int64_t kBytesPerCycle = 4;
 
-struct Caches {
-  int64_t first, second; // bytes, of one core
-};
-
-int64_t positive_or(int64_t value, int64_t otherwise) {
-  return value > 0 ? value : otherwise;
-}
-
-const Caches& caches() {
-  static const Caches found = {
-#if defined(_SC_LEVEL1_DCACHE_SIZE) && defined(_SC_LEVEL2_CACHE_SIZE)
-      positive_or(sysconf(_SC_LEVEL1_DCACHE_SIZE), 32 * 1024),
-      positive_or(sysconf(_SC_LEVEL2_CACHE_SIZE), 512 * 1024),
-#else
-      32 * 1024,
-      512 * 1024,
-#endif
-  };
-  return found;
-}
-
 // Rows of weights whose sums are taken in one go, for rows of the operand of `lines` runs of `run` elements: some whole
 // runs, or an even part of one.
 int64_t step_of(int64_t run, int64_t lines) {
-  const int64_t most = static_cast<int64_t>(kWeightsShare * caches().first) / (kColumns * sizeof(float));
+  const int64_t most = static_cast<int64_t>(kWeightsShare * Caches::of_machine().l1) / (kColumns * sizeof(float));
   if (run <= most) {
     const int64_t steps = (lines * run + most - 1) / most;
     return (lines + steps - 1) / steps * run;
@@ -65,7 +44,7 @@ int64_t step_of(int64_t run, int64_t lines) {
 
 // Rows of the operand, or lines of the input, of `size` elements that a block has.
 int64_t block_of(int64_t size) {
-  return static_cast<int64_t>(kRowsShare * caches().second) / (size * static_cast<int64_t>(sizeof(float)));
+  return static_cast<int64_t>(kRowsShare * Caches::of_machine().l2) / (size * static_cast<int64_t>(sizeof(float)));
 }
 
 // How many ways the items and the column groups are cut. Their product is at most the number of threads.
@@ -246,7 +225,7 @@ void multiply_block(
       k = next;
     }
     if (!in_registers) {
-      finish_positions(product, first, count, weights.outputs, c, epilogue);
+      finish_positions(product, first, count, weights.outputs, c, false, epilogue);
     }
   }
 }

@@ -34,6 +34,8 @@ struct Biased {
     Count count;
     Lanes bias, least;
 
+    template <typename Visit>
+    void begin(const Visit&, int64_t) {}
     void end() {}
     void operator()(int64_t, int64_t at, Lanes v) const {
       Lanes z = v + bias;

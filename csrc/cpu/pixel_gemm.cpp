@@ -66,42 +66,6 @@ void pack_group(const Kernel& kernel, int64_t from, float* to) {
   }
 }
 
-// The outputs of pixels first ... first + count - 1 and one group go through the epilogue.
-template <typename Epilogue>
-void finish_pixels(
-    const float* product,
-    int64_t first,
-    int64_t count,
-    int64_t channels,
-    int64_t from,
-    bool begins,
-    const Epilogue& epilogue) {
-  const int64_t columns = std::min(kColumns, channels - from);
-  for (int64_t c = 0; c < columns; c += kWidth) {
-    const auto run = [&](auto lanes) {
-      auto vector = epilogue.vector(from + c, lanes);
-      if (begins) {
-        vector.begin(
-            [&](const auto& visit) {
-              for (int64_t p = 0; p < count; ++p) {
-                visit(load(product + p * kColumns + c));
-              }
-            },
-            count);
-      }
-      for (int64_t p = 0; p < count; ++p) {
-        vector(first + p, (first + p) * channels + from + c, load(product + p * kColumns + c));
-      }
-      vector.end();
-    };
-    if (c + kWidth <= columns) {
-      run(std::integral_constant<int64_t, kWidth>());
-    } else {
-      run(columns - c);
-    }
-  }
-}
-
 // Calls finish(product, pixel, count) for every micro-kernel's outputs of `count` pixels and the weights of one group.
 template <typename Finish>
 void multiply_run(
@@ -186,7 +150,7 @@ void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel
         for (int64_t at = 0; at < count; at += kRun) {
           const auto finish = [&](const float* outputs, int64_t pixel, int64_t size) {
             const int64_t p = at + pixel;
-            finish_pixels(outputs, first + p, size, kernel.outputs, g * kColumns, p == 0, of_chunk);
+            finish_positions(outputs, first + p, size, kernel.outputs, g * kColumns, p == 0, of_chunk);
           };
           multiply_run(
               pixels + at * depth,
