@@ -11,11 +11,9 @@ gradients in one pixel of each strided shortcut's four, sixteen or 64, which no 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
-from benchmarks.results import describe_machine
+from benchmarks.results import describe_machine, in_own_process
 from fastres import models
 from fastres.nn.preactivation import PreactivationBlock
 
@@ -198,8 +196,7 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
 
 def measure_alone(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     """`measure` in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, name, rounds, inner).result()
+    return in_own_process(measure, name, rounds, inner)
 
 
 def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Callable[[], None]:

@@ -15,9 +15,7 @@ Both sides run under the C library's default settings, and once more with large 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from tqdm import tqdm
 import fastres
 from benchmarks import records
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
-from benchmarks.results import describe_machine
+from benchmarks.results import describe_machine, in_own_process
 from fastres import models
 
 EAGER, FUSED = ("eager", "fastres")
@@ -158,8 +156,7 @@ def measure(network: Network, side: str, kept: bool) -> tuple[int, int]:
 
 def measure_alone(network: Network, side: str, kept: bool) -> tuple[int, int]:
     """`measure` in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(measure, network, side, kept).result()
+    return in_own_process(measure, network, side, kept)
 
 
 def measure_sides(network: Network) -> Measured:

@@ -9,12 +9,10 @@ With one thread they are the process's CPU time, which other work on the machine
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import time
 import timeit
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from tqdm import tqdm
 import fastres
 from benchmarks import records, workloads
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
-from benchmarks.results import Measurement, describe_machine, interleave
+from benchmarks.results import Measurement, describe_machine, in_own_process, interleave
 from benchmarks.workloads import EAGER, FUSED
 from fastres.contract import Act, Norm, NormParams
 from fastres.functional import batch_norm_act
@@ -84,8 +82,7 @@ def measure_alone(capability: str, threads: int, rounds: int) -> Measured:
     before = os.environ.get("ATEN_CPU_CAPABILITY")
     os.environ["ATEN_CPU_CAPABILITY"] = capability
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            return process.submit(measure, threads, rounds).result()
+        return in_own_process(measure, threads, rounds)
     finally:
         if before is None:
             del os.environ["ATEN_CPU_CAPABILITY"]

@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import torch
@@ -172,6 +174,15 @@ def saved_bytes(side: str, dropout: float, amp: bool) -> int:
         total = sum(storages.values())
     torch.autograd.backward(loss)
     return total
+
+
+_R = TypeVar("_R")
+
+
+def in_own_process(function: Callable[..., _R], *arguments: Any) -> _R:
+    """What a function of a module returns or raises in a new process, which knows nothing of this one's memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def describe_machine() -> dict[str, Any]:
