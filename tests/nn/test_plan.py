@@ -22,7 +22,7 @@ from fastres.ops.frozen_network import INPUT, OUTPUT, Kind, Step, frozen_network
 from tests.operators import opcheck
 from tests.ops.test_conv3x3 import needs_kernels
 from tests.oracle import SEED, activation, generator
-from tests.test_freeze import assert_same_function, distance, images, randomise
+from tests.test_freeze import CLASSES, assert_same_function, distance, images, randomise
 
 pytestmark = needs_kernels
 
@@ -41,12 +41,12 @@ def calls(monkeypatch) -> list[Tensor]:
 
 
 NETWORKS = {
-    "cifar stem": (lambda: FusedResNet18(7), 20 + 2, 32),
-    "imagenet stem": (lambda: torchvision.models.resnet18(num_classes=7), 21 + 2, 64),
-    "bottlenecks": (lambda: torchvision.models.resnet50(num_classes=7), 54 + 2, 64),
-    "wide": (lambda: torchvision.models.wide_resnet50_2(num_classes=7), 54 + 2, 33),
-    "preactivation": (lambda: models.create("wrn16-4", num_classes=7), None, 32),
-    "article": (lambda: models.create("article", num_classes=7), None, 32),
+    "cifar stem": (lambda: FusedResNet18(CLASSES), 20 + 2, 32),
+    "imagenet stem": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 21 + 2, 64),
+    "bottlenecks": (lambda: torchvision.models.resnet50(num_classes=CLASSES), 54 + 2, 64),
+    "wide": (lambda: torchvision.models.wide_resnet50_2(num_classes=CLASSES), 54 + 2, 33),
+    "preactivation": (lambda: models.create("wrn16-4", num_classes=CLASSES), None, 32),
+    "article": (lambda: models.create("article", num_classes=CLASSES), None, 32),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_network_is_one_operator_call(name, calls):
 
 
 def test_a_plan_and_the_layers_give_the_same(calls):
-    model = randomise(torchvision.models.resnet50(num_classes=7), "same")
+    model = randomise(torchvision.models.resnet50(num_classes=CLASSES), "same")
     frozen, x = freeze(model), images(2, 3, 64, 64)
     with torch.no_grad():
         planned = frozen(x)
@@ -82,7 +82,7 @@ def test_a_block_alone_is_one_operator_call(block, calls):
 
 
 def test_bfloat16_by_autocast(calls):
-    model = randomise(FusedResNet18(7), "low")
+    model = randomise(FusedResNet18(CLASSES), "low")
     x = images(2, 3, 16, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = freeze(model)(x)
@@ -91,7 +91,7 @@ def test_bfloat16_by_autocast(calls):
 
 
 def test_threads_and_repetition_change_no_bit():
-    frozen, x = freeze(randomise(FusedResNet18(7), "threads")), images(3, 3, 32, 32)
+    frozen, x = freeze(randomise(FusedResNet18(CLASSES), "threads")), images(3, 3, 32, 32)
     before, results = torch.get_num_threads(), []
     try:
         with torch.no_grad():
@@ -119,7 +119,7 @@ def _inner_hook(frozen: nn.Module) -> None:
 
 
 def _state(frozen: nn.Module) -> None:
-    frozen.load_state_dict(freeze(randomise(FusedResNet18(7), "another")).state_dict())
+    frozen.load_state_dict(freeze(randomise(FusedResNet18(CLASSES), "another")).state_dict())
 
 
 def _in_place(frozen: nn.Module) -> None:
@@ -147,7 +147,7 @@ CHANGES = [_head, _hook, _inner_hook, _state, _in_place, _head_in_place, _forwar
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_change_after_freezing_is_seen_in_the_next_call(change):
-    frozen, x = freeze(randomise(FusedResNet18(7), "change")), images(2, 3, 16, 16)
+    frozen, x = freeze(randomise(FusedResNet18(CLASSES), "change")), images(2, 3, 16, 16)
     with torch.no_grad():
         before = frozen(x)
         change(frozen)
@@ -162,7 +162,7 @@ def test_a_change_after_freezing_is_seen_in_the_next_call(change):
 
 
 def test_a_global_hook_sees_every_layer():
-    frozen, x = freeze(FusedResNet18(7)), images(1, 3, 16, 16)
+    frozen, x = freeze(FusedResNet18(CLASSES)), images(1, 3, 16, 16)
     seen: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
     try:
@@ -174,7 +174,7 @@ def test_a_global_hook_sees_every_layer():
 
 
 def test_plans_go_with_their_module_and_are_in_no_copy():
-    frozen, x = freeze(FusedResNet18(7)), images(1, 3, 16, 16)
+    frozen, x = freeze(FusedResNet18(CLASSES)), images(1, 3, 16, 16)
     with torch.no_grad():
         frozen(x)
         twin = copy.deepcopy(frozen)
