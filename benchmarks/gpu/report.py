@@ -12,12 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.records import number, row
-from benchmarks.sides import COMPILE, COMPILERS, EAGER, FUSED, FUSED_COMPILE, FUSED_GRAPH, MAX_AUTOTUNE, OURS
+from benchmarks.sides import (
+    COMPILE,
+    COMPILE_GRAPH,
+    COMPILERS,
+    EAGER,
+    EAGER_GRAPH,
+    FUSED,
+    FUSED_COMPILE,
+    FUSED_GRAPH,
+    MAX_AUTOTUNE,
+    OURS,
+)
 
 NAMES = {
     EAGER: "eager",
     COMPILE: "torch.compile",
     MAX_AUTOTUNE: "torch.compile, max-autotune",
+    EAGER_GRAPH: "eager under a CUDA graph",
+    COMPILE_GRAPH: "torch.compile under a CUDA graph",
     FUSED: "fastres",
     FUSED_COMPILE: "fastres under torch.compile",
     FUSED_GRAPH: "fastres under a CUDA graph",
@@ -178,10 +191,10 @@ def _operators(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(results: dict[str, Any]) -> Iterator[str]:
-    entries = _of(results, "model-train-step")
+    entries = [*_of(results, "model-train-step"), *_of(results, "model-inference")]
     if not entries:
         return
-    yield "| training step | side | ms | images a second | over the best of torch.compile | peak memory, MiB |"
+    yield "| network | side | ms | images a second | over the best of torch.compile | peak memory, MiB |"
     yield row("---", "---", *["---:"] * 4)
     for entry in entries:
         for side in (side for side in NAMES if side in entry["sides"]):
