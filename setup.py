@@ -29,10 +29,14 @@ def load_by_path(name: str, path: Path) -> Any:
 
 def modules_to_build(build: Any) -> tuple[list[Any], dict[str, str]]:
     """The modules that can be compiled here, and why the CUDA module is not among them."""
+    import torch
+
     modules, errors = [], {}
     try:
         build.compiler()
         modules += [build.cpu_module(capability) for capability in build.capabilities()]
+        if torch.version.cuda is not None:
+            modules.append(build.launch_module())
         try:
             build.check_cuda()
             modules.append(build.cuda_module())

@@ -113,6 +113,12 @@ def cuda_module() -> Module:
     return Module("_C_cuda", sources, headers, CXX_FLAGS, NVCC_FLAGS)
 
 
+def launch_module() -> Module:
+    """The module that repeats launches on a GPU: it needs no nvcc."""
+    sources, headers = _sources("launch")
+    return Module("_C_launch", sources, headers, CXX_FLAGS)
+
+
 def _sources(folder: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     files = sorted(p for d in ("common", folder) for p in (SOURCES / d).glob("*") if p.is_file())
     sources = tuple(p for p in files if p.suffix in (".cpp", ".cu"))

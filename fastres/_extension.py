@@ -4,7 +4,7 @@ The modules register kernels for operators that `fastres.ops` defines; without t
 
 Environment:
     FASTRES_EXTENSION: `0` loads nothing compiled; `build` passes over the modules made at install.
-    FASTRES_CUDA: `0` leaves the CUDA module out. FORCE_CUDA: `1` builds it where no GPU is present.
+    FASTRES_CUDA: `0` leaves the modules for a GPU out. FORCE_CUDA: `1` builds it where no GPU is present.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from types import ModuleType
 from fastres import _build
 from fastres._build import PACKAGE, Module, Unavailable
 
-_SPEED_ONLY = "fastres goes on with plain PyTorch: the results are the same, only slower."
+_SPEED_ONLY = "the results are the same, only slower."
+# What is missing without a module, and what serves instead.
+_WORDS = {
+    "cpu": ("CPU kernels", "fastres goes on with plain PyTorch"),
+    "cuda": ("CUDA kernels", "fastres goes on with plain PyTorch"),
+    "launch": ("launches", "fastres goes on launching its kernels by Python"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +59,11 @@ class BackendStatus:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """`status()`: both backends, and the modules that the install left: name -> "" where usable, or why it is not."""
+    """`status()`: the backends, and the modules that the install left: name -> "" where usable, or why it is not."""
 
     cpu: BackendStatus
     cuda: BackendStatus
+    launch: BackendStatus
     installed: dict[str, str]
 
     def __str__(self) -> str:
@@ -100,6 +107,16 @@ def load_cuda() -> ModuleType | None:
     return _load("cuda", _build.cuda_module, _check_cuda_build)
 
 
+def load_launch() -> ModuleType | None:
+    """Load the module that repeats launches of Triton's kernels, compiled first where a GPU is present and need be.
+
+    Returns:
+        The module, ready to install operators, or None where it cannot be had: launches then take Python's time.
+    """
+    module = _load("launch", _build.launch_module, _check_launch_build)
+    return module if _loaded["launch"][1].live else None
+
+
 def status() -> Status:
     """What became of the backends so far. Loads nothing: call `load_cpu` and `load_cuda` first to know all."""
     unasked = BackendStatus(live=False, reason="not used yet")
@@ -107,6 +124,7 @@ def status() -> Status:
     made: dict[str, Callable[[], Module]] = {
         **{f"cpu {c}": functools.partial(_build.cpu_module, c) for c in _build.capabilities()},
         "cuda": _build.cuda_module,
+        "launch": _build.launch_module,
     }
     for name, make in made.items():
         try:
@@ -115,8 +133,8 @@ def status() -> Status:
         except Unavailable as e:
             installed[name] = str(e)
     with _lock:
-        states = {name: _loaded[name][1] if name in _loaded else unasked for name in ("cpu", "cuda")}
-    return Status(states["cpu"], states["cuda"], installed)
+        states = {name: _loaded[name][1] if name in _loaded else unasked for name in ("cpu", "cuda", "launch")}
+    return Status(states["cpu"], states["cuda"], states["launch"], installed)
 
 
 def _installed(module: Module) -> Path:
@@ -154,6 +172,12 @@ def _check_cuda_build() -> None:
     _build.compiler()
 
 
+def _check_launch_build() -> None:
+    if not _gpu_present():
+        raise Unavailable("no GPU is present")
+    _build.compiler()
+
+
 def _load(backend: str, make: Callable[[], Module], check_build: Callable[[], None]) -> ModuleType | None:
     with _lock:
         if backend not in _loaded:
@@ -170,7 +194,7 @@ def _find(
     try:
         if os.environ.get("FASTRES_EXTENSION") == "0":
             return None, BackendStatus(False, "switched off by FASTRES_EXTENSION=0", capability=capability)
-        if backend == "cuda" and os.environ.get("FASTRES_CUDA") == "0":
+        if backend != "cpu" and os.environ.get("FASTRES_CUDA") == "0":
             raise Unavailable("switched off by FASTRES_CUDA=0")
         module = make()
         if flags is not None:
@@ -186,6 +210,8 @@ def _find(
             loaded, path = _build.built(module)
             origin, reason = "first use", f"module of the install: {e}"
         live = backend == "cpu" or _gpu_present()
+        if backend == "launch" and live:
+            loaded.load("libcuda.so.1", "libtorch_cuda.so")
         return loaded, BackendStatus(live, reason if live else "no GPU is present", path, origin, capability)
     except Unavailable as e:
         reason = str(e)
@@ -197,7 +223,8 @@ def _find(
         if flags is not None:
             sys.setdlopenflags(flags)
     if backend == "cpu" or _gpu_present():
-        warnings.warn(f"no compiled {backend.upper()} kernels: {reason}. {_SPEED_ONLY}", RuntimeWarning, stacklevel=4)
+        what, instead = _WORDS[backend]
+        warnings.warn(f"no compiled {what}: {reason}. {instead}: {_SPEED_ONLY}", RuntimeWarning, stacklevel=4)
     return None, BackendStatus(False, reason, capability=capability, error=error)
 
 

@@ -63,8 +63,11 @@ def processors() -> Rows:
 def backends() -> Rows:
     """Loads what can be loaded, and says what became of it."""
     cpu, cuda = _extension.load_cpu(), _extension.load_cuda()
+    _extension.load_launch()
     status = _extension.status()
     rows = [("CPU", str(status.cpu)), ("CUDA", str(status.cuda))]
+    launches = "repeated by compiled code" if status.launch.live else f"by Python: {status.launch.reason}"
+    rows.append(("launches of Triton's kernels", launches))
     for name, module, state in (("CPU", cpu, status.cpu), ("CUDA", cuda, status.cuda)):
         if state.path is not None:
             rows.append((f"{name} module", str(state.path)))

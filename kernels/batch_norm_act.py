@@ -23,7 +23,7 @@ from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics,
 from .activations import backward_arguments, forward_arguments
 from .backward import backward_apply_kernel, backward_reduce_kernel
 from .forward import apply_kernel
-from .launch import arrival_counters, geometry, launch, launch_over_channels
+from .launch import arrival_counters, geometry, launch, launch_over_channels, mark_updated
 from .plan import Geometry, Plan, apply_plan, reduce_plan
 from .statistics import finalise_kernel, statistics_kernel
 
@@ -119,8 +119,7 @@ def _batch_statistics(values: list[_Measured], shape: Geometry) -> list[tuple[Te
         _launch_statistics(x, measured, shape, (kept[0], None, *kept[1:], *others), floats)
     for updated in kept[2:] + other_kept[2:]:
         if updated is not None:
-            # A kernel writes past autograd, which has to know that the tensor is no longer what it was.
-            torch.autograd.graph.increment_version(updated)
+            mark_updated(updated)
     return results
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastres import contract
 
+from . import tape
 from .plan import Device, Geometry, Plan, register_limit
 
 # For tensors that no GPU holds: the interpreter's, where a few programs of every kind show whether they cooperate, and
@@ -128,12 +129,25 @@ def arrival_counters(x: Tensor, size: int) -> Tensor:
     """int32 [size or more] on x's device, all 0, for the next launch on the current stream."""
     if _recorder.get() is not None:
         return x.new_empty(size, dtype=torch.int32)
-    if x.device not in _counters:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            # Whatever is allocated during a capture belongs to the graph.
-            return torch.zeros(size, dtype=torch.int32, device=x.device)
-        _counters[x.device] = _Counters(x.device)
-    return _counters[x.device].take(size)
+    if x.device in _counters or not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if x.device not in _counters:
+            _counters[x.device] = _Counters(x.device)
+        taken = _counters[x.device].take(size)
+    else:
+        # Whatever is allocated during a capture belongs to the graph.
+        taken = torch.zeros(size, dtype=torch.int32, device=x.device)
+    recording_tape = tape.current()
+    if recording_tape is not None:
+        recording_tape.counters.append(taken)
+    return taken
+
+
+def mark_updated(t: Tensor) -> None:
+    """Say that a kernel writes to an argument: it does so past autograd, which has to know that t is another now."""
+    torch.autograd.graph.increment_version(t)
+    recording_tape = tape.current()
+    if recording_tape is not None:
+        recording_tape.updated.append(t)
 
 
 # ------------------------------------------------------------------------------------------------------------ launching
@@ -179,7 +193,7 @@ def candidates(make: Callable[..., Plan], shape: Geometry, device: Device) -> li
 
 
 class _Prepared:
-    """A kernel with its plan, and what it was compiled to for each set of arguments that are None.
+    """A kernel with its grid and options, and what it was compiled to for each set of arguments that are None.
 
     Triton's own way to a launch looks at every argument, by name, which takes longer than everything else that a call
     of an operator does before its kernel runs. So it is gone once; from then on what it compiled is called with the
@@ -187,9 +201,9 @@ class _Prepared:
     that are no multiple of 16: these take the long way each time.
     """
 
-    def __init__(self, kernel: Any, plan: Plan, grid: tuple[int, int, int], options: dict[str, Any]) -> None:
-        self.kernel, self.plan, self.grid, self.options = kernel, plan, grid, options
-        self.compiled: dict[tuple[bool, ...], Any] = {}
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], options: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.options = kernel, grid, options
+        self.compiled: dict[tuple[bool, ...], tuple[Any, Any]] = {}
         self.last: tuple[Any, ...] = ()
 
     def run(self, values: Sequence[Any]) -> None:
@@ -204,18 +218,32 @@ class _Prepared:
         pointers = [v.data_ptr() if isinstance(v, Tensor) else 0 for v in values]
         aligned = functools.reduce(operator.or_, pointers) % 16 == 0
         missing = tuple([v is None for v in values])
-        run = self.compiled.get(missing) if aligned else None
+        compiled, run = self.compiled.get(missing, (None, None)) if aligned else (None, None)
         if run is not None:
             run(*[p if p else v for p, v in zip(pointers, values, strict=True)], *self.last)
+        else:
+            compiled = self.kernel[self.grid](*values, **self.options)
+            if aligned and compiled is not None:  # the interpreter gives nothing
+                self.last = tuple(self.options[name] for name in self.kernel.arg_names[len(values) :])
+                self.compiled[missing] = compiled, compiled[self.grid]
+        recording_tape = tape.current()
+        if recording_tape is None:
             return
-        compiled = self.kernel[self.grid](*values, **self.options)
-        if aligned and compiled is not None:  # the interpreter gives nothing
-            self.last = tuple(self.options[name] for name in self.kernel.arg_names[len(values) :])
-            self.compiled[missing] = compiled[self.grid]
+        if aligned and compiled is not None:
+            recording_tape.launches.append(tape.Launched(compiled, self.grid, (*values, *self.last)))
+        else:
+            recording_tape.gap = "a launch was compiled for its addresses"
 
 
 MOST_PREPARED = 1024
-_prepared: dict[Any, _Prepared] = {}
+_prepared: dict[Any, tuple[_Prepared, Plan | None]] = {}
+
+
+def _keep(key: Any, kernel: Any, plan: Plan | None, grid: tuple[int, int, int], options: dict[str, Any]) -> _Prepared:
+    if len(_prepared) >= MOST_PREPARED:
+        _prepared.clear()
+    _prepared[key] = _Prepared(kernel, grid, options), plan
+    return _prepared[key][0]
 
 
 def launch(
@@ -249,16 +277,17 @@ def launch(
         return
     if not x.is_cuda or not _autotunes() or torch.cuda.is_current_stream_capturing():
         key = (kernel.__name__, make, shape, depth, x.dtype, x.device, *flags.values())
-        prepared = _prepared.get(key)
+        prepared, known = _prepared.get(key, (None, None))
+        plan = known or make(shape, device_of(x))
         if prepared is None:
-            if len(_prepared) >= MOST_PREPARED:
-                _prepared.clear()
-            plan = make(shape, device_of(x))
             options = _meta(plan, shape, partials) | flags | launch_options(plan.num_warps, plan.registers, _BACKEND)
-            prepared = _prepared[key] = _Prepared(kernel, plan, (plan.splits, plan.channel_blocks, depth), options)
+            prepared = _keep(key, kernel, plan, (plan.splits, plan.channel_blocks, depth), options)
         with _on_device(x):
-            prepared.run(arguments(prepared.plan))
+            prepared.run(arguments(plan))
         return
+    recording_tape = tape.current()
+    if recording_tape is not None:
+        recording_tape.gap = "a launch is tuned"
     plan = make(shape, device_of(x))
     plans = candidates(make, shape, device_of(x))
     # Workspaces that are large enough whichever plan is tried.
@@ -282,8 +311,12 @@ def launch_over_channels(kernel: Any, shape: Geometry, x: Tensor, arguments: Seq
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | {"BLOCK_C": block}
         recorder[0].append(Launch(kernel, grid, named, 4, recorder[1].registers))
         return
+    key = (kernel.__name__, shape, x.device)
+    prepared, _ = _prepared.get(key, (None, None))
+    if prepared is None:
+        prepared = _keep(key, kernel, None, grid, {"BLOCK_C": block, "num_warps": 4})
     with _on_device(x):
-        kernel[grid](*arguments, BLOCK_C=block, num_warps=4)
+        prepared.run(arguments)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,22 +47,29 @@ def define(
         mutates: flat arguments that it updates.
         compiled_for: types of devices whose compiled kernels, in csrc/, are loaded (and built if need be) at the first
             call; the dispatcher goes to those directly from then on.
-        launcher: (module of fastres.kernels, function) that serves CUDA tensors.
+        launcher: (module of fastres.kernels, function) that serves CUDA tensors; a call like one before is repeated by
+            the compiled module of csrc/launch.
         flops: the formula for torch.utils.flop_counter: of the arguments, tensors replaced by their shapes, and of
             out_shape. It gives what the counter finds for the same in PyTorch's operators.
     """
     arguments = Arguments(fallback, mutates)
     LIBRARY.define(f"{name}({arguments.schema}) -> {returns}")
-    overload = getattr(torch.ops.fastres, name).default
+    overload, qualified = getattr(torch.ops.fastres, name).default, f"fastres::{name}"
+    loaders: dict[str, Callable[[], object]]
+    loaders = {"cpu": _extension.load_cpu, "cuda": functools.partial(_load_cuda, qualified, function)}
+    load = {device: loaders[device] for device in compiled_for}
+    on_gpu: Callable[..., Any] = lambda *args: fallback(**arguments.group(*args))  # noqa: E731
+    if launcher is not None:
+        load["cuda"] = functools.partial(_load_launch, qualified, function)
+        on_gpu = _triton.on_gpu(*launcher, fallback, arguments.group)
 
     def dispatch(*args: Any) -> Any:
         device = next(a for a in args if isinstance(a, Tensor)).device.type
-        key = device.upper()
-        if device in compiled_for and not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", key):
-            {"cpu": _extension.load_cpu, "cuda": _extension.load_cuda}[device]()
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastres::{name}", key):
+        if device in load and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper()):
+            load[device]()
+            if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, device.upper()):
                 return overload(*args)
-        return fallback(**arguments.group(*args))
+        return on_gpu(*args) if device == "cuda" else fallback(**arguments.group(*args))
 
     def refuse_gradients(keys: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -73,8 +81,6 @@ def define(
 
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     LIBRARY.impl(name, refuse_gradients, "Autograd", with_keyset=True)
-    if launcher is not None:
-        LIBRARY.impl(name, _triton.on_gpu(*launcher, fallback, arguments.group), "CUDA")
     torch.library.register_fake(f"fastres::{name}", lambda *args: fake(**arguments.group(*args)), lib=LIBRARY)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.fastres, name))(
@@ -84,6 +90,24 @@ def define(
     call: Any = arguments.caller(overload, torch._C._AutoDispatchBelowAutograd, torch.compiler.is_compiling)
     call.overload, call.arguments = overload, arguments
     return call
+
+
+def _load_cuda(qualified: str, function: str) -> None:
+    if _extension.load_cuda() is not None:
+        _guard_in_cpp(_extension.load_launch(), qualified, function)
+
+
+def _load_launch(qualified: str, function: str) -> None:
+    launches = _extension.load_launch()
+    if launches is not None:
+        launches.install(qualified, "CUDA")
+        _guard_in_cpp(launches, qualified, function)
+
+
+def _guard_in_cpp(launches: Any, qualified: str, function: str) -> None:
+    """What `refuse_gradients` does, for CUDA tensors: on its way through Python it would cost more than a launch."""
+    if launches is not None:
+        launches.guard(qualified, "CUDA", function)
 
 
 def convolution_flops(output: Sequence[int], weight: Sequence[int], results: int = 1) -> int:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres import FusedResNet18, contract, functional, reference
+from fastres import FusedResNet18, _extension, contract, functional, reference
 from fastres.functional import batch_norm_act
+from fastres.kernels import tape
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +72,29 @@ def test_results_are_the_same_bits_in_every_run(dtype):
         for t, s in zip(tensors[4:], start, strict=True):
             t.copy_(s)
         assert all(torch.equal(a, b) for a, b in zip(first, step(tensors, dy, seed), strict=True))
+
+
+def test_a_repeated_call_does_not_reach_python(monkeypatch):
+    if _extension.load_launch() is None:
+        pytest.skip(f"launches go by Python: {_extension.status().launch.reason}")
+    seed = torch.tensor([5], device="cuda")
+
+    def drawn() -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(3)
+        tensors = make((8, 24, 10, 6), torch.bfloat16)
+        return tensors, torch.randn_like(tensors[0])
+
+    first = step(*drawn(), seed)
+    monkeypatch.setattr(tape, "teach", lambda *_: pytest.fail("a call like one before came to Python"))
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(*drawn(), seed), strict=True))
+        with torch.inference_mode():
+            x, r, weight, bias, mean, var = drawn()[0]
+            batch_norm_act(
+                x.detach().clone(), mean, var, weight, bias, training=True, residual=r, dropout_p=0.1, seed=seed
+            )
+    with pytest.raises(pytest.fail.Exception):
+        step(make((8, 24, 10, 7), torch.bfloat16), torch.randn(8, 24, 10, 7, device="cuda"), seed)
 
 
 def test_two_streams_do_not_disturb_each_other():

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from fastres.kernels.launch import _Prepared
-from fastres.kernels.plan import Device, Geometry, apply_plan
 
-PLAN = apply_plan(Geometry(True, 256, 8, 1, 4), Device(2))
 GRID = (2, 1, 1)
 
 
@@ -52,7 +50,7 @@ def kernel() -> Kernel:
 
 @pytest.fixture
 def prepared(kernel: Kernel) -> _Prepared:
-    return _Prepared(kernel, PLAN, GRID, {"EVEN": True, "BLOCK": 64, "num_warps": 8})
+    return _Prepared(kernel, GRID, {"EVEN": True, "BLOCK": 64, "num_warps": 8})
 
 
 def test_a_second_launch_hands_addresses_and_constants_to_what_was_compiled(prepared, kernel):
