@@ -35,7 +35,7 @@ def modules_to_build(build: Any) -> tuple[list[Any], dict[str, str]]:
     try:
         build.compiler()
         modules += [build.cpu_module(capability) for capability in build.capabilities()]
-        if torch.version.cuda is not None:
+        if torch.version.cuda is not None and os.environ.get("FASTRES_CUDA") != "0":
             modules.append(build.launch_module())
         try:
             build.check_cuda()

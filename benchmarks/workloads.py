@@ -1,9 +1,9 @@
 """What is measured. A workload is one task; its sides (eager, compile, fused) do that task on tensors of their own.
 
 Every side runs channels_last, which is no slower for eager than contiguous NCHW, at batch 1 either. On a GPU the same
-workloads run at batch 512 under bfloat16 autocast, with more sides: torch.compile with autotuning, and for a training
-step fastres under torch.compile and every side under a CUDA graph. FASTRES_BENCH_QUICK=1 makes everything tiny: it shows
-that the benchmarks run, and says nothing about speed.
+workloads run at batch 512 under bfloat16 autocast, with more sides: torch.compile with autotuning, every side of a
+network under a CUDA graph, and fastres under torch.compile in training. FASTRES_BENCH_QUICK=1 makes everything tiny: it
+shows that the benchmarks run, and says nothing about speed.
 """
 
 from __future__ import annotations

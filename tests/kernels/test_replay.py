@@ -97,13 +97,14 @@ def library() -> Any:
 
 
 class Scale:
-    """y = factor * x and a tensor that nobody writes; `calls` counts launches in place, `asked` those through Python."""
+    """y = factor * x, and a tensor that nobody writes; `calls` counts launches in place, `asked` calls of Python."""
 
     def __init__(self, module: Any, driver: Driver, library: Any) -> None:
         self.module, self.driver, self.asked = module, driver, 0
         self.recipe = self.recipe_of
         library.define(
-            "scale(Tensor x, Tensor(a!) calls, float factor, str mode, bool[2] flags, Tensor? other) -> (Tensor, Tensor)"
+            "scale(Tensor x, Tensor(a!) calls, float factor, str mode, bool[2] flags, Tensor? other)"
+            " -> (Tensor, Tensor)"
         )
         library.impl("scale", self.python, "CompositeExplicitAutograd")
         module.install(f"{SPACE}::scale", "CPU")
@@ -169,27 +170,27 @@ def test_a_second_call_does_not_reach_python(scale, driver):
 @pytest.mark.parametrize(
     "other",
     [
-        dict(x=torch.randn(5, 4)),
-        dict(x=torch.randn(20)),
-        dict(x=torch.randn(5, 4).t()),
-        dict(x=torch.randn(4, 5).double()),
-        dict(x=torch.randn(21)[1:].view(4, 5)),
-        dict(calls=torch.zeros(2, dtype=torch.int64)),
-        dict(factor=2.5),
-        dict(factor=-0.0),
-        dict(mode="b"),
-        dict(mode="a "),
-        dict(mode="abcdefghi"),
-        dict(flags=(False, True)),
-        dict(flags=(True, True)),
-        dict(other=torch.zeros(3)),
+        {"x": torch.randn(5, 4)},
+        {"x": torch.randn(20)},
+        {"x": torch.randn(5, 4).t()},
+        {"x": torch.randn(4, 5).double()},
+        {"x": torch.randn(21)[1:].view(4, 5)},
+        {"calls": torch.zeros(2, dtype=torch.int64)},
+        {"factor": 2.5},
+        {"factor": -0.0},
+        {"mode": "b"},
+        {"mode": "a "},
+        {"mode": "abcdefghi"},
+        {"flags": (False, True)},
+        {"flags": (True, True)},
+        {"other": torch.zeros(3)},
     ],
     ids=lambda changes: ", ".join(
         f"{k} {v if not isinstance(v, Tensor) else tuple(v.shape)}" for k, v in changes.items()
     ),
 )
 def test_a_call_of_another_kind_reaches_python(scale, other):
-    arguments: dict[str, Any] = dict(x=torch.randn(4, 5), calls=torch.zeros(1, dtype=torch.int64), factor=0.0)
+    arguments: dict[str, Any] = {"x": torch.randn(4, 5), "calls": torch.zeros(1, dtype=torch.int64), "factor": 0.0}
     scale(**arguments)
     scale(**arguments | other)
     assert scale.asked == 2
@@ -351,94 +352,89 @@ def tensors(shape: tuple[int, ...], memory_format: torch.memory_format, dtype: t
     return lambda: torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
 
 
-CASES: dict[str, tuple[str, Callable[[Callable[[], Tensor], Callable[[], Tensor]], dict[str, Any]]]] = {}
+def norm_params(v: Callable[[], Tensor], **changes: None) -> NormParams:
+    return NormParams(v(), v(), v(), v(), 0.1, 1e-5)._replace(**changes)
 
 
-def case(name: str, operator: str) -> Callable[[Any], Any]:
-    def add(make: Any) -> Any:
-        CASES[name] = (operator, make)
-        return make
-
-    return add
+def training(t: Callable[[], Tensor], v: Callable[[], Tensor], act: Act, **arguments: Any) -> dict[str, Any]:
+    names = ("statistics", "residual", "residual_norm", "residual_statistics", "seed")
+    return {"x": t(), "norm": norm_params(v), "act": act} | dict.fromkeys(names) | arguments
 
 
-def norm_params(v: Callable[[], Tensor]) -> NormParams:
-    return NormParams(v(), v(), v(), v(), 0.1, 1e-5)
-
-
-@case("training", "training")
-def _(t, v):
-    return dict(
-        x=t(), norm=norm_params(v), statistics=None, residual=None, residual_norm=None, residual_statistics=None,
-        seed=None, act=Act("relu", 0.0, 0.0, "add_act"),
-    )  # fmt: skip
-
-
-@case("training with a residual and dropout", "training")
-def _(t, v):
-    return dict(
-        x=t(), norm=norm_params(v)._replace(weight=None, bias=None), statistics=None, residual=t(), residual_norm=None,
-        residual_statistics=None, seed=torch.zeros(1, dtype=torch.int64), act=Act("relu", 0.0, 0.25, "add_act"),
-    )  # fmt: skip
-
-
-@case("training with a residual's norm", "training")
-def _(t, v):
-    return dict(
-        x=t(), norm=norm_params(v), statistics=None, residual=t(), residual_norm=norm_params(v),
-        residual_statistics=None, seed=None, act=Act("silu", 0.0, 0.0, "add_act"),
-    )  # fmt: skip
-
-
-@case("training with known statistics", "training")
-def _(t, v):
-    known = Statistics(v(), v(), torch.ones(1, dtype=torch.int64))
-    return dict(
-        x=t(), norm=norm_params(v), statistics=known, residual=t(), residual_norm=norm_params(v),
-        residual_statistics=known._replace(mean=v(), m2=v(), count=None), seed=None,
-        act=Act("relu", 0.0, 0.0, "act_add"),
-    )  # fmt: skip
-
-
-@case("inference", "inference")
-def _(t, v):
-    return dict(
-        x=t(), norm=norm_params(v), residual=t(), residual_norm=norm_params(v),
-        act=Act("leaky_relu", 0.1, 0.0, "add_act"), save_bits=True,
-    )  # fmt: skip
-
-
-@case("apply", "apply")
-def _(t, v):
-    residual = Residual(t(), v(), v(), v(), None)
-    return dict(x=t(), norm=Norm(v(), v(), v(), v()), residual=residual, seed=None,
-                act=Act("relu", 0.0, 0.0, "add_act"), save_bits=True)  # fmt: skip
-
-
-def bits_of(x: Tensor) -> Tensor:
-    return torch.zeros(contract.bits_size(x), dtype=torch.uint8)
-
-
-@case("backward", "backward")
-def _(t, v):
+def backward(t: Callable[[], Tensor], v: Callable[[], Tensor], act: Act, **arguments: Any) -> dict[str, Any]:
     x = t()
-    return dict(dy=t(), dy2=None, x=x, norm=Norm(v(), v(), v(), v()), residual=None, bits=bits_of(x),
-                act=Act("relu", 0.0, 0.25, "add_act"), training=True, needs=[True, True, True])  # fmt: skip
+    bits = torch.zeros(contract.bits_size(x), dtype=torch.uint8)
+    norm = Norm(v(), v(), v(), v())
+    plain = {"dy": t(), "dy2": None, "x": x, "norm": norm, "residual": None, "bits": bits, "act": act}
+    return plain | {"training": True, "needs": [True, True, True]} | arguments
 
 
-@case("backward of two gradients", "backward")
-def _(t, v):
-    x = t()
-    return dict(dy=t(), dy2=t(), x=x, norm=Norm(v(), v(), v(), v()), residual=Residual(t(), v(), v(), v(), v()),
-                bits=bits_of(x), act=Act("relu", 0.0, 0.0, "add_act"), training=True,
-                needs=[True, True, True])  # fmt: skip
+def relu(order: str = "add_act", dropout_p: float = 0.0) -> Act:
+    return Act("relu", 0.0, dropout_p, order)
 
 
-@case("backward in evaluation", "backward")
-def _(t, v):
-    x = t()
-    return dict(dy=t(), dy2=None, x=x, norm=Norm(v(), v(), None, None), residual=None, bits=bits_of(x),
-                act=Act("relu", 0.0, 0.0, "add_act"), training=False, needs=[True, True, False])  # fmt: skip
+# Name -> (operator, its grouped arguments of a maker of tensors and one of vectors).
+CASES: dict[str, tuple[str, Callable[..., dict[str, Any]]]] = {
+    "plain": ("training", lambda t, v: training(t, v, relu())),
+    "residual and dropout": (
+        "training",
+        lambda t, v: training(
+            t,
+            v,
+            relu(dropout_p=0.25),
+            norm=norm_params(v, weight=None, bias=None),
+            residual=t(),
+            seed=torch.zeros(1, dtype=torch.int64),
+        ),
+    ),
+    "a residual's norm": (
+        "training",
+        lambda t, v: training(t, v, Act("silu", 0.0, 0.0, "add_act"), residual=t(), residual_norm=norm_params(v)),
+    ),
+    "known statistics": (
+        "training",
+        lambda t, v: training(
+            t,
+            v,
+            relu("act_add"),
+            statistics=Statistics(v(), v(), torch.ones(1, dtype=torch.int64)),
+            residual=t(),
+            residual_norm=norm_params(v),
+            residual_statistics=Statistics(v(), v(), None),
+        ),
+    ),
+    "inference": (
+        "inference",
+        lambda t, v: {
+            "x": t(),
+            "norm": norm_params(v),
+            "residual": t(),
+            "residual_norm": norm_params(v),
+            "act": Act("leaky_relu", 0.1, 0.0, "add_act"),
+            "save_bits": True,
+        },
+    ),
+    "apply": (
+        "apply",
+        lambda t, v: {
+            "x": t(),
+            "norm": Norm(v(), v(), v(), v()),
+            "residual": Residual(t(), v(), v(), v(), None),
+            "seed": None,
+            "act": relu(),
+            "save_bits": True,
+        },
+    ),
+    "backward": ("backward", lambda t, v: backward(t, v, relu(dropout_p=0.25))),
+    "backward of two gradients": (
+        "backward",
+        lambda t, v: backward(t, v, relu(), dy2=t(), residual=Residual(t(), v(), v(), v(), v())),
+    ),
+    "backward in evaluation": (
+        "backward",
+        lambda t, v: backward(t, v, relu(), norm=Norm(v(), v(), None, None), training=False, needs=[True, True, False]),
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -497,61 +493,3 @@ WORKSPACES = ("partial_ptr", "arrivals_ptr", "dz_ptr", "dy_ptr", "dweight_ptr", 
 
 def is_real(p: Any) -> bool:
     return isinstance(p, Tensor) and p.numel() > 0
-
-
-# ------------------------------------------------------------------------------------------------------------- the tape
-
-
-def compiled(kinds: dict[str, str], **metadata: Any) -> Any:
-    plain = dict(num_ctas=1, launch_cooperative_grid=False, launch_pdl=False, global_scratch_size=0,
-                 profile_scratch_size=0, num_warps=4, shared=0)  # fmt: skip
-    return types.SimpleNamespace(
-        src=types.SimpleNamespace(signature=kinds), metadata=types.SimpleNamespace(**plain | metadata), function=1234
-    )
-
-
-def written(*values: Any, kinds: dict[str, str] | None = None, **metadata: Any) -> tape.Tape:
-    kinds = kinds or {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32", "BLOCK": "constexpr"}
-    return tape.Tape([tape.Launched(compiled(kinds, **metadata), (1, 1, 1), values)])
-
-
-def test_a_recipe_says_where_each_argument_comes_from():
-    x, y = torch.zeros(4), torch.ones(4)
-    found = tape.recipe([x, 0.5, None], [y], written(x, y, 7, 64))
-    assert found.results == [0] and found.updated == [] and found.counters == 0 and found.device == x.device
-    assert found.launches == [
-        (1234, (1, 1, 1), 128, 0, [(tape.INPUT, 0, b""), (tape.MADE, 0, b""), (tape.VALUE, 0, b"\x07\0\0\0")])
-    ]
-    assert found.made[0].shape == (4,) and found.made[0].is_meta
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("two arguments", "two arguments are one tensor"),
-        ("a view", "shares its memory"),
-        ("its argument", "shares its memory"),
-        ("num_ctas", "attributes"),
-        ("launch_pdl", "attributes"),
-        ("global_scratch_size", "scratch memory"),
-        ("a value too few", "3 values for a signature of 4"),
-        ("gap", "a launch is tuned"),
-    ],
-)
-def test_what_cannot_be_repeated_leaves_no_recipe(change, words):
-    x, y = torch.zeros(4), torch.ones(4)
-    arguments, results, values, metadata = [x], [y], (x, y, 7, 64), {}
-    if change == "two arguments":
-        arguments = [x, x]
-    elif change == "a view":
-        values = (x[:2], y, 7, 64)
-    elif change == "its argument":
-        results = [x]
-    elif change == "a value too few":
-        values = (x, y, 7)
-    elif change != "gap":
-        metadata = {change: 2}
-    made = written(*values, **metadata)
-    made.gap = "a launch is tuned" if change == "gap" else ""
-    with pytest.raises(tape.Gap, match=words):
-        tape.recipe(arguments, results, made)
