@@ -40,8 +40,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from benchmarks import records
+from benchmarks.machine import describe_machine
 from benchmarks.records import row
-from benchmarks.results import describe_machine
 from benchmarks.sides import EAGER, FUSED
 from fastres import models
 from fastres._extension import cpu_capability, load_cpu, status

@@ -25,8 +25,8 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import describe_machine, in_own_process
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
-from benchmarks.results import describe_machine, in_own_process
 from fastres import models
 from fastres.nn.preactivation import PreactivationBlock
 

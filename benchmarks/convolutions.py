@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastres
+from benchmarks.machine import describe_machine
 from benchmarks.records import insert_table, number, row, to_json, write_text
-from benchmarks.results import describe_machine
 from fastres.activations import RELU
 from fastres.functional import NormParams, Statistics, conv1x1_with_statistics, conv3x3_norm_act, norm_act_conv1x1
 from fastres.ops import conv3x3 as ops

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import fastres
 from benchmarks import records
+from benchmarks.machine import describe_machine, in_own_process
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
-from benchmarks.results import describe_machine, in_own_process
 from fastres import models
 
 EAGER, FUSED = ("eager", "fastres")

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastres
+from benchmarks.machine import describe_machine
 from benchmarks.records import PUBLISHED, ROOT, insert_table, row, slug, to_json, write_text
-from benchmarks.results import describe_machine
 from fastres.activations import Activation
 from fastres.functional import (
     NormParams,

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 import fastres
 from benchmarks import records, workloads
+from benchmarks.machine import describe_machine, in_own_process
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
-from benchmarks.results import Measurement, describe_machine, in_own_process, interleave
+from benchmarks.results import Measurement, interleave
 from benchmarks.workloads import EAGER, FUSED
 from fastres.contract import Act, Norm, NormParams
 from fastres.functional import batch_norm_act

@@ -2,6 +2,7 @@
 
 Writes the raw figures as JSON and the README's plot to docs/results/, all tables to docs/benchmarks.md, and a selection
 of at most ten rows to the README: in both between the lines `<!-- results -->` and `<!-- /results -->`, where they are.
+Both have a table for each instruction set: of this run, and for the others of the newest run in that folder.
 Interleaved means: each round runs every side once, so that a machine whose speed drifts slows all sides alike. Figures
 are medians over the rounds.
 """
@@ -9,39 +10,31 @@ are medians over the rounds.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
-import torchvision
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import fastres
-from benchmarks import records, workloads
+from benchmarks import records, serving, workloads
+from benchmarks.machine import describe_machine
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
 from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
-from fastres.info import processors
 from fastres.train.folder import atomic, write_text
 
 COPY = "copy"
 SAVED_BATCH = 4 if workloads.QUICK else 32
 NAMES = {EAGER: "PyTorch eager", COMPILE: "torch.compile", FUSED: "fastres"}
-# What holds PyTorch's operators, and ours, oneDNN and MKL to an instruction set below the processor's.
-ISA_SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 COLOURS = {EAGER: "#9aa5b1", COMPILE: "#e0a458", FUSED: "#1f6f8b"}
 
 
@@ -59,6 +52,8 @@ class Config:
     """Rounds of each workload, as a multiple of those that pytest runs."""
     from_json: Path | None = None
     """Draw and print again what an earlier run wrote, without measuring."""
+    serving_seconds: float = 20.0
+    """Of measuring each network that is served."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +82,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. `saved_bytes_per_image`: setting -> side -> what a ResNet-18 training step keeps for backward."""
+    """A whole run.
+
+    Attributes:
+        saved_bytes_per_image: setting -> side -> what a ResNet-18 training step keeps for backward.
+        served: frozen networks beside what else serves a network; none on a GPU.
+    """
 
     machine: dict[str, Any]
     measurements: list[Measurement]
     saved_bytes_per_image: dict[str, dict[str, float]]
+    served: list[serving.Measured] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -121,7 +122,11 @@ def measure(config: Config) -> Results:
         for amp, lowered in (((True, False),) if workloads.CUDA else ((False, False), (True, True)))
         for dropout in workloads.DROPOUTS
     }
-    return Results(machine, measurements, saved)
+    served = []
+    if not workloads.CUDA and not workloads.QUICK:
+        options = serving.Config(seconds=config.serving_seconds)
+        served = [serving.measure(serving.Case.of(case), options) for case in tqdm(options.cases, desc="serving")]
+    return Results(machine, measurements, saved, served)
 
 
 def interleave(workload: Workload, rounds: int, clock: Callable[[], float] = time.perf_counter) -> Measurement:
@@ -156,7 +161,7 @@ def saved_bytes(side: str, dropout: float, amp: bool) -> int:
     Every storage counts once; parameters, which exist anyway, do not count, nor does what autocast makes of them, which
     does not grow with the batch.
     """
-    model = workloads.resnet18(side, dropout)
+    model = workloads.make_network(side, dropout=dropout)
     images, labels = workloads.image_batch(SAVED_BATCH)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() > 1}
@@ -174,39 +179,6 @@ def saved_bytes(side: str, dropout: float, amp: bool) -> int:
         total = sum(storages.values())
     torch.autograd.backward(loss)
     return total
-
-
-_R = TypeVar("_R")
-
-
-def in_own_process(function: Callable[..., _R], *arguments: Any) -> _R:
-    """What a function of a module returns or raises in a new process, which knows nothing of this one's memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the figures depend on. Sets the allocator, and so has to come before any tensor."""
-    reused = fastres.reuse_cpu_memory()
-    found = dict(processors())
-    return {
-        "processor": found.get("GPU 0", found["CPU"]).split(",")[0] if workloads.CUDA else found["CPU"],
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "isa_settings": " ".join(f"{name}={os.environ[name]}" for name in ISA_SETTINGS if os.environ.get(name)),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": workloads.DEVICE.type,
-        "dtype": "bfloat16 autocast" if workloads.CUDA else "float32",
-        "memory_format": "channels_last",
-        "allocator": "large buffers kept (fastres.reuse_cpu_memory)" if reused else "the C library's default",
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "fastres": fastres.__version__,
-        "commit": records.commit(),
-        "date": datetime.date.today().isoformat(),
-        "load_average_at_start": os.getloadavg()[0],
-        "quick": workloads.QUICK,
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -231,7 +203,12 @@ def from_json(path: Path) -> Results:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Results(**{**data, "measurements": [Measurement(**entry) for entry in data["measurements"]]})
+        measurements = [Measurement(**entry) for entry in data["measurements"]]
+        served = [
+            serving.Measured(serving.Case(**entry["case"]), entry["seconds"], entry["missing"])
+            for entry in data.get("served", ())
+        ]
+        return Results(data["machine"], measurements, data["saved_bytes_per_image"], served)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"from_json: {path} does not hold results of this script ({error})") from error
 
@@ -244,33 +221,98 @@ def _conditions(machine: dict[str, Any]) -> str:
     )
 
 
-def selection(results: Results) -> str:
-    """What a reader asks about first, in at most ten rows of Markdown: the networks in training and evaluation, what a
-    training step with dropout keeps, a block, the operator at its largest shape, and a convolution.
+def newest(results: Results, folder: Path) -> list[Results]:
+    """This run, and of every other instruction set the newest in a folder; narrow vectors first."""
+    found = {results.machine["capability"]: results}
+    dates: dict[str, str] = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            other = from_json(file)
+        except ValueError:  # another script's
+            continue
+        capability, date = other.machine["capability"], other.machine["date"]
+        comparable = not other.machine["quick"] and other.machine["device"] == results.machine["device"]
+        if comparable and capability != results.machine["capability"] and date >= dates.get(capability, ""):
+            found[capability], dates[capability] = other, date
+    return [found[capability] for capability in sorted(found, key=lambda c: (len(c), c))]
+
+
+class Chosen(NamedTuple):
+    """A row of the README for an instruction set: the best peer, and fastres. Less is better where `is_size`."""
+
+    name: str
+    unit: str
+    peer: str
+    theirs: float
+    ours: float
+    is_size: bool = False
+
+    def cells(self) -> list[str]:
+        ratio = self.theirs / self.ours if self.is_size else self.ours / self.theirs
+        return [f"{number(self.theirs)} ({self.peer})", number(self.ours), number(ratio, "x")]
+
+
+# Networks that the README shows as served; all are on the page.
+SERVED = ("ResNet-18 inference, batch 128", "ResNet-18 inference, batch 1", "ResNet-50 at 224 inference, batch 1")
+
+
+def chosen(results: Results) -> Iterator[Chosen]:
+    """What a reader asks about first, at most ten rows: networks in training and served, what a training step with
+    dropout keeps, and the operator at its largest shape.
     """
-    batch, saved = _batch(results), results.saved_bytes_per_image
     by_group: dict[str, list[Measurement]] = {}
     for entry in results.measurements:
         by_group.setdefault(entry.group, []).append(entry)
+
+    def best(entry: Measurement, unit: str, amount: float) -> Chosen:
+        peer = min((EAGER, COMPILE), key=entry.median)
+        theirs, ours = (entry.median(side) for side in (peer, FUSED))
+        if unit == "ms":
+            return Chosen(entry.name, unit, peer, amount * theirs, amount * ours, is_size=True)
+        return Chosen(entry.name, unit, peer, amount / theirs, amount / ours)
+
+    for entry in by_group["model-train-step"]:
+        if "bfloat16" not in entry.name:
+            yield best(entry, "images/s", entry.images)
+    if results.served:
+        for measured in results.served:
+            case = measured.case
+            name = f"{workloads.Network(case.network, case.image).name} inference, batch {case.batch}"
+            if name in SERVED:
+                peer = measured.fastest(ours=False)
+                theirs, ours = (measured.seconds[side] for side in (peer, measured.fastest(ours=True)))
+                yield Chosen(name, "images/s", serving.NAMES[peer], case.batch / theirs, case.batch / ours)
+    else:
+        yield from (best(entry, "images/s", entry.images) for entry in by_group["model-inference"])
+    setting = list(results.saved_bytes_per_image)[len(workloads.DROPOUTS) - 1]
+    saved = results.saved_bytes_per_image[setting]
+    name = f"ResNet-18 training step, saved for backward, {setting}"
+    yield Chosen(name, "MiB/image", EAGER, saved[EAGER] / 2**20, saved[FUSED] / 2**20, is_size=True)
+    for entry in by_group["op"]:
+        if entry.shape == by_group["op"][0].shape:
+            yield best(entry, "ms", 1e3)
+
+
+def selection(runs: Sequence[Results]) -> str:
+    """The README's table: `chosen`, with three columns an instruction set."""
+    sets = [r.machine["capability"].replace("AVX5", "AVX-5") for r in runs]
+    rows: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for index, results in enumerate(runs):
+        for entry in chosen(results):
+            rows.setdefault((entry.name, entry.unit), {})[index] = entry.cells()
     lines = [
-        _conditions(results.machine),
-        "",
-        "| | unit | eager | torch.compile | fastres | over eager | over compile |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        *chain.from_iterable((_conditions(results.machine), "") for results in runs),
+        row("", "unit", *chain.from_iterable((f"{name}: the best peer", "fastres", "over it") for name in sets)),
+        row("---", "---", *["---:"] * (3 * len(runs))),
     ]
-    for entry in by_group["model-train-step"] + by_group["model-inference"]:
-        cells = [number(entry.images / entry.median(side)) for side in workloads.SIDES]
-        lines.append(row(entry.name, "images/s", *cells, *_ratios(entry)))
-    setting = list(saved)[len(workloads.DROPOUTS) - 1]
-    eager, fused = (saved[setting][side] for side in (EAGER, FUSED))
-    sizes = [number(eager / 2**20), "", number(fused / 2**20), number(eager / fused, "x"), ""]
-    lines.append(row(f"ResNet-18 training step, saved for backward, {setting}", "MiB/image", *sizes))
-    operators = [e for e in by_group["op"] if e.shape == by_group["op"][0].shape]
-    convolutions = [e for e in by_group.get("conv", []) if e.images == batch]
-    for entry in by_group["block"][:1] + operators + convolutions[:1]:
-        cells = [number(1e3 * entry.median(side)) for side in workloads.SIDES]
-        lines.append(row(entry.name, "ms", *cells, *_ratios(entry)))
+    for (name, unit), cells in rows.items():
+        lines.append(row(name, unit, *chain.from_iterable(cells.get(i, [""] * 3) for i in range(len(runs)))))
     return "\n".join(lines) + "\n"
+
+
+def page(runs: Sequence[Results]) -> str:
+    """All results of every instruction set in Markdown."""
+    return "\n".join(f"### {results.machine['capability']}\n\n{table(results)}" for results in runs)
 
 
 def table(results: Results) -> str:
@@ -315,7 +357,8 @@ def table(results: Results) -> str:
     for setting, saved in results.saved_bytes_per_image.items():
         sizes = [number(saved[side] / 2**20) for side in (EAGER, FUSED)]
         lines.append(row(setting, *sizes, number(saved[EAGER] / saved[FUSED], "x")))
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text + (f"\n{serving.table(results.served)}" if results.served else "")
 
 
 def _ratios(entry: Measurement) -> list[str]:
@@ -366,7 +409,7 @@ def _bars(axes: Axes, heights: dict[str, list[float]], labels: dict[str, list[st
 
 
 def _plot_networks(axes: Axes, results: Results) -> None:
-    entries = [e for e in results.measurements if e.group.startswith("model")]
+    entries = [e for e in results.measurements if e.group.startswith("model") and " at " not in e.name]
     speeds = {side: [e.median(EAGER) / e.median(side) for e in entries] for side in workloads.SIDES}
     labels = {side: [number(e.images / e.median(side)) for e in entries] for side in workloads.SIDES}
     ticks = [e.name.removeprefix("ResNet-18 ").replace(" autocast", "").replace(", ", "\n") for e in entries]
@@ -423,7 +466,8 @@ def main(config: Config) -> None:
     plot(results, picture)
     print(f"plot: {picture}")
     if not results.machine["quick"]:
-        for file, part in ((config.readme, selection(results)), (config.page, text)):
+        runs = newest(results, config.output_dir)
+        for file, part in ((config.readme, selection(runs)), (config.page, page(runs))):
             inserted = insert_table(file, part)
             print(f"table {'written to' if inserted else 'not written, the marker lines are missing in'} {file}")
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastres
+from benchmarks.machine import describe_machine
 from benchmarks.records import insert_table, number, row, to_json, write_text
-from benchmarks.results import describe_machine
 
 Run = Callable[[], object]
 
@@ -109,12 +109,16 @@ class Measured:
     seconds: dict[str, float]
     missing: dict[str, str]
 
+    def fastest(self, ours: bool) -> str:
+        """The fastest side of fastres, or of the others; empty where none ran."""
+        sides = [side for side in self.seconds if (side in OURS) == ours]
+        return min(sides, key=lambda side: self.seconds[side], default="")
+
     @property
     def over_the_best_peer(self) -> float:
         """How many times as fast as the fastest peer fastres is; NaN where either is missing."""
-        peers = [s for side, s in self.seconds.items() if side not in OURS]
-        ours = [s for side, s in self.seconds.items() if side in OURS]
-        return min(peers) / min(ours) if peers and ours else float("nan")
+        peer, ours = self.fastest(False), self.fastest(True)
+        return self.seconds[peer] / self.seconds[ours] if peer and ours else float("nan")
 
 
 class MissingError(Exception):

@@ -43,6 +43,24 @@ Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
+class Network:
+    """A network, and the side of its images in pixels: at 64 and below its stem is the one for CIFAR-10."""
+
+    model: str = "resnet18"
+    image: int = IMAGE
+
+    @property
+    def name(self) -> str:
+        words = self.model.replace("resnet", "ResNet-")
+        return words if self.image == IMAGE else f"{words} at {self.image}"
+
+
+CIFAR = Network()
+# What is trained at the size of ImageNet's pictures, with its batch; a GPU's list is benchmarks.gpu.measure's.
+LARGE = () if CUDA or QUICK else ((Network("resnet18", 224), 32), (Network("resnet50", 224), 16))
+
+
+@dataclass(frozen=True)
 class Workload:
     """One task. `make(side)` sets a side up; the function it returns does the task once, to the end.
 
@@ -161,30 +179,37 @@ def block_workloads() -> Iterator[Workload]:
         )
 
 
-def train_workloads(batch: int = BATCH, dropout: float = 0.0, amp: bool = CUDA) -> Iterator[Workload]:
-    """ResNet-18 with the CIFAR stem: forward, backward and a step of SGD with momentum."""
+def train_workloads(
+    batch: int = BATCH, dropout: float = 0.0, amp: bool = CUDA, network: Network = CIFAR
+) -> Iterator[Workload]:
+    """A network, ResNet-18 with the CIFAR stem, say: forward, backward and a step of SGD with momentum."""
     lowered = amp and not CUDA  # on a GPU autocast is what every workload runs under
     yield Workload(
         group="model-train-step",
-        key=f"batch{batch}" + (f"-dropout{dropout:g}" if dropout else "") + ("-bfloat16" if lowered else ""),
-        name=f"ResNet-18 training step, batch {batch}"
+        key=("" if network == CIFAR else f"{network.model}-{network.image}-")
+        + f"batch{batch}"
+        + (f"-dropout{dropout:g}" if dropout else "")
+        + ("-bfloat16" if lowered else ""),
+        name=f"{network.name} training step, batch {batch}"
         + (f", dropout {dropout:g}" if dropout else "")
         + (", bfloat16 autocast" if lowered else ""),
         images=batch,
         rounds=1 if QUICK else 20 if CUDA else 3,
-        set_up=_train_step(batch, dropout, amp),
+        set_up=_train_step(network, batch, dropout, amp),
         sides=(*_model_sides(), *((FUSED_COMPILE, *sides.GRAPHS) if CUDA else ())),
         dropout=dropout,
     )
 
 
 def all_train_workloads() -> Iterator[Workload]:
-    """The training step plain, with dropout, and on the CPU under autocast."""
+    """ResNet-18's training step plain, with dropout, and on the CPU under autocast; and `LARGE`."""
     yield from train_workloads()
     if not QUICK:
         yield from train_workloads(dropout=max(DROPOUTS))
     if not CUDA:
         yield from train_workloads(amp=True)
+    for network, batch in LARGE:
+        yield from train_workloads(batch, network=network)
 
 
 def inference_workloads() -> Iterator[Workload]:
@@ -241,10 +266,11 @@ def copy(shape: Shape) -> Run:
     return _to_the_end(lambda: target.copy_(source))
 
 
-def resnet18(side: str, dropout: float = 0.0) -> nn.Module:
-    """ResNet-18 on the benchmark's device, channels_last; for every side but the fused one in plain PyTorch."""
+def make_network(side: str, network: Network = CIFAR, dropout: float = 0.0) -> nn.Module:
+    """A network on the benchmark's device, channels_last; for every side but ours in plain PyTorch."""
     torch.manual_seed(0)
-    model = models.create("resnet18", num_classes=CLASSES, dropout=dropout, fused=side in sides.OURS)
+    stem = "cifar" if network.image <= 64 else "imagenet"
+    model = models.create(network.model, num_classes=CLASSES, stem=stem, dropout=dropout, fused=side in sides.OURS)
     model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
@@ -255,9 +281,9 @@ def training_loss(model: Callable[[Tensor], Tensor], images: Tensor, labels: Ten
         return F.cross_entropy(model(images), labels)
 
 
-def image_batch(batch: int) -> tuple[Tensor, Tensor]:
-    """Images [batch, 3, H, W], channels_last, float32, and their labels [batch]."""
-    images = torch.randn(batch, 3, IMAGE, IMAGE, device=DEVICE).contiguous(memory_format=torch.channels_last)
+def image_batch(batch: int, side: int = IMAGE) -> tuple[Tensor, Tensor]:
+    """Images [batch, 3, side, side], channels_last, float32, and their labels [batch]."""
+    images = torch.randn(batch, 3, side, side, device=DEVICE).contiguous(memory_format=torch.channels_last)
     return images, torch.randint(CLASSES, (batch,), device=DEVICE)
 
 
@@ -382,10 +408,10 @@ def _block(projection: bool) -> Callable[[str], Run]:
     return set_up
 
 
-def _train_step(batch: int, dropout: float, amp: bool) -> Callable[[str], Run]:
+def _train_step(network: Network, batch: int, dropout: float, amp: bool) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
-        model = resnet18(side, dropout)
-        images, labels = image_batch(batch)
+        model = make_network(side, network, dropout)
+        images, labels = image_batch(batch, network.image)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         forward = _compiled(model, side)
 
@@ -401,7 +427,7 @@ def _train_step(batch: int, dropout: float, amp: bool) -> Callable[[str], Run]:
 
 def _inference(batch: int) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
-        model = resnet18(side).eval()
+        model = make_network(side).eval()
         images, _ = image_batch(batch)
         forward = _compiled(model, side)
 

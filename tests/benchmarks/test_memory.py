@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")  # benchmarks.results, which describes the machine, draws with it
-
 from benchmarks import memory
 from benchmarks.memory import EAGER, FUSED, MIB, Config, Measured, Network, main, resident_peak, table, tensors_peak
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("matplotlib")  # benchmarks.results, which describes the machine, draws
-
 from benchmarks.numerics import Case, Config, Errors, from_json, inference, main, measure, page, relative, table
 from benchmarks.records import PUBLISHED, ROOT
 
