@@ -16,28 +16,12 @@ from benchmarks.workloads import Workload
 Measure = Callable[[Workload, str], None]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--large", action="store_true", help="also networks on images of 224 pixels")
-
-
 def sides(cases: Iterable[Workload]) -> pytest.MarkDecorator:
     """Parametrise over workloads and their sides; eager comes first, so that the others can state their ratio to it."""
     return pytest.mark.parametrize(
         ("workload", "side"),
         [pytest.param(case, side, id=f"{case.key}-{side}") for case in cases for side in case.sides],
     )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Large networks take minutes, so they are left out where nobody asks for them."""
-    if config.getoption("--large"):
-        return
-    names = {network.name for network, _ in workloads.LARGE}
-    for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        workload = parameters.get("workload")
-        if workload is not None and any(workload.name.startswith(name) for name in names):
-            item.add_marker(pytest.mark.skip(reason="--large measures it"))
 
 
 @pytest.fixture(scope="session")

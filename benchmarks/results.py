@@ -107,7 +107,7 @@ def measure(config: Config) -> Results:
             workloads.conv_workloads(),
             workloads.block_workloads(),
             workloads.inference_workloads(),
-            workloads.all_train_workloads(),
+            workloads.all_train_workloads(large=True),
         )
     )
     measurements = []

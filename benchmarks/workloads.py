@@ -183,16 +183,13 @@ def train_workloads(
     batch: int = BATCH, dropout: float = 0.0, amp: bool = CUDA, network: Network = CIFAR
 ) -> Iterator[Workload]:
     """A network, ResNet-18 with the CIFAR stem, say: forward, backward and a step of SGD with momentum."""
-    lowered = amp and not CUDA  # on a GPU autocast is what every workload runs under
+    lowered = ", bfloat16 autocast" if amp and not CUDA else ""  # on a GPU autocast is what every workload runs under
+    dropped = f", dropout {dropout:g}" if dropout else ""
+    key = f"batch{batch}" + (f"-dropout{dropout:g}" if dropout else "") + ("-bfloat16" if lowered else "")
     yield Workload(
         group="model-train-step",
-        key=("" if network == CIFAR else f"{network.model}-{network.image}-")
-        + f"batch{batch}"
-        + (f"-dropout{dropout:g}" if dropout else "")
-        + ("-bfloat16" if lowered else ""),
-        name=f"{network.name} training step, batch {batch}"
-        + (f", dropout {dropout:g}" if dropout else "")
-        + (", bfloat16 autocast" if lowered else ""),
+        key=key if network == CIFAR else f"{network.model}-{network.image}-{key}",
+        name=f"{network.name} training step, batch {batch}{dropped}{lowered}",
         images=batch,
         rounds=1 if QUICK else 20 if CUDA else 3,
         set_up=_train_step(network, batch, dropout, amp),
@@ -201,14 +198,14 @@ def train_workloads(
     )
 
 
-def all_train_workloads() -> Iterator[Workload]:
-    """ResNet-18's training step plain, with dropout, and on the CPU under autocast; and `LARGE`."""
+def all_train_workloads(large: bool) -> Iterator[Workload]:
+    """ResNet-18's training step plain, with dropout, and on the CPU under autocast; and `LARGE` if asked for."""
     yield from train_workloads()
     if not QUICK:
         yield from train_workloads(dropout=max(DROPOUTS))
     if not CUDA:
         yield from train_workloads(amp=True)
-    for network, batch in LARGE:
+    for network, batch in LARGE if large else ():
         yield from train_workloads(batch, network=network)
 
 
