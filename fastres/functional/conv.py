@@ -57,7 +57,8 @@ def _algorithm(
     x: Tensor, weight: Tensor, stride: int, requested: str, *, needs_grad: bool, followed: bool = False
 ) -> str:
     """What computes this call; "torch" where it is not an ordinary one."""
-    if why_not_ordinary() is not None:
+    # A GPU's convolutions are PyTorch's, and there the time to say so counts.
+    if x.is_cuda or why_not_ordinary() is not None:
         return "torch"
     problem = problem_of(x, weight.shape[0], weight.shape[2], stride, needs_grad=needs_grad, followed=followed)
     return choose_algorithm(problem, requested).algorithm
