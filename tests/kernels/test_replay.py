@@ -286,7 +286,7 @@ def test_a_missing_library_is_named(driver, tmp_path):
 # ------------------------------------------------------------------------------------- the launchers of batch_norm_act
 
 
-class Stand_in:
+class StandIn:
     """A kernel of Triton's that is looked at as its compiler looks at it, and not run."""
 
     def __init__(self, kernel: Any) -> None:
@@ -449,7 +449,7 @@ def test_a_repeated_call_gives_kernels_what_python_gives_them(
     module.clear()
     driver.taken()
     for kernel in NAMES:
-        monkeypatch.setattr(launchers, kernel, Stand_in(getattr(launchers, kernel)))
+        monkeypatch.setattr(launchers, kernel, StandIn(getattr(launchers, kernel)))
     monkeypatch.setattr(launching, "_prepared", {})
     operator, make = CASES[name]
     run, (t, v) = replayed[operator], (tensors((4, 32, 6, 6), memory_format, dtype), lambda: torch.randn(32))
