@@ -7,8 +7,9 @@
 // loops are compiled once for all of them.
 #pragma once
 
-#include "../common/arguments.h"
 #include "lanes.h"
+
+#include "../common/arguments.h"
 
 #include <algorithm>
 #include <iterator>
@@ -204,8 +205,7 @@ constexpr std::string_view kKindNames[] = {FASTRES_ACTIVATIONS(FASTRES_KIND)};
 
 inline Kind parse_kind(std::string_view name) {
   const auto found = std::find(std::begin(kKindNames), std::end(kKindNames), name);
-  TORCH_CHECK_VALUE(
-      found != std::end(kKindNames), "kind: expected one of ", c10::ArrayRef(kKindNames), ", got \"", name, "\"");
+  FASTRES_CHECK(found != std::end(kKindNames), "kind: expected one of ", kKindNames, ", got \"", name, "\"");
   return static_cast<Kind>(found - std::begin(kKindNames));
 }
 
@@ -303,7 +303,7 @@ struct Pointwise {
 
 // "act_add" or not.
 inline bool parse_order(std::string_view order) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       order == "add_act" || order == "act_add", "order: expected \"add_act\" or \"act_add\", got \"", order, "\"");
   return order == "act_add";
 }

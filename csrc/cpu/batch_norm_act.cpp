@@ -3,9 +3,7 @@
 // Passes over memory: statistics read x; apply reads x and r and writes y, and one bit an element where backward will
 // need it.
 #include "batch_norm_act.h"
-
-#include <ATen/ops/full.h>
-#include <torch/library.h>
+#include "library.h"
 
 #include <tuple>
 
@@ -26,7 +24,7 @@ std::tuple<Tensor, Tensor> apply_forward(
   const bool has_residual = residual.has_value();
   const Tensor r = has_residual ? like_rows("residual", *residual, x, rows) : Tensor();
   Tensor y = empty_rows(x);
-  Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, at::kByte);
+  Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, ScalarType::Byte);
   std::optional<Dropout> dropout;
   if (act.dropout_p > 0) {
     dropout = dropout_of(seed, act.dropout_p);
@@ -54,13 +52,15 @@ std::tuple<Tensor, Tensor> apply_forward(
 std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& x) {
   const Rows rows = rows_of(x);
   Tensor mean = channel_vector(x, rows.channels), m2 = channel_vector(x, rows.channels);
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_stats", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Moments moments = moments_of(x.const_data_ptr<scalar_t>(), rows);
     std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<A>());
     std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<A>());
   });
-  return {at::full({1}, rows.count(), x.options().dtype(at::kLong).memory_format(std::nullopt)), mean, m2};
+  Tensor count = empty_vector(1, ScalarType::Long);
+  *count.mutable_data_ptr<int64_t>() = rows.count();
+  return {count, mean, m2};
 }
 
 std::tuple<Tensor, Tensor> apply(
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> apply(
     const Act& act,
     bool save_bits) {
   std::tuple<Tensor, Tensor> result;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_apply", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Saved<A> other = Saved<A>::of(x.size(1), residual);
     const ChannelNorm<A> own = Saved<A>(x.size(1), norm).norm(), residual_norm = other.norm();
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
   const OptionalTensor r =
       residual.has_value() ? OptionalTensor(like_rows("residual", *residual, x, rows)) : std::nullopt;
   Tensor y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_training", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The residual first: x, measured last, is what the caches still hold when the apply pass starts.
     ChannelNorm<A> other;
@@ -122,7 +122,7 @@ std::tuple<Tensor, Tensor> inference(
   Pointwise parsed = pointwise(act);
   parsed.dropout_p = 0;
   std::tuple<Tensor, Tensor> result;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_inference", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const ChannelNorm<A> own = running_norm<A>(x.size(1), norm);
     ChannelNorm<A> other;
@@ -141,10 +141,10 @@ std::tuple<Tensor, Tensor> inference(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+FASTRES_KERNELS(m) {
   using namespace fastres;
-  m.impl("batch_norm_act_stats", stats);
-  m.impl("batch_norm_act_apply", grouped<&apply>);
-  m.impl("batch_norm_act_training", grouped<&training>);
-  m.impl("batch_norm_act_inference", grouped<&inference>);
+  m.impl("batch_norm_act_stats", boxed<&stats>);
+  m.impl("batch_norm_act_apply", boxed<&apply>);
+  m.impl("batch_norm_act_training", boxed<&training>);
+  m.impl("batch_norm_act_inference", boxed<&inference>);
 }

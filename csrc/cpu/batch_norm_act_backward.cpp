@@ -10,9 +10,8 @@
 // parts the first stage reads both and writes dz, which the second reads in dy's place: g, or in the order "act_add"
 // the sum of the parts. That is dr already where the residual has no normalisation.
 #include "batch_norm_act.h"
+#include "library.h"
 #include "norm_act_sums.h"
-
-#include <torch/library.h>
 
 #include <array>
 #include <tuple>
@@ -43,12 +42,12 @@ public:
         norm_(own_.norm()),
         residual_norm_(other_.norm()) {
     const bool has_bits = bits.has_value() && bits->numel() > 0;
-    TORCH_CHECK_VALUE(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
+    FASTRES_CHECK(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
     if (has_bits) {
       bits_ = bits->contiguous();
       const int64_t bytes = rows_.rows() * bitmask_row_bytes(rows_.inner());
-      TORCH_CHECK_VALUE(
-          bits_.scalar_type() == at::kByte && bits_.numel() == bytes,
+      FASTRES_CHECK(
+          bits_.scalar_type() == ScalarType::Byte && bits_.numel() == bytes,
           "bits: expected uint8 of ",
           bytes,
           " elements, got ",
@@ -160,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_reduce(
     const OptionalTensor& bits,
     const Act& act) {
   std::array<Tensor, kSums + 1> out;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_reduce", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     out = Backward<scalar_t>(dy, dy2, x, norm, residual, bits, pointwise(act)).reduce(dy2.has_value());
   });
   return std::tuple_cat(out);
@@ -177,7 +176,7 @@ std::tuple<Tensor, Tensor> backward_apply(
     const Act& act,
     std::array<bool, 2> needs) {
   std::tuple<Tensor, Tensor> result;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_apply", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     Backward<scalar_t> backward(dy, std::nullopt, x, norm, residual, bits, pointwise(act));
     std::array<const A*, kSums> pointers{};
@@ -186,7 +185,7 @@ std::tuple<Tensor, Tensor> backward_apply(
       pointers[0] = channel_data<A>("sums_dweight", sums->dweight, channels);
       pointers[1] = channel_data<A>("sums_dbias", sums->dbias, channels);
       if (backward.dual()) {
-        TORCH_CHECK_VALUE(
+        FASTRES_CHECK(
             sums->residual_dweight.has_value() && sums->residual_dbias.has_value(),
             "sums_residual_dweight and sums_residual_dbias: expected tensors where the residual has a normalisation");
         pointers[2] = channel_data<A>("sums_residual_dweight", sums->residual_dweight, channels);
@@ -212,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Pointwise parsed = pointwise(act);
   Tensor dx, dr;
   std::array<Tensor, kSums + 1> sums;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     Backward<scalar_t> backward(dy, dy2, x, norm, residual, bits, parsed);
     // f' of a smooth activation costs more than a pass over memory, and g is what a plain residual gets in any case. In
@@ -249,9 +248,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+FASTRES_KERNELS(m) {
   using namespace fastres;
-  m.impl("batch_norm_act_backward_reduce", grouped<&backward_reduce>);
-  m.impl("batch_norm_act_backward_apply", grouped<&backward_apply>);
-  m.impl("batch_norm_act_backward", grouped<&backward>);
+  m.impl("batch_norm_act_backward_reduce", boxed<&backward_reduce>);
+  m.impl("batch_norm_act_backward_apply", boxed<&backward_apply>);
+  m.impl("batch_norm_act_backward", boxed<&backward>);
 }
