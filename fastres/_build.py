@@ -56,8 +56,9 @@ CXX_FLAGS = (
 # GCC makes statics of inline functions unique in the whole process, also across RTLD_LOCAL; Clang neither does so nor
 # knows the flag.
 GCC_FLAGS = ("-fno-gnu-unique",)
-# torch.utils.cpp_extension names all of torch's libraries. A CPU module needs libtorch_cpu and no Python.
-LINK_FLAGS = ("-Wl,--as-needed",)
+# All that a CPU module needs. The C++ library comes first: of templates that torch has copies of, the linker would note
+# that torch has them.
+CPU_LIBRARIES = ("torch_cpu",) if sys.platform == "darwin" else ("stdc++", "torch_cpu")
 NVCC_FLAGS = ("-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
@@ -153,11 +154,6 @@ def torch_folders(kind: str) -> list[str]:
     import torch
 
     return [str(Path(root) / kind) for root in torch.__path__]
-
-
-def link_flags(module: Module) -> list[str]:
-    """Flags for the linker, before the libraries."""
-    return [] if module.is_cuda or sys.platform == "darwin" else list(LINK_FLAGS)
 
 
 def library_folders(module: Module) -> list[str]:
@@ -373,13 +369,13 @@ def why_not_for_this_torch(module: Module, record: dict[str, Any]) -> str:
 
     if module.is_cuda:
         made_for = record.get("torch")
-        return "" if made_for == str(torch.__version__) else f"compiled for torch {made_for}, this is {torch.__version__}"
-    first = str(record.get("stable_abi"))
-    known = re.fullmatch(r"(\d+)\.(\d+)", first)
-    here = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    if known and here and tuple(map(int, here.groups())) >= tuple(map(int, known.groups())):
-        return ""
-    return f"compiled for torch {first} and later, this is {torch.__version__}"
+        fits = made_for == str(torch.__version__)
+        return "" if fits else f"compiled for torch {made_for}, this is torch {torch.__version__}"
+    first = record.get("stable_abi")
+    numbers = [re.match(r"(\d+)\.(\d+)", str(version)) for version in (first, torch.__version__)]
+    since, here = (n and (int(n[1]), int(n[2])) for n in numbers)
+    fits = since is not None and here is not None and since <= here
+    return "" if fits else f"compiled for torch {first} and later, this is torch {torch.__version__}"
 
 
 def load(module: Module, path: Path) -> Any:
@@ -433,6 +429,14 @@ def built(module: Module) -> tuple[Any, Path]:
         return _compile(module, folder, library, complete), library
 
 
+def _link_flags(module: Module) -> list[str]:
+    """What stands before the libraries of torch that cpp_extension names, which are all of them."""
+    if module.is_cuda:
+        return [f"-L{d}" for d in library_folders(module)]
+    unused = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
+    return [*unused, *(f"-L{d}" for d in torch_folders("lib")), *(f"-l{name}" for name in CPU_LIBRARIES)]
+
+
 def _compile(module: Module, folder: Path, library: Path, complete: Path) -> Any:
     cxx_flags, nvcc_flags = compile_flags(module)
     start = time.monotonic()
@@ -445,7 +449,7 @@ def _compile(module: Module, folder: Path, library: Path, complete: Path) -> Any
                 sources=[str(p) for p in module.sources],
                 extra_cflags=cxx_flags,
                 extra_cuda_cflags=nvcc_flags,
-                extra_ldflags=[*link_flags(module), *(f"-L{d}" for d in library_folders(module))],
+                extra_ldflags=_link_flags(module),
                 extra_include_paths=[str(SOURCES)],
                 build_directory=str(folder),
                 with_cuda=module.is_cuda,

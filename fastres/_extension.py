@@ -165,9 +165,7 @@ def _load(backend: str, make: Callable[[], Module], check_build: Callable[[], No
         return _loaded[backend][0]
 
 
-def _find(
-    backend: str, make: Callable[[], Module], check_build: Callable[[], None]
-) -> tuple[Any, BackendStatus]:
+def _find(backend: str, make: Callable[[], Module], check_build: Callable[[], None]) -> tuple[Any, BackendStatus]:
     capability = cpu_capability() if backend == "cpu" else None
     error = None
     flags = sys.getdlopenflags() if hasattr(sys, "getdlopenflags") else None

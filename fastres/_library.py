@@ -24,7 +24,7 @@ class CpuLibrary:
 
     def __init__(self, path: Path) -> None:
         try:
-            torch.ops.load_library(str(path))
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
             # ctypes opens libraries with RTLD_LOCAL: what is compiled for this processor is not found by others.
             self._functions = ctypes.CDLL(str(path))
             for name in ("capability", "torch", "compiler"):

@@ -7,6 +7,7 @@
 // loops are compiled once for all of them.
 #pragma once
 
+#include "exponentials.h"
 #include "lanes.h"
 
 #include "../common/arguments.h"
@@ -42,7 +43,7 @@ inline V where(const V& mask, const V& a, const V& b) {
 template <typename V>
 inline V sigmoid(const V& z) {
   const V one = number<V>(1);
-  return one / (one + z.neg().exp());
+  return one / (one + exp(z.neg()));
 }
 
 struct Identity : Smooth {
@@ -128,7 +129,7 @@ struct GELU : Smooth {
   static constexpr std::string_view name = "gelu";
   template <typename V>
   static V distribution(const V& z) {
-    return number<V>(0.5) * (number<V>(1) + (z * number<V>(0.70710678118654752)).erf());
+    return number<V>(0.5) * (number<V>(1) + erf(z * number<V>(0.70710678118654752)));
   }
   template <typename V>
   static V forward(const V& z, const V&) {
@@ -136,7 +137,7 @@ struct GELU : Smooth {
   }
   template <typename V>
   static V gradient(const V& z, const V&) {
-    const V density = number<V>(0.39894228040143268) * (z * z * number<V>(-0.5)).exp();
+    const V density = number<V>(0.39894228040143268) * exp(z * z * number<V>(-0.5));
     return at::vec::fmadd(z, density, distribution(z));
   }
 };
@@ -147,7 +148,7 @@ struct GELUTanh : Smooth {
   static constexpr double k = 0.79788456080286536, c = 0.044715;
   template <typename V>
   static V tangent(const V& z, const V& square) {
-    return (number<V>(k) * z * at::vec::fmadd(number<V>(c), square, number<V>(1))).tanh();
+    return tanh(number<V>(k) * z * at::vec::fmadd(number<V>(c), square, number<V>(1)));
   }
   template <typename V>
   static V forward(const V& z, const V&) {
@@ -166,11 +167,11 @@ struct ELU : Smooth {
   static constexpr std::string_view name = "elu";
   template <typename V>
   static V forward(const V& z, const V& alpha) {
-    return where(z > number<V>(0), z, alpha * z.expm1());
+    return where(z > number<V>(0), z, alpha * expm1(z));
   }
   template <typename V>
   static V gradient(const V& z, const V& alpha) {
-    return where(z > number<V>(0), number<V>(1), alpha * z.exp());
+    return where(z > number<V>(0), number<V>(1), alpha * exp(z));
   }
 };
 

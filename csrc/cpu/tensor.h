@@ -148,7 +148,7 @@ template <typename... Parts>
 [[gnu::cold, gnu::noinline]] std::string message(const Parts&... parts) {
   std::ostringstream out;
   (append(out, parts), ...);
-  return std::move(out).str();
+  return out.str();
 }
 
 // --- dtypes: torch's numbers for them, which are those of the torch that runs
