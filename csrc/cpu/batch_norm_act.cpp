@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> apply_forward(
     const ChannelNorm<acc_t<T>>& norm,
     const ChannelNorm<acc_t<T>>* residual_norm) {
   const Rows rows = rows_of(x);
-  const bool has_residual = residual.has_value();
-  const Tensor r = has_residual ? like_rows("residual", *residual, x, rows) : Tensor();
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, x, rows, copy) : nullptr;
   Tensor y = empty_rows(x);
   Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, ScalarType::Byte);
   std::optional<Dropout> dropout;
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> apply_forward(
   }
   ApplyParams<T> params{};
   params.x = x.const_data_ptr<T>();
-  params.residual = has_residual ? r.const_data_ptr<T>() : nullptr;
+  params.residual = r != nullptr ? r->const_data_ptr<T>() : nullptr;
   params.y = y.mutable_data_ptr<T>();
   params.bits = saves ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   params.norm = &norm;
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> apply_forward(
   params.activation = act.activation<acc_t<T>>();
   params.gated = act.gated();
   apply_all(params);
-  return {y, bits};
+  return {std::move(y), std::move(bits)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& x) {
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& x) {
   });
   Tensor count = empty_vector(1, ScalarType::Long);
   *count.mutable_data_ptr<int64_t>() = rows.count();
-  return {count, mean, m2};
+  return {std::move(count), std::move(mean), std::move(m2)};
 }
 
 std::tuple<Tensor, Tensor> apply(
@@ -94,22 +94,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
     const Act& act) {
   const Rows rows = rows_of(x);
   const bool dual = residual_norm.has_value() && residual.has_value();
-  const OptionalTensor r =
-      residual.has_value() ? OptionalTensor(like_rows("residual", *residual, x, rows)) : std::nullopt;
-  Tensor y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
+  Tensor copy, y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
   with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The residual first: x, measured last, is what the caches still hold when the apply pass starts.
     ChannelNorm<A> other;
     if (dual) {
-      other = finalise<scalar_t>(*r, rows, *residual_norm, residual_statistics, r_mean, r_rstd);
+      const Tensor& r = like_rows("residual", *residual, x, rows, copy);
+      other = finalise<scalar_t>(r, rows, *residual_norm, residual_statistics, r_mean, r_rstd);
     }
     const ChannelNorm<A> own = finalise<scalar_t>(x, rows, norm, statistics, mean, rstd);
     const Pointwise parsed = pointwise(act);
-    const bool saves = parsed.saves_bits(r.has_value());
-    std::tie(y, bits) = apply_forward<scalar_t>(x, r, seed, parsed, saves, own, dual ? &other : nullptr);
+    const bool saves = parsed.saves_bits(residual.has_value());
+    std::tie(y, bits) = apply_forward<scalar_t>(x, residual, seed, parsed, saves, own, dual ? &other : nullptr);
   });
-  return {y, mean, rstd, r_mean, r_rstd, bits};
+  return {std::move(y), std::move(mean), std::move(rstd), std::move(r_mean), std::move(r_rstd), std::move(bits)};
 }
 
 std::tuple<Tensor, Tensor> inference(

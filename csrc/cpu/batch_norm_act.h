@@ -79,12 +79,16 @@ inline const A* channel_data(const char* name, const OptionalTensor& v, int64_t 
   return v.has_value() ? channel_data<A>(name, *v, channels) : nullptr;
 }
 
-// The same activation in x's memory format: itself wherever the caller kept to one format.
-inline Tensor like_rows(const char* name, const Tensor& t, const Tensor& x, const Rows& rows) {
+// The same activation in x's memory format: itself wherever the caller kept to one format, and else `copy`.
+inline const Tensor& like_rows(const char* name, const Tensor& t, const Tensor& x, const Rows& rows, Tensor& copy) {
   FASTRES_CHECK(t.sizes() == x.sizes(), name, ": expected shape ", x.sizes(), ", got ", t.sizes());
   FASTRES_CHECK(
       t.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(), ", got ", t.scalar_type());
-  return t.contiguous(rows.memory_format());
+  if (t.is_contiguous(rows.memory_format())) {
+    return t;
+  }
+  copy = t.contiguous(rows.memory_format());
+  return copy;
 }
 
 // The [C] tensors of one normalisation, checked; all null where there is none.

@@ -36,7 +36,6 @@ public:
       const Pointwise& act)
       : rows_(rows_of(x)),
         x_(x),
-        dy_(like_rows("dy", dy, x, rows_)),
         own_(x.size(1), norm),
         other_(Saved<A>::of(x.size(1), residual)),
         norm_(own_.norm()),
@@ -56,14 +55,13 @@ public:
           bits_.numel());
     }
     if (dy2.has_value()) {
-      dy2_ = like_rows("dy2", *dy2, x, rows_);
+      dy2_ = like_rows("dy2", *dy2, x, rows_, dy2_copy_).const_data_ptr<T>();
     }
     if (residual.has_value() && (dual() || act.reads_residual())) {
-      residual_ = like_rows("residual", residual->value, x, rows_);
+      params_.residual = like_rows("residual", residual->value, x, rows_, residual_copy_).const_data_ptr<T>();
     }
-    params_.dy = dy_.const_data_ptr<T>();
+    params_.dy = like_rows("dy", dy, x, rows_, dy_copy_).const_data_ptr<T>();
     params_.x = x_.const_data_ptr<T>();
-    params_.residual = residual_.defined() ? residual_.const_data_ptr<T>() : nullptr;
     params_.bits = has_bits ? bits_.const_data_ptr<uint8_t>() : nullptr;
     params_.norm = &norm_;
     params_.residual_norm = dual() ? &residual_norm_ : nullptr;
@@ -94,7 +92,7 @@ public:
     out[4] = writes_dz ? empty_rows(x_) : nothing_like(x_);
     if (writes_dz) {
       params.general = true;
-      params.dy2 = dy2_.defined() ? dy2_.const_data_ptr<T>() : nullptr;
+      params.dy2 = dy2_;
       params.dz = out[4].mutable_data_ptr<T>();
       params.stream = should_stream<T>(params.dz, rows_);
     }
@@ -113,10 +111,9 @@ public:
     return out;
   }
 
-  // The second stage reads dz, which `reduce` wrote, in dy's place.
+  // The second stage reads dz, which `reduce` wrote and the caller keeps, in dy's place.
   void read_instead(const Tensor& dz) {
-    dy_ = dz;
-    params_.dy = dy_.const_data_ptr<T>();
+    params_.dy = dz.const_data_ptr<T>();
     if (!params_.act_add) {
       params_.general = params_.recomputes = false;
       params_.gate = Gate::open;
@@ -127,7 +124,7 @@ public:
   std::tuple<Tensor, Tensor> apply(const std::array<const A*, kSums>& sums, double count, bool need_dx, bool need_dr) {
     Tensor dx = need_dx ? empty_rows(x_) : nothing_like(x_), dr = need_dr ? empty_rows(x_) : nothing_like(x_);
     if (!need_dx && !need_dr) {
-      return {dx, dr};
+      return {std::move(dx), std::move(dr)};
     }
     const GradientNorm<A> gradient = gradient_norm(norm_, own_.rstd, sums[0], sums[1], count);
     const GradientNorm<A> residual_gradient = gradient_norm(residual_norm_, other_.rstd, sums[2], sums[3], count);
@@ -139,12 +136,14 @@ public:
     params_.stream = should_stream<T>(need_dx ? params_.dx : params_.dresidual, rows_) &&
         (!need_dr || can_stream<T>(params_.dresidual, rows_.inner()));
     gradient_all(params_);
-    return {dx, dr};
+    return {std::move(dx), std::move(dr)};
   }
 
 private:
   Rows rows_;
-  Tensor x_, dy_, dy2_, residual_, bits_; // residual_ only where it is read
+  const Tensor& x_;
+  Tensor dy_copy_, dy2_copy_, residual_copy_, bits_; // where the caller's have another format
+  const T* dy2_ = nullptr;
   Saved<A> own_, other_;
   ChannelNorm<A> norm_, residual_norm_;
   BackwardParams<T> params_{};
@@ -162,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_reduce(
   with_floating_type(x, [&]<typename scalar_t>() {
     out = Backward<scalar_t>(dy, dy2, x, norm, residual, bits, pointwise(act)).reduce(dy2.has_value());
   });
-  return std::tuple_cat(out);
+  return std::tuple_cat(std::move(out));
 }
 
 std::tuple<Tensor, Tensor> backward_apply(
@@ -233,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const double count = static_cast<double>(backward.rows().count());
     std::tie(dx, dr) = backward.apply(pointers, count, needs[0], needs[1] && !dr_is_dz);
     if (needs[1] && dr_is_dz) {
-      dr = sums[4];
+      dr = std::move(sums[4]);
     }
   });
   for (Tensor& sum : sums) {
@@ -241,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       sum = channel_vector(x, 0);
     }
   }
-  return {dx, dr, sums[0], sums[1], sums[2], sums[3]};
+  return {std::move(dx), std::move(dr), std::move(sums[0]), std::move(sums[1]), std::move(sums[2]), std::move(sums[3])};
 }
 
 } // namespace

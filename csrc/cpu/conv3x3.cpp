@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> backward(
       dweight = weight_gradient_of<T>(in, source_of<T>(in), gradient, weight, stride);
     }
   });
-  return {dx, dweight};
+  return {std::move(dx), std::move(dweight)};
 }
 
 // --- evaluation
@@ -105,13 +105,14 @@ void normalise_to(
     const OptionalTensor& residual,
     const Activation& activation,
     const F& convolve_to) {
-  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, y, rows_of(y), copy) : nullptr;
   const Pointwise act = pointwise(activation);
   const Normalise<T, false> epilogue{
       y.mutable_data_ptr<T>(),
       streams(y),
       &norm,
-      r.defined() ? r.const_data_ptr<T>() : nullptr,
+      r != nullptr ? r->const_data_ptr<T>() : nullptr,
       act.kind == Kind::ReLU,
       act.activation<float>()};
   with_normalise(epilogue, convolve_to);

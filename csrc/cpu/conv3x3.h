@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
     std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
     std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
   });
-  return {y, mean, m2};
+  return {std::move(y), std::move(mean), std::move(m2)};
 }
 
 // In the weight's dtype; in its layout where that is channels_last, and else contiguous.

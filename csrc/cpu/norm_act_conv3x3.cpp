@@ -40,7 +40,7 @@ struct Operands {
   Operands(const Tensor& x_in, const OptionalTensor& residual_in, const Tensor& keep_in, const Pointwise& act)
       : rows(rows_of_channels(x_in)), x(channels_last(x_in)), keep(keep_in) {
     if (residual_in.has_value()) {
-      residual = like_rows("residual", *residual_in, x, rows);
+      residual = like_rows("residual", *residual_in, x, rows, residual);
     }
     FASTRES_CHECK(
         act.dropout_p == 0 ||

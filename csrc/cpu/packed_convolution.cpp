@@ -50,7 +50,8 @@ Tensor packed_convolution(
   const int64_t width = fits(x.size(3)) ? positions.out_width() : 0;
   Tensor y = empty_channels_last({x.size(0), outputs, height, width}, x);
   const Tensor w = packed.contiguous(), in = channels_last(x);
-  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, y, rows_of(y), copy) : nullptr;
   const Pointwise act = pointwise(activation);
   const PackedConvolution convolution{
       {w.const_data_ptr<float>(), outputs, x.size(1), taps, depth},
@@ -63,7 +64,10 @@ Tensor packed_convolution(
     with_type(x, [&](auto zero) {
       using T = decltype(zero);
       convolve_packed<T>(
-          convolution, in.const_data_ptr<T>(), r.defined() ? r.const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>());
+          convolution,
+          in.const_data_ptr<T>(),
+          r != nullptr ? r->const_data_ptr<T>() : nullptr,
+          y.mutable_data_ptr<T>());
     });
   }
   return y;

@@ -232,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& s, const Tensor& weight
       std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<A>());
     }
   });
-  return {product, mean, m2};
+  return {std::move(product), std::move(mean), std::move(m2)};
 }
 
 // total[out, in] = the sum over images of gradient[image] from[image]^T, as many products at a time as fit, summed in
@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor> backward(
       }
     }
   });
-  return {ds, dweight};
+  return {std::move(ds), std::move(dweight)};
 }
 
 Tensor inference(
@@ -349,7 +349,8 @@ Tensor inference(
   const Tensor dense = conv_weight.contiguous();
   Tensor y = empty_product(s, g);
   const Pointwise act = pointwise(activation);
-  const Tensor added = x.has_value() ? like_rows("x", *x, y, g.out) : Tensor();
+  Tensor copy;
+  const Tensor* added = x.has_value() ? &like_rows("x", *x, y, g.out, copy) : nullptr;
   with_floating_type(s, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The product is the forward pass's x, and the operator's x what is added to it.
@@ -368,7 +369,7 @@ Tensor inference(
       multiply(g.out, w, gather(g, in, first, lines, buffer), product.data(), positions);
       ApplyParams<scalar_t> params{};
       params.x = product.data();
-      params.residual = added.defined() ? added.const_data_ptr<scalar_t>() + at : nullptr;
+      params.residual = added != nullptr ? added->const_data_ptr<scalar_t>() + at : nullptr;
       params.y = y.mutable_data_ptr<scalar_t>() + at;
       params.norm = &own;
       params.residual_norm = x_norm.has_value() ? &other : nullptr;
