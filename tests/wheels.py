@@ -32,8 +32,6 @@ SELECTED = (
     "tests/ops/test_arguments.py",
     "tests/ops/test_projection_shortcut.py",
     "tests/ops/test_packed_convolution.py",
-    "tests/ops/test_activations.py",
-    "tests/nn/test_plan.py",
 )
 
 STEP = """

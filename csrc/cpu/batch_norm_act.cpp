@@ -11,18 +11,17 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace {
 
+// The residual, or null where there is none, is in x's memory format.
 template <typename T>
 std::tuple<Tensor, Tensor> apply_forward(
     const Tensor& x,
-    const OptionalTensor& residual,
+    const Tensor* residual,
     const OptionalTensor& seed,
     const Pointwise& act,
     bool saves,
     const ChannelNorm<acc_t<T>>& norm,
     const ChannelNorm<acc_t<T>>* residual_norm) {
   const Rows rows = rows_of(x);
-  Tensor copy;
-  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, x, rows, copy) : nullptr;
   Tensor y = empty_rows(x);
   Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, ScalarType::Byte);
   std::optional<Dropout> dropout;
@@ -31,7 +30,7 @@ std::tuple<Tensor, Tensor> apply_forward(
   }
   ApplyParams<T> params{};
   params.x = x.const_data_ptr<T>();
-  params.residual = r != nullptr ? r->const_data_ptr<T>() : nullptr;
+  params.residual = residual != nullptr ? residual->const_data_ptr<T>() : nullptr;
   params.y = y.mutable_data_ptr<T>();
   params.bits = saves ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   params.norm = &norm;
@@ -70,14 +69,15 @@ std::tuple<Tensor, Tensor> apply(
     const OptionalTensor& seed,
     const Act& act,
     bool save_bits) {
+  Tensor copy;
+  const Tensor* added = residual.has_value() ? &like_rows("residual", residual->value, x, rows_of(x), copy) : nullptr;
   std::tuple<Tensor, Tensor> result;
   with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Saved<A> other = Saved<A>::of(x.size(1), residual);
     const ChannelNorm<A> own = Saved<A>(x.size(1), norm).norm(), residual_norm = other.norm();
-    const OptionalTensor added = residual.has_value() ? OptionalTensor(residual->value) : std::nullopt;
     const Pointwise parsed = pointwise(act);
-    const bool saves = save_bits && parsed.saves_bits(added.has_value());
+    const bool saves = save_bits && parsed.saves_bits(added != nullptr);
     result = apply_forward<scalar_t>(x, added, seed, parsed, saves, own, other.exists() ? &residual_norm : nullptr);
   });
   return result;
@@ -94,19 +94,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
     const Act& act) {
   const Rows rows = rows_of(x);
   const bool dual = residual_norm.has_value() && residual.has_value();
-  Tensor copy, y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, x, rows, copy) : nullptr;
+  Tensor y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
   with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The residual first: x, measured last, is what the caches still hold when the apply pass starts.
     ChannelNorm<A> other;
     if (dual) {
-      const Tensor& r = like_rows("residual", *residual, x, rows, copy);
-      other = finalise<scalar_t>(r, rows, *residual_norm, residual_statistics, r_mean, r_rstd);
+      other = finalise<scalar_t>(*r, rows, *residual_norm, residual_statistics, r_mean, r_rstd);
     }
     const ChannelNorm<A> own = finalise<scalar_t>(x, rows, norm, statistics, mean, rstd);
     const Pointwise parsed = pointwise(act);
-    const bool saves = parsed.saves_bits(residual.has_value());
-    std::tie(y, bits) = apply_forward<scalar_t>(x, residual, seed, parsed, saves, own, dual ? &other : nullptr);
+    const bool saves = parsed.saves_bits(r != nullptr);
+    std::tie(y, bits) = apply_forward<scalar_t>(x, r, seed, parsed, saves, own, dual ? &other : nullptr);
   });
   return {std::move(y), std::move(mean), std::move(rstd), std::move(r_mean), std::move(r_rstd), std::move(bits)};
 }
@@ -120,6 +121,8 @@ std::tuple<Tensor, Tensor> inference(
     bool save_bits) {
   Pointwise parsed = pointwise(act);
   parsed.dropout_p = 0;
+  Tensor copy;
+  const Tensor* added = residual.has_value() ? &like_rows("residual", *residual, x, rows_of(x), copy) : nullptr;
   std::tuple<Tensor, Tensor> result;
   with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
@@ -131,7 +134,7 @@ std::tuple<Tensor, Tensor> inference(
     }
     // Backward may have no x to compute the activation's input of.
     const bool saves = save_bits && parsed.gated();
-    result = apply_forward<scalar_t>(x, residual, std::nullopt, parsed, saves, own, dual ? &other : nullptr);
+    result = apply_forward<scalar_t>(x, added, std::nullopt, parsed, saves, own, dual ? &other : nullptr);
   });
   return result;
 }
