@@ -7,8 +7,10 @@
 // loops are compiled once for all of them.
 #pragma once
 
-#include "../common/arguments.h"
+#include "exponentials.h"
 #include "lanes.h"
+
+#include "../common/arguments.h"
 
 #include <algorithm>
 #include <iterator>
@@ -41,7 +43,7 @@ inline V where(const V& mask, const V& a, const V& b) {
 template <typename V>
 inline V sigmoid(const V& z) {
   const V one = number<V>(1);
-  return one / (one + z.neg().exp());
+  return one / (one + exp(z.neg()));
 }
 
 struct Identity : Smooth {
@@ -127,7 +129,7 @@ struct GELU : Smooth {
   static constexpr std::string_view name = "gelu";
   template <typename V>
   static V distribution(const V& z) {
-    return number<V>(0.5) * (number<V>(1) + (z * number<V>(0.70710678118654752)).erf());
+    return number<V>(0.5) * (number<V>(1) + erf(z * number<V>(0.70710678118654752)));
   }
   template <typename V>
   static V forward(const V& z, const V&) {
@@ -135,7 +137,7 @@ struct GELU : Smooth {
   }
   template <typename V>
   static V gradient(const V& z, const V&) {
-    const V density = number<V>(0.39894228040143268) * (z * z * number<V>(-0.5)).exp();
+    const V density = number<V>(0.39894228040143268) * exp(z * z * number<V>(-0.5));
     return at::vec::fmadd(z, density, distribution(z));
   }
 };
@@ -146,7 +148,7 @@ struct GELUTanh : Smooth {
   static constexpr double k = 0.79788456080286536, c = 0.044715;
   template <typename V>
   static V tangent(const V& z, const V& square) {
-    return (number<V>(k) * z * at::vec::fmadd(number<V>(c), square, number<V>(1))).tanh();
+    return tanh(number<V>(k) * z * at::vec::fmadd(number<V>(c), square, number<V>(1)));
   }
   template <typename V>
   static V forward(const V& z, const V&) {
@@ -165,11 +167,11 @@ struct ELU : Smooth {
   static constexpr std::string_view name = "elu";
   template <typename V>
   static V forward(const V& z, const V& alpha) {
-    return where(z > number<V>(0), z, alpha * z.expm1());
+    return where(z > number<V>(0), z, alpha * expm1(z));
   }
   template <typename V>
   static V gradient(const V& z, const V& alpha) {
-    return where(z > number<V>(0), number<V>(1), alpha * z.exp());
+    return where(z > number<V>(0), number<V>(1), alpha * exp(z));
   }
 };
 
@@ -204,8 +206,7 @@ constexpr std::string_view kKindNames[] = {FASTRES_ACTIVATIONS(FASTRES_KIND)};
 
 inline Kind parse_kind(std::string_view name) {
   const auto found = std::find(std::begin(kKindNames), std::end(kKindNames), name);
-  TORCH_CHECK_VALUE(
-      found != std::end(kKindNames), "kind: expected one of ", c10::ArrayRef(kKindNames), ", got \"", name, "\"");
+  FASTRES_CHECK(found != std::end(kKindNames), "kind: expected one of ", kKindNames, ", got \"", name, "\"");
   return static_cast<Kind>(found - std::begin(kKindNames));
 }
 
@@ -303,7 +304,7 @@ struct Pointwise {
 
 // "act_add" or not.
 inline bool parse_order(std::string_view order) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       order == "add_act" || order == "act_add", "order: expected \"add_act\" or \"act_add\", got \"", order, "\"");
   return order == "act_add";
 }
