@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,14 +99,13 @@ def fresh(python: str, torch: str, folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def check(wheel: Path, python: Path, folder: Path, *, requirements: bool) -> None:
+def check(wheel: Path, python: Path, folder: Path, tests: Sequence[str], *, requirements: bool) -> None:
     """Install the wheel and test it, with nothing on PATH."""
-    options = () if requirements else ("--no-deps",)
     # By the pip of the Python that runs this.
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
     run(*pip, "--force-reinstall", "--no-deps", wheel)
     if requirements:
-        run(*pip, *options, wheel)
+        run(*pip, wheel)
     empty, cache, work = folder / "empty", folder / "cache", folder / "work"
     empty.mkdir()
     shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -114,7 +113,7 @@ def check(wheel: Path, python: Path, folder: Path, *, requirements: bool) -> Non
     dropped = ("CXX", "PYTHONPATH", "FASTRES_EXTENSION", "ATEN_CPU_CAPABILITY")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     environment |= {"PATH": str(empty), "TORCH_EXTENSIONS_DIR": str(cache), "FASTRES_CUDA": "0", "COLUMNS": "160"}
-    for command in (("-c", STEP), ("-m", "fastres.info"), ("-m", "pytest", "-q", "-p", "no:cacheprovider", *SELECTED)):
+    for command in (("-c", STEP), ("-m", "fastres.info"), ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)):
         run(python, *command, cwd=work, env=environment)
     assert not cache.exists(), f"something was compiled: {list(cache.iterdir())}"
 
@@ -127,6 +126,7 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, nargs="+", default=[], help="virtual environments with a torch")
     parser.add_argument("--torch", nargs="+", default=[], help="releases for new environments")
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="commands, in turn for these")
+    parser.add_argument("--tests", nargs="+", default=SELECTED, help="files of tests")
     asked = parser.parse_args()
     folder = asked.output_dir.resolve()
     wheel = asked.wheel.resolve() if asked.wheel else build(folder)
@@ -138,10 +138,10 @@ def main() -> None:
     others: Iterable[Path] = [*here, *(e / "bin" / "python" for e in asked.environment)]
     for number, python in enumerate(others):
         place = scratch / f"beside-{number}"
-        check(wheel, beside(python, place / "venv"), place, requirements=False)
+        check(wheel, beside(python, place / "venv"), place, asked.tests, requirements=False)
     for torch, python in zip(asked.torch, itertools.cycle(asked.python), strict=False):
         place = scratch / f"torch-{torch}"
-        check(wheel, fresh(python, torch, place / "venv"), place, requirements=True)
+        check(wheel, fresh(python, torch, place / "venv"), place, asked.tests, requirements=True)
 
 
 if __name__ == "__main__":
