@@ -3,8 +3,9 @@
 // To add one: a struct with its name, f and f', and a line in FASTRES_ACTIVATIONS.
 //
 // The pointwise loops (norm_act.h, norm_act_backward.h, epilogues.h) have the identity and ReLU compiled into them.
-// Every other activation goes through ActivationOf, which chooses by a switch for each pair of vectors, so that the
-// loops are compiled once for all of them.
+// Of the others SiLU and hardswish, of which whole families of networks are made, have loops of their own as well. All
+// else goes through ActivationOf, which chooses by a switch for each pair of vectors, so that the loops are compiled
+// once for all of them.
 #pragma once
 
 #include "exponentials.h"
@@ -38,12 +39,6 @@ inline V number(double value) {
 template <typename V>
 inline V where(const V& mask, const V& a, const V& b) {
   return V::blendv(b, a, mask);
-}
-
-template <typename V>
-inline V sigmoid(const V& z) {
-  const V one = number<V>(1);
-  return one / (one + exp(z.neg()));
 }
 
 struct Identity : Smooth {
@@ -210,6 +205,20 @@ inline Kind parse_kind(std::string_view name) {
   return static_cast<Kind>(found - std::begin(kKindNames));
 }
 
+// A smooth activation without a parameter, known when loops are compiled.
+template <typename F, typename A>
+struct InLoop {
+  Pair<A> forward(const Pair<A>& z) const {
+    return {F::forward(z.lo, Vec<A>(0)), F::forward(z.hi, Vec<A>(0))};
+  }
+  Pair<A> backward(const Pair<A>& dy, const Pair<A>& z) const {
+    return {dy.lo * F::gradient(z.lo, Vec<A>(0)), dy.hi * F::gradient(z.hi, Vec<A>(0))};
+  }
+  uint32_t passes(const Pair<A>&) const {
+    return 0;
+  }
+};
+
 // An activation with its parameter, for loops that learn at run time which one it is.
 template <typename A>
 struct ActivationOf {
@@ -238,6 +247,19 @@ struct ActivationOf {
   }
   [[gnu::noinline]] Vec<A> backward(Vec<A> dy, Vec<A> z) const {
     return times_gradient(dy, z);
+  }
+
+  // f(this activation, as loops take it). To choose for each pair costs as much as hardswish itself.
+  template <typename F>
+  auto for_loops(const F& f) const {
+    switch (kind) {
+      case Kind::SiLU:
+        return f(InLoop<activations::SiLU, A>());
+      case Kind::Hardswish:
+        return f(InLoop<activations::Hardswish, A>());
+      default:
+        return f(*this);
+    }
   }
 
   // Where a gated activation's f' is 1, a bit a lane.

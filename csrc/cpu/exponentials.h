@@ -40,6 +40,11 @@ template <typename A>
 inline Vec<A> erf(const Vec<A>& z) {
   return lane_by_lane(z, [](A lane) { return std::erf(lane); });
 }
+template <typename A>
+inline Vec<A> sigmoid(const Vec<A>& z) {
+  const Vec<A> one(1);
+  return one / (one + exp(z.neg()));
+}
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -80,6 +85,16 @@ inline Vec<float> exp(const Vec<float>& z) {
   // 2^n in two steps: the result may be subnormal, and 2^128 is no number.
   const Vec<float> half = (at.n * Vec<float>(0.5f)).round();
   return (at.series() + Vec<float>(1.0f)) * power_of_two(half) * power_of_two(at.n - half);
+}
+
+// 1 / (1 + exp(-z)); 0 where it is below the normal numbers.
+inline Vec<float> sigmoid(const Vec<float>& z) {
+  constexpr float kLeast = -87.0f;
+  const Vec<float> one(1.0f);
+  const Reduced at(at::vec::clamp(z.neg(), Vec<float>(kLeast), Vec<float>(-kLeast)));
+  // One power of two is enough in this range.
+  const Vec<float> e = at::vec::fmadd(at.series(), power_of_two(at.n), power_of_two(at.n));
+  return Vec<float>::blendv(one / (one + e), Vec<float>(0.0f), z < Vec<float>(kLeast));
 }
 
 // For z <= 0; that of 0 for others. Small results are as exact as large ones.
