@@ -1,7 +1,7 @@
 PYTHON ?= python
 OUT ?= runs/gpu
 
-.PHONY: build test coverage bench lint format gpu sanitize docs release
+.PHONY: build test coverage bench lint format gpu sanitize docs release wheels
 
 build: ## compile the modules in place, only what changed
 	$(PYTHON) setup.py build_ext --inplace
@@ -29,6 +29,9 @@ release: ## sdist and wheel in dist/; fails where files differ from the commit, 
 	git diff --quiet HEAD
 	grep -qE "^## $$($(PYTHON) -c 'import fastres; print(fastres.__version__)'), [0-9]{4}-[0-9]{2}-[0-9]{2}$$" CHANGELOG.md
 	$(PYTHON) -m build
+
+wheels: ## the wheel, out of the source distribution, tested where there is no compiler; docs/wheel.md
+	$(PYTHON) -m tests.wheels $(ARGS)
 
 gpu: ## build, test, sanitize, measure and profile on the GPU here, in ten minutes; docs/gpu.md
 	$(PYTHON) -m benchmarks.gpu --output-dir $(OUT) $(ARGS)

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 
@@ -66,8 +67,20 @@ def build_arguments() -> dict[str, Any]:
     with build.toolchain(modules[0]) as cpp_extension:
         base = cpp_extension.BuildExtension
 
+    files = {m.name: m.file for m in modules}
+
+    class TagForEveryPython(bdist_wheel):
+        """The CPU modules serve every Python. The CUDA module is passed over by all but its own."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
     class BuildModules(base):  # type: ignore[misc, valid-type]
         """Builds each module in a folder of its own, and goes on where one fails."""
+
+        def get_ext_filename(self, fullname: str) -> str:
+            usual = Path(super().get_ext_filename(fullname))
+            return str(usual.with_name(files.get(fullname.rpartition(".")[2], usual.name)))
 
         def run(self) -> None:
             super().run()
@@ -109,19 +122,33 @@ def build_arguments() -> dict[str, Any]:
 
     def extension_of(module: Any) -> Any:
         cxx_flags, nvcc_flags = build.compile_flags(module)
+        options = {
+            "depends": [str(p.relative_to(ROOT)) for p in module.headers],
+            "extra_compile_args": {"cxx": cxx_flags, **({"nvcc": nvcc_flags} if module.is_cuda else {})},
+            "optional": True,
+        }
+        name, sources = f"fastres.{module.name}", [str(p.relative_to(ROOT)) for p in module.sources]
         with build.toolchain(module):
-            make = cpp_extension.CUDAExtension if module.is_cuda else cpp_extension.CppExtension
-            return make(
-                f"fastres.{module.name}",
-                [str(p.relative_to(ROOT)) for p in module.sources],
-                depends=[str(p.relative_to(ROOT)) for p in module.headers],
-                include_dirs=[str(build.SOURCES)],
-                library_dirs=build.library_folders(module),
-                extra_compile_args={"cxx": cxx_flags, **({"nvcc": nvcc_flags} if module.is_cuda else {})},
-                optional=True,
+            if module.is_cuda:
+                folders = build.library_folders(module)
+                return cpp_extension.CUDAExtension(
+                    name, sources, include_dirs=[str(build.SOURCES)], library_dirs=folders, **options
+                )
+            if not module.stable:
+                return cpp_extension.CppExtension(name, sources, include_dirs=[str(build.SOURCES)], **options)
+            # Not a CppExtension, which would link libtorch_python.
+            return Extension(
+                name,
+                sources,
+                language="c++",
+                include_dirs=[str(build.SOURCES), *build.torch_folders("include")],
+                library_dirs=build.torch_folders("lib"),
+                libraries=list(build.CPU_LIBRARIES),
+                **options,
             )
 
-    return {"ext_modules": [extension_of(m) for m in modules], "cmdclass": {"build_ext": BuildModules}}
+    commands = {"build_ext": BuildModules, "bdist_wheel": TagForEveryPython}
+    return {"ext_modules": [extension_of(m) for m in modules], "cmdclass": commands}
 
 
 setup(**build_arguments())

@@ -7,6 +7,9 @@ One list of sources and flags serves both ways to a module:
 - at first use, where no such module fits the torch that is running: `fastres._extension` asks for the one module that
   is needed, which is compiled once through `torch.utils.cpp_extension` and kept in torch's extension cache.
 
+A CPU module keeps to torch's stable ABI and serves every torch from STABLE_ABI on, under any Python. The CUDA module
+serves the torch and the Python that it was compiled for.
+
 Environment:
     FASTRES_CUDA: `0` leaves the CUDA module out.
     TORCH_CUDA_ARCH_LIST, TORCH_EXTENSIONS_DIR, CXX, MAX_JOBS, CUDA_HOME: as for every PyTorch extension.
@@ -42,6 +45,8 @@ PACKAGE = Path(__file__).resolve().parent
 # In a wheel the sources lie inside the package, in a checkout beside it.
 SOURCES = next((d for d in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if d.is_dir()), PACKAGE / "csrc")
 RECORD = "_C_build.json"
+# The first torch that the CPU modules run in; csrc/cpu/tensor.h has the same, TORCH_TARGET_VERSION.
+STABLE_ABI = (2, 11)
 
 # The last line takes back what Python's own build flags would add in setup.py and not at first use.
 CXX_FLAGS = (
@@ -49,8 +54,11 @@ CXX_FLAGS = (
     *("-DNDEBUG", "-g0", "-fno-wrapv", "-Wno-unknown-pragmas"),
 )
 # GCC makes statics of inline functions unique in the whole process, also across RTLD_LOCAL; Clang neither does so nor
-# knows the flag. OpenMP is not linked: its symbols come from the runtime that torch loaded, and its threads with them.
-GCC_FLAGS = ("-fno-gnu-unique", "-fopenmp")
+# knows the flag.
+GCC_FLAGS = ("-fno-gnu-unique",)
+# All that a CPU module needs. The C++ library comes first: of templates that torch has copies of, the linker would note
+# that torch has them.
+CPU_LIBRARIES = ("torch_cpu",) if sys.platform == "darwin" else ("stdc++", "torch_cpu")
 NVCC_FLAGS = ("-O3", "-std=c++20", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden")
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 
@@ -71,17 +79,28 @@ class Unavailable(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """What one compiled module is made from. `name` is its name inside the package."""
+    """What one compiled module is made from.
+
+    Attributes:
+        name: inside the package.
+        stable: a library on torch's stable ABI, for any Python; otherwise an extension module of this Python and torch.
+    """
 
     name: str
     sources: tuple[Path, ...]
     headers: tuple[Path, ...]
     cxx_flags: tuple[str, ...]
     nvcc_flags: tuple[str, ...] = ()
+    stable: bool = False
 
     @property
     def is_cuda(self) -> bool:
         return bool(self.nvcc_flags)
+
+    @property
+    def file(self) -> str:
+        """The name of its file beside the package: that of an extension module says for which Python it is."""
+        return self.name + (".so" if self.stable else sysconfig.get_config_var("EXT_SUFFIX"))
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +123,7 @@ def capabilities() -> tuple[str, ...]:
 def cpu_module(capability: str) -> Module:
     """The CPU module for "default", "avx2" or "avx512"."""
     sources, headers = _sources("cpu")
-    return Module(f"_C_cpu_{capability}", sources, headers, CXX_FLAGS + CAPABILITY_FLAGS[capability])
+    return Module(f"_C_cpu_{capability}", sources, headers, CXX_FLAGS + CAPABILITY_FLAGS[capability], stable=True)
 
 
 def cuda_module() -> Module:
@@ -136,7 +155,17 @@ def compile_flags(module: Module) -> tuple[list[str], list[str]]:
             # After everything else: nvcc's own headers, where it has them, are the ones that fit it.
             cxx += ["-idirafter", str(folder)]
             nvcc += [f"-Xcompiler=-idirafter,{folder}"]
+    else:
+        # Paths of this machine do not belong into messages and modules.
+        cxx += [f"-fmacro-prefix-map={SOURCES}=csrc", *(f"-fmacro-prefix-map={d}/=" for d in torch_folders("include"))]
     return cxx, nvcc
+
+
+def torch_folders(kind: str) -> list[str]:
+    """Those folders of the torch in use: "include" or "lib"."""
+    import torch
+
+    return [str(Path(root) / kind) for root in torch.__path__]
 
 
 def library_folders(module: Module) -> list[str]:
@@ -297,6 +326,7 @@ def write_record(folder: Path, modules: list[Module], errors: dict[str, str]) ->
     import torch
 
     record = {
+        "stable_abi": ".".join(map(str, STABLE_ABI)),
         "torch": str(torch.__version__),
         "fingerprints": {m.name: m.fingerprint for m in modules},
         "errors": errors,
@@ -329,8 +359,9 @@ def _cache_folder(module: Module) -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         root = str(torch._appdirs.user_cache_dir(appname="torch_extensions"))  # type: ignore[no-untyped-call]
-    facts: tuple[object, ...]
-    facts = (module.fingerprint, compile_flags(module), torch.__version__, sys.version, compiler(), compiler_version())
+    facts: tuple[object, ...] = (module.fingerprint, compiler(), compiler_version())
+    if not module.stable:
+        facts += (compile_flags(module), torch.__version__, sys.version)
     if module.is_cuda:
         facts += (cuda_home(), nvcc_version(), _device_architectures())
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -345,23 +376,33 @@ def _device_architectures() -> str | list[tuple[int, int]]:
     return [torch.cuda.get_device_capability(i) for i in devices] if asked == "native" else asked
 
 
-def import_file(name: str, path: Path) -> ModuleType:
-    """Import a compiled module as fastres.<name>.
+def why_not_for_this_torch(module: Module, record: dict[str, Any]) -> str:
+    """Why a module that came with such a record does not fit the torch that is running; empty where it does."""
+    import torch
+
+    if not module.stable:
+        made_for = record.get("torch")
+        fits = made_for == str(torch.__version__)
+        return "" if fits else f"compiled for torch {made_for}, this is torch {torch.__version__}"
+    first = record.get("stable_abi")
+    numbers = [re.match(r"(\d+)\.(\d+)", str(version)) for version in (first, torch.__version__)]
+    since, here = (n and (int(n[1]), int(n[2])) for n in numbers)
+    fits = since is not None and here is not None and since <= here
+    return "" if fits else f"compiled for torch {first} and later, this is torch {torch.__version__}"
+
+
+def load(module: Module, path: Path) -> Any:
+    """A compiled module in this process: a `fastres._library.CpuLibrary`, or an extension module.
 
     Raises:
         ImportError: it does not load.
     """
-    qualified = f"fastres.{name}"
-    spec = importlib.util.spec_from_file_location(qualified, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not an extension module of this Python")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[qualified] = module
-    return module
+    from fastres import _library
+
+    return _library.CpuLibrary(path) if module.stable else _library.import_extension(module.name, path)
 
 
-def built(module: Module) -> tuple[ModuleType, Path]:
+def built(module: Module) -> tuple[Any, Path]:
     """The module and its file out of torch's extension cache, compiled first where it is not there.
 
     Raises:
@@ -376,7 +417,7 @@ def built(module: Module) -> tuple[ModuleType, Path]:
     complete = folder / "complete"
     if complete.is_file():
         with contextlib.suppress(ImportError):
-            return import_file(module.name, library), library
+            return load(module, library), library
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -391,7 +432,7 @@ def built(module: Module) -> tuple[ModuleType, Path]:
         stack.callback(lock.release)
         if complete.is_file():
             try:
-                return import_file(module.name, library), library
+                return load(module, library), library
             except ImportError:
                 complete.unlink(missing_ok=True)
         # A damaged library: ninja would take it for up to date.
@@ -401,26 +442,35 @@ def built(module: Module) -> tuple[ModuleType, Path]:
         return _compile(module, folder, library, complete), library
 
 
-def _compile(module: Module, folder: Path, library: Path, complete: Path) -> ModuleType:
+def _link_flags(module: Module) -> list[str]:
+    """What stands before the libraries of torch that cpp_extension names, which are all of them."""
+    if not module.stable:
+        return [f"-L{d}" for d in library_folders(module)]
+    unused = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
+    return [*unused, *(f"-L{d}" for d in torch_folders("lib")), *(f"-l{name}" for name in CPU_LIBRARIES)]
+
+
+def _compile(module: Module, folder: Path, library: Path, complete: Path) -> Any:
     cxx_flags, nvcc_flags = compile_flags(module)
     start = time.monotonic()
     with toolchain(module) as cpp_extension:
         count = len(module.sources)
         _say(f"compiling {module.name} ({count} files) with {compiler_version()}, once, into {folder}")
         with _progress(folder, count):
-            loaded: ModuleType = cpp_extension.load(
+            cpp_extension.load(
                 name=module.name,
                 sources=[str(p) for p in module.sources],
                 extra_cflags=cxx_flags,
                 extra_cuda_cflags=nvcc_flags,
-                extra_ldflags=[f"-L{d}" for d in library_folders(module)],
+                extra_ldflags=_link_flags(module),
                 extra_include_paths=[str(SOURCES)],
                 build_directory=str(folder),
                 with_cuda=module.is_cuda,
+                is_python_module=not module.stable,
                 verbose=False,
             )
+    loaded = load(module, library)
     complete.touch()
-    sys.modules[f"fastres.{module.name}"] = loaded
     _say(f"compiled {module.name} in {time.monotonic() - start:.0f} s")
     return loaded
 

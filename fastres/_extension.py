@@ -13,15 +13,18 @@ import dataclasses
 import functools
 import os
 import sys
-import sysconfig
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from fastres import _build
 from fastres._build import PACKAGE, Module, Unavailable
+
+if TYPE_CHECKING:
+    from fastres._library import CpuLibrary
 
 _SPEED_ONLY = "the results are the same, only slower."
 # What is missing without a module, and what serves instead.
@@ -72,7 +75,7 @@ class Status:
 
 # The first call for a backend decides for the process.
 _lock = threading.RLock()
-_loaded: dict[str, tuple[ModuleType | None, BackendStatus]] = {}
+_loaded: dict[str, tuple[Any, BackendStatus]] = {}
 
 
 def cpu_capability() -> str:
@@ -88,14 +91,15 @@ def cpu_capability() -> str:
     return name if name in _build.capabilities() else "default"
 
 
-def load_cpu() -> ModuleType | None:
+def load_cpu() -> CpuLibrary | None:
     """Load the CPU kernels, compiled first where need be.
 
     Returns:
         The module, or None where it cannot be had: one warning says why, and the operators run on plain PyTorch. The
         first call decides for the process.
     """
-    return _load("cpu", lambda: _build.cpu_module(cpu_capability()), _check_cpu_build)
+    module: CpuLibrary | None = _load("cpu", lambda: _build.cpu_module(cpu_capability()), _check_cpu_build)
+    return module
 
 
 def load_cuda() -> ModuleType | None:
@@ -104,7 +108,8 @@ def load_cuda() -> ModuleType | None:
     Returns:
         The module, or None where it cannot be had. Where a GPU is present one warning says why.
     """
-    return _load("cuda", _build.cuda_module, _check_cuda_build)
+    module: ModuleType | None = _load("cuda", _build.cuda_module, _check_cuda_build)
+    return module
 
 
 def load_launch() -> ModuleType | None:
@@ -113,7 +118,7 @@ def load_launch() -> ModuleType | None:
     Returns:
         The module, ready to install operators, or None where it cannot be had: launches then take Python's time.
     """
-    module = _load("launch", _build.launch_module, _check_launch_build)
+    module: ModuleType | None = _load("launch", _build.launch_module, _check_launch_build)
     return module if _loaded["launch"][1].live else None
 
 
@@ -143,14 +148,13 @@ def _installed(module: Module) -> Path:
     Raises:
         Unavailable: there is none, or it does not fit the torch that is running or the sources.
     """
-    import torch
-
-    path = PACKAGE / f"{module.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = PACKAGE / module.file
     if not path.is_file():
         raise Unavailable("not compiled at install")
     record = _build.read_record(PACKAGE)
-    if record.get("torch") != str(torch.__version__):
-        raise Unavailable(f"compiled for torch {record.get('torch')}, this is torch {torch.__version__}")
+    problem = _build.why_not_for_this_torch(module, record)
+    if problem:
+        raise Unavailable(problem)
     if record.get("fingerprints", {}).get(module.name) != module.fingerprint:
         raise Unavailable("compiled from other sources than those here")
     return path
@@ -175,19 +179,17 @@ def _check_cuda_build() -> None:
 def _check_launch_build() -> None:
     if not _gpu_present():
         raise Unavailable("no GPU is present")
-    _build.compiler()
+    _check_cpu_build()
 
 
-def _load(backend: str, make: Callable[[], Module], check_build: Callable[[], None]) -> ModuleType | None:
+def _load(backend: str, make: Callable[[], Module], check_build: Callable[[], None]) -> Any:
     with _lock:
         if backend not in _loaded:
             _loaded[backend] = _find(backend, make, check_build)
         return _loaded[backend][0]
 
 
-def _find(
-    backend: str, make: Callable[[], Module], check_build: Callable[[], None]
-) -> tuple[ModuleType | None, BackendStatus]:
+def _find(backend: str, make: Callable[[], Module], check_build: Callable[[], None]) -> tuple[Any, BackendStatus]:
     capability = cpu_capability() if backend == "cpu" else None
     error = None
     flags = sys.getdlopenflags() if hasattr(sys, "getdlopenflags") else None
@@ -204,7 +206,7 @@ def _find(
             if os.environ.get("FASTRES_EXTENSION") == "build":
                 raise Unavailable("passed over by FASTRES_EXTENSION=build")
             path, origin, reason = _installed(module), "install", ""
-            loaded = _build.import_file(module.name, path)
+            loaded = _build.load(module, path)
         except (Unavailable, ImportError) as e:
             check_build()
             loaded, path = _build.built(module)

@@ -76,8 +76,6 @@ def backends() -> Rows:
             rows.append((f"{name} module compiled with", words))
         if state.error:
             rows.append((f"{name} compiler's first error", state.error))
-    if cpu is not None and cpu.openmp_threads() not in (0, torch.get_num_threads()):
-        rows.append(("warning", "the CPU module runs on another OpenMP runtime than torch, with its own threads"))
     rows += [(f"made at install: {name}", reason or "usable") for name, reason in status.installed.items()]
     return rows
 

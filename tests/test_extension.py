@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -65,7 +66,8 @@ def small_sources(tmp_path: Path) -> Path:
     """Sources that compile in a few seconds: the module without any operator."""
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
-    shutil.copy(_build.SOURCES / "cpu" / "module.cpp", folder / "cpu")
+    for name in ("module.cpp", "tensor.h"):
+        shutil.copy(_build.SOURCES / "cpu" / name, folder / "cpu")
     return folder
 
 
@@ -180,7 +182,7 @@ def test_the_modules_can_be_switched_off(cache):
 
 def write_module_of_the_install(folder: Path, **changes: object) -> Path:
     module = _build.cpu_module("default")
-    path = folder / f"{module.name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = folder / module.file
     path.touch()
     _build.write_record(folder, [module], {})
     record = json.loads((folder / _build.RECORD).read_text())
@@ -188,16 +190,29 @@ def write_module_of_the_install(folder: Path, **changes: object) -> Path:
     return path
 
 
-def test_a_module_of_the_install_is_taken_where_torch_and_sources_are_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("running", ["2.11.0", "2.12.1+cpu", "2.14.1", "3.0.0a0+git1"])
+def test_a_module_of_the_install_is_taken_by_every_torch_that_has_its_abi(running, tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "PACKAGE", tmp_path)
+    monkeypatch.setattr(torch, "__version__", running)
     path = write_module_of_the_install(tmp_path)
+    assert path.name == "_C_cpu_default.so"  # no Python in its name
     assert _extension._installed(_build.cpu_module("default")) == path
+
+
+@pytest.mark.parametrize(("running", "fits"), [("2.11.0", True), ("2.11.1", False), ("2.12.0", False)])
+def test_a_cuda_module_is_taken_only_by_its_own_torch(running, fits, monkeypatch):
+    module, record = _build.cuda_module(), {"torch": "2.11.0", "stable_abi": "2.11"}
+    monkeypatch.setattr(torch, "__version__", running)
+    problem = _build.why_not_for_this_torch(module, record)
+    assert problem == ("" if fits else f"compiled for torch 2.11.0, this is torch {running}")
+    assert module.file.endswith(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"torch": "1.0.0"}, "compiled for torch 1.0.0"),
+        ({"stable_abi": "99.0"}, "compiled for torch 99.0 and later, this is torch"),
+        ({"stable_abi": "odd"}, "compiled for torch odd and later"),
         ({"fingerprints": {"_C_cpu_default": "0"}}, "other sources"),
         ({"fingerprints": {}}, "other sources"),
     ],
@@ -318,6 +333,62 @@ def test_the_cuda_module_can_be_left_out(monkeypatch):
         _build.check_cuda()
 
 
+# What a shared library may need beside the C functions of torch: glibc's and the compiler's runtime, all of them
+# versioned, and what the linker leaves to whoever has it.
+RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
+ANYBODYS = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
+
+
+def cpu_modules() -> list[Path]:
+    """Every compiled CPU module here: the live one, and those of the install."""
+    _extension.load_cpu()
+    live = _extension.status().cpu.path
+    installed = [_build.PACKAGE / _build.cpu_module(c).file for c in _build.capabilities()]
+    found = {path.resolve() for path in (live, *installed) if path is not None and path.is_file()}
+    return sorted(path for path in found if path.parent != _build.PACKAGE or _is_current(path))
+
+
+def _is_current(path: Path) -> bool:
+    recorded = _build.read_record(_build.PACKAGE).get("fingerprints", {})
+    return recorded.get(path.stem) == _build.cpu_module(path.stem.removeprefix("_C_cpu_")).fingerprint
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="no nm, or not ELF")
+def test_the_cpu_modules_use_the_stable_abi_of_torch_and_nothing_of_python():
+    modules = cpu_modules()
+    assert modules
+    for path in modules:
+        listed = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True)
+        names = {line.split()[-1] for line in listed.stdout.splitlines()}
+        of_torch = {name for name in names if re.match(r"(aoti_torch|torch)_\w+$", name)}
+        others = {name for name in names - of_torch - ANYBODYS if not RUNTIME.search(name)}
+        assert others == set(), path
+        assert "torch_library_impl" in of_torch
+        needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
+        libraries = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", needed))
+        assert libraries <= {"libtorch_cpu", "libstdc++", "libm", "libgcc_s", "libc", "libmvec", "ld-linux-x86-64"}, (
+            path
+        )
+
+
+@needs_compiler
+def test_the_cpu_modules_hold_no_path_of_the_machine_that_compiled_them():
+    for path in cpu_modules():
+        data = path.read_bytes()
+        for folder in (_build.SOURCES.parent, Path(torch.__path__[0]), Path(sys.prefix)):
+            assert str(folder).encode() not in data, path
+
+
+@needs_compiler
+def test_a_module_that_does_not_load_is_an_import_error(tmp_path):
+    for content in (b"", b"damaged"):
+        path = tmp_path / "_C_cpu_default.so"
+        path.write_bytes(content)
+        with pytest.raises(ImportError, match=r"_C_cpu_default\.so"):
+            _build.load(_build.cpu_module("default"), path)
+
+
 @needs_compiler
 def test_parallel_regions_run_on_the_threads_of_torch():
     module = _extension.load_cpu()
@@ -326,7 +397,7 @@ def test_parallel_regions_run_on_the_threads_of_torch():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            assert module.openmp_threads() in ((threads,) if module.build_info()["openmp"] else (0,))
+            assert module.threads() == threads
     finally:
         torch.set_num_threads(before)
 

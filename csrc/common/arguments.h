@@ -7,10 +7,15 @@
 // the group. fastres/ops/arguments.py makes the schema by the same rule. An operator is registered by
 //
 //   m.impl("batch_norm_act_apply", fastres::grouped<&fastres::apply>);
+//
+// csrc/cpu, over torch's stable ABI, has a Tensor of its own and includes tensor.h before this; csrc/cuda has ATen's.
 #pragma once
 
+#ifndef TORCH_TARGET_VERSION
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#define FASTRES_CHECK TORCH_CHECK_VALUE
+#endif
 
 #include <array>
 #include <cstddef>
@@ -22,8 +27,10 @@
 
 namespace fastres {
 
+#ifndef TORCH_TARGET_VERSION
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+#endif
 
 template <typename... T>
 struct Types {};
@@ -134,7 +141,7 @@ T present(or_none_t<T> value, const char* group) {
   if constexpr (std::is_same_v<T, or_none_t<T>>) {
     return value;
   } else {
-    TORCH_CHECK_VALUE(value.has_value(), group, ": expected none or all of what may not be None by itself");
+    FASTRES_CHECK(value.has_value(), group, ": expected none or all of what may not be None by itself");
     return *value;
   }
 }
@@ -198,6 +205,8 @@ template <auto kFunction, typename Parameters, typename Flat>
 struct Flattened;
 template <auto kFunction, typename... P, typename... F>
 struct Flattened<kFunction, Types<P...>, Types<F...>> {
+  using Flat = Types<F...>;
+
   // Where each parameter's arguments begin.
   static constexpr auto kFirst = [] {
     std::array<size_t, sizeof...(P)> first{length(typename Parameter<P>::Flat())...};

@@ -3,12 +3,15 @@
 // To add one: a struct with its name, f and f', and a line in FASTRES_ACTIVATIONS.
 //
 // The pointwise loops (norm_act.h, norm_act_backward.h, epilogues.h) have the identity and ReLU compiled into them.
-// Every other activation goes through ActivationOf, which chooses by a switch for each pair of vectors, so that the
-// loops are compiled once for all of them.
+// Of the others SiLU and hardswish, of which whole families of networks are made, have loops of their own as well. All
+// else goes through ActivationOf, which chooses by a switch for each pair of vectors, so that the loops are compiled
+// once for all of them.
 #pragma once
 
-#include "../common/arguments.h"
+#include "exponentials.h"
 #include "lanes.h"
+
+#include "../common/arguments.h"
 
 #include <algorithm>
 #include <iterator>
@@ -36,12 +39,6 @@ inline V number(double value) {
 template <typename V>
 inline V where(const V& mask, const V& a, const V& b) {
   return V::blendv(b, a, mask);
-}
-
-template <typename V>
-inline V sigmoid(const V& z) {
-  const V one = number<V>(1);
-  return one / (one + z.neg().exp());
 }
 
 struct Identity : Smooth {
@@ -127,7 +124,7 @@ struct GELU : Smooth {
   static constexpr std::string_view name = "gelu";
   template <typename V>
   static V distribution(const V& z) {
-    return number<V>(0.5) * (number<V>(1) + (z * number<V>(0.70710678118654752)).erf());
+    return number<V>(0.5) * (number<V>(1) + erf(z * number<V>(0.70710678118654752)));
   }
   template <typename V>
   static V forward(const V& z, const V&) {
@@ -135,7 +132,7 @@ struct GELU : Smooth {
   }
   template <typename V>
   static V gradient(const V& z, const V&) {
-    const V density = number<V>(0.39894228040143268) * (z * z * number<V>(-0.5)).exp();
+    const V density = number<V>(0.39894228040143268) * exp(z * z * number<V>(-0.5));
     return at::vec::fmadd(z, density, distribution(z));
   }
 };
@@ -146,7 +143,7 @@ struct GELUTanh : Smooth {
   static constexpr double k = 0.79788456080286536, c = 0.044715;
   template <typename V>
   static V tangent(const V& z, const V& square) {
-    return (number<V>(k) * z * at::vec::fmadd(number<V>(c), square, number<V>(1))).tanh();
+    return tanh(number<V>(k) * z * at::vec::fmadd(number<V>(c), square, number<V>(1)));
   }
   template <typename V>
   static V forward(const V& z, const V&) {
@@ -165,11 +162,11 @@ struct ELU : Smooth {
   static constexpr std::string_view name = "elu";
   template <typename V>
   static V forward(const V& z, const V& alpha) {
-    return where(z > number<V>(0), z, alpha * z.expm1());
+    return where(z > number<V>(0), z, alpha * expm1(z));
   }
   template <typename V>
   static V gradient(const V& z, const V& alpha) {
-    return where(z > number<V>(0), number<V>(1), alpha * z.exp());
+    return where(z > number<V>(0), number<V>(1), alpha * exp(z));
   }
 };
 
@@ -204,10 +201,23 @@ constexpr std::string_view kKindNames[] = {FASTRES_ACTIVATIONS(FASTRES_KIND)};
 
 inline Kind parse_kind(std::string_view name) {
   const auto found = std::find(std::begin(kKindNames), std::end(kKindNames), name);
-  TORCH_CHECK_VALUE(
-      found != std::end(kKindNames), "kind: expected one of ", c10::ArrayRef(kKindNames), ", got \"", name, "\"");
+  FASTRES_CHECK(found != std::end(kKindNames), "kind: expected one of ", kKindNames, ", got \"", name, "\"");
   return static_cast<Kind>(found - std::begin(kKindNames));
 }
+
+// A smooth activation without a parameter, known when loops are compiled.
+template <typename F, typename A>
+struct InLoop {
+  Pair<A> forward(const Pair<A>& z) const {
+    return {F::forward(z.lo, Vec<A>(0)), F::forward(z.hi, Vec<A>(0))};
+  }
+  Pair<A> backward(const Pair<A>& dy, const Pair<A>& z) const {
+    return {dy.lo * F::gradient(z.lo, Vec<A>(0)), dy.hi * F::gradient(z.hi, Vec<A>(0))};
+  }
+  uint32_t passes(const Pair<A>&) const {
+    return 0;
+  }
+};
 
 // An activation with its parameter, for loops that learn at run time which one it is.
 template <typename A>
@@ -237,6 +247,19 @@ struct ActivationOf {
   }
   [[gnu::noinline]] Vec<A> backward(Vec<A> dy, Vec<A> z) const {
     return times_gradient(dy, z);
+  }
+
+  // f(this activation, as loops take it). To choose for each pair costs as much as hardswish itself.
+  template <typename F>
+  auto for_loops(const F& f) const {
+    switch (kind) {
+      case Kind::SiLU:
+        return f(InLoop<activations::SiLU, A>());
+      case Kind::Hardswish:
+        return f(InLoop<activations::Hardswish, A>());
+      default:
+        return f(*this);
+    }
   }
 
   // Where a gated activation's f' is 1, a bit a lane.
@@ -303,7 +326,7 @@ struct Pointwise {
 
 // "act_add" or not.
 inline bool parse_order(std::string_view order) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       order == "add_act" || order == "act_add", "order: expected \"add_act\" or \"act_add\", got \"", order, "\"");
   return order == "act_add";
 }

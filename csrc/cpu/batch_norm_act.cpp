@@ -3,9 +3,7 @@
 // Passes over memory: statistics read x; apply reads x and r and writes y, and one bit an element where backward will
 // need it.
 #include "batch_norm_act.h"
-
-#include <ATen/ops/full.h>
-#include <torch/library.h>
+#include "library.h"
 
 #include <tuple>
 
@@ -13,27 +11,26 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace {
 
+// The residual, or null where there is none, is in x's memory format.
 template <typename T>
 std::tuple<Tensor, Tensor> apply_forward(
     const Tensor& x,
-    const OptionalTensor& residual,
+    const Tensor* residual,
     const OptionalTensor& seed,
     const Pointwise& act,
     bool saves,
     const ChannelNorm<acc_t<T>>& norm,
     const ChannelNorm<acc_t<T>>* residual_norm) {
   const Rows rows = rows_of(x);
-  const bool has_residual = residual.has_value();
-  const Tensor r = has_residual ? like_rows("residual", *residual, x, rows) : Tensor();
   Tensor y = empty_rows(x);
-  Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, at::kByte);
+  Tensor bits = empty_vector(saves ? rows.rows() * bitmask_row_bytes(rows.inner()) : 0, ScalarType::Byte);
   std::optional<Dropout> dropout;
   if (act.dropout_p > 0) {
     dropout = dropout_of(seed, act.dropout_p);
   }
   ApplyParams<T> params{};
   params.x = x.const_data_ptr<T>();
-  params.residual = has_residual ? r.const_data_ptr<T>() : nullptr;
+  params.residual = residual != nullptr ? residual->const_data_ptr<T>() : nullptr;
   params.y = y.mutable_data_ptr<T>();
   params.bits = saves ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   params.norm = &norm;
@@ -48,19 +45,21 @@ std::tuple<Tensor, Tensor> apply_forward(
   params.activation = act.activation<acc_t<T>>();
   params.gated = act.gated();
   apply_all(params);
-  return {y, bits};
+  return {std::move(y), std::move(bits)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> stats(const Tensor& x) {
   const Rows rows = rows_of(x);
   Tensor mean = channel_vector(x, rows.channels), m2 = channel_vector(x, rows.channels);
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_stats", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Moments moments = moments_of(x.const_data_ptr<scalar_t>(), rows);
     std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<A>());
     std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<A>());
   });
-  return {at::full({1}, rows.count(), x.options().dtype(at::kLong).memory_format(std::nullopt)), mean, m2};
+  Tensor count = empty_vector(1, ScalarType::Long);
+  *count.mutable_data_ptr<int64_t>() = rows.count();
+  return {std::move(count), std::move(mean), std::move(m2)};
 }
 
 std::tuple<Tensor, Tensor> apply(
@@ -70,14 +69,15 @@ std::tuple<Tensor, Tensor> apply(
     const OptionalTensor& seed,
     const Act& act,
     bool save_bits) {
+  Tensor copy;
+  const Tensor* added = residual.has_value() ? &like_rows("residual", residual->value, x, rows_of(x), copy) : nullptr;
   std::tuple<Tensor, Tensor> result;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_apply", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Saved<A> other = Saved<A>::of(x.size(1), residual);
     const ChannelNorm<A> own = Saved<A>(x.size(1), norm).norm(), residual_norm = other.norm();
-    const OptionalTensor added = residual.has_value() ? OptionalTensor(residual->value) : std::nullopt;
     const Pointwise parsed = pointwise(act);
-    const bool saves = save_bits && parsed.saves_bits(added.has_value());
+    const bool saves = save_bits && parsed.saves_bits(added != nullptr);
     result = apply_forward<scalar_t>(x, added, seed, parsed, saves, own, other.exists() ? &residual_norm : nullptr);
   });
   return result;
@@ -94,10 +94,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
     const Act& act) {
   const Rows rows = rows_of(x);
   const bool dual = residual_norm.has_value() && residual.has_value();
-  const OptionalTensor r =
-      residual.has_value() ? OptionalTensor(like_rows("residual", *residual, x, rows)) : std::nullopt;
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, x, rows, copy) : nullptr;
   Tensor y, bits, mean, rstd, r_mean = channel_vector(x, 0), r_rstd = channel_vector(x, 0);
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_training", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The residual first: x, measured last, is what the caches still hold when the apply pass starts.
     ChannelNorm<A> other;
@@ -106,10 +106,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training(
     }
     const ChannelNorm<A> own = finalise<scalar_t>(x, rows, norm, statistics, mean, rstd);
     const Pointwise parsed = pointwise(act);
-    const bool saves = parsed.saves_bits(r.has_value());
+    const bool saves = parsed.saves_bits(r != nullptr);
     std::tie(y, bits) = apply_forward<scalar_t>(x, r, seed, parsed, saves, own, dual ? &other : nullptr);
   });
-  return {y, mean, rstd, r_mean, r_rstd, bits};
+  return {std::move(y), std::move(mean), std::move(rstd), std::move(r_mean), std::move(r_rstd), std::move(bits)};
 }
 
 std::tuple<Tensor, Tensor> inference(
@@ -121,8 +121,10 @@ std::tuple<Tensor, Tensor> inference(
     bool save_bits) {
   Pointwise parsed = pointwise(act);
   parsed.dropout_p = 0;
+  Tensor copy;
+  const Tensor* added = residual.has_value() ? &like_rows("residual", *residual, x, rows_of(x), copy) : nullptr;
   std::tuple<Tensor, Tensor> result;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_inference", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const ChannelNorm<A> own = running_norm<A>(x.size(1), norm);
     ChannelNorm<A> other;
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor> inference(
     }
     // Backward may have no x to compute the activation's input of.
     const bool saves = save_bits && parsed.gated();
-    result = apply_forward<scalar_t>(x, residual, std::nullopt, parsed, saves, own, dual ? &other : nullptr);
+    result = apply_forward<scalar_t>(x, added, std::nullopt, parsed, saves, own, dual ? &other : nullptr);
   });
   return result;
 }
@@ -141,10 +143,10 @@ std::tuple<Tensor, Tensor> inference(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+FASTRES_KERNELS(m) {
   using namespace fastres;
-  m.impl("batch_norm_act_stats", stats);
-  m.impl("batch_norm_act_apply", grouped<&apply>);
-  m.impl("batch_norm_act_training", grouped<&training>);
-  m.impl("batch_norm_act_inference", grouped<&inference>);
+  m.impl("batch_norm_act_stats", boxed<&stats>);
+  m.impl("batch_norm_act_apply", boxed<&apply>);
+  m.impl("batch_norm_act_training", boxed<&training>);
+  m.impl("batch_norm_act_inference", boxed<&inference>);
 }

@@ -5,33 +5,37 @@
 #include "norm_act.h"
 #include "statistics.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
-#include <c10/util/Optional.h>
 #include <optional>
 #include <string_view>
-
-#define FASTRES_DISPATCH(TYPE, NAME, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, TYPE, NAME, __VA_ARGS__)
 
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
-inline at::ScalarType statistics_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+// Calls f<scalar_t>() for x's element type.
+template <typename F>
+void with_floating_type(const Tensor& x, const F& f) {
+  const ScalarType type = x.scalar_type();
+  switch (type) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<Half>();
+    default:
+      FASTRES_CHECK(false, "x: expected dtype float32, float64, bfloat16 or float16, got ", type);
+  }
 }
 
-// Uninitialised results are made below the dispatcher: at::empty costs three times as much, and a call makes eight.
-inline Tensor empty_vector(int64_t size, at::ScalarType type) {
-  return Tensor(at::detail::empty_cpu({size}, type));
+inline ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// As at::empty_like: activations have no gaps.
+// In x's strides: activations have no gaps.
 inline Tensor empty_rows(const Tensor& x) {
-  return Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type()));
+  return empty_strided(x.sizes(), x.strides(), x.scalar_type());
 }
 
 inline Tensor channel_vector(const Tensor& x, int64_t size) {
@@ -43,40 +47,30 @@ inline Tensor nothing_like(const Tensor& x) {
   return empty_vector(0, x.scalar_type());
 }
 
-inline at::TensorOptions byte_options(const Tensor& x) {
-  return x.options().dtype(at::kByte).memory_format(std::nullopt);
-}
-
 inline Dropout dropout_of(const OptionalTensor& seed, double dropout_p) {
-  TORCH_CHECK_VALUE(seed.has_value() && seed->numel() == 1, "seed: expected one element where dropout_p > 0");
-  TORCH_CHECK_TYPE(seed->scalar_type() == at::kLong, "seed: expected dtype int64, got ", seed->scalar_type());
+  FASTRES_CHECK(seed.has_value() && seed->numel() == 1, "seed: expected one element where dropout_p > 0");
+  FASTRES_CHECK(seed->scalar_type() == ScalarType::Long, "seed: expected dtype int64, got ", seed->scalar_type());
   return {philox_key(*seed->const_data_ptr<int64_t>()), dropout_threshold(dropout_p)};
 }
 
 // Elements a channel, as an operator's argument.
 inline double count_of(const char* name, const Tensor& count) {
-  TORCH_CHECK_VALUE(count.numel() == 1, name, ": expected one element, got shape ", count.sizes());
-  TORCH_CHECK_TYPE(count.scalar_type() == at::kLong, name, ": expected dtype int64, got ", count.scalar_type());
+  FASTRES_CHECK(count.numel() == 1, name, ": expected one element, got shape ", count.sizes());
+  FASTRES_CHECK(count.scalar_type() == ScalarType::Long, name, ": expected dtype int64, got ", count.scalar_type());
   return static_cast<double>(*count.const_data_ptr<int64_t>());
 }
 
 // A [C] argument as the loops read it: contiguous, in the statistics' dtype.
 template <typename A>
 inline const A* channel_data(const char* name, const Tensor& v, int64_t channels) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       v.dim() == 1 && v.size(0) == channels && v.is_contiguous(),
       name,
       ": expected a contiguous tensor of shape (",
       channels,
       ",), got shape ",
       v.sizes());
-  TORCH_CHECK_TYPE(
-      v.scalar_type() == c10::CppTypeToScalarType<A>::value,
-      name,
-      ": expected dtype ",
-      c10::CppTypeToScalarType<A>::value,
-      ", got ",
-      v.scalar_type());
+  FASTRES_CHECK(v.scalar_type() == kDtype<A>, name, ": expected dtype ", kDtype<A>, ", got ", v.scalar_type());
   return v.const_data_ptr<A>();
 }
 
@@ -85,12 +79,16 @@ inline const A* channel_data(const char* name, const OptionalTensor& v, int64_t 
   return v.has_value() ? channel_data<A>(name, *v, channels) : nullptr;
 }
 
-// The same activation in x's memory format: itself wherever the caller kept to one format.
-inline Tensor like_rows(const char* name, const Tensor& t, const Tensor& x, const Rows& rows) {
-  TORCH_CHECK_VALUE(t.sizes() == x.sizes(), name, ": expected shape ", x.sizes(), ", got ", t.sizes());
-  TORCH_CHECK_TYPE(
+// The same activation in x's memory format: itself wherever the caller kept to one format, and else `copy`.
+inline const Tensor& like_rows(const char* name, const Tensor& t, const Tensor& x, const Rows& rows, Tensor& copy) {
+  FASTRES_CHECK(t.sizes() == x.sizes(), name, ": expected shape ", x.sizes(), ", got ", t.sizes());
+  FASTRES_CHECK(
       t.scalar_type() == x.scalar_type(), name, ": expected dtype ", x.scalar_type(), ", got ", t.scalar_type());
-  return t.contiguous(rows.memory_format());
+  if (t.is_contiguous(rows.memory_format())) {
+    return t;
+  }
+  copy = t.contiguous(rows.memory_format());
+  return copy;
 }
 
 // The [C] tensors of one normalisation, checked; all null where there is none.
@@ -111,8 +109,7 @@ struct Saved {
         rstd(channel_data<A>("rstd", rstd_in, c)),
         weight(channel_data<A>("weight", weight_in, c)),
         bias(channel_data<A>("bias", bias_in, c)) {
-    TORCH_CHECK_VALUE(
-        (mean == nullptr) == (rstd == nullptr), "mean and rstd: expected both or neither, got one of them");
+    FASTRES_CHECK((mean == nullptr) == (rstd == nullptr), "mean and rstd: expected both or neither, got one of them");
   }
   Saved(int64_t c, const Norm& norm) : Saved(c, norm.mean, norm.rstd, norm.weight, norm.bias) {}
   static Saved of(int64_t c, const std::optional<Residual>& r) {
@@ -139,7 +136,7 @@ struct Saved {
 // The normalisation by running statistics.
 template <typename A>
 inline ChannelNorm<A> running_norm(int64_t channels, const NormParams& norm) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       norm.running_mean.has_value() && norm.running_var.has_value(),
       "running_mean and running_var: expected tensors, got None");
   Saved<A> saved(channels, norm.running_mean, norm.running_var, norm.weight, norm.bias);
@@ -207,8 +204,7 @@ inline ChannelNorm<acc_t<T>> finalise(
         for (int64_t c = 0; c < channels; ++c) {
           data[c] = static_cast<A>((1.0 - share) * static_cast<double>(data[c]) + share * batch[c] / by);
         }
-        // The dispatcher counts versions for operators that it generates, not for these.
-        running->unsafeGetTensorImpl()->bump_version();
+        running->bump_version();
       };
   update("running_mean", norm.running_mean, moments.mean, 1.0);
   update("running_var", norm.running_var, moments.m2, count - 1.0);

@@ -10,9 +10,8 @@
 // parts the first stage reads both and writes dz, which the second reads in dy's place: g, or in the order "act_add"
 // the sum of the parts. That is dr already where the residual has no normalisation.
 #include "batch_norm_act.h"
+#include "library.h"
 #include "norm_act_sums.h"
-
-#include <torch/library.h>
 
 #include <array>
 #include <tuple>
@@ -37,18 +36,17 @@ public:
       const Pointwise& act)
       : rows_(rows_of(x)),
         x_(x),
-        dy_(like_rows("dy", dy, x, rows_)),
         own_(x.size(1), norm),
         other_(Saved<A>::of(x.size(1), residual)),
         norm_(own_.norm()),
         residual_norm_(other_.norm()) {
     const bool has_bits = bits.has_value() && bits->numel() > 0;
-    TORCH_CHECK_VALUE(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
+    FASTRES_CHECK(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
     if (has_bits) {
       bits_ = bits->contiguous();
       const int64_t bytes = rows_.rows() * bitmask_row_bytes(rows_.inner());
-      TORCH_CHECK_VALUE(
-          bits_.scalar_type() == at::kByte && bits_.numel() == bytes,
+      FASTRES_CHECK(
+          bits_.scalar_type() == ScalarType::Byte && bits_.numel() == bytes,
           "bits: expected uint8 of ",
           bytes,
           " elements, got ",
@@ -57,14 +55,13 @@ public:
           bits_.numel());
     }
     if (dy2.has_value()) {
-      dy2_ = like_rows("dy2", *dy2, x, rows_);
+      dy2_ = like_rows("dy2", *dy2, x, rows_, dy2_copy_).const_data_ptr<T>();
     }
     if (residual.has_value() && (dual() || act.reads_residual())) {
-      residual_ = like_rows("residual", residual->value, x, rows_);
+      params_.residual = like_rows("residual", residual->value, x, rows_, residual_copy_).const_data_ptr<T>();
     }
-    params_.dy = dy_.const_data_ptr<T>();
+    params_.dy = like_rows("dy", dy, x, rows_, dy_copy_).const_data_ptr<T>();
     params_.x = x_.const_data_ptr<T>();
-    params_.residual = residual_.defined() ? residual_.const_data_ptr<T>() : nullptr;
     params_.bits = has_bits ? bits_.const_data_ptr<uint8_t>() : nullptr;
     params_.norm = &norm_;
     params_.residual_norm = dual() ? &residual_norm_ : nullptr;
@@ -95,7 +92,7 @@ public:
     out[4] = writes_dz ? empty_rows(x_) : nothing_like(x_);
     if (writes_dz) {
       params.general = true;
-      params.dy2 = dy2_.defined() ? dy2_.const_data_ptr<T>() : nullptr;
+      params.dy2 = dy2_;
       params.dz = out[4].mutable_data_ptr<T>();
       params.stream = should_stream<T>(params.dz, rows_);
     }
@@ -114,10 +111,9 @@ public:
     return out;
   }
 
-  // The second stage reads dz, which `reduce` wrote, in dy's place.
+  // The second stage reads dz, which `reduce` wrote and the caller keeps, in dy's place.
   void read_instead(const Tensor& dz) {
-    dy_ = dz;
-    params_.dy = dy_.const_data_ptr<T>();
+    params_.dy = dz.const_data_ptr<T>();
     if (!params_.act_add) {
       params_.general = params_.recomputes = false;
       params_.gate = Gate::open;
@@ -128,7 +124,7 @@ public:
   std::tuple<Tensor, Tensor> apply(const std::array<const A*, kSums>& sums, double count, bool need_dx, bool need_dr) {
     Tensor dx = need_dx ? empty_rows(x_) : nothing_like(x_), dr = need_dr ? empty_rows(x_) : nothing_like(x_);
     if (!need_dx && !need_dr) {
-      return {dx, dr};
+      return {std::move(dx), std::move(dr)};
     }
     const GradientNorm<A> gradient = gradient_norm(norm_, own_.rstd, sums[0], sums[1], count);
     const GradientNorm<A> residual_gradient = gradient_norm(residual_norm_, other_.rstd, sums[2], sums[3], count);
@@ -140,12 +136,14 @@ public:
     params_.stream = should_stream<T>(need_dx ? params_.dx : params_.dresidual, rows_) &&
         (!need_dr || can_stream<T>(params_.dresidual, rows_.inner()));
     gradient_all(params_);
-    return {dx, dr};
+    return {std::move(dx), std::move(dr)};
   }
 
 private:
   Rows rows_;
-  Tensor x_, dy_, dy2_, residual_, bits_; // residual_ only where it is read
+  const Tensor& x_;
+  Tensor dy_copy_, dy2_copy_, residual_copy_, bits_; // where the caller's have another format
+  const T* dy2_ = nullptr;
   Saved<A> own_, other_;
   ChannelNorm<A> norm_, residual_norm_;
   BackwardParams<T> params_{};
@@ -160,10 +158,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_reduce(
     const OptionalTensor& bits,
     const Act& act) {
   std::array<Tensor, kSums + 1> out;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_reduce", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     out = Backward<scalar_t>(dy, dy2, x, norm, residual, bits, pointwise(act)).reduce(dy2.has_value());
   });
-  return std::tuple_cat(out);
+  return std::tuple_cat(std::move(out));
 }
 
 std::tuple<Tensor, Tensor> backward_apply(
@@ -177,7 +175,7 @@ std::tuple<Tensor, Tensor> backward_apply(
     const Act& act,
     std::array<bool, 2> needs) {
   std::tuple<Tensor, Tensor> result;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward_apply", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     Backward<scalar_t> backward(dy, std::nullopt, x, norm, residual, bits, pointwise(act));
     std::array<const A*, kSums> pointers{};
@@ -186,7 +184,7 @@ std::tuple<Tensor, Tensor> backward_apply(
       pointers[0] = channel_data<A>("sums_dweight", sums->dweight, channels);
       pointers[1] = channel_data<A>("sums_dbias", sums->dbias, channels);
       if (backward.dual()) {
-        TORCH_CHECK_VALUE(
+        FASTRES_CHECK(
             sums->residual_dweight.has_value() && sums->residual_dbias.has_value(),
             "sums_residual_dweight and sums_residual_dbias: expected tensors where the residual has a normalisation");
         pointers[2] = channel_data<A>("sums_residual_dweight", sums->residual_dweight, channels);
@@ -212,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Pointwise parsed = pointwise(act);
   Tensor dx, dr;
   std::array<Tensor, kSums + 1> sums;
-  FASTRES_DISPATCH(x.scalar_type(), "batch_norm_act_backward", [&] {
+  with_floating_type(x, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     Backward<scalar_t> backward(dy, dy2, x, norm, residual, bits, parsed);
     // f' of a smooth activation costs more than a pass over memory, and g is what a plain residual gets in any case. In
@@ -234,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const double count = static_cast<double>(backward.rows().count());
     std::tie(dx, dr) = backward.apply(pointers, count, needs[0], needs[1] && !dr_is_dz);
     if (needs[1] && dr_is_dz) {
-      dr = sums[4];
+      dr = std::move(sums[4]);
     }
   });
   for (Tensor& sum : sums) {
@@ -242,16 +240,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       sum = channel_vector(x, 0);
     }
   }
-  return {dx, dr, sums[0], sums[1], sums[2], sums[3]};
+  return {std::move(dx), std::move(dr), std::move(sums[0]), std::move(sums[1]), std::move(sums[2]), std::move(sums[3])};
 }
 
 } // namespace
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+FASTRES_KERNELS(m) {
   using namespace fastres;
-  m.impl("batch_norm_act_backward_reduce", grouped<&backward_reduce>);
-  m.impl("batch_norm_act_backward_apply", grouped<&backward_apply>);
-  m.impl("batch_norm_act_backward", grouped<&backward>);
+  m.impl("batch_norm_act_backward_reduce", boxed<&backward_reduce>);
+  m.impl("batch_norm_act_backward_apply", boxed<&backward_apply>);
+  m.impl("batch_norm_act_backward", boxed<&backward>);
 }

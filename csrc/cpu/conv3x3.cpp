@@ -5,8 +5,7 @@
 // The default module has none of them: there the operators are PyTorch's convolution.
 #include "conv3x3.h"
 #include "gathered_gemm.h"
-
-#include <torch/library.h>
+#include "library.h"
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -18,9 +17,11 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics, int64_t stride) {
   check_operands(x, weight);
   check_stride(stride, weight);
-  TORCH_CHECK_VALUE(!statistics || x.numel() > 0, "x: expected at least one element to measure, got shape ", x.sizes());
+  FASTRES_CHECK(!statistics || x.numel() > 0, "x: expected at least one element to measure, got shape ", x.sizes());
   if (x.numel() == 0 || weight.numel() == 0) {
-    return {empty_output(x, weight.size(0), stride).zero_(), channel_vector(x, 0), channel_vector(x, 0)};
+    const Tensor y = empty_output(x, weight.size(0), stride);
+    y.zero_();
+    return {y, channel_vector(x, 0), channel_vector(x, 0)};
   }
   const Tensor in = channels_last(x);
   return with_type(x, [&](auto zero) {
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor> backward(
   check_operands(x, weight);
   check_stride(stride, weight);
   check_gradient(dy, x, weight, stride);
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       !added.has_value() || (added->sizes() == x.sizes() && added->scalar_type() == x.scalar_type()),
       "added: expected shape and dtype of x");
   Tensor dx = needs[0] ? empty_channels_last(x.sizes(), x) : nothing_like(x);
@@ -48,9 +49,10 @@ std::tuple<Tensor, Tensor> backward(
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     if (needs[0] && weight.numel() == 0) {
-      dx.zero_();
       if (added.has_value()) {
-        dx.add_(*added);
+        dx.copy_(*added);
+      } else {
+        dx.zero_();
       }
     } else if (needs[0] && x.numel() > 0) {
       T* to = dx.mutable_data_ptr<T>();
@@ -68,7 +70,7 @@ std::tuple<Tensor, Tensor> backward(
       dweight = weight_gradient_of<T>(in, source_of<T>(in), gradient, weight, stride);
     }
   });
-  return {dx, dweight};
+  return {std::move(dx), std::move(dweight)};
 }
 
 // --- evaluation
@@ -103,13 +105,14 @@ void normalise_to(
     const OptionalTensor& residual,
     const Activation& activation,
     const F& convolve_to) {
-  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, y, rows_of(y), copy) : nullptr;
   const Pointwise act = pointwise(activation);
   const Normalise<T, false> epilogue{
       y.mutable_data_ptr<T>(),
       streams(y),
       &norm,
-      r.defined() ? r.const_data_ptr<T>() : nullptr,
+      r != nullptr ? r->const_data_ptr<T>() : nullptr,
       act.kind == Kind::ReLU,
       act.activation<float>()};
   with_normalise(epilogue, convolve_to);
@@ -124,9 +127,9 @@ Tensor inference(
     int64_t stride,
     std::string_view algorithm) {
   check_operands(x, conv_weight);
-  TORCH_CHECK_VALUE(conv_weight.size(2) == kTaps, "conv_weight: expected a 3x3 kernel, got ", conv_weight.sizes());
+  FASTRES_CHECK(conv_weight.size(2) == kTaps, "conv_weight: expected a 3x3 kernel, got ", conv_weight.sizes());
   const Algorithm parsed = parse_algorithm(algorithm, stride);
-  Tensor w = conv_weight.to(at::kFloat);
+  Tensor w = conv_weight.to(ScalarType::Float);
   if (parsed == Algorithm::gemm && !gemm_reads(kernel_of(w))) {
     w = w.contiguous();
   }
@@ -145,11 +148,11 @@ Tensor inference(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+FASTRES_KERNELS(m) {
   using namespace fastres;
-  m.impl("conv3x3_forward", conv::forward);
-  m.impl("conv3x3_backward", conv::backward);
-  m.impl("conv3x3_inference", grouped<&conv::inference>);
+  m.impl("conv3x3_forward", boxed<&conv::forward>);
+  m.impl("conv3x3_backward", boxed<&conv::backward>);
+  m.impl("conv3x3_inference", boxed<&conv::inference>);
 }
 
 #endif

@@ -7,9 +7,6 @@
 #include "pixel_gemm.h"
 #include "winograd.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <array>
 #include <string_view>
@@ -24,16 +21,16 @@ namespace conv {
 
 // Activations are float32 or bfloat16, weights float32 or of the activations' dtype; in registers all are float32.
 inline void check_input(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W], got shape ", x.sizes());
-  TORCH_CHECK_TYPE(
-      x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+  FASTRES_CHECK(x.dim() == 4, "x: expected 4 dimensions [N, C, H, W], got shape ", x.sizes());
+  FASTRES_CHECK(
+      x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16,
       "x: expected dtype float32 or bfloat16, got ",
       x.scalar_type());
 }
 
 inline void check_operands(const Tensor& x, const Tensor& weight) {
   check_input(x);
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       weight.dim() == 4 && weight.size(1) == x.size(1) && (weight.size(2) == kTaps || weight.size(2) == 1) &&
           weight.size(3) == weight.size(2),
       "weight: expected shape (K, ",
@@ -42,8 +39,8 @@ inline void check_operands(const Tensor& x, const Tensor& weight) {
       x.size(1),
       ", 1, 1), got ",
       weight.sizes());
-  TORCH_CHECK_TYPE(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat,
+  FASTRES_CHECK(
+      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
       "weight: expected dtype ",
       x.scalar_type(),
       ", got ",
@@ -51,7 +48,7 @@ inline void check_operands(const Tensor& x, const Tensor& weight) {
 }
 
 inline void check_stride(int64_t stride, const Tensor& weight) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       stride == 1 || (stride == 2 && weight.size(2) == kTaps),
       "stride: expected 1, or 2 with a 3x3 kernel, got ",
       stride);
@@ -65,24 +62,24 @@ inline int64_t output_size(int64_t size, int64_t stride) {
 inline void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, int64_t stride) {
   const std::array<int64_t, 4> sizes = {
       x.size(0), weight.size(0), output_size(x.size(2), stride), output_size(x.size(3), stride)};
-  const at::IntArrayRef shape(sizes);
-  TORCH_CHECK_VALUE(dy.sizes() == shape, "dy: expected shape ", shape, ", got ", dy.sizes());
-  TORCH_CHECK_TYPE(
+  const Sizes shape(sizes);
+  FASTRES_CHECK(dy.sizes() == shape, "dy: expected shape ", shape, ", got ", dy.sizes());
+  FASTRES_CHECK(
       dy.scalar_type() == x.scalar_type(), "dy: expected dtype ", x.scalar_type(), ", got ", dy.scalar_type());
 }
 
 // Calls f with a value of x's element type.
 template <typename F>
 auto with_type(const Tensor& x, const F& f) {
-  return x.scalar_type() == at::kFloat ? f(float()) : f(at::BFloat16());
+  return x.scalar_type() == ScalarType::Float ? f(float()) : f(BFloat16());
 }
 
 inline Tensor channels_last(const Tensor& t) {
-  return t.contiguous(at::MemoryFormat::ChannelsLast);
+  return t.contiguous(MemoryFormat::channels_last);
 }
 
-inline Tensor empty_channels_last(at::IntArrayRef sizes, const Tensor& like) {
-  return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
+inline Tensor empty_channels_last(Sizes sizes, const Tensor& like) {
+  return empty(sizes, like.scalar_type(), MemoryFormat::channels_last);
 }
 
 inline Tensor empty_output(const Tensor& x, int64_t outputs, int64_t stride) {
@@ -103,7 +100,7 @@ bool streams(const T* y, const Rows& rows) {
       rows.channels % kWidth == 0 && should_stream(y, rows);
 }
 inline bool streams(const Tensor& y) {
-  return y.scalar_type() == at::kFloat && streams(y.const_data_ptr<float>(), rows_of(y));
+  return y.scalar_type() == ScalarType::Float && streams(y.const_data_ptr<float>(), rows_of(y));
 }
 
 // --- evaluation
@@ -121,9 +118,9 @@ void convolve_by_winograd(const Source<T>& x, int64_t stride, const Kernel& kern
 enum class Algorithm { winograd, gemm };
 
 inline Algorithm parse_algorithm(std::string_view name, int64_t stride) {
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       name == "winograd" || name == "gemm", "algorithm: expected \"winograd\" or \"gemm\", got \"", name, "\"");
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       stride >= 1 && (stride <= 2 || name == "gemm"), "stride: expected 1 or 2, or more with \"gemm\", got ", stride);
   return name == "gemm" ? Algorithm::gemm : Algorithm::winograd;
 }
@@ -156,7 +153,7 @@ struct PixelConvolution {
 // outputs.
 template <bool kGradient, typename F>
 void with_convolution(const Tensor& to, const Tensor& outputs, const Tensor& weight, int64_t stride, const F& f) {
-  const Tensor w = weight.to(at::kFloat);
+  const Tensor w = weight.to(ScalarType::Float);
   const Kernel kernel = kGradient ? turned(kernel_of(w)) : kernel_of(w);
   if (weight.size(2) == 1) {
     f(PixelConvolution{kernel, pixel_chunks(to.size(0) * to.size(2) * to.size(3), kernel)});
@@ -193,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
     std::copy(moments.mean.begin(), moments.mean.end(), mean.mutable_data_ptr<float>());
     std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<float>());
   });
-  return {y, mean, m2};
+  return {std::move(y), std::move(mean), std::move(m2)};
 }
 
 // In the weight's dtype; in its layout where that is channels_last, and else contiguous.
@@ -204,8 +201,7 @@ Tensor weight_gradient_of(
     const Tensor& dy,
     const Tensor& weight,
     int64_t stride) {
-  const auto options = weight.options().dtype(at::kFloat);
-  Tensor to = at::empty(weight.sizes(), options.memory_format(at::MemoryFormat::ChannelsLast));
+  Tensor to = empty(weight.sizes(), ScalarType::Float, MemoryFormat::channels_last);
   if (x.numel() == 0 || weight.numel() == 0) {
     to.zero_();
   } else {

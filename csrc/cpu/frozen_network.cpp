@@ -2,10 +2,9 @@
 //
 // fastres/nn/plan.py records the steps: what each reads and writes, in the input, the output, or one scratch buffer
 // that is planned ahead, so that a layer reads what the one before has left in the caches.
+#include "library.h"
 #include "packed_convolution.h"
 #include "workspace.h"
-
-#include <torch/library.h>
 
 #include <bit>
 
@@ -62,7 +61,7 @@ inline void for_each_vector(int64_t channels, const F& f) {
 // f(begin, end) for shares of `rows`, each of which takes `elements` operations.
 template <typename F>
 inline void for_rows(int64_t rows, int64_t elements, const F& f) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kThreadElements / std::max<int64_t>(1, elements)), f);
+  parallel_for(0, rows, std::max<int64_t>(1, kThreadElements / std::max<int64_t>(1, elements)), f);
 }
 
 // y = f(weight * x + bias + residual)
@@ -161,22 +160,18 @@ void run_step(const Pass<T>& p) {
       mean(p);
       return;
   }
-  TORCH_CHECK_VALUE(false, "steps: expected a kind of step from 0 to 3, got ", s.kind);
-}
-
-int64_t elements(at::IntArrayRef sizes) {
-  return c10::multiply_integers(sizes);
+  FASTRES_CHECK(false, "steps: expected a kind of step from 0 to 3, got ", s.kind);
 }
 
 // Memory is read and written by the numbers in `steps`, so all of them are checked.
 class Checked {
 public:
-  Checked(const Tensor& x, at::TensorList tensors, int64_t scratch, at::IntArrayRef output)
-      : x_(x.numel() / x.size(0)), y_(elements(output) / x.size(0)), scratch_(scratch), tensors_(tensors) {}
+  Checked(const Tensor& x, const Tensors& tensors, int64_t scratch, Sizes output)
+      : x_(x.numel() / x.size(0)), y_(output.numel() / x.size(0)), scratch_(scratch), tensors_(tensors) {}
 
   void operator()(const Step& s) const {
     const int64_t in = s.channels * s.height * s.width, out = s.outputs * s.out_height * s.out_width;
-    TORCH_CHECK_VALUE(
+    FASTRES_CHECK(
         s.channels > 0 && s.height > 0 && s.width > 0 && s.outputs > 0 && s.out_height > 0 && s.out_width > 0,
         "steps: expected sizes of at least 1");
     place(s.input, in, kInput, x_);
@@ -184,7 +179,7 @@ public:
     if (s.residual != kNone) {
       place(s.residual, out, kInput, x_);
     }
-    TORCH_CHECK_VALUE(
+    FASTRES_CHECK(
         s.activation >= 0 && s.activation < static_cast<int64_t>(std::size(kKindNames)),
         "steps: expected an activation's number, got ",
         s.activation);
@@ -192,9 +187,9 @@ public:
       case StepKind::convolution: {
         window(s);
         const int64_t padded = round_up(s.channels, kPanel), groups = round_up((s.outputs + kPanel - 1) / kPanel, 2);
-        TORCH_CHECK_VALUE(
+        FASTRES_CHECK(
             s.depth == padded || (s.depth == s.channels && s.winograd == 0), "steps: unexpected depth ", s.depth);
-        TORCH_CHECK_VALUE(
+        FASTRES_CHECK(
             s.winograd == 0 || (s.kernel == kTaps && s.stride == 1 && s.padding == kTaps / 2),
             "steps: expected a 3x3 kernel with stride 1 and padding 1 for Winograd's algorithm");
         tensor(s.weight, groups * s.kernel * s.kernel * s.depth * kPanel);
@@ -218,19 +213,21 @@ public:
 
 private:
   int64_t x_, y_, scratch_; // elements of one image
-  at::TensorList tensors_;
+  const Tensors& tensors_;
 
   // `at` is in scratch, or is `outside`, which has room for that many elements.
   void place(int64_t at, int64_t size, int64_t outside, int64_t elements) const {
     const int64_t room = at >= 0 ? scratch_ - at : at == outside ? elements : 0;
-    TORCH_CHECK_VALUE(size <= room, "steps: expected room for ", size, " elements at ", at, ", got ", room);
+    FASTRES_CHECK(size <= room, "steps: expected room for ", size, " elements at ", at, ", got ", room);
   }
   void tensor(int64_t i, int64_t size) const {
-    TORCH_CHECK_VALUE(
+    FASTRES_CHECK(
         i >= 0 && i < static_cast<int64_t>(tensors_.size()), "steps: expected one of the tensors, got number ", i);
-    TORCH_CHECK_TYPE(
-        tensors_[i].scalar_type() == at::kFloat, "tensors: expected dtype float32, got ", tensors_[i].scalar_type());
-    TORCH_CHECK_VALUE(
+    FASTRES_CHECK(
+        tensors_[i].scalar_type() == ScalarType::Float,
+        "tensors: expected dtype float32, got ",
+        tensors_[i].scalar_type());
+    FASTRES_CHECK(
         tensors_[i].is_contiguous() && tensors_[i].numel() == size,
         "tensors: expected a contiguous tensor of ",
         size,
@@ -238,38 +235,33 @@ private:
         tensors_[i].sizes());
   }
   static void window(const Step& s) {
-    TORCH_CHECK_VALUE(
+    FASTRES_CHECK(
         s.kernel > 0 && s.stride > 0 && s.padding >= 0 &&
             s.out_height == (s.height + 2 * s.padding - s.kernel) / s.stride + 1 &&
             s.out_width == (s.width + 2 * s.padding - s.kernel) / s.stride + 1,
         "steps: the sizes of the output are not those of the window");
   }
   static void same(const Step& s, bool sizes) {
-    TORCH_CHECK_VALUE(s.outputs == s.channels && sizes, "steps: the sizes of the output are not those of the input");
+    FASTRES_CHECK(s.outputs == s.channels && sizes, "steps: the sizes of the output are not those of the input");
   }
 };
 
 // x: channels_last or copied to it. steps: int64 [steps, kFields]. scratch: elements of one image. output: sizes of the
 // result, [N, C, H, W] in channels_last or [N, C].
-Tensor frozen_network(
-    const Tensor& x,
-    at::TensorList tensors,
-    const Tensor& steps,
-    int64_t scratch,
-    at::IntArrayRef output) {
+Tensor frozen_network(const Tensor& x, const Tensors& tensors, const Tensor& steps, int64_t scratch, Sizes output) {
   check_input(x);
-  TORCH_CHECK_VALUE(x.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
-  TORCH_CHECK_VALUE(
-      steps.dim() == 2 && steps.size(1) == kFields && steps.scalar_type() == at::kLong && steps.is_contiguous(),
+  FASTRES_CHECK(x.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
+  FASTRES_CHECK(
+      steps.dim() == 2 && steps.size(1) == kFields && steps.scalar_type() == ScalarType::Long && steps.is_contiguous(),
       "steps: expected a contiguous int64 tensor of shape [steps, ",
       kFields,
       "], got ",
       steps.scalar_type(),
       " of shape ",
       steps.sizes());
-  TORCH_CHECK_VALUE(scratch >= 0, "scratch: expected at least 0, got ", scratch);
-  TORCH_CHECK_VALUE(
-      (output.size() == 2 || output.size() == 4) && output[0] == x.size(0) && elements(output) > 0,
+  FASTRES_CHECK(scratch >= 0, "scratch: expected at least 0, got ", scratch);
+  FASTRES_CHECK(
+      (output.size() == 2 || output.size() == 4) && output[0] == x.size(0) && output.numel() > 0,
       "output: expected the sizes of ",
       x.size(0),
       " images or rows, got ",
@@ -279,8 +271,7 @@ Tensor frozen_network(
   const Checked check(x, tensors, scratch, output);
   std::for_each(all, all + count, check);
   const Tensor in = channels_last(x);
-  Tensor y = output.size() == 4 ? empty_channels_last(output, x)
-                                : at::empty(output, x.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor y = output.size() == 4 ? empty_channels_last(output, x) : empty(output, x.scalar_type());
   with_type(x, [&](auto zero) {
     using T = decltype(zero);
     const int64_t item = sizeof(T);
@@ -311,8 +302,9 @@ Tensor frozen_network(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
-  m.impl("frozen_network", fastres::conv::frozen_network);
+FASTRES_KERNELS(m) {
+  using namespace fastres;
+  m.impl("frozen_network", boxed<&conv::frozen_network>);
 }
 
 #endif

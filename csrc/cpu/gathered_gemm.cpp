@@ -5,8 +5,6 @@
 #include "epilogues.h"
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -98,15 +96,14 @@ void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel,
   const int64_t depth = kTaps * kTaps * round_up(kernel.inputs, kPanel);
   const int64_t row_groups = (count + kRows - 1) / kRows;
   const Workspace operand(row_groups * kRows * depth);
-  at::parallel_for(
-      0, row_groups, std::max<int64_t>(1, kThreadElements / (depth * kRows)), [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * kRows;
-        gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
-      });
+  parallel_for(0, row_groups, std::max<int64_t>(1, kThreadElements / (depth * kRows)), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kRows;
+    gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
+  });
   // A group's weights go through the caches once for all positions; with more threads than groups several share one.
-  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / groups, 1, row_groups);
+  const int64_t shares = std::clamp<int64_t>(get_num_threads() / groups, 1, row_groups);
   const int64_t share = (row_groups + shares - 1) / shares * kRows;
-  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const Workspace product(share * kColumns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, first = task % shares * share, size = std::min(share, count - first);
@@ -121,7 +118,7 @@ void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel,
 #define FASTRES_INSTANTIATE(T, ...) \
   template void gathered_gemm(const Positions&, const T*, const Kernel&, const __VA_ARGS__&);
 FASTRES_INFERENCE_EPILOGUES(FASTRES_INSTANTIATE, float)
-FASTRES_INFERENCE_EPILOGUES(FASTRES_INSTANTIATE, at::BFloat16)
+FASTRES_INFERENCE_EPILOGUES(FASTRES_INSTANTIATE, BFloat16)
 #undef FASTRES_INSTANTIATE
 
 } // namespace conv

@@ -4,9 +4,7 @@
 // whole number of bytes of the bit mask for every dtype and capability.
 #pragma once
 
-#include <ATen/OpMathType.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
+#include "tensor.h"
 
 #include <cstdint>
 #include <cstring>
@@ -17,8 +15,9 @@ namespace fastres {
 // One inline namespace a capability, as at::vec has: no inline function of one reaches another.
 inline namespace CPU_CAPABILITY {
 
+// The accumulator's type.
 template <typename T>
-using acc_t = at::opmath_type<T>;
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename A>
 using Vec = at::vec::Vectorized<A>;

@@ -1,57 +1,24 @@
-// The Python side of a CPU module: what it was compiled from and with, and the allocator's settings.
-// The operators' kernels register themselves in the other files, through TORCH_LIBRARY_IMPL.
-#include <ATen/Config.h>
-#include <pybind11/pybind11.h>
-#include <torch/version.h>
+// What a CPU module says of itself, and the allocator's settings: C functions, for ctypes (fastres/_library.py).
+// The operators' kernels register themselves in the other files, through FASTRES_KERNELS.
+#include "tensor.h"
 
-#include <climits>
-#include <string>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <torch/headeronly/version.h>
 
 #ifdef __GLIBC__
-#include <dlfcn.h>
 #include <malloc.h>
 #endif
 
 #define FASTRES_STRING_OF(x) #x
 #define FASTRES_STRING(x) FASTRES_STRING_OF(x)
+#define FASTRES_EXPORT extern "C" [[gnu::visibility("default")]]
 
-namespace py = pybind11;
+#ifdef __clang__
+#define FASTRES_COMPILER __VERSION__
+#else
+#define FASTRES_COMPILER "GCC " __VERSION__
+#endif
 
 namespace {
-
-std::string capability() {
-  return FASTRES_STRING(CPU_CAPABILITY);
-}
-
-// The threads a parallel region would get: torch.get_num_threads() where both run on one OpenMP runtime.
-int openmp_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 0;
-#endif
-}
-
-py::dict build_info() {
-  py::dict info;
-  info["torch"] = TORCH_VERSION;
-#ifdef __clang__
-  info["compiler"] = __VERSION__;
-#else
-  info["compiler"] = "GCC " __VERSION__;
-#endif
-  info["capability"] = capability();
-#if defined(_OPENMP) && AT_PARALLEL_OPENMP
-  info["openmp"] = true;
-#else
-  info["openmp"] = false;
-#endif
-  return info;
-}
 
 // glibc maps buffers above a threshold afresh and gives them back at every free, so that every use pays for the page
 // faults. With the thresholds out of reach it keeps what was freed and hands it out again.
@@ -79,14 +46,30 @@ bool reuse_memory(bool enabled) {
 
 } // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "The CPU kernels of fastres for one capability.";
-  m.def("capability", &capability, "The capability it was compiled for: DEFAULT, AVX2 or AVX512.");
-  m.def("build_info", &build_info, "The torch, the compiler, the capability and whether OpenMP is in use.");
-  m.def("openmp_threads", &openmp_threads, "The threads a parallel region would get, 0 without OpenMP.");
-  m.def(
-      "reuse_memory",
-      &reuse_memory,
-      py::arg("enabled"),
-      "Make glibc keep freed buffers, or set its starting thresholds again; whether that was possible.");
+// "DEFAULT", "AVX2" or "AVX512".
+FASTRES_EXPORT const char* fastres_capability() {
+  return FASTRES_STRING(CPU_CAPABILITY);
+}
+
+// The torch whose headers it was compiled with; it runs in any from the stable ABI's target version on.
+FASTRES_EXPORT const char* fastres_torch() {
+  return TORCH_VERSION;
+}
+
+FASTRES_EXPORT uint64_t fastres_stable_abi() {
+  return TORCH_TARGET_VERSION;
+}
+
+FASTRES_EXPORT const char* fastres_compiler() {
+  return FASTRES_COMPILER;
+}
+
+// Threads that a loop of the kernels may run on.
+FASTRES_EXPORT int64_t fastres_threads() {
+  return fastres::get_num_threads();
+}
+
+// Makes glibc keep freed buffers, or sets its starting thresholds again; whether that was possible.
+FASTRES_EXPORT bool fastres_reuse_memory(bool enabled) {
+  return reuse_memory(enabled);
 }

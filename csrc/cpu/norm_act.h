@@ -5,8 +5,8 @@
 //
 // Reads x and r once, writes y once and one bit an element where backward will need it.
 //
-// The loop is compiled for the identity and ReLU with every kind of residual and of dropout, and for all other
-// activations once: what is constant in the former is a variable in the latter.
+// The loop is compiled for the identity and ReLU with every kind of residual and of dropout, and for the other
+// activations as activations.h has them: what is constant in the former is a variable in the latter.
 #pragma once
 
 #include "../common/bitmask.h"
@@ -109,14 +109,16 @@ struct Fixed {
   }
 };
 
-// Any activation, and these told at run time.
+// Another activation, and these told at run time.
+template <typename Activation>
 struct General {
   static constexpr bool general = true;
+  Activation activation;
   ResidualKind residual;
   Keep keep;
 
   General with_given_mask() const {
-    return {residual, Keep::given};
+    return {activation, residual, Keep::given};
   }
 };
 
@@ -131,8 +133,8 @@ inline Pair<acc_t<T>> activate(
     const Kept& kept) {
   using P = Pair<acc_t<T>>;
   if constexpr (Variant::general) {
-    uint32_t mask = p.gated ? p.activation.passes(z) : ~0u;
-    z = p.activation.forward(z);
+    uint32_t mask = p.gated ? variant.activation.passes(z) : ~0u;
+    z = variant.activation.forward(z);
     if (variant.keep != Keep::all) {
       const uint32_t keep = kept();
       mask &= keep;
@@ -277,8 +279,10 @@ template <typename T, typename Out>
 inline void apply_range(const ApplyParams<T, Out>& p, int64_t begin, int64_t end) {
   const Keep keep = p.kept != nullptr ? Keep::given : p.dropout != nullptr ? Keep::drawn : Keep::all;
   if (p.activation.general()) {
-    const General variant{p.kind(), keep};
-    return p.rows.channels_last ? apply_rows<true>(p, variant, begin, end) : apply_rows<false>(p, variant, begin, end);
+    return p.activation.for_loops([&](const auto& activation) {
+      const General variant{activation, p.kind(), keep};
+      p.rows.channels_last ? apply_rows<true>(p, variant, begin, end) : apply_rows<false>(p, variant, begin, end);
+    });
   }
   const auto with_residual = [&](auto columns, auto keep_constant) {
     constexpr bool kColumns = decltype(columns)::value;

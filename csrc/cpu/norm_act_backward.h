@@ -58,10 +58,12 @@ struct FixedGradient {
   static constexpr Gate gate = kGate;
 };
 
-// Any activation, and a gradient of y in one part or in two.
+// Another activation, and a gradient of y in one part or in two.
+template <typename Activation>
 struct GeneralGradient {
   static constexpr bool general = true;
   static constexpr Gate gate = Gate::open; // has no meaning
+  Activation activation;
   bool dual;
 };
 
@@ -90,7 +92,7 @@ inline Pair<acc_t<T>> masked_gradient(
         const P r = load_lanes(p.residual + row * p.rows.inner() + k, count);
         z = z + (variant.dual ? normalised(*p.residual_norm, r - lanes(p.residual_norm->mean, k, count)) : r);
       }
-      g = p.activation.backward(g, z);
+      g = variant.activation.backward(g, z);
     }
     if (p.bits != nullptr) {
       const uint32_t mask = bits();
@@ -172,7 +174,8 @@ inline void with_variant(const BackwardParams<T>& p, const F& f) {
   const auto with_dual = [&](auto columns) {
     const bool dual = p.residual_norm != nullptr;
     if (p.general) {
-      return f(columns, GeneralGradient{dual});
+      return p.activation.for_loops(
+          [&](const auto& activation) { return f(columns, GeneralGradient{activation, dual}); });
     }
     return dual ? with_gate(columns, std::true_type()) : with_gate(columns, std::false_type());
   };

@@ -5,9 +5,8 @@
 // g = da * f' * keep / (1 - p) of it and accumulates the sums of the normalisation's backward; the second stage is that
 // of batch_norm_act.
 #include "conv3x3.h"
+#include "library.h"
 #include "norm_act_backward.h"
-
-#include <torch/library.h>
 
 #include <string_view>
 
@@ -20,7 +19,7 @@ namespace {
 
 void check_nonempty(const Tensor& x, const Tensor& weight) {
   check_operands(x, weight);
-  TORCH_CHECK_VALUE(x.numel() > 0 && weight.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
+  FASTRES_CHECK(x.numel() > 0 && weight.numel() > 0, "x: expected at least one element, got shape ", x.sizes());
 }
 
 Rows rows_of_channels(const Tensor& x) {
@@ -41,11 +40,11 @@ struct Operands {
   Operands(const Tensor& x_in, const OptionalTensor& residual_in, const Tensor& keep_in, const Pointwise& act)
       : rows(rows_of_channels(x_in)), x(channels_last(x_in)), keep(keep_in) {
     if (residual_in.has_value()) {
-      residual = like_rows("residual", *residual_in, x, rows);
+      residual = like_rows("residual", *residual_in, x, rows, residual);
     }
-    TORCH_CHECK_VALUE(
+    FASTRES_CHECK(
         act.dropout_p == 0 ||
-            (keep.scalar_type() == at::kByte && keep.numel() == keep_bytes(rows) && keep.is_contiguous()),
+            (keep.scalar_type() == ScalarType::Byte && keep.numel() == keep_bytes(rows) && keep.is_contiguous()),
         "keep: expected uint8 of ",
         keep_bytes(rows),
         " elements, got ",
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Pointwise parsed = pointwise(act);
   const Tensor in = channels_last(x);
   const Rows rows = rows_of_channels(x);
-  Tensor keep = at::empty({parsed.dropout_p > 0 ? keep_bytes(rows) : 0}, byte_options(x));
+  Tensor keep = empty_vector(parsed.dropout_p > 0 ? keep_bytes(rows) : 0, ScalarType::Byte);
   if (parsed.dropout_p > 0) {
     draw_keep_bits(dropout_of(seed, parsed.dropout_p), rows, keep.mutable_data_ptr<uint8_t>());
   }
@@ -187,7 +186,7 @@ Gradients gradients(const Arguments& a, const F& finish) {
   check_nonempty(a.x, a.weight);
   check_stride(a.stride, a.weight);
   check_gradient(a.dy, a.x, a.weight, a.stride);
-  TORCH_CHECK_VALUE(!a.needs[1] || (a.needs[0] && a.residual.has_value()), "needs: the residual's gradient needs x's");
+  FASTRES_CHECK(!a.needs[1] || (a.needs[0] && a.residual.has_value()), "needs: the residual's gradient needs x's");
   const Saved<float> saved(a.x.size(1), a.norm);
   const ChannelNorm<float> norm = saved.norm();
   const Tensor dy = channels_last(a.dy);
@@ -256,11 +255,11 @@ Results backward(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+FASTRES_KERNELS(m) {
   using namespace fastres;
-  m.impl("norm_act_conv3x3_forward", grouped<&conv::forward>);
-  m.impl("norm_act_conv3x3_backward_reduce", grouped<&conv::backward_reduce>);
-  m.impl("norm_act_conv3x3_backward", grouped<&conv::backward>);
+  m.impl("norm_act_conv3x3_forward", boxed<&conv::forward>);
+  m.impl("norm_act_conv3x3_backward_reduce", boxed<&conv::backward_reduce>);
+  m.impl("norm_act_conv3x3_backward", boxed<&conv::backward>);
 }
 
 #endif

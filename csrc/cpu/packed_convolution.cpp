@@ -2,8 +2,7 @@
 //
 // The default module does not have it: there it is PyTorch's convolution.
 #include "packed_convolution.h"
-
-#include <torch/library.h>
+#include "library.h"
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -24,10 +23,10 @@ Tensor packed_convolution(
   check_input(x);
   const auto [outputs, kernel, stride, padding] = shape;
   const Algorithm parsed = parse_algorithm(algorithm, stride);
-  TORCH_CHECK_VALUE(outputs >= 1, "outputs: expected at least 1, got ", outputs);
-  TORCH_CHECK_VALUE(kernel >= 1, "kernel: expected at least 1, got ", kernel);
-  TORCH_CHECK_VALUE(padding >= 0, "padding: expected at least 0, got ", padding);
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(outputs >= 1, "outputs: expected at least 1, got ", outputs);
+  FASTRES_CHECK(kernel >= 1, "kernel: expected at least 1, got ", kernel);
+  FASTRES_CHECK(padding >= 0, "padding: expected at least 0, got ", padding);
+  FASTRES_CHECK(
       parsed == Algorithm::gemm || (kernel == kTaps && padding == kTaps / 2),
       "kernel: expected 3, with padding 1, for \"winograd\", got ",
       kernel,
@@ -37,20 +36,22 @@ Tensor packed_convolution(
   const int64_t padded = round_up(x.size(1), kPanel);
   const int64_t depth = packed.dim() == 3 && packed.size(1) == taps * padded ? padded : x.size(1);
   const std::array<int64_t, 3> sizes = {groups, taps * depth, kPanel};
-  const at::IntArrayRef expected(sizes);
-  TORCH_CHECK_VALUE(packed.sizes() == expected, "packed: expected shape ", expected, ", got ", packed.sizes());
-  TORCH_CHECK_VALUE(
+  const Sizes expected(sizes);
+  FASTRES_CHECK(packed.sizes() == expected, "packed: expected shape ", expected, ", got ", packed.sizes());
+  FASTRES_CHECK(
       parsed == Algorithm::gemm || depth == padded,
       "packed: expected channels padded to a multiple of 16 for \"winograd\", got ",
       depth);
-  TORCH_CHECK_TYPE(packed.scalar_type() == at::kFloat, "packed: expected dtype float32, got ", packed.scalar_type());
+  FASTRES_CHECK(
+      packed.scalar_type() == ScalarType::Float, "packed: expected dtype float32, got ", packed.scalar_type());
   const Positions positions{x.size(0), x.size(2), x.size(3), stride, kernel, padding};
   const auto fits = [&](int64_t size) { return size + 2 * padding >= kernel; };
   const int64_t height = fits(x.size(2)) ? positions.out_height() : 0;
   const int64_t width = fits(x.size(3)) ? positions.out_width() : 0;
   Tensor y = empty_channels_last({x.size(0), outputs, height, width}, x);
   const Tensor w = packed.contiguous(), in = channels_last(x);
-  const Tensor r = residual.has_value() ? like_rows("residual", *residual, y, rows_of(y)) : Tensor();
+  Tensor copy;
+  const Tensor* r = residual.has_value() ? &like_rows("residual", *residual, y, rows_of(y), copy) : nullptr;
   const Pointwise act = pointwise(activation);
   const PackedConvolution convolution{
       {w.const_data_ptr<float>(), outputs, x.size(1), taps, depth},
@@ -63,7 +64,10 @@ Tensor packed_convolution(
     with_type(x, [&](auto zero) {
       using T = decltype(zero);
       convolve_packed<T>(
-          convolution, in.const_data_ptr<T>(), r.defined() ? r.const_data_ptr<T>() : nullptr, y.mutable_data_ptr<T>());
+          convolution,
+          in.const_data_ptr<T>(),
+          r != nullptr ? r->const_data_ptr<T>() : nullptr,
+          y.mutable_data_ptr<T>());
     });
   }
   return y;
@@ -74,8 +78,9 @@ Tensor packed_convolution(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
-  m.impl("packed_convolution", fastres::grouped<&fastres::conv::packed_convolution>);
+FASTRES_KERNELS(m) {
+  using namespace fastres;
+  m.impl("packed_convolution", boxed<&conv::packed_convolution>);
 }
 
 #endif

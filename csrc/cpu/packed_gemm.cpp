@@ -10,8 +10,6 @@
 #include "epilogues.h"
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -54,7 +52,7 @@ struct Shares {
 
 template <typename Work>
 Shares shares_of(const Work& work, int64_t groups, int64_t depth) {
-  const int64_t threads = at::get_num_threads(), items = work.items();
+  const int64_t threads = get_num_threads(), items = work.items();
   const auto cycles = [&](int64_t rows, int64_t columns) {
     const int64_t tiles = work.tiles((items + rows - 1) / rows), own = (groups + columns - 1) / columns;
     const int64_t read = (tiles * kRows + own * kColumns) * depth * static_cast<int64_t>(sizeof(float));
@@ -437,11 +435,11 @@ void packed_gemm(const Positions& positions, const T* x, const Panels& weights, 
   std::optional<Workspace> copied;
   if (work.copies_rows() && shares.columns > 1) {
     copied.emplace(items * depth);
-    at::parallel_for(0, items, std::max<int64_t>(1, kThreadElements / depth), [&](int64_t begin, int64_t end) {
+    parallel_for(0, items, std::max<int64_t>(1, kThreadElements / depth), [&](int64_t begin, int64_t end) {
       work.copy_rows(begin, end - begin, copied->data() + begin * depth);
     });
   }
-  at::parallel_for(0, shares.rows * shares.columns, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, shares.rows * shares.columns, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / shares.columns, column = task % shares.columns;
       work.run(
@@ -457,8 +455,8 @@ void packed_gemm(const Positions& positions, const T* x, const Panels& weights, 
 
 template void packed_gemm(const Positions&, const float*, const Panels&, const Biased<float, false>&);
 template void packed_gemm(const Positions&, const float*, const Panels&, const Biased<float, true>&);
-template void packed_gemm(const Positions&, const at::BFloat16*, const Panels&, const Biased<at::BFloat16, false>&);
-template void packed_gemm(const Positions&, const at::BFloat16*, const Panels&, const Biased<at::BFloat16, true>&);
+template void packed_gemm(const Positions&, const BFloat16*, const Panels&, const Biased<BFloat16, false>&);
+template void packed_gemm(const Positions&, const BFloat16*, const Panels&, const Biased<BFloat16, true>&);
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

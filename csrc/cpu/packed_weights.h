@@ -5,8 +5,6 @@
 
 #include "gemm.h"
 
-#include <ATen/core/Tensor.h>
-
 #include <array>
 #include <utility>
 
@@ -47,7 +45,7 @@ struct Kernel {
   }
 };
 
-inline Kernel kernel_of(const at::Tensor& weight) {
+inline Kernel kernel_of(const Tensor& weight) {
   Kernel kernel{
       weight.const_data_ptr<float>(),
       weight.size(0),
@@ -119,7 +117,7 @@ inline void gather_weights(const Kernel& kernel, int64_t from, int64_t c0, float
   } else if (kernel.inputs_are_adjacent() && inputs == kWidth && columns == kColumns) {
     for (int t = 0; t < taps; ++t) {
       for (int64_t half = 0; half < kColumns; half += kWidth) {
-        at::vec::transpose_mxn<float, kWidth, kWidth>(
+        transpose_square(
             block + half * kernel.output_stride + kernel.tap[t],
             kernel.output_stride,
             gathered + t * kColumns + half,

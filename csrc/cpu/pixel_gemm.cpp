@@ -12,8 +12,6 @@
 #include "epilogues.h"
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -101,7 +99,7 @@ PixelChunks pixel_chunks(int64_t pixels, const Kernel& kernel) {
   // A third of the L2 cache for the inputs and what the epilogue reads; the next chunk's and the weights have the rest.
   const int64_t bytes = (kernel.inputs + kernel.outputs) * static_cast<int64_t>(sizeof(float));
   const int64_t most = std::clamp(Caches::of_machine().l2 / 3 / bytes / kRows * kRows, kRun, kMostPixels);
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = get_num_threads();
   // As many chunks for every thread, unless they become too short to pay for reading all weights.
   const int64_t chunks = (pixels + most - 1) / most;
   const int64_t even = std::min(round_up(chunks, threads), std::max(chunks, pixels / kRun));
@@ -110,19 +108,18 @@ PixelChunks pixel_chunks(int64_t pixels, const Kernel& kernel) {
 
 template <typename T, typename Epilogue>
 void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
-  const int64_t depth = kernel.inputs, groups = groups_of(kernel.outputs), threads = at::get_num_threads();
+  const int64_t depth = kernel.inputs, groups = groups_of(kernel.outputs), threads = get_num_threads();
   const int64_t panel = panel_rows(depth);
   const PixelReader<T> reader(x, depth);
   const Workspace weights(groups * depth * kColumns);
-  at::parallel_for(
-      0, groups, std::max<int64_t>(1, kThreadWeights / (depth * kColumns)), [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          pack_group(kernel, g * kColumns, weights.data() + g * depth * kColumns);
-        }
-      });
+  parallel_for(0, groups, std::max<int64_t>(1, kThreadWeights / (depth * kColumns)), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      pack_group(kernel, g * kColumns, weights.data() + g * depth * kColumns);
+    }
+  });
   // With more threads than chunks several share one, and each has a part of its output channels.
   const int64_t shares = std::clamp<int64_t>(threads / chunks.count(), 1, groups);
-  at::parallel_for(0, chunks.count() * shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks.count() * shares, 1, [&](int64_t begin, int64_t end) {
     const Workspace computed(reader.computes() ? chunks.size * depth : 0), product(kRun * kColumns);
     Prefetch prefetch;
     for (int64_t task = begin; task < end; ++task) {
@@ -172,7 +169,7 @@ void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel
 #define FASTRES_INSTANTIATE(T, ...) \
   template void multiply_pixels(const PixelChunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
 FASTRES_TRAINING_EPILOGUES(FASTRES_INSTANTIATE, float)
-FASTRES_TRAINING_EPILOGUES(FASTRES_INSTANTIATE, at::BFloat16)
+FASTRES_TRAINING_EPILOGUES(FASTRES_INSTANTIATE, BFloat16)
 #undef FASTRES_INSTANTIATE
 
 } // namespace conv

@@ -9,8 +9,6 @@
 #include "caches.h"
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -182,12 +180,12 @@ void gradient_at_once(const Problem<T>& w) {
   const int64_t pixels = w.pixels(), chunk = w.chunk(), chunks = (pixels + chunk - 1) / chunk;
   const Panels<T> panels(w, pixels);
   const PixelReader<T> reader(w.x, w.inputs);
-  at::parallel_for(0, pixels, kFewest, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pixels, kFewest, [&](int64_t begin, int64_t end) {
     const Workspace scratch(Panels<T>::scratch_pixels(w) * w.inputs);
     panels.pack(w, reader, scratch.data(), begin, end - begin, begin);
   });
   const int64_t blocks = (w.row_groups() + kTogether - 1) / kTogether;
-  at::parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
     const Workspace product(kTogether * kRows * kColumns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / blocks, first = task % blocks * kTogether;
@@ -211,7 +209,7 @@ void gradient_by_shares(const Problem<T>& w, int64_t shares) {
   const int64_t size = w.gradient_floats();
   const Workspace gradients(shares * size);
   const PixelReader<T> reader(w.x, w.inputs);
-  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const Panels<T> panels(w, chunk);
     const Workspace scratch(Panels<T>::scratch_pixels(w) * w.inputs);
     Prefetch prefetch;
@@ -238,7 +236,7 @@ void gradient_by_shares(const Problem<T>& w, int64_t shares) {
       }
     }
   });
-  at::parallel_for(0, w.groups() * w.row_groups(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, w.groups() * w.row_groups(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / w.row_groups(), r = task % w.row_groups();
       const float* product = gradients.data() + (group * w.outputs + r * kRows) * kColumns;
@@ -254,7 +252,7 @@ void pixel_weight_gradient(const WeightGradient<T>& given) {
   const Problem<T> w{given};
   const int64_t chunks = (w.pixels() + w.chunk() - 1) / w.chunk();
   const int64_t most = kGradientBytes / static_cast<int64_t>(sizeof(float)) / w.gradient_floats();
-  const int64_t shares = std::clamp<int64_t>(most, 1, std::min<int64_t>(chunks, at::get_num_threads()));
+  const int64_t shares = std::clamp<int64_t>(most, 1, std::min<int64_t>(chunks, get_num_threads()));
   // At once where packed pixels, which are written and read, are no more than the threads' sums.
   if (w.pixels() * w.pixel_floats() <= shares * w.gradient_floats()) {
     gradient_at_once(w);
@@ -264,7 +262,7 @@ void pixel_weight_gradient(const WeightGradient<T>& given) {
 }
 
 template void pixel_weight_gradient(const WeightGradient<float>&);
-template void pixel_weight_gradient(const WeightGradient<at::BFloat16>&);
+template void pixel_weight_gradient(const WeightGradient<BFloat16>&);
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

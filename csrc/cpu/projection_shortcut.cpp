@@ -10,14 +10,9 @@
 // Passes over memory: forward reads the gathered share of s and writes the product; evaluation reads x as well and
 // writes y instead; backward reads dproduct twice and the gathered share of s once, and writes ds once, zeros included.
 #include "batch_norm_act.h"
+#include "library.h"
 
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
 #include <tuple>
@@ -28,6 +23,7 @@ namespace {
 
 constexpr int64_t kBlockCacheBytes = 512 * 1024;
 constexpr int64_t kImageSumElements = 4 * 1024 * 1024;
+constexpr int64_t kSumElements = 64 * 1024; // that pay for a thread's start
 
 struct Geometry {
   Rows in, out;
@@ -46,21 +42,21 @@ struct Geometry {
   }
 };
 
-Geometry geometry_of(const Tensor& s, const Tensor& weight, at::IntArrayRef stride) {
+Geometry geometry_of(const Tensor& s, const Tensor& weight, Sizes stride) {
   const Rows in = rows_of(s);
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       weight.dim() == 4 && weight.size(1) == in.channels && weight.size(2) == 1 && weight.size(3) == 1,
       "weight: expected shape (Cout, ",
       in.channels,
       ", 1, 1), got ",
       weight.sizes());
-  TORCH_CHECK_TYPE(
+  FASTRES_CHECK(
       weight.scalar_type() == s.scalar_type(),
       "weight: expected dtype ",
       s.scalar_type(),
       ", got ",
       weight.scalar_type());
-  TORCH_CHECK_VALUE(
+  FASTRES_CHECK(
       stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride: expected two positive numbers, got ", stride);
   Geometry g{in, in, s.size(2), s.size(3), 0, 0, stride[0], stride[1]};
   g.out_h = (g.in_h - 1) / g.stride_h + 1;
@@ -70,7 +66,7 @@ Geometry geometry_of(const Tensor& s, const Tensor& weight, at::IntArrayRef stri
 }
 
 Tensor empty_product(const Tensor& s, const Geometry& g) {
-  return at::empty({g.out.images, g.out.channels, g.out_h, g.out_w}, s.options().memory_format(g.out.memory_format()));
+  return empty({g.out.images, g.out.channels, g.out_h, g.out_w}, s.scalar_type(), g.out.memory_format());
 }
 
 // Lines a block takes, and segments of whole blocks.
@@ -139,27 +135,45 @@ void scatter(const Geometry& g, const T* from, int64_t first, int64_t count, T* 
   }
 }
 
-Tensor matrix(const void* data, int64_t rows, int64_t columns, const Tensor& like) {
-  return at::from_blob(const_cast<void*>(data), {rows, columns}, like.options().memory_format(std::nullopt));
+template <typename T>
+Tensor matrix(const T* data, int64_t rows, int64_t columns) {
+  return from_memory(data, {rows, columns}, {columns, 1});
 }
 
-// to = W from (or W^T from, with `transposed`), for the positions of a block in either layout.
+// The transpose of matrix(data, rows, columns).
 template <typename T>
-void multiply(
-    const Rows& rows,
-    const Tensor& weight,
-    bool transposed,
-    const T* from,
-    T* to,
-    int64_t positions,
-    const Tensor& like) {
-  const Tensor w = transposed ? weight.t() : weight;
+Tensor transposed(const T* data, int64_t rows, int64_t columns) {
+  return from_memory(data, {columns, rows}, {1, columns});
+}
+
+void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  FASTRES_TORCH(aoti_torch_cpu_mm_out, out.get(), a.get(), b.get());
+}
+
+// A 1x1 kernel as a matrix [rows, columns], and its transpose.
+struct Factor {
+  int64_t rows, columns;
+  Tensor plain, turned;
+
+  Factor transpose() const {
+    return {columns, rows, turned, plain};
+  }
+};
+
+template <typename T>
+Factor factor_of(const Tensor& contiguous) {
+  const T* data = contiguous.const_data_ptr<T>();
+  const int64_t rows = contiguous.size(0), columns = contiguous.size(1);
+  return {rows, columns, matrix(data, rows, columns), transposed(data, rows, columns)};
+}
+
+// to = W from, for the positions of a block in either layout.
+template <typename T>
+void multiply(const Rows& rows, const Factor& w, const T* from, T* to, int64_t positions) {
   if (rows.channels_last) {
-    Tensor out = matrix(to, positions, w.size(0), like);
-    at::cpu::mm_out(out, matrix(from, positions, w.size(1), like), w.t());
+    mm_out(matrix(to, positions, w.rows), matrix(from, positions, w.columns), w.turned);
   } else {
-    Tensor out = matrix(to, w.size(0), positions, like);
-    at::cpu::mm_out(out, w, matrix(from, w.size(1), positions, like));
+    mm_out(matrix(to, w.rows, positions), w.plain, matrix(from, w.columns, positions));
   }
 }
 
@@ -168,8 +182,6 @@ template <typename F>
 void for_each_block(const Geometry& g, int64_t item_bytes, const Segments& segments, const F& f) {
   const int64_t most = g.out.channels_last ? block_lines(g, item_bytes) : 1;
   for_each_segment(segments, [&](int64_t s) {
-    // A worker thread starts with autograd switched on; nothing here is recorded.
-    at::AutoDispatchBelowADInplaceOrView guard;
     const auto [begin, end] = segments.range(s);
     for (int64_t first = begin; first < end; first += most) {
       f(s, first, std::min(most, end - first));
@@ -181,31 +193,24 @@ Segments segments_of(const Geometry& g, int64_t item_bytes) {
   return Segments(g.lines(), g.lines() * g.line() * (g.in.channels + g.out.channels) * item_bytes, kReductionBytes);
 }
 
-Tensor weight_matrix(const Tensor& weight) {
-  return weight.detach().reshape({weight.size(0), weight.size(1)}).contiguous();
-}
-
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& s,
-    const Tensor& weight,
-    at::IntArrayRef stride,
-    bool statistics) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& s, const Tensor& weight, Sizes stride, bool statistics) {
   const Geometry g = geometry_of(s, weight, stride);
   const int64_t channels = g.out.channels;
-  const Tensor w = weight_matrix(weight), input = s.detach();
+  const Tensor dense = weight.contiguous();
   Tensor product = empty_product(s, g);
   Tensor mean = channel_vector(s, statistics ? channels : 0), m2 = channel_vector(s, statistics ? channels : 0);
-  FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_forward", [&] {
+  with_floating_type(s, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Segments segments = segments_of(g, sizeof(scalar_t));
     std::vector<Moments> parts(segments.count(), Moments(channels));
     scalar_t* out = product.mutable_data_ptr<scalar_t>();
-    const scalar_t* in = input.const_data_ptr<scalar_t>();
+    const scalar_t* in = s.const_data_ptr<scalar_t>();
+    const Factor w = factor_of<scalar_t>(dense);
     for_each_block(g, sizeof(scalar_t), segments, [&](int64_t segment, int64_t first, int64_t lines) {
       std::vector<scalar_t> buffer;
       const int64_t positions = lines * g.line();
       scalar_t* block = out + first * g.line() * channels;
-      multiply(g.out, w, false, gather(g, in, first, lines, buffer), block, positions, input);
+      multiply(g.out, w, gather(g, in, first, lines, buffer), block, positions);
       if (!statistics) {
         return;
       }
@@ -227,53 +232,81 @@ std::tuple<Tensor, Tensor, Tensor> forward(
       std::copy(moments.m2.begin(), moments.m2.end(), m2.mutable_data_ptr<A>());
     }
   });
-  return {product, mean, m2};
+  return {std::move(product), std::move(mean), std::move(m2)};
+}
+
+// total[out, in] = the sum over images of gradient[image] from[image]^T, as many products at a time as fit, summed in
+// float64.
+template <typename T>
+void sum_image_products(const T* gradient, const T* from, const Rows& rows, int64_t in, T* total) {
+  const int64_t out = rows.channels, pixels = rows.pixels, size = out * in;
+  const int64_t together = std::clamp<int64_t>(kImageSumElements / size, 1, std::max<int64_t>(rows.images, 1));
+  std::vector<double> sums(size);
+  const Tensor each = empty({together, out, in}, kDtype<T>);
+  const T* products = each.const_data_ptr<T>();
+  for (int64_t first = 0; first < rows.images; first += together) {
+    const int64_t images = std::min(together, rows.images - first);
+    const Tensor a = from_memory(gradient + first * out * pixels, {images, out, pixels}, {out * pixels, pixels, 1});
+    const Tensor b = from_memory(from + first * in * pixels, {images, pixels, in}, {in * pixels, 1, pixels});
+    const Tensor to = from_memory(products, {images, out, in}, {size, in, 1});
+    FASTRES_TORCH(aoti_torch_cpu_bmm_out, to.get(), a.get(), b.get());
+    parallel_for(0, size, std::max<int64_t>(1, kSumElements / images), [&](int64_t begin, int64_t end) {
+      for (int64_t image = 0; image < images; ++image) {
+        for (int64_t i = begin; i < end; ++i) {
+          sums[i] += static_cast<double>(products[image * size + i]);
+        }
+      }
+    });
+  }
+  std::transform(
+      sums.begin(), sums.end(), total, [](double sum) { return static_cast<T>(static_cast<acc_t<T>>(sum)); });
 }
 
 std::tuple<Tensor, Tensor> backward(
     const Tensor& dproduct,
     const Tensor& s,
     const Tensor& weight,
-    at::IntArrayRef stride,
+    Sizes stride,
     std::array<bool, 2> needs) {
   const Geometry g = geometry_of(s, weight, stride);
-  const Tensor w = weight_matrix(weight), input = s.detach();
-  Tensor ds = at::empty({0}, s.options().memory_format(std::nullopt)), dweight = ds.clone();
+  const Tensor dense = weight.contiguous();
+  Tensor ds = nothing_like(s), dweight = nothing_like(s);
   const std::array<int64_t, 4> sizes = {g.out.images, g.out.channels, g.out_h, g.out_w};
-  const at::IntArrayRef shape(sizes);
-  TORCH_CHECK_VALUE(dproduct.sizes() == shape, "dproduct: expected shape ", shape, ", got ", dproduct.sizes());
-  TORCH_CHECK_TYPE(
+  const Sizes shape(sizes);
+  FASTRES_CHECK(dproduct.sizes() == shape, "dproduct: expected shape ", shape, ", got ", dproduct.sizes());
+  FASTRES_CHECK(
       dproduct.scalar_type() == s.scalar_type(),
       "dproduct: expected dtype ",
       s.scalar_type(),
       ", got ",
       dproduct.scalar_type());
-  const Tensor dout = dproduct.detach().contiguous(g.out.memory_format());
-  FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_backward", [&] {
+  const Tensor dout = dproduct.contiguous(g.out.memory_format());
+  with_floating_type(s, [&]<typename scalar_t>() {
     const scalar_t* gradient = dout.const_data_ptr<scalar_t>();
     const Segments segments = segments_of(g, sizeof(scalar_t));
     if (needs[0]) {
-      ds = at::empty_like(s);
+      ds = empty_rows(s);
+      const Factor w = factor_of<scalar_t>(dense).transpose();
       scalar_t* to = ds.mutable_data_ptr<scalar_t>();
       for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
         const int64_t positions = lines * g.line();
         const scalar_t* block = gradient + first * g.line() * g.out.channels;
         if (!g.gathers()) {
-          multiply(g.out, w, true, block, to + first * g.line() * g.in.channels, positions, dout);
+          multiply(g.out, w, block, to + first * g.line() * g.in.channels, positions);
           return;
         }
         std::vector<scalar_t> buffer(positions * g.in.channels);
-        multiply(g.out, w, true, block, buffer.data(), positions, dout);
+        multiply(g.out, w, block, buffer.data(), positions);
         scatter(g, buffer.data(), first, lines, to);
       });
     }
     if (needs[1]) {
       // One GEMM over all gathered rows: a partial sum a segment would cost more memory than the gathered rows do.
       const int64_t in = g.in.channels, out = g.out.channels;
-      const scalar_t* from = input.const_data_ptr<scalar_t>();
-      Tensor gathered = input;
+      const scalar_t* from = s.const_data_ptr<scalar_t>();
+      Tensor gathered;
       if (g.gathers()) {
-        gathered = at::empty({g.lines() * g.line(), in}, s.options().memory_format(std::nullopt));
+        gathered = empty({g.lines() * g.line(), in}, s.scalar_type());
         scalar_t* to = gathered.mutable_data_ptr<scalar_t>();
         for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
           std::vector<scalar_t> buffer;
@@ -282,32 +315,25 @@ std::tuple<Tensor, Tensor> backward(
         });
         from = to;
       }
-      const at::AutoDispatchBelowADInplaceOrView guard;
+      // In the weight's strides, those of its axes of size 1 included: DDP compares them all.
+      const bool contiguous = weight.is_contiguous();
+      dweight = contiguous ? empty_strided(weight.sizes(), weight.strides(), s.scalar_type())
+                           : empty(weight.sizes(), s.scalar_type());
+      scalar_t* total = dweight.mutable_data_ptr<scalar_t>();
       if (g.out.channels_last) {
         const int64_t positions = g.out.count();
-        dweight = at::mm(matrix(gradient, positions, out, dout).t(), matrix(from, positions, in, dout));
+        mm_out(matrix(total, out, in), transposed(gradient, positions, out), matrix(from, positions, in));
       } else {
-        // A product an image, as many at a time as fit, summed in the accumulator's dtype.
-        const int64_t together = std::max<int64_t>(1, kImageSumElements / (out * in));
-        dweight = at::zeros({out, in}, s.options().dtype(statistics_type(s)).memory_format(std::nullopt));
-        for (int64_t first = 0; first < g.out.images; first += together) {
-          const int64_t images = std::min(together, g.out.images - first);
-          const auto batch = [&](const scalar_t* data, int64_t channels) {
-            const int64_t at = first * channels * g.out.pixels;
-            return matrix(data + at, images * channels, g.out.pixels, dout).view({images, channels, g.out.pixels});
-          };
-          const Tensor each = at::bmm(batch(gradient, out), batch(from, in).transpose(1, 2));
-          dweight.add_(each.sum({0}, false, dweight.scalar_type()));
-        }
-        dweight = dweight.to(s.scalar_type());
+        sum_image_products(gradient, from, g.out, in, total);
       }
-      dweight = dweight.view({out, in, 1, 1});
-      // In the weight's strides, those of its axes of size 1 included: DDP compares them all.
-      dweight = weight.is_contiguous() ? dweight.as_strided(weight.sizes(), weight.strides())
-                                       : at::empty_like(weight.detach()).copy_(dweight);
+      if (!contiguous) {
+        const Tensor like = weight.clone();
+        like.copy_(dweight);
+        dweight = like;
+      }
     }
   });
-  return {ds, dweight};
+  return {std::move(ds), std::move(dweight)};
 }
 
 Tensor inference(
@@ -316,15 +342,16 @@ Tensor inference(
     const NormParams& norm,
     const OptionalTensor& x,
     const std::optional<NormParams>& x_norm,
-    at::IntArrayRef stride,
+    Sizes stride,
     const Activation& activation) {
   const Geometry g = geometry_of(s, conv_weight, stride);
   const int64_t channels = g.out.channels;
-  const Tensor w = weight_matrix(conv_weight), input = s.detach();
+  const Tensor dense = conv_weight.contiguous();
   Tensor y = empty_product(s, g);
   const Pointwise act = pointwise(activation);
-  const Tensor added = x.has_value() ? like_rows("x", *x, y, g.out) : Tensor();
-  FASTRES_DISPATCH(s.scalar_type(), "projection_shortcut_inference", [&] {
+  Tensor copy;
+  const Tensor* added = x.has_value() ? &like_rows("x", *x, y, g.out, copy) : nullptr;
+  with_floating_type(s, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The product is the forward pass's x, and the operator's x what is added to it.
     const ChannelNorm<A> own = running_norm<A>(channels, norm);
@@ -333,15 +360,16 @@ Tensor inference(
       other = running_norm<A>(channels, *x_norm);
     }
     const Segments segments = segments_of(g, sizeof(scalar_t));
-    const scalar_t* in = input.const_data_ptr<scalar_t>();
+    const scalar_t* in = s.const_data_ptr<scalar_t>();
+    const Factor w = factor_of<scalar_t>(dense);
     for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
       std::vector<scalar_t> buffer;
       const int64_t positions = lines * g.line(), at = first * g.line() * channels;
       std::vector<scalar_t> product(positions * channels);
-      multiply(g.out, w, false, gather(g, in, first, lines, buffer), product.data(), positions, input);
+      multiply(g.out, w, gather(g, in, first, lines, buffer), product.data(), positions);
       ApplyParams<scalar_t> params{};
       params.x = product.data();
-      params.residual = added.defined() ? added.const_data_ptr<scalar_t>() + at : nullptr;
+      params.residual = added != nullptr ? added->const_data_ptr<scalar_t>() + at : nullptr;
       params.y = y.mutable_data_ptr<scalar_t>() + at;
       params.norm = &own;
       params.residual_norm = x_norm.has_value() ? &other : nullptr;
@@ -360,8 +388,9 @@ Tensor inference(
 } // namespace CPU_CAPABILITY
 } // namespace fastres
 
-TORCH_LIBRARY_IMPL(fastres, CPU, m) {
-  m.impl("projection_shortcut_forward", fastres::forward);
-  m.impl("projection_shortcut_backward", fastres::backward);
-  m.impl("projection_shortcut_inference", fastres::grouped<&fastres::inference>);
+FASTRES_KERNELS(m) {
+  using namespace fastres;
+  m.impl("projection_shortcut_forward", boxed<&forward>);
+  m.impl("projection_shortcut_backward", boxed<&backward>);
+  m.impl("projection_shortcut_inference", boxed<&inference>);
 }

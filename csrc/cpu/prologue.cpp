@@ -12,7 +12,7 @@ void activate_rows(const Prologue<T>& params, int64_t begin, int64_t end) {
 }
 
 template void activate_rows(const Prologue<float>&, int64_t, int64_t);
-template void activate_rows(const Prologue<at::BFloat16>&, int64_t, int64_t);
+template void activate_rows(const Prologue<BFloat16>&, int64_t, int64_t);
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

@@ -1,8 +1,7 @@
 // How a dense activation lies in memory, and how its rows are shared out among threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
+#include "tensor.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -30,21 +29,22 @@ struct Rows {
   int64_t bytes(int64_t item_bytes) const {
     return count() * channels * item_bytes;
   }
-  at::MemoryFormat memory_format() const {
-    return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  MemoryFormat memory_format() const {
+    return channels_last ? MemoryFormat::channels_last : MemoryFormat::contiguous;
   }
 };
 
 // Where a tensor is contiguous both ways (C == 1 or H == W == 1) the longer rows win, as contract.rows_are_channels has
 // it.
-inline Rows rows_of(const at::Tensor& x) {
-  const int64_t pixels = x.size(2) * x.size(3);
-  const bool channels_last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && (!x.is_contiguous() || pixels == 1);
-  TORCH_CHECK_VALUE(
-      channels_last || x.is_contiguous(),
-      "x: expected contiguous NCHW or channels_last memory, got strides ",
-      x.strides());
-  return {channels_last, x.size(0), x.size(1), pixels};
+inline Rows rows_of(const Tensor& x) {
+  const Sizes sizes = x.sizes();
+  FASTRES_CHECK(sizes.size() == 4, "x: expected 4 dimensions [N, C, H, W], got shape ", sizes);
+  const int64_t pixels = sizes[2] * sizes[3];
+  const bool contiguous = x.is_contiguous();
+  const bool channels_last = (!contiguous || pixels == 1) && x.is_channels_last();
+  FASTRES_CHECK(
+      channels_last || contiguous, "x: expected contiguous NCHW or channels_last memory, got strides ", x.strides());
+  return {channels_last, sizes[0], sizes[1], pixels};
 }
 
 // Bytes of one activation that pay for a thread's start. Where a segment also brings a set of sums, and merging it
@@ -73,7 +73,7 @@ struct Segments {
 
 template <typename F>
 inline void for_each_segment(const Segments& segments, const F& f) {
-  at::parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       f(s);
     }
@@ -84,7 +84,7 @@ inline void for_each_segment(const Segments& segments, const F& f) {
 // cache.
 template <typename F>
 inline void for_each_segment_backwards(const Segments& segments, const F& f) {
-  at::parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, segments.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = end; s-- > begin;) {
       f(s);
     }

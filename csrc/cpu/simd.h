@@ -62,7 +62,7 @@ inline void store(float* p, Lanes v, int64_t count) {
 }
 
 // bfloat16 is a storage format here: values are float32 in registers.
-inline Lanes load(const at::BFloat16* p) {
+inline Lanes load(const BFloat16* p) {
   Lanes v;
 #if defined(CPU_CAPABILITY_AVX512)
   at::vec::cvtbf16_fp32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), v);
@@ -71,20 +71,20 @@ inline Lanes load(const at::BFloat16* p) {
 #endif
   return v;
 }
-inline void store(at::BFloat16* p, Lanes v) {
+inline void store(BFloat16* p, Lanes v) {
 #if defined(CPU_CAPABILITY_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), at::vec::cvtfp32_bf16(v));
 #else
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), at::vec::cvtfp32_bf16(v));
 #endif
 }
-inline Lanes load(const at::BFloat16* p, int64_t count) {
-  at::BFloat16 lanes[Vec<float>::size()] = {};
+inline Lanes load(const BFloat16* p, int64_t count) {
+  BFloat16 lanes[Vec<float>::size()] = {};
   std::copy(p, p + count, lanes);
   return load(lanes);
 }
-inline void store(at::BFloat16* p, Lanes v, int64_t count) {
-  at::BFloat16 lanes[Vec<float>::size()];
+inline void store(BFloat16* p, Lanes v, int64_t count) {
+  BFloat16 lanes[Vec<float>::size()];
   store(lanes, v);
   std::copy(lanes, lanes + count, p);
 }
@@ -158,10 +158,49 @@ inline float horizontal_sum(Lanes v) {
   return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
 }
 
+// to[i][k] = from[k][i] for a vector of either.
+#if defined(CPU_CAPABILITY_AVX512)
+// At each step, registers that are apart by a power of two exchange pieces: numbers, pairs of them, and lanes of four.
+inline void transpose_square(const float* from, int64_t stride, float* to, int64_t to_row) {
+  const auto pairs = [](__m512 v) { return _mm512_castps_pd(v); };
+  const auto single = [](__m512d v) { return _mm512_castpd_ps(v); };
+  __m512 a[kWidth], b[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    a[i] = _mm512_loadu_ps(from + i * stride);
+  }
+  for (int i = 0; i < kWidth; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  // a[4 i + j], lane l: column 4 l + j of rows 4 i ... 4 i + 3
+  for (int i = 0; i < kWidth; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = single(_mm512_unpacklo_pd(pairs(b[i + j]), pairs(b[i + j + 2])));
+      a[i + 2 * j + 1] = single(_mm512_unpackhi_pd(pairs(b[i + j]), pairs(b[i + j + 2])));
+    }
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd; // lanes 0 and 2 of either register, or 1 and 3
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      b[8 * i + j] = _mm512_shuffle_f32x4(a[8 * i + j], a[8 * i + j + 4], kEven);
+      b[8 * i + j + 4] = _mm512_shuffle_f32x4(a[8 * i + j], a[8 * i + j + 4], kOdd);
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    _mm512_storeu_ps(to + j * to_row, _mm512_shuffle_f32x4(b[j], b[j + 8], kEven));
+    _mm512_storeu_ps(to + (j + 8) * to_row, _mm512_shuffle_f32x4(b[j], b[j + 8], kOdd));
+  }
+}
+#else
+inline void transpose_square(const float* from, int64_t stride, float* to, int64_t to_row) {
+  at::vec::transpose_mxn<float, kWidth, kWidth>(from, stride, to, to_row);
+}
+#endif
+
 // to[i][k] = from[k][i] for a vector of outputs k, their rows `stride` apart, and `count` vectors of i.
 inline void transpose_rows(const float* from, int64_t stride, int64_t count, float* to, int64_t to_row) {
   for (int64_t i = 0; i < count; ++i) {
-    at::vec::transpose_mxn<float, kWidth, kWidth>(from + i * kWidth, stride, to + i * kWidth * to_row, to_row);
+    transpose_square(from + i * kWidth, stride, to + i * kWidth * to_row, to_row);
   }
 }
 

@@ -19,8 +19,6 @@
 #include "winograd_direct_sum.h"
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-
 #include <numeric>
 #include <vector>
 
@@ -41,7 +39,7 @@ template <typename Form>
 bool transform_all_weights(const Kernel& kernel, float* to) {
   const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth), vectors = depth / kWidth;
   std::vector<float> energies(groups * vectors); // of each stretch of inputs, at its first vector
-  at::parallel_for(0, groups * vectors, kThreadPairs / (kWidth * kColumns), [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * vectors, kThreadPairs / (kWidth * kColumns), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end;) {
       const int64_t g = task / vectors, first = task % vectors, last = std::min(vectors, first + end - task);
       energies[task] = transform_weights<Form>(
@@ -208,7 +206,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
   const Workspace weights(Form::kPlanes * groups * depth * kColumns);
   const bool in_range = transform_all_weights<Form>(kernel, weights.data());
   const Tiles in = x.template tiles<typename Form::Input>();
-  at::parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Workspace operand(Form::kOperands * operand_plane), product(Form::kProducts * product_plane);
     auto reader = reader_of<Form>(x, kernel.inputs);
     std::vector<DirectTile> direct(size);
@@ -267,7 +265,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
   const Workspace operand(Form::kOperands * operand_plane);
   std::vector<DirectTile> direct(count);
-  at::parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kRows;
     auto reader = reader_of<Form>(x, kernel.inputs);
     transform_tiles(
@@ -281,7 +279,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
         direct.data() + first);
   });
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
-  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = depth * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
     const Workspace weights(Form::kPlanes * weight_plane), product(Form::kProducts * product_plane);
     DirectSums<Form> sums;
@@ -328,7 +326,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
 template <typename Form>
 Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& kernel) {
   const Tiles tiles{images, height, width, Form::kOut};
-  const int64_t count = tiles.count(), threads = at::get_num_threads(), groups = groups_of(kernel.outputs);
+  const int64_t count = tiles.count(), threads = get_num_threads(), groups = groups_of(kernel.outputs);
   const int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float));
   if (goes_by_channels<Form>(tiles, kernel)) {
     // With more threads than groups several share a group, and each transforms its weights for itself.

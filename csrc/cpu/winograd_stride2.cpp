@@ -12,7 +12,7 @@ template Chunks chunks_of<Stride2>(int64_t, int64_t, int64_t, const Kernel&);
 #define FASTRES_INSTANTIATE(T, ...) \
   template void convolve<Stride2>(const Chunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
 FASTRES_FORWARD_EPILOGUES(FASTRES_INSTANTIATE, float)
-FASTRES_FORWARD_EPILOGUES(FASTRES_INSTANTIATE, at::BFloat16)
+FASTRES_FORWARD_EPILOGUES(FASTRES_INSTANTIATE, BFloat16)
 #undef FASTRES_INSTANTIATE
 
 } // namespace conv

@@ -12,7 +12,7 @@ template Chunks chunks_of<Stride2Turned>(int64_t, int64_t, int64_t, const Kernel
 #define FASTRES_INSTANTIATE(T, ...) \
   template void convolve<Stride2Turned>(const Chunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
 FASTRES_GRADIENT_EPILOGUES(FASTRES_INSTANTIATE, float)
-FASTRES_GRADIENT_EPILOGUES(FASTRES_INSTANTIATE, at::BFloat16)
+FASTRES_GRADIENT_EPILOGUES(FASTRES_INSTANTIATE, BFloat16)
 #undef FASTRES_INSTANTIATE
 
 } // namespace conv

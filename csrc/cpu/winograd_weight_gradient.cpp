@@ -8,8 +8,6 @@
 #include "winograd.h"
 #include "workspace.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <iterator>
 #include <vector>
@@ -244,7 +242,7 @@ void gradient_at_once(const Problem<Form, T>& w) {
   const int64_t count = w.tiles().count();
   GradientTiles<Form, T> transformed(w, count);
   std::vector<std::vector<DirectPair>> direct_from(count); // by the first tile of a thread's share
-  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
     typename GradientTiles<Form, T>::Readers readers(w);
     direct_from[begin] = transformed.transform(w, readers, begin, end - begin, begin);
   });
@@ -256,7 +254,7 @@ void gradient_at_once(const Problem<Form, T>& w) {
   // Row groups that go through one group of columns while that is in the L1 cache, and fill whole lines of rows.
   constexpr int64_t together = kGradientRows / kRows, plane = kGradientRows * kColumns + kSkew;
   const int64_t blocks = (rows.count() + together - 1) / together;
-  at::parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
     const Workspace product(Form::kPlanes * plane);
     const std::vector<const float*> parts{product.data()};
     for (int64_t task = begin; task < end; ++task) {
@@ -284,11 +282,11 @@ void gradient_by_shares(const Problem<Form, T>& w) {
   const int64_t count = w.tiles().count(), plane = w.gradient_plane();
   const int64_t chunks = (count + kGradientTiles - 1) / kGradientTiles;
   const int64_t shares =
-      std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, at::get_num_threads()));
+      std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, get_num_threads()));
   const Workspace gradients(shares * Form::kPlanes * plane);
   std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
   const RowGroups rows{w.outputs};
-  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     GradientTiles<Form, T> transformed(w, std::min(count, kGradientTiles));
     typename GradientTiles<Form, T>::Readers readers(w);
     Prefetch prefetch;
@@ -322,7 +320,7 @@ void gradient_by_shares(const Problem<Form, T>& w) {
       }
     }
   });
-  at::parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, w.groups() * rows.count(), 1, [&](int64_t begin, int64_t end) {
     std::vector<const float*> parts(shares);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / rows.count(), first = rows.begin(task % rows.count());
@@ -360,7 +358,7 @@ void weight_gradient(const WeightGradient<T>& given) {
 
 #define FASTRES_INSTANTIATE(Form) \
   template void weight_gradient<Form>(const WeightGradient<float>&); \
-  template void weight_gradient<Form>(const WeightGradient<at::BFloat16>&);
+  template void weight_gradient<Form>(const WeightGradient<BFloat16>&);
 FASTRES_INSTANTIATE(Tile4)
 FASTRES_INSTANTIATE(Tile5)
 FASTRES_INSTANTIATE(Stride2)

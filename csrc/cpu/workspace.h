@@ -1,11 +1,10 @@
 // Uninitialised memory for intermediate results.
 #pragma once
 
-#include <c10/core/impl/alloc_cpu.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <new>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -40,11 +39,11 @@ public:
         best = i;
       }
     }
-    return best < 0 ? Block{static_cast<float*>(c10::alloc_cpu(bytes)), bytes} : remove(best);
+    return best < 0 ? Block{static_cast<float*>(::operator new(bytes, kAlignment)), bytes} : remove(best);
   }
   void give(Block block) noexcept {
     if (block.bytes > kPoolBytes) {
-      c10::free_cpu(block.data);
+      ::operator delete(block.data, kAlignment);
       return;
     }
     while (count_ == kBlocks || bytes_ + block.bytes > kPoolBytes) {
@@ -55,6 +54,7 @@ public:
   }
 
 private:
+  static constexpr std::align_val_t kAlignment{64}; // a cache line
   static constexpr int64_t kPoolBytes = 16 * 1024 * 1024;
   // More than a thread ever holds at a time, so that a sequence of layers finds its own again.
   static constexpr int kBlocks = 16;
@@ -67,7 +67,7 @@ private:
     return block;
   }
   void free_oldest() noexcept {
-    c10::free_cpu(remove(0).data);
+    ::operator delete(remove(0).data, kAlignment);
   }
 
   std::array<Block, kBlocks> blocks_; // the one given back last is the last

@@ -90,7 +90,11 @@ class Arguments:
         self.group = self._grouper()
 
     def caller(
-        self, target: Callable[..., Any], guard: Callable[[], Any] | None = None, unguarded: Any = None
+        self,
+        target: Callable[..., Any],
+        guard: Callable[[], Any] | None = None,
+        unguarded: Any = None,
+        refusal: Callable[[ValueError], Exception] | None = None,
     ) -> Callable[..., Any]:
         """A function of the grouped parameters that calls `target` with the flat ones.
 
@@ -99,6 +103,7 @@ class Arguments:
 
         Args:
             guard: what it makes exists while `target` runs, but for where `unguarded` returns True.
+            refusal: of a ValueError that `target` raises under the guard, what to raise in its place.
         """
         flat = []
         for name, group, size, optional, _ in self.parameters:
@@ -113,9 +118,10 @@ class Arguments:
         if guard is not None:
             source = (
                 f"def call({names}):\n    if _unguarded():\n        {call}\n    guard = _guard()\n"
-                f"    try:\n        {call}\n    finally:\n        del guard"
+                f"    try:\n        {call}\n    except ValueError as e:\n        raise _refusal(e) from None\n"
+                "    finally:\n        del guard"
             )
-        space: dict[str, Any] = {"_target": target, "_guard": guard, "_unguarded": unguarded}
+        space: dict[str, Any] = {"_target": target, "_guard": guard, "_unguarded": unguarded, "_refusal": refusal}
         exec(source, space)
         return space["call"]  # type: ignore[no-any-return]
 

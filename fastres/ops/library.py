@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from fastres.ops.arguments import Arguments
 from fastres.ordinary import why_not_ordinary
 
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+
+_WRONG_DTYPE = re.compile(r"\w+: expected dtype ")
 
 LIBRARY: Any = torch.library.Library("fastres", "DEF")  # type: ignore[no-untyped-call]
 
@@ -77,7 +80,10 @@ def define(
                 f"fastres::{name}: expected inputs that require no gradient, or torch.no_grad(), for the operator has "
                 f"no derivative of its own; call fastres.functional.{function} where gradients are needed"
             )
-        return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        try:
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        except ValueError as e:
+            raise _in_python(e) from None
 
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     LIBRARY.impl(name, refuse_gradients, "Autograd", with_keyset=True)
@@ -87,7 +93,7 @@ def define(
             lambda *args, out_shape, **_: flops(**arguments.group(*args), out_shape=out_shape)
         )
     # The guard holds for as long as it exists: a with statement would cost another 0.3 us a call.
-    call: Any = arguments.caller(overload, torch._C._AutoDispatchBelowAutograd, torch.compiler.is_compiling)
+    call: Any = arguments.caller(overload, torch._C._AutoDispatchBelowAutograd, torch.compiler.is_compiling, _in_python)
     call.overload, call.arguments = overload, arguments
     return call
 
@@ -108,6 +114,14 @@ def _guard_in_cpp(launches: Any, qualified: str, function: str) -> None:
     """What `refuse_gradients` does, for CUDA tensors: on its way through Python it would cost more than a launch."""
     if launches is not None:
         launches.guard(qualified, "CUDA", function)
+
+
+def _in_python(error: ValueError) -> Exception:
+    """A kernel's refusal as users see it: that of a dtype is a TypeError.
+
+    The compiled kernels know no Python, and exceptions of the C++ library become ValueError and RuntimeError alone.
+    """
+    return TypeError(*error.args) if _WRONG_DTYPE.match(str(error)) else error
 
 
 def convolution_flops(output: Sequence[int], weight: Sequence[int], results: int = 1) -> int:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres import _build, contract
+from fastres import _build, _library, contract
 from fastres.contract import Act, Norm, NormParams, Residual, Statistics
 from fastres.kernels import batch_norm_act as launchers
 from fastres.kernels import launch as launching
@@ -83,7 +83,7 @@ def module(driver, tmp_path_factory) -> Any:
     _, library = _build.built(_build.launch_module())
     copy = tmp_path_factory.mktemp("launch") / "_C_launch.so"
     shutil.copy(library, copy)
-    loaded = _build.import_file("_C_launch", copy)
+    loaded = _library.import_extension("_C_launch", copy)
     loaded.load(str(driver.file), str(driver.file))
     return loaded
 

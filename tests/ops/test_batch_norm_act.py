@@ -14,6 +14,7 @@ from fastres import contract, functional
 from fastres.activations import Activation
 from fastres.contract import PLAIN, Act, Norm, NormParams, Residual, Statistics, Sums
 from fastres.ops import batch_norm_act as ops
+from tests import backend
 from tests.operators import opcheck
 from tests.oracle import DTYPES, LAYOUTS, activation, assert_close, generator, norm
 
@@ -228,3 +229,18 @@ def test_malformed_calls_of_an_operator_are_refused():
         ops.backward_reduce(dy[:1], None, x, normed, r, bits, act)
     with pytest.raises((ValueError, RuntimeError), match=r"bits|size|invalid"):
         ops.backward_reduce(dy, None, x, normed, r, bits[:-1], act)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(backend.NAME in ("reference", "triton", "cuda"), reason="these trust their callers")
+@pytest.mark.parametrize(
+    ("residual", "error"),
+    [(torch.zeros(2, 4, 3, 3).double(), TypeError), (torch.zeros(2, 4, 3, 1), ValueError)],
+)
+def test_a_refused_residual_leaves_the_running_statistics_alone(residual, error):
+    running = torch.zeros(4), torch.ones(4)
+    act = Act("relu", 0.0, 0.0, "add_act")
+    with pytest.raises(error, match="residual: expected"):
+        ops.training(torch.randn(2, 4, 3, 3), NormParams(*running), None, residual, None, None, None, act)
+    assert torch.equal(running[0], torch.zeros(4)) and torch.equal(running[1], torch.ones(4))
+    assert [t._version for t in running] == [0, 0]
