@@ -15,6 +15,8 @@ from fastres import Activation, activations, freeze, functional, fuse
 from fastres.fuse import fuse_report
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, PlainResidualBlock, ResidualBlock
 from tests.nn.test_blocks import inputs, pair
+from tests.operators import Operators
+from tests.oracle import near_zero
 from tests.parity import DTYPES, FORMATS, close, same_training, scramble
 
 MODULES = {
@@ -29,6 +31,22 @@ MODULES = {
     "elu": lambda: nn.ELU(0.7),
 }
 BLOCKS = [(FusedBasicBlock, BasicBlock), (FusedBottleneck, Bottleneck)]
+
+
+def sure(expected, make_input):
+    """`make_input`, drawing until no activation of `expected` is in doubt: behind it stand whole convolutions."""
+
+    def make():
+        state = copy.deepcopy(expected.state_dict())
+        while True:
+            x = make_input()
+            with torch.no_grad(), Operators() as seen:
+                expected(x)
+            expected.load_state_dict(state)
+            if not any(near_zero(distance, x.dtype).any() for distance in seen.distances):
+                return x
+
+    return make
 
 
 class Plain(nn.Module):
@@ -104,7 +122,7 @@ def test_a_module_with_an_activation_trains_as_torchs_do(kind, dtype, memory_for
     assert "" in fuse_report(actual).swapped
     if residual:
         actual, expected = WithResidual(actual), WithResidual(expected)
-    same_training(actual, expected, inputs(dtype, memory_format), steps=2, times=2)
+    same_training(actual, expected, sure(expected, inputs(dtype, memory_format)), steps=2, times=2)
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -115,7 +133,7 @@ def test_a_block_with_another_activation_stays_on_the_fused_way(kind, fused, pla
     actual, expected = pair(fused, plain, shortcut=shortcut, stride=stride, dtype=dtype)
     actual.relu, expected.relu = MODULES[kind](), MODULES[kind]()
     assert "" in fuse_report(actual).swapped
-    same_training(actual, expected, inputs(dtype), steps=2, times=16)
+    same_training(actual, expected, sure(expected, inputs(dtype)), steps=2, times=16)
 
 
 @pytest.mark.parametrize("kind", MODULES)
