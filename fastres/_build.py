@@ -3,15 +3,15 @@
 One list of sources and flags serves both ways to a module:
 
 - at install, where torch is visible to the build (`pip install --no-build-isolation`), setup.py compiles a module for
-  each CPU capability, and the CUDA module, next to the package, and writes down what they were compiled from;
+  each CPU capability, and those for a GPU, next to the package, and writes down what they were compiled from;
 - at first use, where no such module fits the torch that is running: `fastres._extension` asks for the one module that
   is needed, which is compiled once through `torch.utils.cpp_extension` and kept in torch's extension cache.
 
-A CPU module keeps to torch's stable ABI and serves every torch from STABLE_ABI on, under any Python. The CUDA module
-serves the torch and the Python that it was compiled for.
+A CPU module keeps to torch's stable ABI and serves every torch from STABLE_ABI on, under any Python. The modules for a
+GPU serve the torch and the Python that they were compiled for.
 
 Environment:
-    FASTRES_CUDA: `0` leaves the CUDA module out.
+    FASTRES_CUDA: `0` leaves the modules for a GPU out.
     TORCH_CUDA_ARCH_LIST, TORCH_EXTENSIONS_DIR, CXX, MAX_JOBS, CUDA_HOME: as for every PyTorch extension.
 
 setup.py loads this file by its path, so nothing above the functions may import torch or the rest of the package.
@@ -122,20 +122,17 @@ def capabilities() -> tuple[str, ...]:
 
 def cpu_module(capability: str) -> Module:
     """The CPU module for "default", "avx2" or "avx512"."""
-    sources, headers = _sources("cpu")
-    return Module(f"_C_cpu_{capability}", sources, headers, CXX_FLAGS + CAPABILITY_FLAGS[capability], stable=True)
+    return Module(f"_C_cpu_{capability}", *_sources("cpu"), CXX_FLAGS + CAPABILITY_FLAGS[capability], stable=True)
 
 
 def cuda_module() -> Module:
     """The CUDA module."""
-    sources, headers = _sources("cuda")
-    return Module("_C_cuda", sources, headers, CXX_FLAGS, NVCC_FLAGS)
+    return Module("_C_cuda", *_sources("cuda"), CXX_FLAGS, NVCC_FLAGS)
 
 
 def launch_module() -> Module:
     """The module that repeats launches on a GPU: it needs no nvcc."""
-    sources, headers = _sources("launch")
-    return Module("_C_launch", sources, headers, CXX_FLAGS)
+    return Module("_C_launch", *_sources("launch"), CXX_FLAGS)
 
 
 def _sources(folder: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

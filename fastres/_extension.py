@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from fastres._library import CpuLibrary
 
 _SPEED_ONLY = "the results are the same, only slower."
-# What is missing without a module, and what serves instead.
-_WORDS = {
-    "cpu": ("CPU kernels", "fastres goes on with plain PyTorch"),
-    "cuda": ("CUDA kernels", "fastres goes on with plain PyTorch"),
-    "launch": ("launches", "fastres goes on launching its kernels by Python"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +219,10 @@ def _find(backend: str, make: Callable[[], Module], check_build: Callable[[], No
         if flags is not None:
             sys.setdlopenflags(flags)
     if backend == "cpu" or _gpu_present():
-        what, instead = _WORDS[backend]
-        warnings.warn(f"no compiled {what}: {reason}. {instead}: {_SPEED_ONLY}", RuntimeWarning, stacklevel=4)
+        message = f"no compiled {backend.upper()} kernels: {reason}. fastres goes on with plain PyTorch: {_SPEED_ONLY}"
+        if backend == "launch":
+            message = f"no compiled launches: {reason}. fastres goes on launching its kernels by Python: {_SPEED_ONLY}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     return None, BackendStatus(False, reason, capability=capability, error=error)
 
 

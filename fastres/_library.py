@@ -34,7 +34,7 @@ class CpuLibrary:
             self._functions.fastres_reuse_memory.restype = ctypes.c_bool
             self._functions.fastres_reuse_memory.argtypes = [ctypes.c_bool]
         except (OSError, AttributeError) as e:
-            raise ImportError(f"{path}: {e.__cause__ or e}") from e
+            raise ImportError(f"{path} cannot be loaded: {e.__cause__ or e}") from e
 
     def capability(self) -> str:
         """The capability it was compiled for: DEFAULT, AVX2 or AVX512."""
