@@ -142,7 +142,7 @@ def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
     kernel = next((k for k in kernels if same_sizes(weight.shape[2:], (k, k))), None)
     if kernel is None:
         return f"its kernel is {'x'.join(str(size) for size in weight.shape[2:])}"
-    stride, padding, dilation = (_pair(given[name]) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = (pair(given[name]) for name in ("stride", "padding", "dilation"))
     if given["groups"] != 1:
         return f"it has {given['groups']} groups"
     half = (kernel // 2,) * 2
@@ -155,7 +155,8 @@ def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
     return Conv(node, given["input"], given["weight"], given["bias"], kernel, stride)
 
 
-def _pair(given: Any) -> tuple[Any, Any]:
+def pair(given: Any) -> tuple[Any, Any]:
+    """A convolution's stride, padding or dilation of both axes."""
     if isinstance(given, (tuple, list)):
         return tuple(given) if len(given) == 2 else (given[0], given[0])
     return (given, given)

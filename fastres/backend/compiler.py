@@ -36,6 +36,7 @@ PATTERNS = [
     ),
     ("3x3 convolution before these, in evaluation", "conv3x3_norm_act: they are its epilogue"),
     ("3x3 convolution alone", "conv3x3"),
+    ("a convolution whose kernel covers its image, on the CPU", "a linear layer: weights stay where they lie"),
     ("a network in NCHW", "channels_last between copies, where its convolutions gain"),
 ]
 

@@ -16,12 +16,24 @@ from torch.fx import Graph, Node
 from fastres import functional
 from fastres.backend import chains, convolutions, frozen
 from fastres.backend.apart import Apart
-from fastres.backend.calls import ADDITIONS, Conv, Norm, conv_of, dropout_of, is_conv, is_norm, norm_of, norm_params
+from fastres.backend.calls import (
+    ADDITIONS,
+    CONV,
+    Conv,
+    Norm,
+    conv_of,
+    dropout_of,
+    is_conv,
+    is_norm,
+    norm_of,
+    norm_params,
+)
 from fastres.backend.chains import Chain
 from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
 from fastres.backend.values import bind, elements, only_user, same_layout, value
+from fastres.backend.whole import covers_image, linear_of_image
 from fastres.contract import NormParams
 
 # Who may read a convolution's input in place of the tensor that it was: calls that only read it, and that give nothing
@@ -312,6 +324,10 @@ class Rewriter:
             reason = "it has no normalisation beside it"
         if reason is None and not isinstance(conv, str):
             return self.convolve(conv)
+        if covers_image(node):
+            given = bind(node, CONV)
+            operands = (self.current(given[name]) for name in ("input", "weight", "bias"))
+            return self.call(self.count(linear_of_image, convs=1), *operands, like=node)
         self.leave("convolution", node, str(reason))
         return None
 
