@@ -2,8 +2,9 @@
 
 Each round runs every side once; figures are medians over the rounds. A step is forward, a loss, backward and SGD with
 momentum, in float32 and channels_last, on the same images. Every side has the network with the same first weights, and
-the time that its first step took, compilation and all, stands beside the others. One more side is ours on the network
-as it is made, in NCHW. Each network has a process of its own: after others had filled and left its memory, one took
+the time that its first step took, compilation and all, stands beside the others. Two more sides are eager and ours on
+the network as it is made, in NCHW. A last step of each is watched by the profiler for the most bytes that its tensors
+hold at a time. Each network has a process of its own: after others had filled and left its memory, one took
 1.25 times as long. The weights of normalisations are 0.5 to 1.5: zeros, with which some of timm's begin, keep
 gradients in one pixel of each strided shortcut's four, sixteen or 64, which no longer is so once a network has learnt.
 """
@@ -26,11 +27,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine, in_own_process
+from benchmarks.memory import MIB, tensors_peak
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
 from fastres import models
 from fastres.nn.preactivation import PreactivationBlock
 
-EAGER, INDUCTOR, OURS, NCHW = ("eager", "inductor", "fastres", "fastres, NCHW")
+EAGER, INDUCTOR, OURS, EAGER_NCHW, NCHW = ("eager", "inductor", "fastres", "eager, NCHW", "fastres, NCHW")
+PEERS = (EAGER, EAGER_NCHW, INDUCTOR)
+IN_NCHW = (EAGER_NCHW, NCHW)
 INNER = "fastres, inner "
 CLASSES = 10
 
@@ -122,7 +126,7 @@ class Config:
 
 @dataclass
 class Measured:
-    """One network: seconds a step of each side, and of its first step."""
+    """One network: seconds a step of each side, and of its first step, and the most bytes that its tensors hold."""
 
     name: str
     batch: int
@@ -130,6 +134,7 @@ class Measured:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     first_seconds: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def median(self, side: str) -> float:
         """NaN where the side is missing."""
@@ -137,8 +142,12 @@ class Measured:
 
     @property
     def gain(self) -> float:
-        """The better peer's time over ours."""
-        return min(self.median(side) for side in (EAGER, INDUCTOR) if self.seconds.get(side)) / self.median(OURS)
+        """The best peer's time over ours."""
+        return min(self.median(side) for side in PEERS if self.seconds.get(side)) / self.median(OURS)
+
+    def peak(self, side: str) -> float:
+        """MiB; NaN where it was not measured."""
+        return self.peak_bytes.get(side, float("nan")) / MIB
 
 
 def _sides(inner: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -146,6 +155,7 @@ def _sides(inner: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         EAGER: {"disable": True},
         INDUCTOR: {"backend": "inductor"},
         OURS: {"backend": "fastres"},
+        EAGER_NCHW: {"disable": True},
         NCHW: {"backend": "fastres"},
         **{INNER + name: {"backend": "fastres", "options": {"inner": name}} for name in inner},
     }
@@ -171,7 +181,7 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     runs: dict[str, Callable[[], None]] = {}
     for side, options in _sides(inner).items():
         torch.manual_seed(0)
-        layout = torch.contiguous_format if side == NCHW else torch.channels_last
+        layout = torch.contiguous_format if side in IN_NCHW else torch.channels_last
         model = make().to(memory_format=layout)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -191,6 +201,7 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
             start = time.perf_counter()
             run()
             found.seconds[side].append(time.perf_counter() - start)
+    found.peak_bytes = {side: tensors_peak(run) for side, run in runs.items()}
     return found
 
 
@@ -213,17 +224,19 @@ def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor)
 def table(found: list[Measured]) -> str:
     """A Markdown table; ratios above 1 say that ours takes less time."""
     inner = [side for side in _all_sides(found) if side.startswith(INNER)]
-    heads = ("network", "images", "eager, ms", "inductor, ms", "fastres, ms", "over the better", "fastres, NCHW, ms")
+    times = (EAGER, EAGER_NCHW, INDUCTOR, OURS, NCHW, *inner)
     lines = [
-        row(*heads, *(f"{side}, ms" for side in inner), "first step, s: inductor", "fastres"),
-        row("---", *["---:"] * (len(heads) + len(inner) + 1)),
-    ]
+        row(
+            "network", "images", *(f"{side}, ms" for side in times), "over the best peer", "first step, s: inductor",
+            "fastres", "peak of tensors, MiB: eager", "fastres", "eager, NCHW", "fastres, NCHW",
+        ),
+        row("---", *["---:"] * (len(times) + 8)),
+    ]  # fmt: skip
     for m in found:
-        times = [number(1e3 * m.median(side)) for side in (EAGER, INDUCTOR, OURS)]
-        further = [number(1e3 * m.median(side)) for side in inner]
+        milliseconds = [number(1e3 * m.median(side)) for side in times]
         first = [number(m.first_seconds.get(side, float("nan"))) for side in (INDUCTOR, OURS)]
-        nchw = number(1e3 * m.median(NCHW))
-        lines.append(row(m.name, f"{m.batch} at {m.image}", *times, number(m.gain, "x"), nchw, *further, *first))
+        peaks = [number(m.peak(side)) for side in (EAGER, OURS, EAGER_NCHW, NCHW)]
+        lines.append(row(m.name, f"{m.batch} at {m.image}", *milliseconds, number(m.gain, "x"), *first, *peaks))
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ import torch.nn as nn
 from benchmarks import backend
 from benchmarks.backend import (
     EAGER,
+    EAGER_NCHW,
     INDUCTOR,
     NCHW,
     NETWORKS,
@@ -51,9 +52,11 @@ def test_every_side_is_measured_and_a_missing_one_is_named(tiny: str, tmp_path: 
     main(Config(networks=(tiny,), inner=("aot_eager",), rounds=3, output_dir=tmp_path, page=page))
     (file,) = tmp_path.glob("backend-*.json")
     (network,) = json.loads(file.read_text())["networks"]
-    assert {side: len(times) for side, times in network["seconds"].items()} == {
-        EAGER: 3, OURS: 3, NCHW: 3, "fastres, inner aot_eager": 3,
-    }  # fmt: skip
+    sides = (EAGER, EAGER_NCHW, OURS, NCHW, "fastres, inner aot_eager")
+    assert {side: len(times) for side, times in network["seconds"].items()} == dict.fromkeys(sides, 3)
+    # The output of the convolution and its gradient at least.
+    assert set(network["peak_bytes"]) == set(sides)
+    assert all(peak >= 2 * 4 * 2 * 8 * 8 * 8 for peak in network["peak_bytes"].values())
     assert "no compiler" in network["missing"][INDUCTOR]
     text = page.read_text()
     assert "| tiny | 2 at 8 |" in text and "old" not in text and text.endswith("after\n")
@@ -70,12 +73,14 @@ def test_what_was_measured_the_same_day_stays_until_it_is_measured_again(
     assert found == {tiny: 1, "other": 2}
 
 
-def test_the_gain_is_over_the_better_peer() -> None:
-    found = Measured(
-        "a", 1, 8, {EAGER: [3.0, 1.0, 2.0], INDUCTOR: [1.5], OURS: [0.5], NCHW: [0.6]}, {INDUCTOR: 9.0, OURS: 1.0}
-    )
+def test_the_gain_is_over_the_best_peer() -> None:
+    seconds = {EAGER: [3.0, 1.0, 2.0], INDUCTOR: [1.5], OURS: [0.5], NCHW: [0.6]}
+    found = Measured("a", 1, 8, seconds, {INDUCTOR: 9.0, OURS: 1.0}, peak_bytes={EAGER: 3 << 20, OURS: 1 << 20})
     assert found.gain == 3.0
-    assert "| a | 1 at 8 | 2000 | 1500 | 500 | 3.00x | 600 | 9.00 | 1.00 |" in table([found])
+    seconds[EAGER_NCHW] = [0.75]
+    assert found.gain == 1.5
+    expected = "| a | 1 at 8 | 2000 | 750 | 1500 | 500 | 600 | 1.50x | 9.00 | 1.00 | 3.00 | 1.00 |  |  |"
+    assert expected in table([found])
 
 
 def test_each_instruction_set_has_a_table_of_its_newest_figures(tmp_path: Path) -> None:
