@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,7 @@ def test_the_cuda_module_can_be_left_out(monkeypatch):
 # What a shared library may need beside the C functions of torch: glibc's and the compiler's runtime, all of them
 # versioned, and what the linker leaves to whoever has it.
 RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
+FOR_ARM = "aarch64-linux-gnu-g++"
 ANYBODYS = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__cxa_finalize"}
 
 
@@ -353,23 +355,50 @@ def _is_current(path: Path) -> bool:
     return recorded.get(path.stem) == _build.cpu_module(path.stem.removeprefix("_C_cpu_")).fingerprint
 
 
+def check_needed_names(path: Path) -> None:
+    """Check that a module needs torch's C functions and the runtime alone."""
+    listed = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in listed.stdout.splitlines()}
+    of_torch = {name for name in names if re.match(r"(aoti_torch|torch)_\w+$", name)}
+    others = {name for name in names - of_torch - ANYBODYS if not RUNTIME.search(name)}
+    assert others == set(), path
+    assert "torch_library_impl" in of_torch
+
+
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="no nm, or not ELF")
 def test_the_cpu_modules_use_the_stable_abi_of_torch_and_nothing_of_python():
     modules = cpu_modules()
     assert modules
     for path in modules:
-        listed = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True)
-        names = {line.split()[-1] for line in listed.stdout.splitlines()}
-        of_torch = {name for name in names if re.match(r"(aoti_torch|torch)_\w+$", name)}
-        others = {name for name in names - of_torch - ANYBODYS if not RUNTIME.search(name)}
-        assert others == set(), path
-        assert "torch_library_impl" in of_torch
+        check_needed_names(path)
         needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
         libraries = set(re.findall(r"\(NEEDED\).*\[(.+?)\.so", needed))
         assert libraries <= {"libtorch_cpu", "libstdc++", "libm", "libgcc_s", "libc", "libmvec", "ld-linux-x86-64"}, (
             path
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(FOR_ARM) is None, reason=f"{FOR_ARM} is not installed")
+def test_the_baseline_module_is_one_for_aarch64_as_well(tmp_path):
+    """Compiled and linked without optimisation; nothing runs it here."""
+    module = _build.cpu_module("default")
+    flags = [flag for flag in module.cxx_flags if not flag.startswith("-O")]
+    folders = [f"-I{_build.SOURCES}", *(f"-isystem{d}" for d in _build.torch_folders("include"))]
+
+    def compiled(source: Path) -> Path:
+        made = tmp_path / f"{source.stem}.o"
+        subprocess.run([FOR_ARM, *flags, "-fPIC", *folders, "-c", source, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, module.sources))
+    library = tmp_path / module.file
+    subprocess.run([FOR_ARM, "-shared", *objects, "-o", library], check=True)
+    header = subprocess.run(["readelf", "-h", library], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"Machine:\s+AArch64", header)
+    check_needed_names(library)
 
 
 @needs_compiler
