@@ -44,14 +44,15 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and the side of its images in pixels: at 64 and below its stem is the one for CIFAR-10."""
+    """A network, its images' side in pixels, at 96 and below with the stem for CIFAR-10, and its channels' factor."""
 
     model: str = "resnet18"
     image: int = IMAGE
+    width: float = 1.0
 
     @property
     def name(self) -> str:
-        words = self.model.replace("resnet", "ResNet-")
+        words = self.model.replace("resnet", "ResNet-") + (f" x {self.width:g}" if self.width != 1 else "")
         return words if self.image == IMAGE else f"{words} at {self.image}"
 
 
@@ -209,16 +210,16 @@ def all_train_workloads(large: bool) -> Iterator[Workload]:
         yield from train_workloads(batch, network=network)
 
 
-def inference_workloads() -> Iterator[Workload]:
-    """ResNet-18 with the CIFAR stem in evaluation mode, without gradients."""
-    for batch in (BATCH, 1):
+def inference_workloads(batches: tuple[int, ...] = (BATCH, 1), network: Network = CIFAR) -> Iterator[Workload]:
+    """A network, ResNet-18 with the CIFAR stem, say, in evaluation mode, without gradients."""
+    for batch in batches:
         yield Workload(
             group="model-inference",
-            key=f"batch{batch}",
-            name=f"ResNet-18 inference, batch {batch}",
+            key=f"batch{batch}" if network == CIFAR else f"{network.model}-{network.image}-batch{batch}",
+            name=f"{network.name} inference, batch {batch}",
             images=batch,
             rounds=2 if QUICK else 6 if batch > 1 else 40,
-            set_up=_inference(batch),
+            set_up=_inference(network, batch),
             sides=(*_model_sides(), *(sides.GRAPHS if CUDA else ())),
         )
 
@@ -266,8 +267,10 @@ def copy(shape: Shape) -> Run:
 def make_network(side: str, network: Network = CIFAR, dropout: float = 0.0) -> nn.Module:
     """A network on the benchmark's device, channels_last; for every side but ours in plain PyTorch."""
     torch.manual_seed(0)
-    stem = "cifar" if network.image <= 64 else "imagenet"
-    model = models.create(network.model, num_classes=CLASSES, stem=stem, dropout=dropout, fused=side in sides.OURS)
+    stem = "cifar" if network.image <= 96 else "imagenet"
+    model = models.create(
+        network.model, num_classes=CLASSES, stem=stem, dropout=dropout, fused=side in sides.OURS, width=network.width
+    )
     model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
@@ -384,11 +387,8 @@ def _block(projection: bool) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
         torch.manual_seed(0)
         channels, stride = (128, 2) if projection else (64, 1)
-        shortcut = None
-        if projection:
-            shortcut = nn.Sequential(
-                nn.Conv2d(64, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        conv = nn.Conv2d(64, channels, kernel_size=1, stride=stride, bias=False)
+        shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels)) if projection else None
         block = (FusedBasicBlock if side == FUSED else BasicBlock)(64, channels, stride, shortcut)
         block.to(DEVICE, DTYPE).to(memory_format=torch.channels_last)
         x = _leaf((BATCH, 64, IMAGE, IMAGE))
@@ -422,10 +422,10 @@ def _train_step(network: Network, batch: int, dropout: float, amp: bool) -> Call
     return set_up
 
 
-def _inference(batch: int) -> Callable[[str], Run]:
+def _inference(network: Network, batch: int) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
-        model = make_network(side).eval()
-        images, _ = image_batch(batch)
+        model = make_network(side, network).eval()
+        images, _ = image_batch(batch, network.image)
         forward = _compiled(model, side)
 
         def run() -> None:
