@@ -29,6 +29,7 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine, in_own_process
 from benchmarks.memory import MIB, tensors_peak
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
+from benchmarks.workloads import Run, Workload
 from fastres import models
 from fastres.nn.preactivation import PreactivationBlock
 
@@ -175,18 +176,12 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
         raise ValueError(f"networks: expected names among {', '.join(NETWORKS)}, got {name!r}")
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    make, batch, image = NETWORKS[name]
+    _, batch, image = NETWORKS[name]
     found = Measured(name, batch, image)
     images = torch.randn(batch, 3, image, image)
-    runs: dict[str, Callable[[], None]] = {}
-    for side, options in _sides(inner).items():
-        torch.manual_seed(0)
-        layout = torch.contiguous_format if side in IN_NCHW else torch.channels_last
-        model = make().to(memory_format=layout)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-        run = _step(torch.compile(model, **options), model, images.contiguous(memory_format=layout))
+    runs: dict[str, Run] = {}
+    for side in _sides(inner):
+        run = _set_up(name, side, images)
         start = time.perf_counter()
         try:
             run()
@@ -205,12 +200,37 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     return found
 
 
+def _set_up(name: str, side: str, images: Tensor) -> Run:
+    torch.manual_seed(0)
+    layout = torch.contiguous_format if side in IN_NCHW else torch.channels_last
+    model = NETWORKS[name][0]().to(memory_format=layout)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    inner = (side.removeprefix(INNER),) if side.startswith(INNER) else ()
+    return _step(torch.compile(model, **_sides(inner)[side]), model, images.contiguous(memory_format=layout))
+
+
+def workload(name: str) -> Workload:
+    """A network's training step by every side, for pytest."""
+    _, batch, image = NETWORKS[name]
+    return Workload(
+        group="model-backend",
+        key=slug(name),
+        name=f"{name} at {image} training step, batch {batch}",
+        images=batch,
+        rounds=3,
+        set_up=lambda side: _set_up(name, side, torch.randn(batch, 3, image, image)),
+        sides=tuple(_sides(())),
+    )
+
+
 def measure_alone(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     """`measure` in a process of its own."""
     return in_own_process(measure, name, rounds, inner)
 
 
-def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Callable[[], None]:
+def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def run() -> None:
