@@ -301,7 +301,8 @@ def selection(runs: Sequence[Results]) -> str:
         for entry in chosen(results):
             rows.setdefault((entry.name, entry.unit), {})[index] = entry.cells()
     lines = [
-        *chain.from_iterable((_conditions(results.machine), "") for results in runs),
+        *(_conditions(results.machine) for results in runs),
+        "",
         row("", "unit", *chain.from_iterable((f"{name}: the best peer", "fastres", "over it") for name in sets)),
         row("---", "---", *["---:"] * (3 * len(runs))),
     ]
