@@ -110,7 +110,7 @@ def main(mode: str, probe_path: str, calls_path: str, result_path: str) -> None:
             probe.gate_dump(str(number).encode())
     else:
         bytes_held = [scratch(probe, run, arguments) for run, arguments in runs]
-    result = {"module": str(path), "build": library.build_info(), "scratch": bytes_held}
+    result = {"module": str(Path(path).resolve()), "build": library.build_info(), "scratch": bytes_held}
     Path(result_path).write_text(json.dumps(result), encoding="utf-8")
 
 

@@ -164,6 +164,8 @@ def instructions(calls: Sequence[Call]) -> Replayed:
             name, cost = cost_of_module(Path(f"{dumps}.{number + 1}").read_text(encoding="utf-8"), result["module"])
             if name != str(number):
                 raise RuntimeError(f"callgrind: expected the dump of call {number}, got that of {name}")
+            if cost == 0:
+                raise RuntimeError(f"{call.name}: expected instructions in {result['module']}, got none")
             figures[call.name] = cost
     return Replayed(result["module"], result["build"], figures)
 
