@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -184,7 +184,7 @@ def _frozen() -> None:
     x = _x((2, 3, 16, 16)).detach()
     with torch.no_grad():
         with _disable_current_modes():  # under a mode the layers are called one by one
-            plan = plan_for(network, x, network._forward)
+            plan = plan_for(network, x, cast(Callable[[Any], Any], network._forward))
         if plan is None:
             raise RuntimeError(f"frozen WRN-10-2: expected one call, got {why_not_planned(network)}")
         plan.run(x)

@@ -48,7 +48,7 @@ def torch_version() -> str:
 
 def calls_of_steps(networks: tuple[Network, ...]) -> dict[str, int]:
     """ "network: operator" -> calls in its second training step; the first one makes the momentum."""
-    figures = {}
+    figures: dict[str, int] = {}
     for network in networks:
         step, _ = training_step(network, FUSED)
         step()
@@ -82,7 +82,7 @@ def _modes(
     networks: Mapping[str, Callable[[], nn.Module]], function: Callable[[nn.Module, Tensor], dict[str, int]]
 ) -> dict[str, int]:
     """What a function finds of each network in training and in evaluation."""
-    figures = {}
+    figures: dict[str, int] = {}
     for name, make in networks.items():
         model = make().to(memory_format=torch.channels_last)
         images = torch.randn(IMAGES).to(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ The package is not imported as a whole: its networks and its compiler's backend 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import json
@@ -92,16 +93,16 @@ def main(mode: str, probe_path: str, calls_path: str, result_path: str) -> None:
     probe.gate_end.restype = ctypes.c_int64
     path, library = load_kernels()
     bytes_held = []
-    runs = []
+    runs: list[tuple[Callable[[], Any], Any]] = []
     for operator, arguments in torch.load(calls_path, weights_only=True):
         overload = getattr(torch.ops.fastres, operator).default
-        runs.append((lambda overload=overload, arguments=arguments: overload(*arguments), arguments))
+        runs.append((functools.partial(overload, *arguments), arguments))
     # Tables and schemas are made at the first call.
     for run, _ in runs:
         run()
     if mode == "instructions":
         if not probe.gate_counts_instructions():
-            raise RuntimeError("probe: expected callgrind around this process, and its header at compilation")
+            raise RuntimeError("probe: expected callgrind around this process")
         probe.gate_instrument()
         for number, (run, _) in enumerate(runs):
             probe.gate_toggle()

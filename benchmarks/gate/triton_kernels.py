@@ -43,7 +43,7 @@ def of_launches(step: str, launches: Iterable[Launch]) -> dict[str, int]:
     for launch in launches:
         counts[launch.name] += 1
         sizes[launch.name] += bytes_of(launch)
-    figures = {}
+    figures: dict[str, int] = {}
     for name in sorted(counts):
         figures |= {f"{step}, {name}: launches": counts[name], f"{step}, {name}: bytes": sizes[name]}
     return figures
@@ -52,7 +52,7 @@ def of_launches(step: str, launches: Iterable[Launch]) -> dict[str, int]:
 def count_launches(networks: Sequence[str] = NETWORKS) -> Counted:
     """The group of the baseline: steps with the CIFAR stem in bfloat16 and channels_last."""
     check_compiler()
-    figures = {}
+    figures: dict[str, int] = {}
     for name in networks:
         for dropout in (0.0, 0.1):
             trace, _ = training_step(name, batch=BATCH, dropout=dropout)
