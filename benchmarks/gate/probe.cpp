@@ -51,7 +51,8 @@ Count the_count;
 // buffers of the matrix products inside, whose sizes follow the processor.
 bool is_of_products(const void* caller) {
   Dl_info info;
-  return dladdr(caller, &info) && info.dli_fname && (strstr(info.dli_fname, "torch_cpu") || strstr(info.dli_fname, "mkl"));
+  return dladdr(caller, &info) && info.dli_fname &&
+      (strstr(info.dli_fname, "torch_cpu") || strstr(info.dli_fname, "mkl"));
 }
 
 void* taken(void* data, size_t bytes, const void* caller) {
