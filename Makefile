@@ -1,7 +1,7 @@
 PYTHON ?= python
 OUT ?= runs/gpu
 
-.PHONY: build test coverage bench lint format gpu sanitize docs release wheels
+.PHONY: build test coverage bench gate lint format gpu sanitize docs release wheels
 
 build: ## compile the modules in place, only what changed
 	$(PYTHON) setup.py build_ext --inplace
@@ -19,6 +19,9 @@ coverage: ## the lines of the trainer that its tests run; fails below 90 %
 
 bench:
 	$(PYTHON) -m pytest benchmarks/ --benchmark-only
+
+gate: ## what the code does, counted, beside the committed figures; docs/benchmarks.md
+	$(PYTHON) -m benchmarks.gate $(ARGS)
 
 # The theme's notice of its own future would be the only output.
 docs: export NO_MKDOCS_2_WARNING = 1

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,21 @@ def in_own_process(function: Callable[..., _R], *arguments: Any) -> _R:
     """What a function of a module returns or raises in a new process, which knows nothing of this one's memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
+
+
+@contextmanager
+def environment(**settings: str) -> Iterator[None]:
+    """Environment variables that processes started within it have."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def describe_machine() -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -101,6 +102,30 @@ def tensors_peak(step: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def saved_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps between forward, which `loss` does, and backward, which follows it here.
+
+    Every storage counts once; parameters, which exist anyway, do not count, nor does what autocast makes of them, which
+    does not grow with the batch.
+    """
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() > 1}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and tensor.shape not in shapes:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        # The loss keeps the graph, and so every address, alive until the sum is taken.
+        value = loss()
+        total = sum(storages.values())
+    torch.autograd.backward(value)
+    return total
 
 
 def _status(field: str) -> int:

@@ -9,7 +9,6 @@ With one thread they are the process's CPU time, which other work on the machine
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 import timeit
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 import fastres
 from benchmarks import records, workloads
-from benchmarks.machine import describe_machine, in_own_process
+from benchmarks.machine import describe_machine, environment, in_own_process
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
 from benchmarks.results import Measurement, interleave
 from benchmarks.workloads import EAGER, FUSED
@@ -80,15 +79,8 @@ def measure(threads: int, rounds: int) -> Measured:
 
 def measure_alone(capability: str, threads: int, rounds: int) -> Measured:
     """`measure` in a process of its own, started with the instruction set."""
-    before = os.environ.get("ATEN_CPU_CAPABILITY")
-    os.environ["ATEN_CPU_CAPABILITY"] = capability
-    try:
+    with environment(ATEN_CPU_CAPABILITY=capability):
         return in_own_process(measure, threads, rounds)
-    finally:
-        if before is None:
-            del os.environ["ATEN_CPU_CAPABILITY"]
-        else:
-            os.environ["ATEN_CPU_CAPABILITY"] = before
 
 
 class _Nothing(torch.autograd.Function):

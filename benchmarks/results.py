@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks import records, serving, workloads
+from benchmarks import memory, records, serving, workloads
 from benchmarks.machine import describe_machine
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
 from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
@@ -156,29 +155,10 @@ def interleave(workload: Workload, rounds: int, clock: Callable[[], float] = tim
 
 
 def saved_bytes(side: str, dropout: float, amp: bool) -> int:
-    """Bytes that autograd keeps between forward and backward of a ResNet-18 training step of SAVED_BATCH images.
-
-    Every storage counts once; parameters, which exist anyway, do not count, nor does what autocast makes of them, which
-    does not grow with the batch.
-    """
+    """Bytes that autograd keeps between forward and backward of a ResNet-18 training step of SAVED_BATCH images."""
     model = workloads.make_network(side, dropout=dropout)
     images, labels = workloads.image_batch(SAVED_BATCH)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    shapes = {parameter.shape for parameter in model.parameters() if parameter.dim() > 1}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters and tensor.shape not in shapes:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The loss keeps the graph, and so every address, alive until the sum is taken.
-        loss = workloads.training_loss(model, images, labels, amp)
-        total = sum(storages.values())
-    torch.autograd.backward(loss)
-    return total
+    return memory.saved_for_backward(model, lambda: workloads.training_loss(model, images, labels, amp))
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

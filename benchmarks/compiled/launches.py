@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.operators import has_kernel
 from benchmarks.workloads import CLASSES
 from fastres import contract, models
 from fastres.kernels import batch_norm_act as launchers
@@ -25,7 +26,6 @@ from fastres.kernels.plan import Device
 from fastres.ops import batch_norm_act as operators
 
 _PREFIX = "fastres::batch_norm_act_"
-_WITHOUT_KERNEL = ("aten::detach", "aten::empty", "aten::new_empty", "prim::", "profiler::")
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.name()
         if name.startswith("aten::convolution"):
             out = _as_cudnn(args[0] if name == "aten::convolution" else args[1], out)
-        if not func.is_view and not name.startswith(_WITHOUT_KERNEL):
+        if has_kernel(func):
             self.trace.operators[name] += 1
         if name.startswith(_PREFIX):
             with recording(self.device) as launches:
