@@ -2,16 +2,17 @@
 // half the kernel.
 //
 // Each thread reads a chunk of images and a panel of channels with the padding around them into memory that the L2
-// cache holds, and sums its outputs in registers (grouped_sums.h). Backward reads dy once for both gradients. That of x
-// is such a convolution of dy; with stride 2 each of four phases of its pixels has a part of the taps.
+// cache holds, and sums its outputs in registers (grouped_sums.h); depthwise ones are summed out of the images
+// themselves (grouped_depthwise.h). The gradient of x is such a convolution of dy; with stride 2 each of four phases of
+// its pixels has a part of the taps. Weights that are not finite are summed without the padding, which has no part in
+// any result.
 //
 // Every output and gradient of x is one sum in one order, whatever the number of threads; chunks, and so statistics, do
 // not depend on it either. The weight's gradient is summed by as many parts as there are threads.
 //
 // The default module has none of them: there the operators are PyTorch's convolution.
-#include "caches.h"
+#include "grouped_convolution.h"
 #include "conv3x3.h"
-#include "grouped_sums.h"
 #include "grouped_weight_gradient.h"
 #include "library.h"
 #include "statistics.h"
@@ -70,205 +71,6 @@ bool taps_are_adjacent(const Tensor& w) {
   return w.stride(2) == w.size(3) * w.stride(3);
 }
 
-// --- units, panels and chunks
-
-struct Panel {
-  int64_t first, units; // units
-
-  static Panel of(const Shape& s, int64_t panel) {
-    const int64_t first = panel * s.panel_units();
-    return {first, std::min(s.panel_units(), s.units() - first)};
-  }
-};
-
-Chunks chunks_of(const Shape& s) {
-  const int64_t channels = s.panel_units() * std::max(s.unit_inputs(), s.unit_outputs());
-  const int64_t row_bytes = (s.width + 2 * s.kernel) * s.stride * channels * static_cast<int64_t>(sizeof(float));
-  return {s.images, s.out_height(), row_bytes, s.kernel - 1, Caches::of_machine().l2 / 4, s.panels()};
-}
-
-// f(chunk, panel, part) for all pairs, `parts` contiguous parts of the chunks at a time. A thread goes through the
-// panels of a chunk one after the other.
-template <typename F>
-void for_each_task(const Chunks& chunks, int64_t panels, int64_t parts, const F& f) {
-  parallel_for(0, parts * panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin / panels; part * panels < end; ++part) {
-      const int64_t first = std::max(begin - part * panels, int64_t(0)), last = std::min(end - part * panels, panels);
-      for (int64_t chunk = chunks.count() * part / parts; chunk < chunks.count() * (part + 1) / parts; ++chunk) {
-        for (int64_t panel = first; panel < last; ++panel) {
-          f(chunks[chunk], chunk, panel, part);
-        }
-      }
-    }
-  });
-}
-
-// --- outputs
-
-// Weights of all units as one direction reads them.
-class PackedWeights {
-public:
-  PackedWeights(const Shape& s, const Weights<const float>& w, bool turned)
-      : size_(s.unit_weights()), finite_(s.units()), data_(s.units() * size_) {
-    constexpr int64_t kThreadWeights = 8 * 1024; // that are worth a thread's start
-    parallel_for(0, s.units(), std::max<int64_t>(1, kThreadWeights / size_), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        finite_[unit] = pack_unit(s, w, unit, turned, data_.data() + unit * size_);
-      }
-    });
-  }
-
-  const float* of(int64_t unit) const {
-    return data_.data() + unit * size_;
-  }
-  bool are_finite(int64_t unit) const {
-    return finite_[unit];
-  }
-
-private:
-  int64_t size_;
-  std::vector<char> finite_;
-  Workspace data_;
-};
-
-// One direction of a convolution, from padded inputs to outputs.
-template <typename T>
-class Convolution {
-public:
-  Convolution(const Shape& s, const Tensor& weight, bool turned)
-      : shape_(s),
-        turned_(turned),
-        direction_(turned ? backwards(s) : forwards(s)),
-        weights_(s, weights_of(weight), turned),
-        inputs_(turned ? s.unit_outputs() : s.unit_inputs()),
-        outputs_(turned ? s.unit_inputs() : s.unit_outputs()) {
-    const int64_t vectors = outputs_ / kLanes, rows = s.out_height(), columns = s.out_width();
-    single_ = tile_for(kSingle, 1, rows, columns);
-    double_ = vectors > 1 ? tile_for(kDouble, 2, rows, columns) : single_;
-    if (vectors > 1 && vectors % 2 == 0) {
-      single_ = double_;
-    }
-  }
-
-  int64_t before() const {
-    return direction_.before;
-  }
-  int64_t top(const Chunk& chunk) const {
-    return chunk.row * direction_.stride - direction_.before;
-  }
-  // What the tiles of a chunk read.
-  Padded padded(int64_t rows, int64_t units, float* data) const {
-    const auto extent = [&](int64_t count, int64_t one, int64_t other) {
-      return (std::max(conv::round_up(count, one), conv::round_up(count, other)) - 1) * direction_.stride +
-          direction_.span;
-    };
-    return {
-        extent(rows, single_.rows, double_.rows),
-        extent(shape_.out_width(), single_.columns, double_.columns),
-        units * inputs_ / kLanes,
-        data};
-  }
-
-  // The outputs of a chunk and a panel, whose inputs `in` has.
-  void run(const Chunk& chunk, const Panel& panel, const Padded& in, const Images<T>& out) const {
-    for (int64_t i = 0; i < panel.units; ++i) {
-      const int64_t unit = panel.first + i, vectors = outputs_ / kLanes;
-      const float* weights = weights_.of(unit);
-      for (int64_t vector = 0, together; vector < vectors; vector += together) {
-        together = vectors_at(vector, vectors);
-        for (const Phase& phase : direction_.phases) {
-          const Part part{chunk, phase, weights, unit * outputs_ + vector * kLanes, i * inputs_ / kLanes, unit};
-          if (shape_.kind() == Kind::depthwise) {
-            run_part<Kind::depthwise, 1, kSingle>(part, in, out);
-          } else if (shape_.kind() == Kind::pairs) {
-            run_part<Kind::pairs, 1, kSingle>(part, in, out);
-          } else if (together == 1) {
-            run_part<Kind::dense, 1, kSingle>(part, in, out);
-          } else {
-            run_part<Kind::dense, 2, kDouble>(part, in, out);
-          }
-        }
-        weights += inputs_ / kLanes * shape_.taps() * shape_.depth() * together * kLanes;
-      }
-    }
-  }
-
-private:
-  struct Part {
-    const Chunk& chunk;
-    const Phase& phase;
-    const float* weights;
-    int64_t channel; // of the outputs
-    int64_t block;   // of the padded input
-    int64_t unit;
-  };
-
-  template <Kind kKind, int kVectors, const auto& kTiles>
-  void run_part(const Part& part, const Padded& in, const Images<T>& out) const {
-    const Phase& phase = part.phase;
-    const int64_t tap_weights = shape_.depth() * kVectors * kLanes, step = phase.step;
-    Offset offsets[7 * 7];
-    for (size_t i = 0; i < phase.taps.size(); ++i) {
-      const Tap& tap = phase.taps[i];
-      offsets[i] = {(tap.row * in.columns + tap.column) * kLanes, tap.weight * tap_weights};
-    }
-    const auto count = [&](int64_t size, int64_t first) {
-      return std::max<int64_t>(0, (size - first + step - 1) / step);
-    };
-    const int64_t rows = std::min(part.chunk.rows, count(out.height, phase.row) - part.chunk.row);
-    const Operands operands{
-        in.row(),
-        inputs_ / kLanes,
-        in.block(),
-        shape_.taps() * tap_weights,
-        offsets,
-        static_cast<int64_t>(phase.taps.size())};
-    const bool finite = weights_.are_finite(part.unit);
-    const Summing<T> sum = summing_of<T, kKind, kVectors, kTiles>(kVectors == 1 ? single_ : double_, direction_.stride);
-    for (int64_t image = 0; image < part.chunk.images; ++image) {
-      const Task<T> task{
-          operands,
-          in.data + image * in.image() + part.block * in.block(),
-          part.weights,
-          rows,
-          count(out.width, phase.column),
-          out.at(part.chunk.image + image, phase.row + step * part.chunk.row, phase.column) + part.channel,
-          step * out.width * out.channels,
-          step * out.channels,
-          std::min(kLanes, out.channels - part.channel),
-          -top(part.chunk),
-          input_height() - top(part.chunk),
-          phase.taps.front().row,
-          phase.tap_columns};
-      if (finite) {
-        sum(task);
-      } else {
-        sum_inside<kKind, kVectors>(part, task);
-      }
-    }
-  }
-
-  template <Kind kKind, int kVectors>
-  [[gnu::noinline]] void sum_inside(const Part& part, const Task<T>& task) const {
-    const int64_t width = turned_ ? shape_.out_width() : shape_.width;
-    sum_phase_inside<T, kKind, kVectors>(task, direction_.stride, part.phase.taps, [&](int64_t row, int64_t column) {
-      const int64_t beside = column - direction_.before;
-      return row >= task.first_row && row < task.end_row && beside >= 0 && beside < width;
-    });
-  }
-
-  int64_t input_height() const {
-    return turned_ ? shape_.out_height() : shape_.height;
-  }
-
-  Shape shape_;
-  bool turned_;
-  Direction direction_;
-  PackedWeights weights_;
-  int64_t inputs_, outputs_; // of a unit
-  Tile single_, double_;
-};
-
 // --- forward
 
 // The moments of a chunk's outputs in a panel, which has just been written.
@@ -299,18 +101,22 @@ void convolve(
     const Tensor& weight,
     const Images<T>& y,
     std::vector<Moments>* moments) {
-  const Convolution<T> convolution(s, weight, false);
+  const Convolution<T> convolution(s, weights_of(weight), false);
   const Images<const T> in = images_of<T>(x);
   const Chunks chunks = chunks_of(s);
   for_each_task(chunks, s.panels(), chunks.count(), [&](const Chunk& chunk, int64_t i, int64_t at, int64_t) {
     const Panel panel = Panel::of(s, at);
-    Padded padded = convolution.padded(chunk.rows, panel.units, nullptr);
-    const Workspace data(chunk.images * padded.image());
-    padded.data = data.data();
-    const int64_t first = panel.first * s.unit_inputs();
-    const int64_t count = std::min(panel.units * s.unit_inputs(), s.channels - first);
-    read_padded<false>(in, chunk, convolution.top(chunk), convolution.before(), first, count, padded);
-    convolution.run(chunk, panel, padded, y);
+    if (s.kind() == Kind::depthwise) {
+      convolution.run(chunk, panel, in, y);
+    } else {
+      Padded padded = convolution.padded(chunk.rows, panel.units, nullptr);
+      const Workspace data(chunk.images * padded.image());
+      padded.data = data.data();
+      const int64_t first = panel.first * s.unit_inputs();
+      const int64_t count = std::min(panel.units * s.unit_inputs(), s.channels - first);
+      read_padded<false>(in, chunk, convolution.top(chunk), convolution.before(), first, count, padded);
+      convolution.run(chunk, panel, padded, y);
+    }
     if (moments != nullptr) {
       const int64_t channel = panel.first * s.unit_outputs();
       measure(y, chunk, channel, std::min(panel.units * s.unit_outputs(), s.outputs - channel), (*moments)[i]);
@@ -439,7 +245,7 @@ void differentiate(
     Tensor* dweight) {
   std::optional<Convolution<T>> convolution;
   if (dx != nullptr) {
-    convolution.emplace(s, weight, true);
+    convolution.emplace(s, weights_of(weight), true);
   }
   const Chunks chunks = chunks_of(s);
   const int64_t parts = std::min(chunks.count(), get_num_threads()), all = s.units() * s.unit_weights();
@@ -450,14 +256,19 @@ void differentiate(
   const Images<const T> from_dy = images_of<T>(dy), from_x = images_of<T>(x);
   const auto task = [&](const Chunk& chunk, int64_t, int64_t at, int64_t part) {
     const Panel panel = Panel::of(s, at);
-    const int64_t border = convolution ? convolution->before() : 0;
-    Padded gradient = convolution ? convolution->padded(chunk.rows, panel.units, nullptr)
-                                  : Padded{chunk.rows, s.out_width(), panel.units * s.unit_outputs() / kLanes, nullptr};
-    const Workspace gradient_data(chunk.images * gradient.image());
-    gradient.data = gradient_data.data();
     const int64_t channel = panel.first * s.unit_outputs(), first = panel.first * s.unit_inputs();
     const int64_t channels = std::min(panel.units * s.unit_outputs(), s.outputs - channel);
-    const bool finite = read_padded<true>(from_dy, chunk, chunk.row - border, border, channel, channels, gradient);
+    // A depthwise convolution reads dy where it is.
+    const bool pads = dx != nullptr && s.kind() != Kind::depthwise;
+    const int64_t border = pads ? convolution->before() : 0;
+    Padded gradient = pads ? convolution->padded(chunk.rows, panel.units, nullptr)
+                           : Padded{chunk.rows, s.out_width(), panel.units * s.unit_outputs() / kLanes, nullptr};
+    const Workspace gradient_data(pads || dweight != nullptr ? chunk.images * gradient.image() : 0);
+    gradient.data = gradient_data.data();
+    bool finite = true;
+    if (pads || dweight != nullptr) {
+      finite = read_padded<true>(from_dy, chunk, chunk.row - border, border, channel, channels, gradient);
+    }
     if (dweight != nullptr) {
       Padded input{
           (chunk.rows - 1) * s.stride + s.kernel,
@@ -471,9 +282,9 @@ void differentiate(
       float* to = sums.data() + part * all + panel.first * s.unit_weights();
       add_weight_gradient(s, chunk, input, gradient, border, panel.units, finite, to);
     }
-    if (convolution) {
+    if (dx != nullptr) {
       const Images<T> to{dx->mutable_data_ptr<T>(), s.height, s.width, s.channels};
-      convolution->run(chunk, panel, gradient, to);
+      pads ? convolution->run(chunk, panel, gradient, to) : convolution->run(chunk, panel, from_dy, to);
     }
   };
   for_each_task(chunks, s.panels(), dweight != nullptr ? parts : chunks.count(), task);

@@ -4,7 +4,7 @@
 // Vectors have eight lanes with AVX-512 too: most groups have no more channels.
 #pragma once
 
-#include "lanes.h"
+#include "simd.h"
 #include "workspace.h"
 
 #include <algorithm>
@@ -20,8 +20,8 @@ namespace grouped {
 using conv::Workspace;
 
 constexpr int64_t kLanes = 8;
-// Channels of a panel at least.
-constexpr int64_t kPanelLanes = 4 * kLanes;
+// Channels of a panel.
+constexpr int64_t kPanelLanes = 4 * kLanes, kDepthwiseLanes = 8 * kLanes;
 using Octet = __m256;
 
 inline Octet load8(const float* p) {
@@ -54,6 +54,15 @@ inline void store8(T* p, Octet v, int64_t count) {
   T lanes[kLanes];
   store8(lanes, v);
   std::copy(lanes, lanes + count, p);
+}
+
+template <typename T>
+[[gnu::always_inline]] inline void write(T* p, Octet v, int64_t lanes) {
+  if (lanes == kLanes) [[likely]] {
+    store8(p, v);
+  } else {
+    store8(p, v, lanes);
+  }
 }
 
 // What a lane of a vector sums: its own channel; four channels, the vector being two groups of four; eight channels at
@@ -98,7 +107,8 @@ struct Shape {
   }
   // Units that are computed together, so that what is read of a pixel is whole lines of the cache.
   int64_t panel_units() const {
-    return std::max<int64_t>(1, kPanelLanes / std::max(unit_inputs(), unit_outputs()));
+    const int64_t lanes = kind() == Kind::depthwise ? kDepthwiseLanes : kPanelLanes;
+    return std::clamp<int64_t>(lanes / std::max(unit_inputs(), unit_outputs()), 1, units());
   }
   int64_t panels() const {
     return (units() + panel_units() - 1) / panel_units();
@@ -116,6 +126,11 @@ struct Images {
   }
 };
 
+// Rows of outputs, of one image where they are not all of its rows.
+struct Chunk {
+  int64_t image, images, row, rows;
+};
+
 // A tap: how far what it multiplies lies from the first element under the kernel, in pixels of the padded input, and
 // which of the weights it is.
 struct Tap {
@@ -127,6 +142,14 @@ struct Tap {
 struct Phase {
   int64_t row, column, step, tap_columns;
   std::vector<Tap> taps;
+
+  // Outputs of the phase among `size`, the first of which is `first`; and rows of them in a chunk.
+  int64_t count(int64_t size, int64_t first) const {
+    return std::max<int64_t>(0, (size - first + step - 1) / step);
+  }
+  int64_t rows_of(const Chunk& chunk, int64_t height) const {
+    return std::max<int64_t>(0, std::min(chunk.rows, count(height, row) - chunk.row));
+  }
 };
 
 // A convolution in one direction: y out of x, or dx out of dy.
@@ -170,11 +193,6 @@ inline Direction backwards(const Shape& s) {
   }
   return found;
 }
-
-// Rows of outputs, of one image where they are not all of its rows.
-struct Chunk {
-  int64_t image, images, row, rows;
-};
 
 // Outputs cut into chunks whose inputs fit a share of the cache, whatever the number of threads.
 class Chunks {

@@ -1,5 +1,5 @@
-// The outputs of a grouped convolution: tiles of outputs and one or two vectors of channels are summed in registers, a
-// vector of weights at a time for all of them.
+// The outputs of a convolution in groups of several channels: tiles of outputs and one or two vectors of channels are
+// summed in registers, a vector of weights at a time for all of them.
 #pragma once
 
 #include "grouped_layout.h"
@@ -31,7 +31,7 @@ template <Kind kKind, int kRows, int kColumns, int kStride, int kVectors>
     const float* weights,
     const Operands& o,
     Octet (&sums)[kRows * kColumns * kVectors]) {
-  constexpr int kDepth = kKind == Kind::depthwise ? 1 : kKind == Kind::pairs ? 4 : 8;
+  constexpr int kDepth = kKind == Kind::pairs ? 4 : 8;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows * kColumns * kVectors; ++i) {
     sums[i] = _mm256_setzero_ps();
@@ -53,9 +53,7 @@ template <Kind kKind, int kRows, int kColumns, int kStride, int kVectors>
           for (int column = 0; column < kColumns; ++column) {
             const float* p = x + row * kStride * o.row + column * kStride * kLanes;
             Octet value;
-            if constexpr (kKind == Kind::depthwise) {
-              value = load8(p);
-            } else if constexpr (kKind == Kind::pairs) {
+            if constexpr (kKind == Kind::pairs) {
               value = _mm256_permute_ps(load8(p), c % 4 * 0x55);
             } else {
               value = _mm256_broadcast_ss(p + c);
@@ -98,15 +96,6 @@ struct Task {
     return o;
   }
 };
-
-template <typename T>
-[[gnu::always_inline]] inline void write(T* p, Octet v, int64_t lanes) {
-  if (lanes == kLanes) [[likely]] {
-    store8(p, v);
-  } else {
-    store8(p, v, lanes);
-  }
-}
 
 template <typename T, Kind kKind, int kRows, int kColumns, int kStride, int kVectors>
 void sum_phase(const Task<T>& t) {

@@ -142,7 +142,7 @@ def is_grouped(node: Node) -> bool:
 
 
 def grouped_conv_of(node: Any) -> Conv | str:
-    """The convolution that a call is for which `is_grouped` holds, with a kernel that ours in groups have, or why not."""
+    """The convolution in groups with a kernel that ours have that a call is, or why it is none."""
     return _conv_of(node, GROUPED_KERNELS)
 
 

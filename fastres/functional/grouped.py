@@ -16,15 +16,14 @@ from fastres.ordinary import why_not_ordinary
 
 
 def grouped_conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Tensor:
-    """Convolution in groups with padding of half its kernel and no bias; each channel alone (depthwise) where C / groups
-    is 1.
+    """Convolution in groups with padding of half its kernel and no bias; depthwise where C / groups is 1.
 
-        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, first(k) + c, stride * i + u - p, stride * j + v - p]
+        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, g + c, stride * i + u - p, stride * j + v - p]
 
-    first(k) is the first channel of the group of k, and p half the kernel. On the CPU in float32 and bfloat16 by a
-    direct sum of our own, for kernels of 3x3, 5x5 and 7x7, strides 1 and 2, and groups with as many inputs as outputs,
-    1 or 4, or with multiples of 8 of either. Its rounding errors are those of PyTorch's convolution in float32; bfloat16
-    is computed in float32. Padding has no part in the sums: an infinite weight shows only where it meets an element of
+    g is the first channel of the group of k, and p half the kernel. On the CPU in float32 and bfloat16 by a direct sum
+    of our own, for kernels of 3x3, 5x5 and 7x7, strides 1 and 2, and groups with as many inputs as outputs, 1 or 4, or
+    with multiples of 8 of either. Its rounding errors are those of PyTorch's convolution in float32; bfloat16 is
+    computed in float32. Padding has no part in the sums: an infinite weight shows only where it meets an element of
     x. Results are the same in every run; the rounding of the weight's gradient, and nothing else, depends on the number
     of threads. Elsewhere PyTorch's convolution.
 

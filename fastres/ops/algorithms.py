@@ -44,6 +44,10 @@ _FORMS = {
     2: (_Form(4, 81, 3500, 7500),),
 }
 _CALL_COST = 1_000_000
+# Channels of a group up to which the direct sum is faster than PyTorch's convolution: whatever the number of output
+# positions, and where these are enough to pay for packing the weights.
+_NARROW_GROUP, _WIDEST_GROUP = 16, 32
+_FEW_GROUPED_POSITIONS = 128
 # Sizes that the kernel for groups has.
 GROUPED_KERNELS = (3, 5, 7)
 # The pass over an element of the output that normalises and activates it, which the kernels' epilogues spare.
@@ -302,7 +306,15 @@ def _pays(form: _Form, problem: ConvProblem) -> bool:
 
 
 def _grouped_pays(problem: ConvProblem) -> bool:
-    return True
+    """Whether the direct sum of our own is faster than PyTorch's convolution, as docs/convolution.md has it measured.
+
+    Of each channel alone PyTorch's forward is good, and its gradients are not but for 3x3 kernels.
+    """
+    width = max(problem.shape[1], problem.outputs) // problem.groups
+    if width == 1:
+        return problem.kernel > 3 or (problem.needs_grad and problem.stride == 1)
+    enough = problem.shape[0] * _positions_of_image(problem) >= _FEW_GROUPED_POSITIONS
+    return width <= _NARROW_GROUP or (width <= _WIDEST_GROUP and _holds(enough))
 
 
 def _product_pays(problem: ConvProblem) -> bool:

@@ -69,9 +69,7 @@ class GroupedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, statistics: bool, stride: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: bool, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
         ctx.weight_strides, ctx.stride = weight.stride(), stride
         y, mean, m2 = forward(x, weight, statistics, stride)

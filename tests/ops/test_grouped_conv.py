@@ -32,7 +32,7 @@ needs_kernels = pytest.mark.skipif(not COMPILED, reason="the kernels need AVX2 a
 # groups, and inputs and outputs of each: single channels, with and without whole vectors of them; pairs of groups, with
 # one that has no other; groups of one vector, of several, and of different numbers.
 WIDTHS = [(16, 1, 1), (13, 1, 1), (5, 1, 1), (40, 1, 1), (4, 4, 4), (3, 4, 4), (5, 8, 8), (2, 16, 16), (2, 24, 24),
-          (1, 32, 32), (2, 8, 16), (3, 16, 8), (2, 24, 40)]  # fmt: skip
+          (2, 32, 32), (2, 8, 16), (3, 16, 8), (2, 24, 40)]  # fmt: skip
 KERNELS = [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2)]
 # images, height, width: single pixels and lines, less than a kernel, what fills tiles and what does not
 SIZES = [(1, 1, 1), (2, 5, 5), (3, 13, 17), (2, 10, 10), (1, 2, 7), (1, 1, 14), (2, 7, 7), (1, 12, 4), (2, 3, 24)]
@@ -79,7 +79,9 @@ def check(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> None:
     assert_close(y, wanted[0], "y", length=kernel**2 * inputs)
     assert_close(dx, wanted[1], "gradient of x", length=kernel**2 * per_group)
     assert_close(dweight, wanted[2], "gradient of weight", length=dy.numel() // outputs)
-    assert dweight.stride() == weight.stride() and dx.dtype == x.dtype and dweight.dtype == weight.dtype
+    assert (
+        dweight.stride() == torch.empty_like(weight).stride() and dx.dtype == x.dtype and dweight.dtype == weight.dtype
+    )
     if COMPILED:
         assert made.statistics is not None and y.is_contiguous(memory_format=torch.channels_last)
         assert_statistics(*made.statistics[:2], y, "y")
@@ -100,7 +102,7 @@ def test_values_and_gradients_are_those_of_float64(width, kernel, stride):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("width", [(9, 1, 1), (3, 4, 4), (2, 8, 8), (1, 24, 16)], ids=str)
+@pytest.mark.parametrize("width", [(9, 1, 1), (3, 4, 4), (2, 8, 8), (2, 24, 16)], ids=str)
 @kernels
 def test_values_and_gradients_in_bfloat16_are_those_of_float64(width, size, kernel, stride):
     x, weight, dy = data(width, size, kernel, stride, dtype=torch.bfloat16)
@@ -123,9 +125,9 @@ def test_a_float32_weight_beside_bfloat16_is_not_rounded(width):
 @hypothesis.seed(SEED)
 @hypothesis.given(
     st.one_of(
-        st.tuples(st.integers(1, 40), st.just(1), st.just(1)),
-        st.tuples(st.integers(1, 9), st.just(4), st.just(4)),
-        st.tuples(st.integers(1, 4), st.sampled_from([8, 16, 24]), st.sampled_from([8, 16, 24])),
+        st.tuples(st.integers(2, 40), st.just(1), st.just(1)),
+        st.tuples(st.integers(2, 9), st.just(4), st.just(4)),
+        st.tuples(st.integers(2, 4), st.sampled_from([8, 16, 24]), st.sampled_from([8, 16, 24])),
     ),
     st.tuples(st.integers(1, 4), st.integers(1, 20), st.integers(1, 20)),
     st.sampled_from(KERNELS),
@@ -157,23 +159,26 @@ def test_weights_of_any_strides_are_read_where_they_lie(width, stride):
     check(x, weight.repeat(1, 1, 2, 2)[..., ::2, ::2], dy, stride)
 
 
-# ------------------------------------------------------------------------------------------------- infinities and padding
+# ----------------------------------------------------------------------------------------------- infinities and padding
+
+
+def pairs(offset: int, stride: int, outputs: int, inputs: int) -> list[tuple[int, int]]:
+    """(output, input) along an axis for a tap that lies so far from the first one under the kernel's middle."""
+    return [(i, i * stride + offset) for i in range(outputs) if 0 <= i * stride + offset < inputs]
 
 
 def tap_by_tap(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """y, dx and dweight in float64 as sums over what lies in the image, without padding."""
     x, weight, dy = x.double(), weight.double(), dy.double()
     outputs, inputs, kernel, _ = weight.shape
-    (n, c, h, w), groups = x.shape, x.shape[1] // inputs
+    (n, _, h, w), groups = x.shape, x.shape[1] // inputs
     y, dx, dweight = torch.zeros_like(dy), torch.zeros_like(x), torch.zeros_like(weight)
     for u in range(kernel):
         for v in range(kernel):
-            at = [
-                [(i, i * stride + tap - kernel // 2) for i in range(length) if 0 <= i * stride + tap - kernel // 2 < size]
-                for tap, length, size in ((u, dy.shape[2], h), (v, dy.shape[3], w))
-            ]
-            for i, row in at[0]:
-                for j, column in at[1]:
+            rows = pairs(u - kernel // 2, stride, dy.shape[2], h)
+            columns = pairs(v - kernel // 2, stride, dy.shape[3], w)
+            for i, row in rows:
+                for j, column in columns:
                     values = x[:, :, row, column].view(n, groups, 1, inputs)
                     gradients = dy[:, :, i, j].view(n, groups, outputs // groups, 1)
                     factors = weight[:, :, u, v].view(groups, outputs // groups, inputs)
@@ -193,7 +198,7 @@ def assert_same_where_finite(found: Tensor, wanted: Tensor, name: str, length: i
 @needs_kernels
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", ["x", "weight", "dy"])
-@pytest.mark.parametrize("width", [(9, 1, 1), (3, 4, 4), (2, 8, 8), (1, 8, 24)], ids=str)
+@pytest.mark.parametrize("width", [(9, 1, 1), (3, 4, 4), (2, 8, 8), (2, 8, 24)], ids=str)
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 2), (7, 1)])
 def test_an_infinity_shows_only_where_it_meets_an_element(width, kernel, stride, where, value):
     tensors = dict(zip(("x", "weight", "dy"), data(width, (1, 6, 5), kernel, stride), strict=True))
@@ -299,6 +304,7 @@ def test_opcheck_passes_on_both_operators(width, layout, stride):
 
 @pytest.mark.parametrize("algorithm", algorithms.ALGORITHMS)
 def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
+    torch._dynamo.reset()
     x, weight, dy = data((8, 8, 8), (4, 12, 12))
     x.requires_grad_()
     weight.requires_grad_()
@@ -324,11 +330,11 @@ def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
 
 @pytest.mark.parametrize(
     ("width", "kernel", "stride"),
-    [((2, 3, 3), 3, 1), ((6, 1, 2), 3, 1), ((2, 8, 8), 9, 1), ((2, 8, 8), 1, 1), ((2, 8, 8), 3, 3), ((1, 6, 5), 3, 1)],
+    [((2, 3, 3), 3, 1), ((6, 1, 2), 3, 1), ((2, 8, 8), 9, 1), ((2, 8, 8), 1, 1), ((2, 8, 8), 3, 3), ((1, 8, 8), 3, 1)],
     ids=str,
 )
 def test_what_the_kernel_does_not_serve_is_pytorchs(width, kernel, stride):
-    x, weight, dy = data(width, (2, 7, 6), kernel, stride)
+    x, weight, _ = data(width, (2, 7, 6), kernel, stride)
     x.requires_grad_()
     weight.requires_grad_()
     made = functional.grouped_conv2d_with_statistics(x, weight, stride=stride, algorithm="grouped")
@@ -358,7 +364,7 @@ def test_autocast_gives_its_dtype_and_gradients_of_the_weights_own():
     assert x.grad.dtype == weight.grad.dtype == torch.float32
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 X, W = torch.zeros(1, 16, 5, 5), torch.zeros(16, 8, 3, 3)
 
