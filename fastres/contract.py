@@ -175,7 +175,7 @@ PLAIN = Act("identity", 0.0, 0.0, "add_act")
 
 
 class ConvProblem(NamedTuple):
-    """All that the choice of a convolution's algorithm depends on; padding is half the kernel, in one group.
+    """All that the choice of a convolution's algorithm depends on; padding is half the kernel.
 
     Attributes:
         dtype: of the input.
@@ -188,6 +188,7 @@ class ConvProblem(NamedTuple):
         capability: "default", "avx2" or "avx512", or "cuda".
         matrix_units: the CPU multiplies bfloat16 matrices (AMX).
         followed: a normalisation by running statistics follows, which kernels of our own apply in their epilogue.
+        groups: of the channels, inputs and outputs.
     """
 
     dtype: torch.dtype
@@ -201,6 +202,7 @@ class ConvProblem(NamedTuple):
     capability: str
     matrix_units: bool
     followed: bool = False
+    groups: int = 1
 
 
 class ConvShape(NamedTuple):

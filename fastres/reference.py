@@ -144,6 +144,12 @@ def conv1x1(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, stride=stride)
 
 
+def grouped_conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+    """`fastres.functional.grouped_conv2d` in plain PyTorch: differentiable any number of times."""
+    groups = x.shape[1] // weight.shape[1]
+    return F.conv2d(x, weight, padding=weight.shape[2] // 2, stride=stride, groups=groups)
+
+
 def norm_act_conv3x3(x: Tensor, norm: NormParams, weight: Tensor, *, stride: int = 1, **options: Any) -> Tensor:
     """y of `fastres.functional.norm_act_conv3x3` in plain PyTorch, differentiable; it trusts its arguments."""
     return conv3x3(_activated(x, norm, **options), weight, stride)

@@ -63,6 +63,7 @@ def test_the_parity_tests_pass_on(backend):
             "conv3x3_bfloat16",
             "conv3x3_gemm",
             "conv3x3_range",
+            "grouped_conv",
             "packed_convolution",
             "norm_act_conv3x3",
             "norm_act_conv3x3_activations",

@@ -47,6 +47,7 @@ def norm_act_conv3x3(case: Case, f: Callable[..., Any], **options: Any) -> Tenso
 
 
 WINOGRAD = partial(functional.conv3x3, algorithm="winograd")
+GROUPED = partial(functional.grouped_conv2d, algorithm="grouped")
 NORM_WINOGRAD = partial(functional.norm_act_conv3x3, algorithm="winograd")
 PRODUCT = partial(functional.conv1x1_with_statistics, algorithm="gemm")
 NORM_PRODUCT = partial(functional.norm_act_conv1x1, algorithm="gemm")
@@ -70,6 +71,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Callable[.
     ),
     "conv3x3": (conv3x3, WINOGRAD, reference.conv3x3, {}, "3x3"),
     "conv3x3, stride 2": (conv3x3, WINOGRAD, reference.conv3x3, {"stride": 2}, "3x3"),
+    "depthwise": (conv3x3, GROUPED, reference.grouped_conv2d, {}, "depthwise"),
+    "depthwise, stride 2": (conv3x3, GROUPED, reference.grouped_conv2d, {"stride": 2}, "depthwise"),
     "norm, conv3x3": (norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {}, "3x3"),
     "norm, conv3x3, stride 2": (norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {"stride": 2}, "3x3"),
     "norm, dropped and added, conv3x3": (
@@ -92,6 +95,8 @@ def make_case(name: str, layout: str, dtype: torch.dtype) -> Case:
     if outputs == 12:
         taps = 3 if "3x3" in extra else 1
         tensors["weight"] = activation((outputs, SHAPE[1], taps, taps), dtype, layout, gen, mean=0.02, std=0.3)
+    if "depthwise" in extra:
+        tensors["weight"] = activation((SHAPE[1], 1, 3, 3), dtype, layout, gen, mean=0.02, std=0.3)
     if "residual" in extra:
         tensors["residual"] = activation(SHAPE, dtype, layout, gen)
     norms = {"norm": norm(outputs if "1x1" in extra else SHAPE[1], dtype, gen)}

@@ -92,6 +92,16 @@ FUNCTIONS: dict[str, Function] = {
         lambda t, b: functional.conv3x3_with_statistics(t["x"], t["k3"], **WINOGRAD).y,
         lambda t, b: reference.conv3x3(t["x"], t["k3"]),
     ),
+    "grouped_conv2d": Function(
+        ("x", "k3"),
+        lambda t, b: functional.grouped_conv2d(t["x"], t["k3"][:, :1], algorithm="grouped"),
+        lambda t, b: reference.grouped_conv2d(t["x"], t["k3"][:, :1]),
+    ),
+    "grouped_conv2d_with_statistics": Function(
+        ("x", "k3"),
+        lambda t, b: functional.grouped_conv2d_with_statistics(t["x"], t["k3"][:, :1], algorithm="grouped").y,
+        lambda t, b: reference.grouped_conv2d(t["x"], t["k3"][:, :1]),
+    ),
     "norm_act_conv3x3": Function(
         ("x", "r", "k3", *NORM),
         lambda t, b: functional.norm_act_conv3x3(t["x"], own(t, b), t["k3"], residual=t["r"], **SEED, **WINOGRAD)[0],

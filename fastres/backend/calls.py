@@ -14,7 +14,7 @@ from torch.fx import Node
 from fastres.activations import KINDS, RELU, Activation
 from fastres.backend.values import bind, hint, is_transformed, same_layout, same_sizes, value
 from fastres.contract import ConvProblem, NormParams
-from fastres.ops.algorithms import problem_of
+from fastres.ops.algorithms import GROUPED_KERNELS, problem_of
 
 _TRANSFORMED = "it is inside a transform of torch.func"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,10 +88,11 @@ def norm_params(nodes: list[Any], momentum: float, eps: float) -> NormParams:
 
 @dataclass(frozen=True)
 class Conv:
-    """A call of torch.conv2d in one group whose padding is half its kernel.
+    """A call of torch.conv2d whose padding is half its kernel.
 
     Attributes:
         stride: of both axes.
+        groups: one, unless it is of `grouped_conv_of`.
     """
 
     node: Node
@@ -100,14 +101,16 @@ class Conv:
     bias: Node | None
     kernel: int
     stride: tuple[int, int]
+    groups: int = 1
 
     def problem(self, *, needs_grad: bool, followed: bool = False) -> ConvProblem:
         """The problem at the sizes that Dynamo saw."""
         x, weight = value(self.x), value(self.weight)
         assert x is not None and weight is not None
         problem = problem_of(
-            x, hint(weight.shape[0]), self.kernel, self.stride[0], needs_grad=needs_grad, followed=followed
-        )
+            x, hint(weight.shape[0]), self.kernel, self.stride[0], needs_grad=needs_grad, followed=followed,
+            groups=self.groups,
+        )  # fmt: skip
         n, c, h, w = map(hint, x.shape)
         return problem._replace(dtype=self.dtype, shape=(n, c, h, w))
 
@@ -128,7 +131,22 @@ OUR_KERNELS = (3, 1)
 
 
 def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
-    """The convolution with a kernel of one of these sizes that a call is, or why it is none."""
+    """The convolution in one group with a kernel of one of these sizes that a call is, or why it is none."""
+    conv = _conv_of(node, kernels)
+    return f"it has {conv.groups} groups" if isinstance(conv, Conv) and conv.groups != 1 else conv
+
+
+def is_grouped(node: Node) -> bool:
+    """Whether a call is a convolution in groups."""
+    return is_conv(node) and isinstance(groups := bind(node, CONV)["groups"], int) and groups != 1
+
+
+def grouped_conv_of(node: Any) -> Conv | str:
+    """The convolution in groups with a kernel that ours have that a call is, or why it is none."""
+    return _conv_of(node, GROUPED_KERNELS)
+
+
+def _conv_of(node: Any, kernels: tuple[int, ...]) -> Conv | str:
     if not isinstance(node, Node) or not is_conv(node):
         return "it is no two-dimensional convolution"
     given = bind(node, CONV)
@@ -143,8 +161,8 @@ def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
     if kernel is None:
         return f"its kernel is {'x'.join(str(size) for size in weight.shape[2:])}"
     stride, padding, dilation = (pair(given[name]) for name in ("stride", "padding", "dilation"))
-    if given["groups"] != 1:
-        return f"it has {given['groups']} groups"
+    if not isinstance(given["groups"], int):
+        return "its groups are computed in the graph"
     half = (kernel // 2,) * 2
     if dilation != (1, 1):
         return f"its dilation is {dilation}"
@@ -152,7 +170,7 @@ def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
         return f"its padding is {padding}, not half its kernel"
     if not all(isinstance(s, int) for s in stride):
         return "its stride is computed in the graph"
-    return Conv(node, given["input"], given["weight"], given["bias"], kernel, stride)
+    return Conv(node, given["input"], given["weight"], given["bias"], kernel, stride, given["groups"])
 
 
 def pair(given: Any) -> tuple[Any, Any]:

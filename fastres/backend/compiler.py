@@ -36,6 +36,10 @@ PATTERNS = [
     ),
     ("3x3 convolution before these, in evaluation", "conv3x3_norm_act: they are its epilogue"),
     ("3x3 convolution alone", "conv3x3"),
+    (
+        "3x3, 5x5 or 7x7 convolution in groups, or of each channel",
+        "grouped_conv2d; before a normalisation in training grouped_conv2d_with_statistics",
+    ),
     ("a convolution whose kernel covers its image, on the CPU", "a linear layer: weights stay where they lie"),
     ("a network in NCHW", "channels_last between copies, where its convolutions gain"),
 ]

@@ -1,4 +1,4 @@
-"""The 3x3 and 1x1 convolutions around a chain, and 3x3 convolutions that stand alone.
+"""The 3x3 and 1x1 convolutions around a chain, and 3x3 convolutions and those in groups that stand alone.
 
 In training a convolution behind a chain normalises and activates its input itself (the prologue), and one before a
 normalisation takes the statistics of its output (the epilogue). In evaluation one before a chain applies the chain to
@@ -8,10 +8,12 @@ since those kernels write channels_last, only a convolution whose output is that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch.fx import Node
 
+from fastres import functional
 from fastres.backend.calls import Conv, conv_of
 from fastres.backend.chains import Chain, may_save_residual
 from fastres.backend.memory import Memory
@@ -35,6 +37,13 @@ def why_not_ours(conv: Conv, requested: str, *, followed: bool = False) -> str |
     if not same_sizes(y.stride(), (c * h * w, 1, w * c, c)):
         return "its output is not in channels_last"
     return None
+
+
+def with_statistics(conv: Conv) -> Callable[..., functional.Convolved]:
+    """The function that computes a convolution in training and measures its output."""
+    if conv.groups != 1:
+        return functional.grouped_conv2d_with_statistics
+    return functional.conv3x3_with_statistics if conv.kernel == 3 else functional.conv1x1_with_statistics
 
 
 def with_prologue(chain: Chain, memory: Memory, claimed: set[Node], requested: str) -> Chain:

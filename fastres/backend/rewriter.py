@@ -23,7 +23,9 @@ from fastres.backend.calls import (
     Norm,
     conv_of,
     dropout_of,
+    grouped_conv_of,
     is_conv,
+    is_grouped,
     is_norm,
     norm_of,
     norm_params,
@@ -247,12 +249,13 @@ class Rewriter:
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             self._move_mean(chain.norm)
         elif measures:
-            ours = functional.conv3x3_with_statistics if conv.kernel == 3 else functional.conv1x1_with_statistics
+            ours = convolutions.with_statistics(conv)
             made = self.call(self.count(ours, 0, 1), x, weight, stride=conv.stride[0], algorithm=self.algorithm)
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
-            self._share_input(conv, x, made)
+            if conv.groups == 1:
+                self._share_input(conv, x, made)
         else:
-            function = self.count(functional.conv3x3, 0, 1)
+            function = self.count(functional.conv3x3 if conv.groups == 1 else functional.grouped_conv2d, 0, 1)
             y = self.call(function, x, weight, stride=conv.stride[0], algorithm=self.algorithm, like=n)
         if absorbs and reader is not None:  # the batch's mean takes it out again
             self._biases[reader.norm.node] = bias
@@ -318,7 +321,7 @@ class Rewriter:
             return self._write_arithmetic(node, self.frozen[node])
         if node in self.claimed or not is_conv(node):
             return None
-        conv = conv_of(node)
+        conv = grouped_conv_of(node) if is_grouped(node) else conv_of(node)
         reason = conv if isinstance(conv, str) else convolutions.why_not_ours(conv, self.requested)
         if reason is None and not isinstance(conv, str) and conv.kernel == 1 and self._reader(conv) is None:
             reason = "it has no normalisation beside it"

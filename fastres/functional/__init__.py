@@ -15,6 +15,7 @@ from fastres.functional.conv import (
     norm_act_conv1x1,
     norm_act_conv3x3,
 )
+from fastres.functional.grouped import grouped_conv2d, grouped_conv2d_with_statistics
 from fastres.functional.norm import batch_norm_act
 from fastres.functional.shortcut import projection_shortcut
 
@@ -28,6 +29,8 @@ __all__ = [
     "conv3x3",
     "conv3x3_norm_act",
     "conv3x3_with_statistics",
+    "grouped_conv2d",
+    "grouped_conv2d_with_statistics",
     "measured_conv3x3",
     "norm_act_conv1x1",
     "norm_act_conv3x3",

@@ -190,15 +190,39 @@ def check_statistics(
 
 
 def check_convolution(x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None) -> None:
-    check_tensor("x", x)
-    # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
-    casts = isinstance(weight, Tensor) and autocast_dtype(x.device) is not None and is_cast(x) and is_cast(weight)
-    check_tensor("weight", weight, x, any_dtype=casts)
+    _check_weight(x, weight)
     if weight.shape[1:] != (x.shape[1], kernel, kernel):
         raise ValueError(
             f"weight: expected shape (K, {x.shape[1]}, {kernel}, {kernel}) for x of shape {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
+    _check_way(stride, algorithm)
+
+
+def checked_groups(x: Tensor, weight: Tensor, stride: int, algorithm: str | None) -> int:
+    """The number of groups of a convolution, which its weight's shape says."""
+    _check_weight(x, weight)
+    outputs, inputs, kernel, width = weight.shape
+    if width != kernel or kernel % 2 == 0:
+        raise ValueError(f"weight: expected a square kernel of odd size, got shape {tuple(weight.shape)}")
+    groups = x.shape[1] // inputs if inputs > 0 else 0
+    if groups == 0 or groups * inputs != x.shape[1] or outputs % groups != 0:
+        raise ValueError(
+            f"weight: expected shape (K, C / groups, k, k), K and C = {x.shape[1]} divisible by groups, for x of shape "
+            f"{tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    _check_way(stride, algorithm)
+    return groups
+
+
+def _check_weight(x: Tensor, weight: Tensor) -> None:
+    check_tensor("x", x)
+    # Under autocast the kernels take a weight as it is, and PyTorch's convolution takes it in x's dtype.
+    casts = isinstance(weight, Tensor) and autocast_dtype(x.device) is not None and is_cast(x) and is_cast(weight)
+    check_tensor("weight", weight, x, any_dtype=casts)
+
+
+def _check_way(stride: int, algorithm: str | None) -> None:
     if not isinstance(stride, int) or isinstance(stride, bool):
         raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
     if stride < 1:

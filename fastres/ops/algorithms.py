@@ -1,5 +1,5 @@
-"""Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's ("winograd") or one matrix product of our own
-("gemm"), of a 3x3 kernel over gathered rows, of a 1x1 kernel over pixels.
+"""Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's ("winograd"), one matrix product of our own
+("gemm"), of a 3x3 kernel over gathered rows, of a 1x1 kernel over pixels, or in groups the direct sum ("grouped").
 
 `choose_algorithm` decides by arithmetic alone, from one `ConvProblem`. docs/convolution.md has the measurements behind
 the constants; `python -m benchmarks.convolutions` prints the choice beside the measured times of all three.
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastres import ordinary
 from fastres.contract import ConvProblem, output_size, rows_are_channels
 
-ALGORITHMS = ("auto", "torch", "winograd", "gemm")
+ALGORITHMS = ("auto", "torch", "winograd", "gemm", "grouped")
 
 
 class _Form(NamedTuple):
@@ -44,6 +44,12 @@ _FORMS = {
     2: (_Form(4, 81, 3500, 7500),),
 }
 _CALL_COST = 1_000_000
+# Channels of a group up to which the direct sum is faster than PyTorch's convolution: whatever the number of output
+# positions, and where these are enough to pay for packing the weights.
+_NARROW_GROUP, _WIDEST_GROUP = 16, 32
+_FEW_GROUPED_POSITIONS = 128
+# Sizes that the kernel for groups has.
+GROUPED_KERNELS = (3, 5, 7)
 # The pass over an element of the output that normalises and activates it, which the kernels' epilogues spare.
 _PASS_COST = 200
 # Output positions up to which one product is faster than PyTorch's convolution, which reorders the weights first; and
@@ -61,7 +67,7 @@ _ADVANTAGE = 1.1
 
 
 class Choice(NamedTuple):
-    """An algorithm, "torch", "winograd" or "gemm", and why it is the one."""
+    """An algorithm, one of `ALGORITHMS` but "auto", and why it is the one."""
 
     algorithm: str
     reason: str
@@ -94,14 +100,21 @@ def known_algorithm(name: str, algorithm: str) -> str:
 
 
 def problem_of(
-    x: Tensor, outputs: int, kernel: int = 3, stride: int = 1, *, needs_grad: bool, followed: bool = False
+    x: Tensor,
+    outputs: int,
+    kernel: int = 3,
+    stride: int = 1,
+    *,
+    needs_grad: bool,
+    followed: bool = False,
+    groups: int = 1,
 ) -> ConvProblem:
     """The problem of convolving x [N, C, H, W]."""
     n, c, h, w = x.shape
     capability = _capability() if x.is_cpu else x.device.type
     return ConvProblem(
         x.dtype, (n, c, h, w), outputs, kernel, stride, rows_are_channels(x), needs_grad, _threads(), capability,
-        _has_matrix_units(), followed,
+        _has_matrix_units(), followed, groups,
     )  # fmt: skip
 
 
@@ -131,10 +144,10 @@ def _has_matrix_units() -> bool:
 
 
 def choose_algorithm(problem: ConvProblem, requested: str = "auto") -> Choice:
-    """The algorithm for a convolution in one group without bias whose padding is half its kernel.
+    """The algorithm for a convolution without bias whose padding is half its kernel.
 
     Args:
-        requested: one of `ALGORITHMS`. "winograd" and "gemm" are taken wherever they serve the problem at all.
+        requested: one of `ALGORITHMS`. Ours are taken wherever they serve the problem at all.
     """
     # A compiler's sizes may be symbols, which are not hashed.
     return _choose(problem, requested) if torch.compiler.is_compiling() else _chosen(problem, requested)
@@ -158,6 +171,10 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
     if not problem.channels_last:
         return Choice("torch", "the input is not in channels_last, which the kernels read")
+    if problem.groups != 1:
+        if _grouped_pays(problem):
+            return Choice("grouped", "groups are too narrow for PyTorch's convolution")
+        return Choice("torch", "PyTorch's convolution is as fast")
     if problem.kernel == 1:
         if _product_pays(problem):
             return Choice("gemm", "it spares the passes of the normalisations beside it")
@@ -215,9 +232,13 @@ def is_served(problem: ConvProblem) -> bool:
 
 def _why_not_served(problem: ConvProblem) -> str | None:
     n, c, h, w = problem.shape
-    if problem.kernel not in (1, 3):
+    if problem.groups != 1:
+        unserved = _why_not_grouped(problem)
+        if unserved is not None:
+            return unserved
+    elif problem.kernel not in (1, 3):
         return "there is no kernel of our own for this size"
-    if problem.kernel == 1 and (problem.stride != 1 or not problem.needs_grad):
+    elif problem.kernel == 1 and (problem.stride != 1 or not problem.needs_grad):
         return "the kernel for this size is for training with stride 1"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return "there is no kernel of our own for this dtype"
@@ -226,8 +247,26 @@ def _why_not_served(problem: ConvProblem) -> str | None:
     return "the input is empty" if n * c * h * w == 0 else None
 
 
+def _why_not_grouped(problem: ConvProblem) -> str | None:
+    """Why no kernel of our own serves a problem of this kernel, stride and width of groups."""
+    inputs, outputs = problem.shape[1] // problem.groups, problem.outputs // problem.groups
+    if problem.kernel not in GROUPED_KERNELS:
+        return "there is no kernel of our own for this size in groups"
+    if problem.stride not in (1, 2):
+        return "the kernel for groups is for strides 1 and 2"
+    if inputs == outputs and inputs in (1, 4):
+        return None
+    if inputs % 8 == 0 and outputs % 8 == 0 and outputs > 0:
+        return None
+    return f"there is no kernel of our own for groups of {inputs} inputs and {outputs} outputs"
+
+
 def _why_not(algorithm: str, problem: ConvProblem) -> str | None:
     """Why one of our algorithms does not serve a problem that another of them does."""
+    if (problem.groups != 1) != (algorithm == "grouped"):
+        return "it is for convolutions in groups" if problem.groups == 1 else "it is for convolutions in one group"
+    if algorithm == "grouped":
+        return None
     if algorithm == "winograd":
         if problem.kernel != 3:
             return "Winograd's algorithm is for 3x3 kernels"
@@ -264,6 +303,18 @@ def _pays(form: _Form, problem: ConvProblem) -> bool:
     transforms = form.tile_cost * tiles * (inputs + outputs) + form.weight_cost * inputs * outputs
     # In whole numbers, which torch.export can reason about.
     return _holds(slower * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
+
+
+def _grouped_pays(problem: ConvProblem) -> bool:
+    """Whether the direct sum of our own is faster than PyTorch's convolution, as docs/convolution.md has it measured.
+
+    Of each channel alone PyTorch's forward is good, and its gradients are not but for 3x3 kernels.
+    """
+    width = max(problem.shape[1], problem.outputs) // problem.groups
+    if width == 1:
+        return problem.kernel > 3 or (problem.needs_grad and problem.stride == 1)
+    enough = problem.shape[0] * _positions_of_image(problem) >= _FEW_GROUPED_POSITIONS
+    return width <= _NARROW_GROUP or (width <= _WIDEST_GROUP and _holds(enough))
 
 
 def _product_pays(problem: ConvProblem) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres import contract
+from fastres import contract, reference
 from fastres.activations import Activation
 from fastres.contract import PLAIN, Act, ConvShape, Norm, NormParams, Residual, Statistics, Sums, output_size
 from fastres.ops.arguments import Ints2, Needs2, Needs3
@@ -269,6 +269,20 @@ def conv3x3_backward(
     results = empty_gradients(x, weight, needs, torch.channels_last)
     dx, dweight = _convolution_gradients(dy, x, weight, [stride, stride], results, needs)
     return dx.add_(added) if needs[0] and added is not None else dx, dweight
+
+
+def grouped_conv_forward(x: Tensor, weight: Tensor, statistics: bool, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, M2): y channels_last; the statistics empty where they are not asked for."""
+    y = empty_output(x, weight.shape[0], (stride, stride), torch.channels_last)
+    return _measured(y.copy_(reference.grouped_conv2d(x, weight.to(x.dtype), stride)), statistics)
+
+
+def grouped_conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: Needs2, stride: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), dx channels_last; what is not needed is empty."""
+    results = empty_gradients(x, weight, needs, torch.channels_last)
+    return _convolution_gradients(dy, x, weight, [stride, stride], results, needs)
 
 
 def conv3x3_inference(

@@ -136,8 +136,8 @@ def unpack_keep(keep: Tensor, x: Tensor) -> Tensor | None:
 def convolution_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dweight) of a convolution in one group whose padding is half its kernel, None where not needed, by PyTorch's
-    operator, which is differentiable itself.
+    """(dx, dweight) of a convolution whose padding is half its kernel, None where not needed, by PyTorch's operator,
+    which is differentiable itself. The weight's shape says how many groups there are.
     """
     kernel, w = weight.shape[2], weight.to(x.dtype)
     dx, dweight = None, None
@@ -155,8 +155,8 @@ def convolution_gradients(
 def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: Sequence[int], mask: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    padding = [weight.shape[2] // 2] * 2
+    padding, groups = [weight.shape[2] // 2] * 2, max(1, x.shape[1] // max(1, weight.shape[1]))
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [*mask, False]
+        dy, x, weight, None, stride, padding, [1, 1], False, [0, 0], groups, [*mask, False]
     )
     return dx, dweight

@@ -19,6 +19,8 @@ from fastres.ops.algorithms import (
 
 LARGE = ConvProblem(torch.float32, (128, 64, 32, 32), 64, 3, 1, True, True, 2, "avx512", False)
 FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
+GROUPED = LARGE._replace(groups=8)
+DEPTHWISE = LARGE._replace(kernel=5, groups=64)
 
 
 @pytest.mark.parametrize("capability", ["avx2", "avx512"])
@@ -58,6 +60,27 @@ FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
         (LARGE._replace(shape=(128, 3, 32, 32)), "torch", "too few"),
         (FEW._replace(needs_grad=True), "torch", "too few"),
         (FEW._replace(channels_last=False), "torch", "not in channels_last"),
+        (GROUPED, "grouped", "too narrow"),
+        (GROUPED._replace(needs_grad=False, shape=(1, 64, 5, 5)), "grouped", "too narrow"),
+        (GROUPED._replace(groups=16, stride=2, kernel=7), "grouped", "too narrow"),
+        (GROUPED._replace(groups=2), "grouped", "too narrow"),
+        (GROUPED._replace(groups=2, shape=(1, 64, 7, 7)), "torch", "is as fast"),
+        (LARGE._replace(groups=2, shape=(128, 128, 32, 32), outputs=128), "torch", "is as fast"),
+        (DEPTHWISE, "grouped", "too narrow"),
+        (DEPTHWISE._replace(needs_grad=False, stride=2), "grouped", "too narrow"),
+        (DEPTHWISE._replace(kernel=3), "grouped", "too narrow"),
+        (DEPTHWISE._replace(kernel=3, stride=2), "torch", "is as fast"),
+        (DEPTHWISE._replace(kernel=3, needs_grad=False), "torch", "is as fast"),
+        (GROUPED._replace(kernel=9), "torch", "this size in groups"),
+        (GROUPED._replace(kernel=1), "torch", "this size in groups"),
+        (GROUPED._replace(stride=3), "torch", "strides 1 and 2"),
+        (GROUPED._replace(groups=32), "torch", "groups of 2 inputs and 2 outputs"),
+        (DEPTHWISE._replace(outputs=128), "torch", "groups of 1 inputs and 2 outputs"),
+        (GROUPED._replace(groups=16, outputs=128), "torch", "groups of 4 inputs and 8 outputs"),
+        (GROUPED._replace(dtype=torch.float64), "torch", "this dtype"),
+        (GROUPED._replace(dtype=torch.bfloat16), "grouped", "too narrow"),
+        (GROUPED._replace(dtype=torch.bfloat16, matrix_units=True), "torch", "bfloat16 matrices"),
+        (GROUPED._replace(channels_last=False), "torch", "not in channels_last"),
     ],
 )
 def test_the_choice_and_its_reason(problem, algorithm, reason, capability):
@@ -115,7 +138,16 @@ def test_where_no_kernel_of_ours_serves_it_is_pytorchs(capability):
         (LARGE._replace(kernel=1, channels_last=False), "gemm", "gemm"),
         (LARGE._replace(kernel=1, stride=2), "gemm", "torch"),
         (LARGE, "gemm", "torch"),
+        (LARGE, "grouped", "torch"),
         (FEW, "gemm", "gemm"),
+        (GROUPED, "grouped", "grouped"),
+        (GROUPED._replace(channels_last=False), "grouped", "grouped"),
+        (GROUPED._replace(dtype=torch.bfloat16, matrix_units=True), "grouped", "grouped"),
+        (GROUPED, "torch", "torch"),
+        (GROUPED, "winograd", "torch"),
+        (GROUPED, "gemm", "torch"),
+        (GROUPED._replace(kernel=1), "gemm", "torch"),
+        (DEPTHWISE, "grouped", "grouped"),
     ],
 )
 def test_what_is_requested_is_chosen_wherever_it_serves(problem, requested, algorithm):
@@ -141,7 +173,7 @@ def test_the_environment_decides_where_nobody_else_does(monkeypatch):
         assert requested_algorithm("auto") == "auto"
     monkeypatch.setenv("FASTRES_CONV", "fft")
     with pytest.raises(
-        ValueError, match=r"FASTRES_CONV: expected one of \('auto', 'torch', 'winograd', 'gemm'\), got 'fft'"
+        ValueError, match=r"FASTRES_CONV: expected one of \('auto', 'torch', 'winograd', 'gemm', 'grouped'\), got 'fft'"
     ):
         requested_algorithm(None)
 

@@ -276,6 +276,7 @@ def test_fake_kernels_give_the_shapes_strides_and_dtypes_of_real_results(layout,
 
 @pytest.mark.parametrize("algorithm", algorithms.ALGORITHMS)
 def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
+    torch._dynamo.reset()
     x, weight, dy = data((4, 64, 64, 16, 16))
     x.requires_grad_()
     weight.requires_grad_()

@@ -1,0 +1,87 @@
+"""grouped_conv: 3x3, 5x5 and 7x7 convolutions of stride 1 or 2 in groups of few channels, or of single ones
+(depthwise), with padding of half the kernel and no bias.
+
+    y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, first(k) + c, stride * i + u - p, stride * j + v - p]
+
+first(k) is the first channel of the group of k, and p half the kernel. A direct sum: csrc/cpu keeps a tile of outputs
+in registers and reads weights packed by vectors of a group's outputs. It serves float32 and bfloat16 on processors with
+AVX2 or AVX-512, groups of 1, of 4, and of multiples of 8 channels; everything else is PyTorch's convolution.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import contract
+from fastres.ops import fallback
+from fastres.ops.arguments import Needs2
+from fastres.ops.formulas import convolution_gradients
+from fastres.ops.library import (
+    convolution_flops,
+    define,
+    in_strides_of,
+    needs_plain_formula,
+    restored,
+)
+
+# ------------------------------------------------------------------------------------------------------- fake kernels
+
+
+def _fake_forward(x: Tensor, weight: Tensor, statistics: bool, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    size = weight.shape[0] if statistics else 0
+    mean, m2 = (x.new_empty(size, dtype=contract.statistics_dtype(x.dtype)) for _ in range(2))
+    return fallback.empty_output(x, weight.shape[0], (stride, stride), torch.channels_last), mean, m2
+
+
+def _fake_backward(x: Tensor, weight: Tensor, needs: Needs2, **_: Any) -> tuple[Tensor, Tensor]:
+    return fallback.empty_gradients(x, weight, needs, torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------- operators
+
+forward = define(
+    "grouped_conv_forward",
+    fallback.grouped_conv_forward,
+    "(Tensor y, Tensor mean, Tensor m2)",
+    fake=_fake_forward,
+    function="grouped_conv2d",
+    flops=lambda weight, out_shape, **_: convolution_flops(out_shape[0], weight),
+)
+
+backward = define(
+    "grouped_conv_backward",
+    fallback.grouped_conv_backward,
+    "(Tensor dx, Tensor dweight)",
+    fake=_fake_backward,
+    function="grouped_conv2d",
+    flops=lambda dy, weight, needs, **_: convolution_flops(dy, weight, sum(needs)),
+)
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+
+
+class GroupedConv(torch.autograd.Function):
+    """(y, mean, M2): y channels_last, its statistics (not differentiable; that they depend on y is part of
+    batch_norm_act's own backward). Saved for backward: x and the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, statistics: bool, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.weight_strides, ctx.stride = weight.stride(), stride
+        y, mean, m2 = forward(x, weight, statistics, stride)
+        ctx.mark_non_differentiable(mean, m2)
+        return y, mean, m2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _mean: None, _m2: None) -> Any:
+        needs = ctx.needs_input_grad[:2]
+        x, weight = ctx.saved_tensors
+        if needs_plain_formula(dy):
+            return *convolution_gradients(dy, x, weight, [ctx.stride, ctx.stride], needs), None, None
+        x, weight = x.contiguous(memory_format=torch.channels_last), restored(weight, ctx.weight_strides)
+        dx, dweight = backward(dy, x, weight, needs, ctx.stride)
+        return dx if needs[0] else None, in_strides_of(weight, dweight) if needs[1] else None, None, None
