@@ -57,7 +57,8 @@ backward = define(
     "(Tensor dx, Tensor dweight)",
     fake=_fake_backward,
     function="grouped_conv2d",
-    flops=lambda dy, weight, needs, **_: convolution_flops(dy, weight, sum(needs)),
+    # PyTorch's counter takes the weight's gradient for that of a convolution in one group.
+    flops=lambda dy, x, weight, needs, **_: convolution_flops(dy, weight, needs[0] + needs[1] * x[1] // weight[1]),
 )
 
 # ----------------------------------------------------------------------------------------------------------- autograd
