@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import contract
 from fastres.ops import fallback
 from fastres.ops.arguments import Needs2
+from fastres.ops.conv3x3 import fake_forward
 from fastres.ops.formulas import convolution_gradients
 from fastres.ops.library import (
     convolution_flops,
@@ -30,12 +30,6 @@ from fastres.ops.library import (
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
 
-def _fake_forward(x: Tensor, weight: Tensor, statistics: bool, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    size = weight.shape[0] if statistics else 0
-    mean, m2 = (x.new_empty(size, dtype=contract.statistics_dtype(x.dtype)) for _ in range(2))
-    return fallback.empty_output(x, weight.shape[0], (stride, stride), torch.channels_last), mean, m2
-
-
 def _fake_backward(x: Tensor, weight: Tensor, needs: Needs2, **_: Any) -> tuple[Tensor, Tensor]:
     return fallback.empty_gradients(x, weight, needs, torch.channels_last)
 
@@ -46,7 +40,7 @@ forward = define(
     "grouped_conv_forward",
     fallback.grouped_conv_forward,
     "(Tensor y, Tensor mean, Tensor m2)",
-    fake=_fake_forward,
+    fake=fake_forward,
     function="grouped_conv2d",
     flops=lambda weight, out_shape, **_: convolution_flops(out_shape[0], weight),
 )
@@ -57,7 +51,8 @@ backward = define(
     "(Tensor dx, Tensor dweight)",
     fake=_fake_backward,
     function="grouped_conv2d",
-    flops=lambda dy, weight, needs, **_: convolution_flops(dy, weight, sum(needs)),
+    # PyTorch's counter takes the weight's gradient for that of a convolution in one group.
+    flops=lambda dy, x, weight, needs, **_: convolution_flops(dy, weight, needs[0] + needs[1] * x[1] // weight[1]),
 )
 
 # ----------------------------------------------------------------------------------------------------------- autograd
