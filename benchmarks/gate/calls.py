@@ -20,6 +20,7 @@ from fastres.functional import (
     conv3x3,
     conv3x3_norm_act,
     conv3x3_with_statistics,
+    grouped_conv2d_with_statistics,
     norm_act_conv1x1,
     norm_act_conv3x3,
     projection_shortcut,
@@ -137,6 +138,14 @@ def _norm_act_conv(
     return run
 
 
+def _grouped(kernel: int, inputs: int, stride: int = 1) -> Callable[[], None]:
+    def run() -> None:
+        weight = _x((CHANNELS, inputs, kernel, kernel))
+        _backward(grouped_conv2d_with_statistics(_x(), weight, stride=stride, algorithm="grouped").y)
+
+    return run
+
+
 def _projection() -> None:
     """Training; what follows its product is a batch_norm_act of both branches."""
     x, stride = _x((2, 2 * CHANNELS, 8, 8)), 2
@@ -206,6 +215,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "Winograd, stride 2": lambda: _backward(conv3x3(_x(), _weight(3), stride=2, algorithm="winograd")),
     "Winograd, statistics": lambda: _backward(conv3x3_with_statistics(_x(), _weight(3), algorithm="winograd").y),
     "1x1, statistics": lambda: _backward(conv1x1_with_statistics(_x(), _weight(1), algorithm="gemm").y),
+    "in groups of 8": _grouped(3, 8),
+    "in groups of 4, stride 2": _grouped(3, 4, 2),
+    "depthwise, 5x5": _grouped(5, 1),
     "norm, Winograd": _norm_act_conv(norm_act_conv3x3, 3, "winograd"),
     "norm and residual, Winograd": _norm_act_conv(norm_act_conv3x3, 3, "winograd", residual=True),
     "norm, Winograd, stride 2": _norm_act_conv(norm_act_conv3x3, 3, "winograd", stride=2),
