@@ -92,7 +92,7 @@ class Conv:
 
     Attributes:
         stride: of both axes.
-        groups: one, unless it is of `grouped_conv_of`.
+        groups: one, unless it is of `any_conv_of`.
     """
 
     node: Node
@@ -136,14 +136,10 @@ def conv_of(node: Any, kernels: tuple[int, ...] = OUR_KERNELS) -> Conv | str:
     return f"it has {conv.groups} groups" if isinstance(conv, Conv) and conv.groups != 1 else conv
 
 
-def is_grouped(node: Node) -> bool:
-    """Whether a call is a convolution in groups."""
-    return is_conv(node) and isinstance(groups := bind(node, CONV)["groups"], int) and groups != 1
-
-
-def grouped_conv_of(node: Any) -> Conv | str:
-    """The convolution in groups with a kernel that ours have that a call is, or why it is none."""
-    return _conv_of(node, GROUPED_KERNELS)
+def any_conv_of(node: Node) -> Conv | str:
+    """The convolution, in one group or in several, with a kernel that ours have that a call is, or why it is none."""
+    groups = bind(node, CONV)["groups"] if is_conv(node) else 1
+    return _conv_of(node, GROUPED_KERNELS if isinstance(groups, int) and groups != 1 else OUR_KERNELS)
 
 
 def _conv_of(node: Any, kernels: tuple[int, ...]) -> Conv | str:

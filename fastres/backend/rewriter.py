@@ -21,11 +21,10 @@ from fastres.backend.calls import (
     CONV,
     Conv,
     Norm,
+    any_conv_of,
     conv_of,
     dropout_of,
-    grouped_conv_of,
     is_conv,
-    is_grouped,
     is_norm,
     norm_of,
     norm_params,
@@ -321,7 +320,7 @@ class Rewriter:
             return self._write_arithmetic(node, self.frozen[node])
         if node in self.claimed or not is_conv(node):
             return None
-        conv = grouped_conv_of(node) if is_grouped(node) else conv_of(node)
+        conv = any_conv_of(node)
         reason = conv if isinstance(conv, str) else convolutions.why_not_ours(conv, self.requested)
         if reason is None and not isinstance(conv, str) and conv.kernel == 1 and self._reader(conv) is None:
             reason = "it has no normalisation beside it"

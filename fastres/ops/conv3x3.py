@@ -43,7 +43,8 @@ def fake_forward(x: Tensor, weight: Tensor, statistics: bool, stride: int = 1) -
     return fallback.empty_output(x, weight.shape[0], (stride, stride), torch.channels_last), mean, m2
 
 
-def _fake_backward(x: Tensor, weight: Tensor, needs: Needs2, **_: Any) -> tuple[Tensor, Tensor]:
+def fake_backward(x: Tensor, weight: Tensor, needs: Needs2, **_: Any) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of the convolution, uninitialised."""
     return fallback.empty_gradients(x, weight, needs, torch.channels_last)
 
 
@@ -66,7 +67,7 @@ backward = define(
     "conv3x3_backward",
     fallback.conv3x3_backward,
     "(Tensor dx, Tensor dweight)",
-    fake=_fake_backward,
+    fake=fake_backward,
     function="conv3x3",
     flops=lambda dy, weight, needs, **_: convolution_flops(dy, weight, sum(needs)),
 )

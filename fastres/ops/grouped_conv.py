@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from fastres.ops import fallback
-from fastres.ops.arguments import Needs2
-from fastres.ops.conv3x3 import fake_forward
+from fastres.ops.conv3x3 import fake_backward, fake_forward
 from fastres.ops.formulas import convolution_gradients
 from fastres.ops.library import (
     convolution_flops,
@@ -26,13 +25,6 @@ from fastres.ops.library import (
     needs_plain_formula,
     restored,
 )
-
-# ------------------------------------------------------------------------------------------------------- fake kernels
-
-
-def _fake_backward(x: Tensor, weight: Tensor, needs: Needs2, **_: Any) -> tuple[Tensor, Tensor]:
-    return fallback.empty_gradients(x, weight, needs, torch.channels_last)
-
 
 # ---------------------------------------------------------------------------------------------------------- operators
 
@@ -49,7 +41,7 @@ backward = define(
     "grouped_conv_backward",
     fallback.grouped_conv_backward,
     "(Tensor dx, Tensor dweight)",
-    fake=_fake_backward,
+    fake=fake_backward,
     function="grouped_conv2d",
     # PyTorch's counter takes the weight's gradient for that of a convolution in one group.
     flops=lambda dy, x, weight, needs, **_: convolution_flops(dy, weight, needs[0] + needs[1] * x[1] // weight[1]),
