@@ -104,8 +104,8 @@ def tensors_peak(step: Callable[[], object]) -> int:
     return peak
 
 
-def saved_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps between forward, which `loss` does, and backward, which follows it here.
+def saved_for_backward(model: nn.Module, step: Callable[[], object]) -> int:
+    """Bytes that autograd keeps between forward and backward of a training step.
 
     Every storage counts once; parameters, which exist anyway, do not count, nor does what autocast makes of them, which
     does not grow with the batch.
@@ -120,12 +120,10 @@ def saved_for_backward(model: nn.Module, loss: Callable[[], Tensor]) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    # Until backward begins the graph keeps what it saves, and so every address, alive; backward itself saves nothing.
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        # The loss keeps the graph, and so every address, alive until the sum is taken.
-        value = loss()
-        total = sum(storages.values())
-    torch.autograd.backward(value)
-    return total
+        step()
+    return sum(storages.values())
 
 
 def _status(field: str) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -158,7 +159,9 @@ def saved_bytes(side: str, dropout: float, amp: bool) -> int:
     """Bytes that autograd keeps between forward and backward of a ResNet-18 training step of SAVED_BATCH images."""
     model = workloads.make_network(side, dropout=dropout)
     images, labels = workloads.image_batch(SAVED_BATCH)
-    return memory.saved_for_backward(model, lambda: workloads.training_loss(model, images, labels, amp))
+    return memory.saved_for_backward(
+        model, lambda: torch.autograd.backward(workloads.training_loss(model, images, labels, amp))
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting

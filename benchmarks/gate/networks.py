@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -66,11 +65,8 @@ def count_calls(networks: tuple[Network, ...] = NETWORKS) -> dict[str, Counted]:
 
 def saved_of_step(network: Network) -> int:
     """Bytes that a training step's forward keeps for its backward."""
-    model = models.create(network.name, num_classes=10, stem=network.stem, dropout=network.dropout, fused=True)
-    model.to(memory_format=torch.channels_last)
-    images = torch.randn(network.batch, 3, network.image, network.image).to(memory_format=torch.channels_last)
-    labels = torch.zeros(network.batch, dtype=torch.int64)
-    return saved_for_backward(model, lambda: F.cross_entropy(model(images), labels))
+    step, model = training_step(network, FUSED)
+    return saved_for_backward(model, step)
 
 
 def count_saved(networks: tuple[Network, ...] = NETWORKS) -> Counted:

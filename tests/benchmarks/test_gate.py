@@ -386,7 +386,7 @@ def test_one_operator_call_more_fails() -> None:
 
 def test_one_saved_tensor_more_fails() -> None:
     def saved(network: nn.Module, x: Tensor) -> dict[str, int]:
-        return {"bytes": saved_for_backward(network, lambda: network(x).sum())}
+        return {"bytes": saved_for_backward(network, lambda: network(x).sum().backward())}
 
     was, now = of_plain_and_planted(Saving(), saved)
     more = was["bytes"] + 4 * 2 * 16 * 16 * 16
