@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,3 +49,15 @@ def flat(operator: Any, *args: Any) -> tuple[Any, ...]:
 def opcheck(operator: Any, *args: Any) -> None:
     """torch.library.opcheck on the operator behind a caller in fastres.ops, with grouped arguments."""
     torch.library.opcheck(operator.overload, flat(operator, *args))
+
+
+def check_compiled(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> None:
+    """Check that a function traces into one graph that gives its values, with and without gradients, and gradients."""
+    results = []
+    for run in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        y = run(x, weight)
+        with torch.no_grad():
+            evaluated = run(x, weight)
+        results.append([y, evaluated, *torch.autograd.grad(y, (x, weight), dy)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

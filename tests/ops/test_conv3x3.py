@@ -20,7 +20,7 @@ from fastres.ops import algorithms
 from fastres.ops import conv3x3 as ops
 from fastres.ops.fallback import output_size
 from tests import backend
-from tests.operators import flat, opcheck
+from tests.operators import check_compiled, flat, opcheck
 from tests.oracle import (
     FIVE_POINTS,
     LAYOUTS,
@@ -293,15 +293,8 @@ def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
     def end(x, weight):
         return functional.conv3x3_norm_act(x, weight, n, residual=x, algorithm=algorithm)
 
-    results: list[list[Tensor]] = [[], []]
     for f in (convolve, measure, end):
-        for found, run in zip(results, (f, torch.compile(f, fullgraph=True, backend="aot_eager")), strict=True):
-            y = run(x, weight)
-            with torch.no_grad():
-                evaluated = run(x, weight)
-            found += [y, evaluated, *torch.autograd.grad(y, (x, weight), dy)]
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+        check_compiled(f, x, weight, dy)
 
 
 @pytest.mark.parametrize(("algorithm", "ours"), [("winograd", True), ("torch", False)])

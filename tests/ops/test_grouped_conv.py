@@ -15,6 +15,7 @@ from torch import Tensor
 from fastres import _extension, functional, reference
 from fastres.contract import output_size
 from fastres.ops import algorithms
+from tests.operators import check_compiled
 from tests.oracle import (
     LAYOUTS,
     SEED,
@@ -319,15 +320,8 @@ def test_the_functions_compile_to_one_graph_with_the_same_results(algorithm):
         running = torch.zeros(64), torch.ones(64)
         return functional.batch_norm_act(y, *running, training=True, statistics=statistics, relu=False)
 
-    results: list[list[Tensor]] = [[], []]
     for f in (convolve, measure):
-        for found, run in zip(results, (f, torch.compile(f, fullgraph=True, backend="aot_eager")), strict=True):
-            y = run(x, weight)
-            with torch.no_grad():
-                evaluated = run(x, weight)
-            found += [y, evaluated, *torch.autograd.grad(y, (x, weight), dy)]
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+        check_compiled(f, x, weight, dy)
 
 
 @pytest.mark.parametrize(
