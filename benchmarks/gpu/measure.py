@@ -347,7 +347,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": records.commit(),
         "date": datetime.date.today().isoformat(),
-        "backends": dict(backends()),
+        "backends": {name: words.replace(f"{records.ROOT}/", "") for name, words in backends()},
     }
     if workloads.CUDA:
         device = torch.cuda.get_device_properties(workloads.DEVICE)
