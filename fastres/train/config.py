@@ -24,7 +24,7 @@ Amp = Literal["auto", "none", "bf16", "fp16"]
 Flip = Literal["auto", "none", "random", "alternating"]
 CropBorder = Literal["zero", "reflect"]
 Tta = Literal["none", "flip", "flip+shift"]
-ConvAlgorithm = Literal["auto", "torch", "winograd", "gemm", "direct"]
+ConvAlgorithm = Literal["auto", "torch", "winograd", "gemm", "grouped", "direct"]
 
 
 OLD_DEFAULTS: dict[str, Any] = {
@@ -51,9 +51,9 @@ class TrainConfig:
         fused: Fused blocks; --no-fused is the same network on plain PyTorch, with the same seed, batches and
             checkpoints.
         conv_algorithm: What the fused blocks compute their 3x3 and 1x1 convolutions with, on a CPU:
-            winograd (3x3), gemm (1x1, and 3x3 in evaluation), torch (PyTorch's; direct is its old name), or auto, what
-            a cost model says that pays. What the algorithm does not serve is PyTorch's. None: the environment variable
-            FASTRES_CONV, or auto. Not with --no-fused.
+            winograd (3x3), gemm (1x1, and 3x3 in evaluation), grouped (neither: for convolutions in groups), torch
+            (PyTorch's; direct is its old name), or auto, what a cost model says that pays. What the algorithm does not
+            serve is PyTorch's. None: the environment variable FASTRES_CONV, or auto. Not with --no-fused.
         recipe: Published or proven settings to start from; every option given besides overrides them. list shows all.
             A name only: from Python, `fastres.train.recipe_config` makes the configuration.
         model: Network: resnet18, resnet34, resnet50, resnet101 or resnet152; for small images resnet20, resnet32,

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import pytest
 
+from fastres.ops.algorithms import ALGORITHMS
 from fastres.train import __main__ as cli
 from fastres.train.config import (
     ConvAlgorithm,
@@ -99,6 +100,10 @@ def test_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 def test_value_of_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=rf"^{name}: "):
         check_config(TrainConfig(**{name: value}))
+
+
+def test_every_algorithm_that_the_environment_may_name_can_be_saved_with_a_run() -> None:
+    assert set(get_args(ConvAlgorithm)) == {*ALGORITHMS, "direct"}
 
 
 @pytest.mark.parametrize("algorithm", get_args(ConvAlgorithm))
