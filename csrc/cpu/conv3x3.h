@@ -28,6 +28,15 @@ inline void check_input(const Tensor& x) {
       x.scalar_type());
 }
 
+inline void check_weight_dtype(const Tensor& weight, const Tensor& x) {
+  FASTRES_CHECK(
+      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
+      "weight: expected dtype ",
+      x.scalar_type(),
+      ", got ",
+      weight.scalar_type());
+}
+
 inline void check_operands(const Tensor& x, const Tensor& weight) {
   check_input(x);
   FASTRES_CHECK(
@@ -39,12 +48,7 @@ inline void check_operands(const Tensor& x, const Tensor& weight) {
       x.size(1),
       ", 1, 1), got ",
       weight.sizes());
-  FASTRES_CHECK(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
-      "weight: expected dtype ",
-      x.scalar_type(),
-      ", got ",
-      weight.scalar_type());
+  check_weight_dtype(weight, x);
 }
 
 inline void check_stride(int64_t stride, const Tensor& weight) {

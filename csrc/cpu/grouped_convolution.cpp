@@ -33,12 +33,7 @@ Shape checked_shape(const Tensor& x, const Tensor& weight, int64_t stride) {
       w.size() == 4 && (w[2] == 3 || w[2] == 5 || w[2] == 7) && w[3] == w[2],
       "weight: expected a kernel of 3x3, 5x5 or 7x7, got shape ",
       w);
-  FASTRES_CHECK(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
-      "weight: expected dtype ",
-      x.scalar_type(),
-      ", got ",
-      weight.scalar_type());
+  conv::check_weight_dtype(weight, x);
   FASTRES_CHECK(stride == 1 || stride == 2, "stride: expected 1 or 2, got ", stride);
   const int64_t channels = x.size(1), inputs = w[1], groups = inputs > 0 ? channels / inputs : 0;
   FASTRES_CHECK(
@@ -211,23 +206,20 @@ void add_weight_gradient(
 // The sums of all parts, in their order, into the gradient's tensor.
 void collect(const Shape& s, const float* sums, int64_t parts, const Weights<float>& to) {
   const int64_t size = s.unit_weights(), all = s.units() * size, blocks = s.unit_inputs() / kLanes;
-  constexpr int64_t kThreadWeights = 8 * 1024;
-  parallel_for(0, s.units(), std::max<int64_t>(1, kThreadWeights / size), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const float* from = sums + unit * size;
-      for (int64_t k = 0; k < size / (blocks * s.taps() * kLanes); ++k) {
-        for (int64_t block = 0; block < blocks; ++block) {
-          const LaneWeights<float> gradient = lane_weights(s, to, unit, true, block * kLanes, k);
-          for (int64_t tap = 0; tap < s.taps(); ++tap, from += kLanes) {
-            Octet sum = load8(from);
-            for (int64_t part = 1; part < parts; ++part) {
-              sum = _mm256_add_ps(sum, load8(from + part * all));
-            }
-            alignas(32) float lanes[kLanes];
-            store8(lanes, sum);
-            for (int64_t lane = 0; lane < gradient.lanes; ++lane) {
-              gradient.at(lane, tap * to.tap) = lanes[lane];
-            }
+  for_each_unit(s, [&](int64_t unit) {
+    const float* from = sums + unit * size;
+    for (int64_t k = 0; k < size / (blocks * s.taps() * kLanes); ++k) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const LaneWeights<float> gradient = lane_weights(s, to, unit, true, block * kLanes, k);
+        for (int64_t tap = 0; tap < s.taps(); ++tap, from += kLanes) {
+          Octet sum = load8(from);
+          for (int64_t part = 1; part < parts; ++part) {
+            sum = _mm256_add_ps(sum, load8(from + part * all));
+          }
+          alignas(32) float lanes[kLanes];
+          store8(lanes, sum);
+          for (int64_t lane = 0; lane < gradient.lanes; ++lane) {
+            gradient.at(lane, tap * to.tap) = lanes[lane];
           }
         }
       }

@@ -46,6 +46,17 @@ void for_each_task(const Chunks& chunks, int64_t panels, int64_t parts, const F&
   });
 }
 
+// f(unit) for all units, where what f does is work on its weights.
+template <typename F>
+void for_each_unit(const Shape& s, const F& f) {
+  constexpr int64_t kThreadWeights = 8 * 1024; // that are worth a thread's start
+  parallel_for(0, s.units(), std::max<int64_t>(1, kThreadWeights / s.unit_weights()), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      f(unit);
+    }
+  });
+}
+
 // --- outputs
 
 // Weights of all units as one direction reads them.
@@ -53,12 +64,7 @@ class PackedWeights {
 public:
   PackedWeights(const Shape& s, const Weights<const float>& w, bool turned)
       : size_(s.unit_weights()), finite_(s.units()), data_(s.units() * size_) {
-    constexpr int64_t kThreadWeights = 8 * 1024; // that are worth a thread's start
-    parallel_for(0, s.units(), std::max<int64_t>(1, kThreadWeights / size_), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        finite_[unit] = pack_unit(s, w, unit, turned, data_.data() + unit * size_);
-      }
-    });
+    for_each_unit(s, [&](int64_t unit) { finite_[unit] = pack_unit(s, w, unit, turned, data_.data() + unit * size_); });
   }
 
   const float* of(int64_t unit) const {

@@ -65,6 +65,18 @@ template <typename T>
   }
 }
 
+// The sum of zero times each of some values: not zero where one of them is not finite.
+struct Seen {
+  Octet sum = _mm256_setzero_ps();
+
+  void add(Octet v) {
+    sum = _mm256_fmadd_ps(v, _mm256_setzero_ps(), sum);
+  }
+  bool are_finite() const {
+    return _mm256_movemask_ps(_mm256_cmp_ps(sum, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
+  }
+};
+
 // What a lane of a vector sums: its own channel; four channels, the vector being two groups of four; eight channels at
 // a time, all of one group.
 enum class Kind { depthwise, pairs, dense };
@@ -253,7 +265,7 @@ bool read_padded(
     int64_t count,
     const Padded& to) {
   const int64_t columns = std::min(from.width, to.columns - before), behind = to.columns - before - columns;
-  Octet nothing = _mm256_setzero_ps();
+  Seen seen;
   for (int64_t image = 0; image < chunk.images; ++image) {
     for (int64_t row = 0; row < to.rows; ++row) {
       float* at = to.data + image * to.image() + row * to.row();
@@ -275,7 +287,7 @@ bool read_padded(
           for (int64_t i = 0; i < blocks; ++i) {
             const Octet v = load(pixels + column * from.channels + (block + i) * kLanes);
             if constexpr (kAsk) {
-              nothing = _mm256_fmadd_ps(v, _mm256_setzero_ps(), nothing);
+              seen.add(v);
             }
             store8(at + (block + i) * to.block() + column * kLanes, v);
           }
@@ -297,7 +309,7 @@ bool read_padded(
       }
     }
   }
-  return _mm256_movemask_ps(_mm256_cmp_ps(nothing, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
+  return seen.are_finite();
 }
 
 // Weights [outputs][group inputs][kernel][kernel] of any strides.
@@ -350,7 +362,7 @@ inline bool pack_unit(const Shape& s, const Weights<const float>& w, int64_t uni
   const int64_t inputs = turned ? s.unit_outputs() : s.unit_inputs();
   const int64_t outputs = turned ? s.unit_inputs() : s.unit_outputs();
   const int64_t vectors = outputs / kLanes, blocks = inputs / kLanes, depth = s.depth(), taps = s.taps();
-  Octet nothing = _mm256_setzero_ps();
+  Seen seen;
   for (int64_t vector = 0, together; vector < vectors; vector += together) {
     together = vectors_at(vector, vectors);
     const int64_t step = depth * together * kLanes;
@@ -361,7 +373,7 @@ inline bool pack_unit(const Shape& s, const Weights<const float>& w, int64_t uni
         const auto pack = [&](auto load) {
           for (int64_t tap = 0; tap < taps; ++tap) {
             const Octet v = load(tap * w.tap);
-            nothing = _mm256_fmadd_ps(v, _mm256_setzero_ps(), nothing);
+            seen.add(v);
             store8(of_input + tap * step + part * kLanes, v);
           }
         };
@@ -385,7 +397,7 @@ inline bool pack_unit(const Shape& s, const Weights<const float>& w, int64_t uni
     }
     to += blocks * taps * step;
   }
-  return _mm256_movemask_ps(_mm256_cmp_ps(nothing, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
+  return seen.are_finite();
 }
 
 } // namespace grouped
