@@ -82,6 +82,7 @@ class TrainConfig:
         accumulate: Parts in which a batch is computed, one after the other, with one step of the optimizer: less
             memory, and batch statistics of each part.
         eval_batch_size: Images a batch of the evaluation.
+        eval_epochs: Epochs from one evaluation to the next. The end of the run is always evaluated.
         optimizer: Optimizer, from torch.optim; lars and muon from timm, which they need. sgd has no momentum; amsgrad
             is Adam with the running maximum.
         lr: Peak learning rate. None: 0.05 (digits 0.01) for sgd, momentum and nesterov, 4 for lars, 0.004 for muon,
@@ -172,6 +173,7 @@ class TrainConfig:
     drop_last: bool = False
     accumulate: int = 1
     eval_batch_size: int = 256
+    eval_epochs: int = 1
     optimizer: Optimizer = "nesterov"
     lr: float | None = None
     find_lr: bool = False
@@ -256,7 +258,8 @@ def check_config(config: TrainConfig) -> None:
     if config.find_lr and config.resume is not None:
         raise InputError(f"find_lr: tests a run from its first step on, expected no resume, got {str(config.resume)!r}")
     _check_recipe_options(config)
-    for name in ("max_steps", "eval_batch_size", "threads", "image_size", "accumulate", "lookahead_period"):
+    counts = ("max_steps", "eval_batch_size", "eval_epochs", "threads", "image_size", "accumulate", "lookahead_period")
+    for name in counts:
         _check_range(name, getattr(config, name), low=1)
     _check_range("batch_size", config.batch_size, low=2)
     _check_range("workers", config.workers, low=0)

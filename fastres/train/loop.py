@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, an evaluation after each, checkpoints, signals, the report."""
+"""The training loop: epochs of steps, evaluations, checkpoints, signals, the report."""
 
 import io
 import json
@@ -154,7 +154,7 @@ class _Loop:
         with Progress(total, done, file=None if self.group.is_main else io.StringIO()) as line, self.stop.on_signals():
             while not self.stop.anywhere():
                 self._train_epoch(line)
-                if self.stop.anywhere() or not self._evaluate_and_save(line):
+                if self.stop.anywhere() or not self._end_epoch(line):
                     break
                 if self.step >= self.stop_step:
                     break
@@ -250,16 +250,34 @@ class _Loop:
         if self.board is not None:
             self.board.add(row)
 
-    def _evaluate_and_save(self, line: Progress) -> bool:
-        """Evaluate, write the line of the epoch and the checkpoints. False where a signal came in between."""
-        test = self.engine.evaluate(lambda: self.stop.asked is not None)
-        if test is None:
+    def _end_epoch(self, line: Progress) -> bool:
+        """Evaluate where that is due, and write checkpoints. False where a signal came in between."""
+        number, complete = self.epoch + 1, self.batch == self.steps_per_epoch
+        is_due = number % self.config.eval_epochs == 0 or self.step >= self.stop_step
+        test = self.engine.evaluate(lambda: self.stop.asked is not None) if is_due else None
+        if is_due and test is None:
             return not self.stop.anywhere()
-        train = self.engine.trained()
-        complete = self.batch == self.steps_per_epoch
-        number = self.epoch + 1
+        train, speed = self.engine.trained(), self._rate()
         if complete:
             self.epoch, self.batch, self.order = number, 0, None
+        text = (
+            f"epoch {number}/{self.epochs:g}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
+            f"{train['accuracy']:.2%}"
+        )
+        if test is not None:
+            best = self._note_evaluation(test, train, number, complete)
+            text += f"  test loss {test.loss:.4f}  accuracy {test.accuracy:.2%}{'  best' if best else ''}"
+        self._save(ckpt.LAST)
+        line.clear()
+        self.console.print(
+            f"{text}{f'  {speed:,.1f} images/s' if speed else ''}  {self._seconds():,.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return True
+
+    def _note_evaluation(self, test: Evaluation, train: dict[str, float], number: int, complete: bool) -> bool:
+        """Write the line of epoch `number`, and the best checkpoint; whether it is that."""
         self.evaluation = test
         best = self.best_accuracy is None or test.accuracy > self.best_accuracy
         if best:
@@ -280,17 +298,7 @@ class _Loop:
         if best:
             # Before last.pt: after a kill in between the run goes on from the one before, and writes both again.
             self._save(ckpt.BEST)
-        self._save(ckpt.LAST)
-        speed = row["images_per_second"]
-        line.clear()
-        self.console.print(
-            f"epoch {number}/{self.epochs:g}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
-            f"{train['accuracy']:.2%}  test loss {test.loss:.4f}  accuracy {test.accuracy:.2%}"
-            f"{'  best' if best else ''}{f'  {speed:,.1f} images/s' if speed else ''}  {self._seconds():,.0f} s",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return True
+        return best
 
     def _images_until(self, step: int) -> int:
         epochs, steps = divmod(step, self.steps_per_epoch)

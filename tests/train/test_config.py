@@ -61,6 +61,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("max_steps", 0),
     ("batch_size", 1),
     ("eval_batch_size", 0),
+    ("eval_epochs", 0),
     ("threads", 0),
     ("image_size", 0),
     ("workers", -1),

@@ -81,6 +81,24 @@ def test_run_leaves_all_its_files(run: Run, tmp_path: Path) -> None:
     assert summary.images_per_second is not None
 
 
+def test_evaluations_may_be_further_apart_than_epochs(run: Run, tmp_path: Path) -> None:
+    each = run(epochs=5, to="each")
+    summary = run(epochs=5, eval_epochs=2)
+    found = {row["epoch"]: row["test_loss"] for row in rows(tmp_path / "run" / "metrics.jsonl")}
+    wanted = {row["epoch"]: row["test_loss"] for row in rows(tmp_path / "each" / "metrics.jsonl")}
+    assert found == {epoch: wanted[epoch] for epoch in (2, 4, 5)}  # the last of all is always evaluated
+    assert rows(tmp_path / "run" / "steps.jsonl") == rows(tmp_path / "each" / "steps.jsonl")
+    assert (summary.last_accuracy, summary.best_epoch in found) == (each.last_accuracy, True)
+
+
+def test_run_between_two_evaluations_goes_on(run: Run, tmp_path: Path) -> None:
+    run(epochs=5, eval_epochs=2, to="whole")
+    assert run(epochs=5, eval_epochs=2, max_steps=15).step == 15
+    run(resume=tmp_path / "run", epochs=5, max_steps=None, eval_epochs=2)
+    assert [row["epoch"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [2, 4, 5]
+    assert rows(tmp_path / "run" / "steps.jsonl") == rows(tmp_path / "whole" / "steps.jsonl")
+
+
 def test_training_learns(run: Run) -> None:
     accuracy = run(epochs=10).best_accuracy
     assert accuracy is not None
