@@ -223,6 +223,22 @@ class ConvShape(NamedTuple):
         return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
 
 
+class Pool(NamedTuple):
+    """Square windows of a pooling, as torch.nn.MaxPool2d has them, without dilation or ceil_mode.
+
+    Attributes:
+        kernel, stride, padding: of both axes.
+    """
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def output_size(self, size: int) -> int:
+        """Output positions along one axis."""
+        return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
+
+
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 PHILOX_ROUND_A, PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57

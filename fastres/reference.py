@@ -160,9 +160,16 @@ def norm_act_conv1x1(x: Tensor, norm: NormParams, weight: Tensor, *, stride: int
     return conv1x1(_activated(x, norm, **options), weight, stride)
 
 
-def _activated(x: Tensor, norm: NormParams, **options: Any) -> Tensor:
-    """What the convolution after a normalisation by the batch's statistics reads; options as `batch_norm_act`'s."""
-    return batch_norm_act(x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, **options)
+def batch_norm_act_max_pool2d(
+    x: Tensor, norm: NormParams, kernel_size: int, stride: int | None = None, padding: int = 0, **options: Any
+) -> Tensor:
+    """`fastres.functional.batch_norm_act_max_pool2d` in plain PyTorch, differentiable; it trusts its arguments."""
+    return F.max_pool2d(_activated(x, norm, **options), kernel_size, stride, padding)
+
+
+def _activated(x: Tensor, norm: NormParams, *, training: bool = True, **options: Any) -> Tensor:
+    """What the operation after a normalisation reads; options as `batch_norm_act`'s."""
+    return batch_norm_act(x, *norm[:4], training=training, momentum=norm.momentum, eps=norm.eps, **options)
 
 
 def conv3x3_norm_act(

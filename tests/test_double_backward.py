@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional, reference
@@ -46,6 +47,14 @@ def norm_act_conv3x3(case: Case, f: Callable[..., Any], **options: Any) -> Tenso
     return found[0] if isinstance(found, tuple) else found
 
 
+def norm_pool(case: Case, f: Callable[..., Any], **options: Any) -> Tensor:
+    return f(case.tensors["x"], case.norms["norm"], 3, 2, 1, **options)
+
+
+def pool(case: Case, f: Callable[..., Any]) -> Tensor:
+    return f(case.tensors["x"], 3, 2, 1)
+
+
 WINOGRAD = partial(functional.conv3x3, algorithm="winograd")
 GROUPED = partial(functional.grouped_conv2d, algorithm="grouped")
 NORM_WINOGRAD = partial(functional.norm_act_conv3x3, algorithm="winograd")
@@ -73,6 +82,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Any], Callable[.
     "conv3x3, stride 2": (conv3x3, WINOGRAD, reference.conv3x3, {"stride": 2}, "3x3"),
     "depthwise": (conv3x3, GROUPED, reference.grouped_conv2d, {}, "depthwise"),
     "depthwise, stride 2": (conv3x3, GROUPED, reference.grouped_conv2d, {"stride": 2}, "depthwise"),
+    "norm, max pool": (
+        norm_pool, functional.batch_norm_act_max_pool2d, reference.batch_norm_act_max_pool2d, {"training": True}, "",
+    ),
+    "max pool": (pool, functional.max_pool2d, F.max_pool2d, {}, ""),
     "norm, conv3x3": (norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {}, "3x3"),
     "norm, conv3x3, stride 2": (norm_act_conv3x3, NORM_WINOGRAD, reference.norm_act_conv3x3, {"stride": 2}, "3x3"),
     "norm, dropped and added, conv3x3": (

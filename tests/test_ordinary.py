@@ -62,6 +62,10 @@ def projection(module, training: bool):
     )
 
 
+def norm_pool(module):
+    return lambda t, b: module.batch_norm_act_max_pool2d(t["x"], own(t, b), 3, 2, 1, training=True)
+
+
 def first(y):
     return y if isinstance(y, Tensor) else y[0]
 
@@ -102,6 +106,12 @@ FUNCTIONS: dict[str, Function] = {
         lambda t, b: functional.grouped_conv2d_with_statistics(t["x"], t["k3"][:, :1], algorithm="grouped").y,
         lambda t, b: reference.grouped_conv2d(t["x"], t["k3"][:, :1]),
     ),
+    "max_pool2d": Function(
+        ("x", "weight"),
+        lambda t, b: functional.max_pool2d(t["x"] * t["weight"][:, None, None], 3, 2, 1),
+        lambda t, b: F.max_pool2d(t["x"] * t["weight"][:, None, None], 3, 2, 1),
+    ),
+    "batch_norm_act_max_pool2d-training": Function(("x", *NORM), norm_pool(functional), norm_pool(reference)),
     "norm_act_conv3x3": Function(
         ("x", "r", "k3", *NORM),
         lambda t, b: functional.norm_act_conv3x3(t["x"], own(t, b), t["k3"], residual=t["r"], **SEED, **WINOGRAD)[0],
@@ -215,6 +225,8 @@ HOOKS: dict[str, Callable[[], torch.autograd.graph.saved_tensors_hooks]] = {
 @pytest.mark.parametrize("hooks", HOOKS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_saved_tensors_may_come_back_in_other_strides(function, layout, hooks):
+    if function is FUNCTIONS["max_pool2d"] and layout == "nchw":
+        pytest.skip("PyTorch's own, whose gradient lies as what it saved")
     tensors, buffers = draw(function.names, layout)
     expected = gradients(function.ours, tensors, buffers)
     with HOOKS[hooks]():

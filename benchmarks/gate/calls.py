@@ -16,11 +16,13 @@ from fastres.activations import RELU
 from fastres.contract import Act, ConvShape, Norm, NormParams, Residual, Statistics, Sums
 from fastres.functional import (
     batch_norm_act,
+    batch_norm_act_max_pool2d,
     conv1x1_with_statistics,
     conv3x3,
     conv3x3_norm_act,
     conv3x3_with_statistics,
     grouped_conv2d_with_statistics,
+    max_pool2d,
     norm_act_conv1x1,
     norm_act_conv3x3,
     projection_shortcut,
@@ -127,6 +129,13 @@ def _inference(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
+def _norm_pool(**options: Any) -> Callable[[], None]:
+    def run() -> None:
+        _backward(batch_norm_act_max_pool2d(_x(POINTWISE), _wide_norm(), 3, 2, 1, training=True, **options))
+
+    return run
+
+
 def _norm_act_conv(
     function: Callable[..., Any], kernel: int, algorithm: str, residual: bool = False, stride: int = 1
 ) -> Callable[[], None]:
@@ -210,6 +219,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "evaluation with gradients": _pointwise(training=False),
     "evaluation": _inference(lambda: batch_norm_act(_x(POINTWISE), *_wide_norm()[:4], residual=_x(POINTWISE))),
     "stages": _stages,
+    "3x3, stride 2": _norm_pool(),
+    "3x3, stride 2, SiLU": _norm_pool(activation="silu"),
+    "3x3, stride 2, evaluation": _inference(lambda: batch_norm_act_max_pool2d(_x(POINTWISE), _wide_norm(), 3, 2, 1)),
+    "pool of 2x2": lambda: _backward(max_pool2d(_x(POINTWISE), 2)),
     "Winograd": lambda: _backward(conv3x3(_x(), _weight(3), algorithm="winograd")),
     "Winograd, tiles of 5x5": lambda: _backward(conv3x3(_x((2, CHANNELS, 10, 10)), _weight(3), algorithm="winograd")),
     "Winograd, stride 2": lambda: _backward(conv3x3(_x(), _weight(3), stride=2, algorithm="winograd")),

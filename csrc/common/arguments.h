@@ -108,6 +108,15 @@ struct ConvShape {
   int64_t padding;
 };
 
+// Square windows of a pooling.
+struct Pool {
+  using Fields = Types<int64_t, int64_t, int64_t>;
+  static constexpr const char* kName = "Pool(kernel, stride, padding)";
+  int64_t kernel;
+  int64_t stride;
+  int64_t padding;
+};
+
 struct Activation {
   using Fields = Types<std::string_view, double>;
   static constexpr const char* kName = "Activation(kind, alpha)";

@@ -3,6 +3,7 @@
 // fastres/nn/plan.py records the steps: what each reads and writes, in the input, the output, or one scratch buffer
 // that is planned ahead, so that a layer reads what the one before has left in the caches.
 #include "library.h"
+#include "max_pool.h"
 #include "packed_convolution.h"
 #include "workspace.h"
 
@@ -82,29 +83,22 @@ void norm_act(const Pass<T>& p) {
   });
 }
 
+PoolShape pool_shape(const Step& s, int64_t images) {
+  return {Sizes{images, s.channels, s.height, s.width}, Pool{s.kernel, s.stride, s.padding}};
+}
+
 template <typename T>
 void max_pool(const Pass<T>& p) {
-  const Step& s = p.step;
-  for_rows(p.images * s.out_height, s.out_width * s.channels * s.kernel, [&](int64_t begin, int64_t end) {
+  const PoolShape s = pool_shape(p.step, p.images);
+  for_rows(s.output_rows(), s.output_row() * s.rows.kernel, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
-      const T* image = p.x + line / s.out_height * s.height * s.width * s.channels;
-      const int64_t top = line % s.out_height * s.stride - s.padding;
-      const int64_t first = std::max<int64_t>(0, top), last = std::min(s.height, top + s.kernel);
-      for (int64_t column = 0; column < s.out_width; ++column) {
-        const int64_t left = column * s.stride - s.padding;
-        const int64_t from = std::max<int64_t>(0, left), to = std::min(s.width, left + s.kernel);
-        T* y = p.y + (line * s.out_width + column) * s.channels;
-        for_each_vector(s.channels, [&](int64_t c, auto count) {
-          Vec<float> largest(-std::numeric_limits<float>::infinity());
-          for (int64_t i = first; i < last; ++i) {
-            for (int64_t j = from; j < to; ++j) {
-              const Lanes v = load_counted(image + (i * s.width + j) * s.channels + c, count);
-              largest = at::vec::maximum(largest, Vec<float>(v)); // NaN where one of them is
-            }
-          }
-          store_counted(y + c, Lanes(largest), count);
-        });
-      }
+      const T* image = p.x + line / s.rows.outputs * s.rows.size * s.input_row();
+      pool_row<false>(
+          s,
+          line % s.rows.outputs,
+          [&](int64_t r) { return image + r * s.input_row(); },
+          p.y + line * s.output_row(),
+          nullptr);
     }
   });
 }
@@ -203,7 +197,8 @@ public:
         return;
       case StepKind::max_pool:
         window(s);
-        same(s, 2 * s.padding <= s.kernel);
+        same(s, true);
+        static_cast<void>(pool_shape(s, 1));
         return;
       case StepKind::mean:
         same(s, s.out_height == 1 && s.out_width == 1);

@@ -151,6 +151,21 @@ void sum_planes(
   }
 }
 
+// The sums of all segments as one, in the segments' order.
+inline ChannelSums total_of(std::vector<ChannelSums>&& parts) {
+  ChannelSums total = std::move(parts[0]);
+  for (size_t part = 1; part < parts.size(); ++part) {
+    for (int i = 0; i < kSums; ++i) {
+      double* __restrict to = total[i].data();
+      const double* __restrict from = parts[part][i].data();
+      for (size_t c = 0; c < total[i].size(); ++c) {
+        to[c] += from[c];
+      }
+    }
+  }
+  return total;
+}
+
 template <typename T>
 ChannelSums sum_all(const BackwardParams<T>& p) {
   const Rows& rows = p.rows;
@@ -158,7 +173,7 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
   const int sums = p.residual_norm != nullptr ? kSums : 2;
   ChannelSums zero;
   std::fill_n(zero.begin(), sums, std::vector<double>(rows.channels, 0.0));
-  std::vector<ChannelSums> parts(segments.count(), zero);
+  std::vector<ChannelSums> parts(std::max<int64_t>(1, segments.count()), zero);
   with_variant(p, [&](auto columns, const auto& variant) {
     for_each_segment(segments, [&](int64_t s) {
       const auto [begin, end] = segments.range(s);
@@ -174,19 +189,7 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
       }
     });
   });
-  if (parts.size() == 1) {
-    return std::move(parts[0]);
-  }
-  ChannelSums total = zero;
-  for (const ChannelSums& part : parts) {
-    for (int i = 0; i < sums; ++i) {
-      double* __restrict to = total[i].data();
-      for (int64_t c = 0; c < rows.channels; ++c) {
-        to[c] += part[i][c];
-      }
-    }
-  }
-  return total;
+  return total_of(std::move(parts));
 }
 
 } // namespace CPU_CAPABILITY

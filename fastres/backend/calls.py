@@ -17,7 +17,7 @@ from fastres.contract import ConvProblem, NormParams
 from fastres.ops.algorithms import GROUPED_KERNELS, problem_of
 
 _TRANSFORMED = "it is inside a transform of torch.func"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -60,7 +60,7 @@ def norm_of(node: Any) -> Norm | str:
         return _TRANSFORMED
     if x is None or y is None:
         return "its input is no tensor that Dynamo knows"
-    if not 2 <= x.dim() <= 5 or x.dtype not in _DTYPES or x.layout is not torch.strided:
+    if not 2 <= x.dim() <= 5 or x.dtype not in DTYPES or x.layout is not torch.strided:
         return f"its input has {x.dim()} dimensions and the dtype {x.dtype}"
     if x.device.type not in _DEVICES or (x.dtype == torch.float64 and x.device.type == "cuda"):
         return f"no kernel of ours takes {x.dtype} on {x.device.type}"

@@ -1,6 +1,6 @@
 """A normalisation, and the pointwise calls after it that one operator computes with it.
 
-    dropout(f(norm(x) + residual))   or   dropout(f(norm(x))) + residual
+    dropout(f(norm(x) + residual))   or   dropout(f(norm(x))) + residual   or   maxpool(f(norm(x)))
 
 Each is optional; the residual may have a normalisation of its own, and that one a 1x1 convolution before it (a
 projection shortcut). A chain is computed where its last call stands. So it grows by one call only where everything in
@@ -29,7 +29,7 @@ from fastres.backend.calls import (
 )
 from fastres.backend.memory import Memory
 from fastres.backend.values import bind, only_user, same_sizes, value
-from fastres.contract import Act
+from fastres.contract import Act, Pool
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Chain:
         projection: the 1x1 convolution that makes the normalised residual.
         before: in evaluation, the 3x3 convolution that makes x.
         after: in training, the 3x3 or 1x1 convolution that alone reads the result.
+        pool: the windows of a max pooling, which is the last of `nodes` then.
     """
 
     norm: Norm
@@ -57,6 +58,7 @@ class Chain:
     projection: Conv | None = None
     before: Conv | None = None
     after: Conv | None = None
+    pool: Pool | None = None
 
     @property
     def own(self) -> list[Node]:

@@ -39,7 +39,7 @@ class GraphReport:
     Attributes:
         norms, convolutions: how many calls of batch normalisation and of two-dimensional convolution there were.
         fused_norms, fused_convolutions: how many of them calls of ours compute.
-        pointwise: how many activations, additions and dropouts are part of these calls.
+        pointwise: how many activations, additions, dropouts and max poolings are part of these calls.
         channels_last: calls of a network in NCHW that are computed in channels_last.
         operators: function of fastres.functional -> number of its calls.
         left: the others, each with its reason.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fastres import functional
-from fastres.backend import chains, convolutions, frozen
+from fastres.backend import chains, convolutions, frozen, pools
 from fastres.backend.apart import Apart
 from fastres.backend.calls import (
     ADDITIONS,
@@ -125,7 +125,7 @@ class Rewriter:
         for norm in sorted(found, key=lambda n: not isinstance(conv_of(n.x, (1,)), str)):
             if norm.node in self.claimed:
                 continue
-            chain = chains.find(norm, self.memory, self.claimed)
+            chain = pools.with_pool(chains.find(norm, self.memory, self.claimed), self.memory, self.claimed)
             for extend in (convolutions.with_prologue, convolutions.with_convolution_before):
                 chain = extend(chain, self.memory, self.claimed, self.requested)
             y = value(norm.node)
@@ -190,6 +190,13 @@ class Rewriter:
         if chain.after is not None:
             return self.convolve(chain.after, chain, options)
         params, x = self.params(chain.norm), self.current(chain.norm.x)
+        if chain.pool is not None:
+            if chain.norm.training:
+                options["statistics"] = self._statistics.get(chain.norm.x)
+            options["training"] = chain.norm.training
+            y = self.call(self.count(functional.batch_norm_act_max_pool2d, 1), x, params, *chain.pool, **options)
+            self._move_mean(chain.norm)
+            return y
         if chain.before is not None:
             return self._write_convolution_and_norm(chain, params, options)
         if chain.norm.training:
@@ -318,6 +325,10 @@ class Rewriter:
             return self.write(ends[node])
         if node in self.frozen and node not in self.claimed:
             return self._write_arithmetic(node, self.frozen[node])
+        pool = pools.pool_of(node)
+        if pool is not None and node not in self.claimed and pools.pays_alone(node):
+            x = self.current(bind(node, {"input": None})["input"])
+            return self.call(self.count(functional.max_pool2d), x, *pool, like=node)
         if node in self.claimed or not is_conv(node):
             return None
         conv = any_conv_of(node)

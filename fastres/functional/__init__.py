@@ -17,6 +17,7 @@ from fastres.functional.conv import (
 )
 from fastres.functional.grouped import grouped_conv2d, grouped_conv2d_with_statistics
 from fastres.functional.norm import batch_norm_act
+from fastres.functional.pool import batch_norm_act_max_pool2d, max_pool2d
 from fastres.functional.shortcut import projection_shortcut
 
 __all__ = [
@@ -25,12 +26,14 @@ __all__ = [
     "NormParams",
     "Statistics",
     "batch_norm_act",
+    "batch_norm_act_max_pool2d",
     "conv1x1_with_statistics",
     "conv3x3",
     "conv3x3_norm_act",
     "conv3x3_with_statistics",
     "grouped_conv2d",
     "grouped_conv2d_with_statistics",
+    "max_pool2d",
     "measured_conv3x3",
     "norm_act_conv1x1",
     "norm_act_conv3x3",

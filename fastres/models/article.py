@@ -10,7 +10,7 @@ from fastres.models.stem import STEM_CHANNELS, check_head, check_width, init_con
 from fastres.nn.blocks import PlainResidualBlock, ResidualBlock, set_conv_algorithm
 from fastres.nn.norm import take_over_norm
 from fastres.nn.stem import FusedNetwork, through_stages
-from fastres.nn.steps import check_dropout, norm_act
+from fastres.nn.steps import check_dropout, norm_act_pool
 from fastres.nn.trust import activation_of, renamed
 
 
@@ -88,7 +88,7 @@ class ArticleResNet18(FusedNetwork, PlainArticleResNet18):
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        stem = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
+        stem = norm_act_pool(self.bn1, self.maxpool, self.conv1(x), activation=activation_of(self.relu))
         features = through_stages(stem, (self.layer1, self.layer2, self.layer3, self.layer4))
         logits = self.fc(torch.flatten(self.avgpool(features), 1))
         return logits + self.skip(torch.flatten(self.avgpool(stem), 1))  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from fastres.models.stem import check_head, check_width, init_small_network, mak
 from fastres.nn.blocks import DropoutBasicBlock, FusedBasicBlock, set_conv_algorithm
 from fastres.nn.shortcut import PadShortcut
 from fastres.nn.stem import FusedNetwork, through_stages
-from fastres.nn.steps import check_dropout, norm_act
+from fastres.nn.steps import check_dropout, norm_act_pool
 from fastres.nn.trust import activation_of, renamed
 
 
@@ -107,7 +107,7 @@ class CifarResNet(FusedNetwork, PlainCifarResNet):
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
+        x = norm_act_pool(self.bn1, self.maxpool, self.conv1(x), activation=activation_of(self.relu))
         x = through_stages(x, (self.layer1, self.layer2, self.layer3))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 

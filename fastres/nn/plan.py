@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.activations import IDENTITY, KINDS, Activation
-from fastres.contract import ConvShape
+from fastres.contract import ConvShape, Pool
 from fastres.nn.trust import why_not_ordinary
+from fastres.ops import max_pool
 from fastres.ops.algorithms import choose_packed, is_served, problem_of, requested_algorithm
 from fastres.ops.frozen_network import INPUT, NONE, OUTPUT, Kind, Step, activation_numbers, frozen_network
 from fastres.ops.packed import pack
@@ -226,9 +227,11 @@ def _max_pool2d(
     kernel, stride, padding, dilation = (_both(v) for v in (kernel_size, stride, padding, dilation))
     if dilation != 1 or ceil_mode or return_indices or x.flat:
         raise NotPlannedError("it pools with dilation, a ceiling or indices")
-    shape = ConvShape(x.channels, kernel, stride, padding)
-    sizes = (x.channels, shape.output_size(x.height), shape.output_size(x.width))
-    if min(sizes) < 1 or 2 * padding > kernel:
+    if kernel > max_pool.MOST:
+        raise NotPlannedError(f"it pools by a window of {kernel}")
+    pool = Pool(kernel, stride, padding)
+    sizes = (x.channels, pool.output_size(x.height), pool.output_size(x.width))
+    if min(sizes) < 1 or padding > kernel // 2:
         raise NotPlannedError("it pools by a window larger than its input")
     return x.recorder._step(Kind.MAX_POOL, x, sizes, kernel=kernel, stride=stride, padding=padding)
 

@@ -15,6 +15,7 @@ from fastres.nn.steps import (
     conv_norm,
     conv_with_statistics,
     gains_by_channels_last,
+    max_pool,
     norm_act,
     uses_batch_statistics,
 )
@@ -103,7 +104,7 @@ class PooledBlock(FusedBlock, PlainPooledBlock):
     @torch.jit.unused
     def _fused(self, x: Tensor, shortcut: Tensor, readers: int) -> Any:
         algorithm, bn1, bn2, f = self.conv_algorithm, self.bn1, self.bn2, activation_of(self.act)
-        out = norm_act(bn1, self.pool(conv_alone(self.conv1, x, algorithm)), activation=f)
+        out = norm_act(bn1, max_pool(self.pool, conv_alone(self.conv1, x, algorithm)), activation=f)
         if uses_batch_statistics(bn2):
             out, statistics, _ = conv_with_statistics(self.conv2, out, algorithm)
             return norm_act(

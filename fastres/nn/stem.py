@@ -19,7 +19,7 @@ from torchvision.models.resnet import ResNet
 
 from fastres.nn.blocks import FusedBlock
 from fastres.nn.norm import AbsorbedReLU, take_over_norm
-from fastres.nn.steps import gives_channels_last, is_channels_last, norm_act
+from fastres.nn.steps import gives_channels_last, is_channels_last, norm_act, norm_act_pool
 from fastres.nn.trust import AnyActivation, Fused, activation_of, has_hooks, is_exactly, renamed
 from fastres.ops.algorithms import is_served, problem_of, requested_algorithm
 
@@ -142,7 +142,7 @@ class FusedStemResNet(FusedTrunk, ResNet):  # type: ignore[misc]
             return self._plain(x)  # type: ignore[no-any-return]
         if self._gains_by_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x), activation=activation_of(self.relu)))
+        x = norm_act_pool(self.bn1, self.maxpool, self.conv1(x), activation=activation_of(self.relu))
         x = through_stages(x, (self.layer1, self.layer2, self.layer3, self.layer4))
         return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
 

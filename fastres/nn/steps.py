@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fastres import functional
 from fastres.activations import IDENTITY, RELU, Activation
-from fastres.contract import Act, output_size
+from fastres.contract import Act, Pool, output_size
 from fastres.functional import Convolved, NormParams, Statistics
 from fastres.functional.checks import autocast_dtype
 from fastres.functional.norm import norm_act as act_of_norm
 from fastres.functional.prepare import needs_grad
 from fastres.functional.shortcut import Branch, shortcut_act
-from fastres.nn.trust import why_not_children, why_not_exactly
+from fastres.nn.trust import is_max_pool, why_not_children, why_not_exactly
 from fastres.ops.algorithms import choose_algorithm, is_served, known_algorithm, problem_of, requested_algorithm
 
 if TYPE_CHECKING:
@@ -129,6 +129,36 @@ def norm_act(
         x, begin_norm(norm), residual, act=Act(*activation, dropout, order), training=uses_batch_statistics(norm),
         statistics=statistics, readers=readers, group=group_of(norm),
     )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- pooling
+
+
+def _windows(pool: nn.Module) -> Pool | None:
+    """The windows of a child that is exactly a max pooling with square ones; None for another child."""
+    if not is_max_pool(pool) or pool.ceil_mode or pool.return_indices:
+        return None
+    kernel, stride, padding, dilation = (
+        torch.nn.modules.utils._pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    )
+    square = all(first == second for first, second in (kernel, stride, padding)) and dilation == (1, 1)
+    return Pool(kernel[0], stride[0], padding[0]) if square else None
+
+
+def max_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """pool(x)."""
+    windows = _windows(pool)
+    return pool(x) if windows is None else functional.max_pool2d(x, *windows)
+
+
+def norm_act_pool(norm: nn.BatchNorm2d, pool: nn.Module, x: Tensor, *, activation: Activation = RELU) -> Tensor:
+    """pool(f(norm(x)))."""
+    windows = _windows(pool)
+    if windows is None:
+        return pool(norm_act(norm, x, activation=activation))  # type: ignore[no-any-return]
+    return functional.batch_norm_act_max_pool2d(
+        x, begin_norm(norm), *windows, training=uses_batch_statistics(norm), activation=activation, group=group_of(norm)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- convolutions

@@ -64,6 +64,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 # By class, so that a call asks about its own alone; `_functions` has ReLU's.
 _CALLED_BY = {activation: _called_by(activation) for activation in module_classes() if activation is not nn.ReLU}
+_CALLED_BY_POOL = _called_by(nn.MaxPool2d)
 
 
 class AnyActivation(nn.Module):
@@ -128,6 +129,13 @@ def is_batch_norm(module: Any, expected: type[nn.Module] = nn.BatchNorm2d) -> bo
     if is_exactly(module, expected):
         return True
     return is_exactly(module, nn.SyncBatchNorm) and nn.SyncBatchNorm.forward is _SYNCHRONISED_FORWARD
+
+
+def is_max_pool(module: Any) -> TypeGuard[nn.MaxPool2d]:
+    """Whether calling the module is F.max_pool2d, and that is PyTorch's."""
+    return is_exactly(module, nn.MaxPool2d) and (
+        torch.compiler.is_compiling() or _called_by(nn.MaxPool2d) == _CALLED_BY_POOL
+    )
 
 
 def why_not_children(parent: nn.Module, children: Mapping[str, type[nn.Module]]) -> str | None:

@@ -1,0 +1,71 @@
+"""Max pooling in channels_last: at the end of a chain, as part of its call, or by itself.
+
+At the end of a chain the activation is neither written nor kept. By itself it pays in training, where PyTorch reads
+eight bytes an output on the way back and writes the gradient twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+
+from fastres.backend.calls import DTYPES, pair
+from fastres.backend.chains import Chain
+from fastres.backend.memory import Memory
+from fastres.backend.values import bind, is_transformed, only_user, same_sizes, value
+from fastres.contract import Pool
+from fastres.ops.max_pool import MOST
+
+_POOL = {
+    "input": None, "kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
+    "return_indices": False,
+}  # fmt: skip
+
+
+def pool_of(node: Node) -> Pool | None:
+    """The windows of a max pooling in channels_last on the CPU that ours compute; None for another call."""
+    if node.op != "call_function" or node.target not in (F.max_pool2d, torch.max_pool2d) or is_transformed(node):
+        return None
+    given = bind(node, _POOL)
+    x, y = value(given["input"]), value(node)
+    if x is None or y is None or x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 4:
+        return None
+    sides = [given["kernel_size"], given["stride"] or given["kernel_size"], given["padding"], given["dilation"]]
+    if given["ceil_mode"] or given["return_indices"] or not all(_is_square(side) for side in sides):
+        return None
+    kernel, stride, padding, dilation = (int(pair(side)[0]) for side in sides)
+    if dilation != 1 or kernel > MOST or not (_is_channels_last(x) and _is_channels_last(y)):
+        return None
+    return Pool(kernel, stride, padding)
+
+
+def _is_square(side: object) -> bool:
+    first, second = pair(side)
+    return type(first) is int and type(second) is int and first == second
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    _, c, h, w = t.shape
+    return same_sizes(t.stride(), (c * h * w, 1, w * c, c))
+
+
+def pays_alone(node: Node) -> bool:
+    """Whether backward will follow a max pooling."""
+    y = value(node)
+    return y is not None and y.requires_grad
+
+
+def with_pool(chain: Chain, memory: Memory, claimed: set[Node]) -> Chain:
+    """The chain with the max pooling that alone reads its result."""
+    user, y = only_user(chain.nodes[-1]), value(chain.nodes[-1])
+    if chain.residual is not None or chain.dropout_p > 0 or user is None or y is None:
+        return chain
+    pool = pool_of(user)
+    if pool is None or user.args[:1] != (chain.nodes[-1],) or (y.requires_grad and not chain.norm.training):
+        return chain
+    longer = replace(chain, nodes=(*chain.nodes, user), pool=pool)
+    return longer if claimed.isdisjoint(longer.own) and memory.may_move(longer.own) else chain
