@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import memory, records, serving, workloads
 from benchmarks.machine import describe_machine
+from benchmarks.pooling import pool_workloads
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row
 from benchmarks.workloads import COMPILE, EAGER, FUSED, Workload
 from fastres.train.folder import atomic, write_text
@@ -104,6 +105,7 @@ def measure(config: Config) -> Results:
     tasks: list[Workload] = list(
         chain(
             workloads.op_workloads(),
+            pool_workloads(),
             workloads.conv_workloads(),
             workloads.block_workloads(),
             workloads.inference_workloads(),

@@ -112,7 +112,7 @@ def op_workloads(batch: int = BATCH) -> Iterator[Workload]:
             yield Workload(
                 group="op",
                 key=f"{'x'.join(map(str, shape))}-dropout{dropout:g}",
-                name=f"relu(bn(x) + r), {_text(shape)}" + (f", dropout {dropout:g}" if dropout else ""),
+                name=f"relu(bn(x) + r), {shape_words(shape)}" + (f", dropout {dropout:g}" if dropout else ""),
                 images=batch,
                 rounds=2 if QUICK else 20,
                 set_up=_op(shape, dropout),
@@ -131,7 +131,7 @@ def projection_workloads(batch: int = BATCH) -> Iterator[Workload]:
             group="projection",
             key=f"{batch}x{channels}to{2 * channels}x{size}",
             name=f"relu(bn(x) + bn(conv1x1(s))), {channels} to {2 * channels} channels, s"
-            f" {_text((batch, channels, size, size))}",
+            f" {shape_words((batch, channels, size, size))}",
             images=batch,
             rounds=2 if QUICK else 20,
             set_up=_projection((batch, channels, size, size)),
@@ -156,7 +156,7 @@ def conv_workloads(batches: tuple[int, ...] = (64, 128)) -> Iterator[Workload]:
                 yield Workload(
                     group="conv",
                     key=f"{'x'.join(map(str, shape))}-{key}",
-                    name=f"3x3 convolution, {words}, {shape[1]} channels, {_text(shape)}",
+                    name=f"3x3 convolution, {words}, {shape[1]} channels, {shape_words(shape)}",
                     images=batch,
                     rounds=2 if QUICK else 20,
                     set_up=_conv(shape, key),
@@ -171,7 +171,7 @@ def block_workloads() -> Iterator[Workload]:
         yield Workload(
             group="block",
             key="projection" if projection else "identity",
-            name=f"basic block, {words}, {_text((BATCH, 64, IMAGE, IMAGE))}",
+            name=f"basic block, {words}, {shape_words((BATCH, 64, IMAGE, IMAGE))}",
             images=BATCH,
             rounds=2 if QUICK else 8,
             set_up=_block(projection),
@@ -295,10 +295,10 @@ def _op(shape: Shape, dropout: float) -> Callable[[str], Run]:
         channels = shape[1]
         bytes_a_set = 3 * math.prod(shape) * DTYPE.itemsize
         sets = [
-            (_leaf(shape), _leaf(shape), _activation(shape))  # x, r, dy
+            (leaf(shape), leaf(shape), _activation(shape))  # x, r, dy
             for _ in range(input_sets(bytes_a_set))
         ]
-        weight, bias, mean, var = _norm(channels)
+        weight, bias, mean, var = norm_vectors(channels)
 
         def plain(x: Tensor, r: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             y = F.relu(F.batch_norm(x, mean, var, weight, bias, training=True) + r)
@@ -307,7 +307,7 @@ def _op(shape: Shape, dropout: float) -> Callable[[str], Run]:
         def fused(x: Tensor, r: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return batch_norm_act(x, mean, var, weight, bias, training=True, residual=r, dropout_p=dropout)
 
-        forward = fused if side == FUSED else _compiled(plain, side, graphs=False)
+        forward = fused if side == FUSED else compiled_for(plain, side, graphs=False)
         turns = itertools.cycle(sets)
 
         def run() -> None:
@@ -329,12 +329,12 @@ def _projection(shape: Shape) -> Callable[[str], Run]:
         out_shape = (batch, out_channels, height // 2, width // 2)
         bytes_a_set = (math.prod(shape) + 2 * math.prod(out_shape)) * DTYPE.itemsize
         sets = [
-            (_leaf(shape), _leaf(out_shape), _activation(out_shape))  # s, x, dy
+            (leaf(shape), leaf(out_shape), _activation(out_shape))  # s, x, dy
             for _ in range(input_sets(bytes_a_set))
         ]
         kernel = _activation((out_channels, channels, 1, 1)).mul_(channels**-0.5).requires_grad_()
-        x_weight, x_bias, x_mean, x_var = _norm(out_channels)
-        weight, bias, mean, var = _norm(out_channels)
+        x_weight, x_bias, x_mean, x_var = norm_vectors(out_channels)
+        weight, bias, mean, var = norm_vectors(out_channels)
 
         def plain(s: Tensor, x: Tensor) -> Tensor:
             z = F.batch_norm(x, x_mean, x_var, x_weight, x_bias, training=True)
@@ -344,7 +344,7 @@ def _projection(shape: Shape) -> Callable[[str], Run]:
             norm, x_norm = NormParams(mean, var, weight, bias), NormParams(x_mean, x_var, x_weight, x_bias)
             return projection_shortcut(s, kernel, norm, x, x_norm, stride=2, training=True)
 
-        forward = fused if side == FUSED else _compiled(plain, side, graphs=False)
+        forward = fused if side == FUSED else compiled_for(plain, side, graphs=False)
         turns = itertools.cycle(sets)
 
         def run() -> None:
@@ -390,9 +390,9 @@ def _block(projection: bool) -> Callable[[str], Run]:
         shortcut = nn.Sequential(conv, nn.BatchNorm2d(channels)) if projection else None
         block = (FusedBasicBlock if side == FUSED else BasicBlock)(64, channels, stride, shortcut)
         block.to(DEVICE, DTYPE).to(memory_format=torch.channels_last)
-        x = _leaf((BATCH, 64, IMAGE, IMAGE))
+        x = leaf((BATCH, 64, IMAGE, IMAGE))
         dy = _activation((BATCH, channels, IMAGE // stride, IMAGE // stride))
-        forward = _compiled(block, side)
+        forward = compiled_for(block, side)
 
         def run() -> None:
             block.zero_grad(set_to_none=True)
@@ -409,7 +409,7 @@ def _train_step(network: Network, batch: int, dropout: float, amp: bool) -> Call
         model = make_network(side, network, dropout)
         images, labels = image_batch(batch, network.image)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        forward = _compiled(model, side)
+        forward = compiled_for(model, side)
 
         def run() -> None:
             optimizer.zero_grad(set_to_none=True)
@@ -425,7 +425,7 @@ def _inference(network: Network, batch: int) -> Callable[[str], Run]:
     def set_up(side: str) -> Run:
         model = make_network(side, network).eval()
         images, _ = image_batch(batch, network.image)
-        forward = _compiled(model, side)
+        forward = compiled_for(model, side)
 
         def run() -> None:
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
@@ -436,7 +436,7 @@ def _inference(network: Network, batch: int) -> Callable[[str], Run]:
     return set_up
 
 
-def _compiled(forward: Callable[..., Tensor], side: str, *, graphs: bool = True) -> Callable[..., Tensor]:
+def compiled_for(forward: Callable[..., Tensor], side: str, *, graphs: bool = True) -> Callable[..., Tensor]:
     if side not in COMPILED:
         return forward
     # Autotuning also puts CUDA graphs in. They copy what changes from run to run into buffers of their own: traffic
@@ -484,16 +484,16 @@ def _activation(shape: Shape) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(DTYPE, memory_format=torch.channels_last)
 
 
-def _leaf(shape: Shape) -> Tensor:
+def leaf(shape: Shape) -> Tensor:
     return _activation(shape).requires_grad_()
 
 
-def _norm(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_vectors(channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weight and bias, which take gradients, and running mean and variance of a batch normalisation."""
     weight = torch.rand(channels, device=DEVICE).add_(0.5).requires_grad_()
     bias = torch.randn(channels, device=DEVICE).requires_grad_()
     return weight, bias, torch.zeros(channels, device=DEVICE), torch.ones(channels, device=DEVICE)
 
 
-def _text(shape: Shape) -> str:
+def shape_words(shape: Shape) -> str:
     return f"[{', '.join(map(str, shape))}]"

@@ -74,7 +74,7 @@ def outcome(history: History) -> dict[str, Any]:
     state = "finished" if summary.get("finished") else "stopped" if summary else "at work, or killed"
     return {
         "state": state,
-        "epochs": last.get("epoch", 0),
+        "epochs": max(last.get("epoch", 0), summary.get("epoch", 0)),
         "best_accuracy": best["test_accuracy"] if best else None,
         "best_epoch": best["epoch"] if best else None,
         "last_accuracy": tested[-1]["test_accuracy"] if tested else None,

@@ -205,6 +205,26 @@ class ConvProblem(NamedTuple):
     groups: int = 1
 
 
+class Pool(NamedTuple):
+    """Square windows of a pooling, as torch.nn.MaxPool2d has them, without dilation or ceil_mode.
+
+    Attributes:
+        kernel, stride, padding: of both axes.
+    """
+
+    kernel: int
+    stride: int
+    padding: int
+
+    def output_size(self, size: int) -> int:
+        """Output positions along one axis."""
+        return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether there is a window in x [N, C, H, W], with its padding, and an element of x in each."""
+        return self.padding <= self.kernel // 2 and min(x.shape[2:]) + 2 * self.padding >= self.kernel
+
+
 class ConvShape(NamedTuple):
     """A convolution with a square kernel, in one group.
 
@@ -220,23 +240,7 @@ class ConvShape(NamedTuple):
 
     def output_size(self, size: int) -> int:
         """Output positions along one axis."""
-        return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
-
-
-class Pool(NamedTuple):
-    """Square windows of a pooling, as torch.nn.MaxPool2d has them, without dilation or ceil_mode.
-
-    Attributes:
-        kernel, stride, padding: of both axes.
-    """
-
-    kernel: int
-    stride: int
-    padding: int
-
-    def output_size(self, size: int) -> int:
-        """Output positions along one axis."""
-        return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
+        return Pool(self.kernel, self.stride, self.padding).output_size(size)
 
 
 # -------------------------------------------------------------------------------------------------------------- dropout

@@ -82,6 +82,7 @@ private:
         pool.padding >= 0 && pool.padding <= pool.kernel / 2,
         "padding: expected 0 to half the kernel, got ",
         pool.padding);
+    FASTRES_CHECK(sizes.numel() > 0, "x: expected at least one element, got shape ", sizes);
     FASTRES_CHECK(
         std::min(sizes[2], sizes[3]) + 2 * pool.padding >= pool.kernel,
         "kernel: expected at most the size of x with its padding, got ",
@@ -102,12 +103,10 @@ struct Largest {
   Largest(const Vec<A>& first, int64_t at) : value(first), position(static_cast<A>(at)) {}
 
   void see(const Vec<A>& other, int64_t at) {
+    const Vec<A> larger = (other > value) | (other != other); // NaN is not equal to itself
+    value = Vec<A>::blendv(value, other, larger);
     if constexpr (kPositions) {
-      const Vec<A> larger = (other > value) | (other != other); // NaN is not equal to itself
-      value = Vec<A>::blendv(value, other, larger);
       position = Vec<A>::blendv(position, Vec<A>(static_cast<A>(at)), larger);
-    } else {
-      value = at::vec::maximum(value, other); // NaN where one of them is
     }
   }
 };

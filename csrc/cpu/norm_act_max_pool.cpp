@@ -36,7 +36,7 @@ Segments segments_of(const PoolShape& s, int64_t items, int64_t segment_bytes) {
   return {items, rows_of_pooled(s).bytes(sizeof(T)), segment_bytes};
 }
 
-// All outputs; rows_of() makes a thread's function of (image, row) that gives a row to be pooled. `position` is null
+// All outputs; rows_of() makes a segment's function of (image, row) that gives a row to be pooled. `position` is null
 // where nobody asks for it.
 template <typename T, typename RowsOf>
 void pool_all(const PoolShape& s, const RowsOf& rows_of, T* y, uint8_t* position) {
@@ -89,13 +89,11 @@ struct Chosen {
   }
 };
 
-// `size` is the height and the width of what was pooled.
-Tensor max_pool_backward(const Tensor& dy, const Tensor& position, Sizes size, const Pool& pool) {
-  FASTRES_CHECK(size.size() == 2, "size: expected height and width, got ", size);
-  const std::array<int64_t, 4> sizes{dy.size(0), dy.size(1), size[0], size[1]};
-  const PoolShape s(sizes, pool);
+// `like` has the shape of what was pooled, and perhaps no memory.
+Tensor max_pool_backward(const Tensor& dy, const Tensor& position, const Tensor& like, const Pool& pool) {
+  const PoolShape s(like.sizes(), pool);
   const Chosen chosen(s, dy, position, dy.scalar_type());
-  Tensor dx = empty(sizes, dy.scalar_type(), MemoryFormat::channels_last);
+  Tensor dx = empty(like.sizes(), dy.scalar_type(), MemoryFormat::channels_last);
   with_floating_type(dy, [&]<typename scalar_t>() {
     const scalar_t* from = chosen.dy.const_data_ptr<scalar_t>();
     const uint8_t* at = chosen.position.const_data_ptr<uint8_t>();
@@ -148,10 +146,6 @@ private:
   ApplyParams<T> params_{};
 };
 
-Pointwise activation_alone(const Activation& activation) {
-  return {parse_kind(activation.kind), activation.alpha, 0.0, false};
-}
-
 template <typename T>
 void pool_activated(
     const PoolShape& s,
@@ -171,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
     const Activation& activation,
     const Pool& pool) {
   const PoolShape s = shape_of(x, pool);
-  const Pointwise act = activation_alone(activation);
+  const Pointwise act = pointwise(activation);
   Tensor y = empty_pooled(s, x.scalar_type()), position = empty_pooled(s, ScalarType::Byte), mean, rstd;
   with_floating_type(x, [&]<typename scalar_t>() {
     const auto own = finalise<scalar_t>(x, rows_of_pooled(s), norm, statistics, mean, rstd);
@@ -182,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> training(
 
 Tensor inference(const Tensor& x, const NormParams& norm, const Activation& activation, const Pool& pool) {
   const PoolShape s = shape_of(x, pool);
-  const Pointwise act = activation_alone(activation);
+  const Pointwise act = pointwise(activation);
   Tensor y = empty_pooled(s, x.scalar_type());
   with_floating_type(x, [&]<typename scalar_t>() {
     const auto own = running_norm<acc_t<scalar_t>>(x.size(1), norm);
@@ -221,9 +215,9 @@ void for_each_gradient(
   }
 }
 
-// with_variant, of rows of channels without a residual and without bits.
+// with_variant where there is neither a residual nor bits, and rows are channels.
 template <typename T, typename F>
-void with_columns(const BackwardParams<T>& p, const F& f) {
+void with_variant_alone(const BackwardParams<T>& p, const F& f) {
   if (p.general) {
     p.activation.for_loops([&](const auto& activation) { f(GeneralGradient{activation, false}); });
   } else if (p.gate == Gate::recompute) {
@@ -239,7 +233,7 @@ ChannelSums sum_pooled(const PoolShape& s, const Chosen& chosen, const BackwardP
   ChannelSums zero;
   std::fill_n(zero.begin(), 2, std::vector<double>(s.channels, 0.0));
   std::vector<ChannelSums> parts(std::max<int64_t>(1, segments.count()), zero);
-  with_columns(p, [&](const auto& variant) {
+  with_variant_alone(p, [&](const auto& variant) {
     for_each_segment(segments, [&](int64_t segment) {
       const auto [begin, end] = segments.range(segment);
       for_each_gradient(s, chosen, p, begin, end, [&](const BackwardParams<T>& part, int64_t pixels) {
@@ -259,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Pool& pool) {
   const PoolShape s = shape_of(x, pool);
   const Chosen chosen(s, dy, position, x.scalar_type());
-  const Pointwise act = activation_alone(activation);
+  const Pointwise act = pointwise(activation);
   Tensor dx = empty(x.sizes(), x.scalar_type(), MemoryFormat::channels_last);
   Tensor dweight = channel_vector(x, s.channels), dbias = channel_vector(x, s.channels);
   with_floating_type(x, [&]<typename scalar_t>() {
@@ -288,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     params.centred = true;
     params.stream = should_stream(params.dx, params.rows);
     const Segments segments = segments_of<scalar_t>(s, s.input_rows(), kElementwiseBytes);
-    with_columns(params, [&](const auto& variant) {
+    with_variant_alone(params, [&](const auto& variant) {
       for_each_segment_backwards(segments, [&](int64_t segment) {
         const auto [begin, end] = segments.range(segment);
         for_each_gradient(s, chosen, params, begin, end, [&](const auto& part, int64_t pixels) {

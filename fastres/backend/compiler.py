@@ -123,7 +123,7 @@ def fastres(
         options: "inner", the name of the backend that gets the changed graph; without, it is "inductor" on a GPU, and
             on the CPU the graph runs as it is, or by "aot_eager" where parts of it are checkpointed, neither of which
             needs a C++ compiler. "conv_algorithm", as in
-            `fastres.fuse`. "smallest", the elements below which a normalisation alone is left to PyTorch.
+            `fastres.fuse`. "smallest", the elements below which a normalisation or a max pooling alone is left.
         mode: of torch.compile; it is the inner backend "inductor" that it is for.
     Returns:
         The compiled graph.

@@ -49,7 +49,7 @@ def with_statistics(conv: Conv) -> Callable[..., functional.Convolved]:
 def with_prologue(chain: Chain, memory: Memory, claimed: set[Node], requested: str) -> Chain:
     """The chain with the convolution in training that alone reads its result, where that is one of ours."""
     user = only_user(chain.nodes[-1])
-    if not chain.norm.training or chain.residual_norm is not None or chain.pool is not None or user is None:
+    if not chain.norm.training or chain.residual_norm is not None or user is None:
         return chain
     conv, x = conv_of(user), value(chain.norm.x)
     if isinstance(conv, str) or x is None or conv.x is not chain.nodes[-1] or conv.dtype != x.dtype or x.dim() != 4:
@@ -64,7 +64,7 @@ def with_prologue(chain: Chain, memory: Memory, claimed: set[Node], requested: s
 
 def with_convolution_before(chain: Chain, memory: Memory, claimed: set[Node], requested: str) -> Chain:
     """The chain with the convolution in evaluation that makes its input for it alone, where that is one of ours."""
-    if chain.norm.training or chain.residual_norm is not None or chain.pool is not None or chain.order != "add_act":
+    if chain.norm.training or chain.residual_norm is not None or chain.order != "add_act":
         return chain
     conv = conv_of(chain.norm.x, (3,))
     if isinstance(conv, str) or only_user(conv.node) is not chain.norm.node:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from fastres.backend.calls import DTYPES, pair
 from fastres.backend.chains import Chain
 from fastres.backend.memory import Memory
-from fastres.backend.values import bind, is_transformed, only_user, same_sizes, value
+from fastres.backend.values import bind, elements, is_transformed, only_user, same_sizes, value
 from fastres.contract import Pool
 from fastres.ops.max_pool import MOST
 
@@ -53,16 +53,17 @@ def _is_channels_last(t: Tensor) -> bool:
     return same_sizes(t.stride(), (c * h * w, 1, w * c, c))
 
 
-def pays_alone(node: Node) -> bool:
-    """Whether backward will follow a max pooling."""
-    y = value(node)
-    return y is not None and y.requires_grad
+def pays_alone(node: Node, smallest: int) -> bool:
+    """Whether backward will follow a max pooling of at least so many elements."""
+    x, y = value(bind(node, _POOL)["input"]), value(node)
+    return x is not None and y is not None and y.requires_grad and elements(x) >= smallest
 
 
 def with_pool(chain: Chain, memory: Memory, claimed: set[Node]) -> Chain:
-    """The chain with the max pooling that alone reads its result."""
+    """The chain with the max pooling that alone reads its result, unless a convolution has the chain as its own."""
     user, y = only_user(chain.nodes[-1]), value(chain.nodes[-1])
-    if chain.residual is not None or chain.dropout_p > 0 or user is None or y is None:
+    is_alone = chain.before is None and chain.after is None and chain.residual is None and chain.dropout_p == 0
+    if not is_alone or user is None or y is None:
         return chain
     pool = pool_of(user)
     if pool is None or user.args[:1] != (chain.nodes[-1],) or (y.requires_grad and not chain.norm.training):

@@ -84,7 +84,8 @@ class Rewriter:
         apart: notes what the result takes of its inputs' memory; None where no call could check it.
         algorithm: of the convolutions, as in `fastres.functional.conv3x3`.
         requested: the same, read from the environment where it is None.
-        smallest: elements below which a normalisation on the CPU, with no convolution of ours beside it, is left.
+        smallest: elements below which a normalisation on the CPU with no convolution of ours beside it is left, and a
+            max pooling alone.
     """
 
     def __init__(
@@ -125,9 +126,10 @@ class Rewriter:
         for norm in sorted(found, key=lambda n: not isinstance(conv_of(n.x, (1,)), str)):
             if norm.node in self.claimed:
                 continue
-            chain = pools.with_pool(chains.find(norm, self.memory, self.claimed), self.memory, self.claimed)
+            chain = chains.find(norm, self.memory, self.claimed)
             for extend in (convolutions.with_prologue, convolutions.with_convolution_before):
                 chain = extend(chain, self.memory, self.claimed, self.requested)
+            chain = pools.with_pool(chain, self.memory, self.claimed)
             y = value(norm.node)
             if self._keeps_input_of_frozen(chain):
                 self.leave(
@@ -326,7 +328,7 @@ class Rewriter:
         if node in self.frozen and node not in self.claimed:
             return self._write_arithmetic(node, self.frozen[node])
         pool = pools.pool_of(node)
-        if pool is not None and node not in self.claimed and pools.pays_alone(node):
+        if pool is not None and node not in self.claimed and pools.pays_alone(node, self.smallest):
             x = self.current(bind(node, {"input": None})["input"])
             return self.call(self.count(functional.max_pool2d), x, *pool, like=node)
         if node in self.claimed or not is_conv(node):

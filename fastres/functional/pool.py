@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.activations import Activation
-from fastres.contract import NormParams, Pool, Statistics
+from fastres.contract import NormParams, Pool, Statistics, statistics_dtype
 from fastres.functional.checks import (
     check_norm,
     check_statistics,
@@ -38,7 +38,7 @@ def _checked_pool(x: Tensor, kernel_size: int, stride: int | None, padding: int)
     pool = Pool(*given.values())
     if padding > kernel_size // 2:
         raise ValueError(f"padding: expected at most half of kernel_size {kernel_size}, got {padding}")
-    if min(x.shape[2:]) + 2 * padding < kernel_size:
+    if not pool.fits(x):
         raise ValueError(
             f"kernel_size: expected at most the size of x with its padding, got {kernel_size} for shape "
             f"{tuple(x.shape)}"
@@ -50,9 +50,10 @@ def _is_ours(x: Tensor, pool: Pool) -> bool:
     """Whether the operators serve this call: it is an ordinary one, of rows of channels in the CPU's memory."""
     return (
         why_not_ordinary() is None
-        and not x.is_cuda
+        and x.device.type in ("cpu", "meta")
         and pool.kernel <= ops.MOST
         and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()  # which of the two PyTorch would give back
         and x.numel() > 0
     )
 
@@ -134,7 +135,7 @@ def batch_norm_act_max_pool2d(
             statistics=statistics, group=group,
         )  # fmt: skip
         return max_pool2d(a, *pool)
-    own = cast(norm, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    own = cast(norm, statistics_dtype(x.dtype))
     if not training:
         return ops.norm_act_inference(x, own, act.activation, pool)  # type: ignore[no-any-return]
     call = ops.Call(own, statistics, act.activation, pool)

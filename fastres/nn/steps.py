@@ -134,26 +134,31 @@ def norm_act(
 # -------------------------------------------------------------------------------------------------------------- pooling
 
 
-def _windows(pool: nn.Module) -> Pool | None:
-    """The windows of a child that is exactly a max pooling with square ones; None for another child."""
-    if not is_max_pool(pool) or pool.ceil_mode or pool.return_indices:
+def _windows(pool: nn.Module, x: Tensor) -> Pool | None:
+    """The windows of a child that is exactly a max pooling with square ones; None where it is better called."""
+    if not is_max_pool(pool) or pool.ceil_mode or pool.return_indices or x.dim() != 4:
         return None
-    kernel, stride, padding, dilation = (
-        torch.nn.modules.utils._pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    )
-    square = all(first == second for first, second in (kernel, stride, padding)) and dilation == (1, 1)
-    return Pool(kernel[0], stride[0], padding[0]) if square else None
+    sides: list[int] = []
+    for side in (pool.kernel_size, pool.stride, pool.padding, pool.dilation):
+        both = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
+        if len(both) != 2 or type(both[0]) is not int or both[0] != both[1]:
+            return None
+        sides.append(both[0])
+    windows = Pool(*sides[:3])
+    # PyTorch says what is wrong with others.
+    is_sound = windows.kernel > 0 and windows.stride > 0 and windows.padding >= 0 and windows.fits(x)
+    return windows if is_sound and sides[3] == 1 else None
 
 
 def max_pool(pool: nn.Module, x: Tensor) -> Tensor:
     """pool(x)."""
-    windows = _windows(pool)
+    windows = _windows(pool, x)
     return pool(x) if windows is None else functional.max_pool2d(x, *windows)
 
 
 def norm_act_pool(norm: nn.BatchNorm2d, pool: nn.Module, x: Tensor, *, activation: Activation = RELU) -> Tensor:
     """pool(f(norm(x)))."""
-    windows = _windows(pool)
+    windows = _windows(pool, x)
     if windows is None:
         return pool(norm_act(norm, x, activation=activation))  # type: ignore[no-any-return]
     return functional.batch_norm_act_max_pool2d(

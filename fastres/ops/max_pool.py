@@ -13,7 +13,6 @@ everything else is PyTorch's, one operator after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from fastres import contract
 from fastres.activations import Activation
 from fastres.contract import Act, Norm, NormParams, Pool, Statistics
 from fastres.ops import fallback, formulas
-from fastres.ops.arguments import Ints2
 from fastres.ops.library import define, needs_plain_formula
 
 # A position in a window is a byte.
@@ -48,9 +46,9 @@ def _as_channels_last(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
-def unpool(dy: Tensor, position: Tensor, size: Sequence[int], pool: Pool) -> Tensor:
-    """The gradient of what was pooled, `size` its height and width, as an expression of dy; NCHW."""
-    height, width = size
+def unpool(dy: Tensor, position: Tensor, like: Tensor, pool: Pool) -> Tensor:
+    """The gradient of what was pooled, which has the shape of `like`, as an expression of dy; NCHW."""
+    height, width = like.shape[2:]
     rows, columns = _corners(dy.shape, pool, dy.device)
     offset = position.long()
     at = (rows + offset // pool.kernel) * width + columns + offset % pool.kernel
@@ -70,9 +68,9 @@ def max_pool_forward(x: Tensor, pool: Pool, save_position: bool) -> tuple[Tensor
     return _as_channels_last(y), _as_channels_last(position.to(torch.uint8))
 
 
-def max_pool_backward(dy: Tensor, position: Tensor, size: Ints2, pool: Pool) -> Tensor:
-    """dx, channels_last; `size` is the height and the width of what was pooled."""
-    return _as_channels_last(unpool(dy, position, size, pool))
+def max_pool_backward(dy: Tensor, position: Tensor, like: Tensor, pool: Pool) -> Tensor:
+    """dx, channels_last. `like` has the shape of what was pooled; its values are not read."""
+    return _as_channels_last(unpool(dy, position, like, pool))
 
 
 def norm_act_max_pool_training(
@@ -95,7 +93,7 @@ def norm_act_max_pool_backward(
     dy: Tensor, position: Tensor, x: Tensor, norm: Norm, activation: Activation, pool: Pool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias), dx channels_last."""
-    da, act = unpool(dy, position, x.shape[2:], pool), _act(activation)
+    da, act = unpool(dy, position, x, pool), _act(activation)
     dx, _, dweight, dbias, *_ = fallback.backward(da, None, x, norm, None, None, act, True, [True, False, True])
     return _as_channels_last(dx), dweight, dbias
 
@@ -113,9 +111,8 @@ def _fake_forward(x: Tensor, pool: Pool, save_position: bool) -> tuple[Tensor, T
     return _pooled(x, pool, x.dtype), _pooled(x, pool, torch.uint8) if save_position else nothing
 
 
-def _fake_backward(dy: Tensor, size: Ints2, **_: Any) -> Tensor:
-    shape = (*dy.shape[:2], *size)
-    return torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+def _fake_backward(dy: Tensor, like: Tensor, **_: Any) -> Tensor:
+    return torch.empty(like.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
 
 
 def _fake_training(x: Tensor, pool: Pool, **_: Any) -> tuple[Tensor, ...]:
@@ -171,15 +168,17 @@ class MaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, pool: Pool) -> Tensor:
         y, position = forward(x, pool, True)
         ctx.save_for_backward(position)
-        ctx.size, ctx.pool = x.shape[2:], pool
+        ctx.shape, ctx.pool = x.shape, pool
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         (position,) = ctx.saved_tensors
+        # An operator's list of sizes would be that of one trace; a tensor's shape may vary. This one has no memory.
+        like = dy.new_empty(()).expand(ctx.shape)
         if needs_plain_formula(dy):
-            return unpool(dy, position, ctx.size, ctx.pool), None
-        return backward(dy, position, ctx.size, ctx.pool), None
+            return unpool(dy, position, like, ctx.pool), None
+        return backward(dy, position, like, ctx.pool), None
 
 
 class Call(NamedTuple):
@@ -208,7 +207,7 @@ class NormActMaxPool(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)  # hooks on saved tensors may change it
         norm = Norm(mean, rstd, weight, bias)
         if needs_plain_formula(dy):
-            da, act = unpool(dy, position, x.shape[2:], ctx.pool), _act(ctx.activation)
+            da, act = unpool(dy, position, x, ctx.pool), _act(ctx.activation)
             mean, rstd = formulas.batch_statistics(x, ctx.eps)
             dx, _, sums = formulas.gradients(da, x, norm._replace(mean=mean, rstd=rstd), None, act, None, True)
             found = (dx, sums.dweight, sums.dbias)

@@ -91,9 +91,11 @@ def read_rows(path: Path, numbers: tuple[str, ...] = ("step",)) -> tuple[Rows, i
     return [rows[step] for step in sorted(rows)], broken
 
 
-def keep_rows(path: Path, last_step: int) -> int:
-    """Drop the lines that a resumed run will write again: those after `last_step`, and of epochs cut short.
+def keep_rows(path: Path, last_step: int, *, cut_short: bool) -> int:
+    """Drop the lines that a resumed run will write again: those after `last_step`.
 
+    Args:
+        cut_short: drop those of epochs cut short, too.
     Returns:
         How many lines are no rows, and were dropped too.
     """
@@ -101,7 +103,7 @@ def keep_rows(path: Path, last_step: int) -> int:
         return 0
     with writing(path):
         rows, broken = read_rows(path)
-    kept = [row for row in rows if row["step"] <= last_step and row.get("complete", True)]
+    kept = [row for row in rows if row["step"] <= last_step and (row.get("complete", True) or not cut_short)]
     write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return broken
 

@@ -16,7 +16,7 @@ class History:
 
     directory: Path
     config: dict[str, Any]  # empty where there is no config.json
-    metrics: Rows  # a row an epoch, in the order of the epochs
+    metrics: Rows  # a row an evaluated epoch, in the order of the epochs
     steps: Rows  # a row a step
     summary: dict[str, Any]  # empty before the run has ended
     broken: int  # lines that could not be read, but for a last one cut short

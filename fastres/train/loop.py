@@ -253,7 +253,7 @@ class _Loop:
     def _end_epoch(self, line: Progress) -> bool:
         """Evaluate where that is due, and write checkpoints. False where a signal came in between."""
         number, complete = self.epoch + 1, self.batch == self.steps_per_epoch
-        is_due = number % self.config.eval_epochs == 0 or self.step >= self.stop_step
+        is_due = self._is_evaluated(number) or self.step >= self.stop_step
         test = self.engine.evaluate(lambda: self.stop.asked is not None) if is_due else None
         if is_due and test is None:
             return not self.stop.anywhere()
@@ -275,6 +275,10 @@ class _Loop:
             soft_wrap=True,
         )
         return True
+
+    def _is_evaluated(self, number: int) -> bool:
+        """Whether the epoch of that number ends with an evaluation."""
+        return number % self.config.eval_epochs == 0 or number >= self.epochs
 
     def _note_evaluation(self, test: Evaluation, train: dict[str, float], number: int, complete: bool) -> bool:
         """Write the line of epoch `number`, and the best checkpoint; whether it is that."""
@@ -345,8 +349,10 @@ class _Loop:
         """The first writes of a run."""
         if self.group.is_main:
             write_text(self.directory / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+            # What was found where an epoch was cut short stands, unless its end will be evaluated as well.
+            again = self._is_evaluated(self.epoch + 1)
             for name in ("metrics.jsonl", "steps.jsonl"):
-                broken = keep_rows(self.directory / name, self.step)
+                broken = keep_rows(self.directory / name, self.step, cut_short=again)
                 if broken:
                     self._tell(f"{name}: {broken} lines were no records, and are dropped")
         if self.best_step is not None:

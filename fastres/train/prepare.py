@@ -25,8 +25,8 @@ from fastres.train.parallel import OptimizerState, check_job, of_rank, shard, sm
 from fastres.train.weights import start_weights
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
-SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "eval_epochs", "device",
-                  "threads", "workers", "reuse_memory", "compile", "save_minutes", "report", "test_only")  # fmt: skip
+SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
+                  "workers", "reuse_memory", "compile", "save_minutes", "report", "test_only")  # fmt: skip
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 TEST_FIELDS = ("fused", "conv_algorithm", "amp", "channels_last", "tta", "sync_bn", "fsdp")
 """Fields in which an evaluation (test_only) may differ as well: the same weights, computed in another way."""

@@ -10,9 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fastres
+from fastres import _extension
 from tests.compiled import compare
 
 SHAPE = (3, 4, 9, 11)
+COMPILED = _extension.cpu_capability() in ("avx2", "avx512") and _extension.load_cpu() is not None
 FUSED, ALONE = "batch_norm_act_max_pool2d", "max_pool2d"
 
 
@@ -66,6 +68,13 @@ def test_an_input_given_by_name_is_read_by_a_pool_alone():
 def test_other_dtypes(dtype):
     how = {"dtype": torch.float32} if dtype == torch.float32 else {"dtype": torch.float32, "autocast": dtype}
     assert counts(functools.partial(Stem, "module"), **how) == [(1, 0), (1, 0)]
+
+
+def test_in_evaluation_a_convolution_before_comes_first(monkeypatch):
+    monkeypatch.setenv("FASTRES_CONV", "winograd")
+    found = compare.check(functools.partial(Stem, "module"), [SHAPE], dtype=torch.float32, layout="channels_last")
+    assert [report.operators[FUSED] for report in found] == [1, 0 if COMPILED else 1]
+    assert found[1].operators["conv3x3_norm_act"] == (1 if COMPILED else 0)
 
 
 def test_evaluation_with_gradients_is_a_chain_and_a_pool():
@@ -128,6 +137,21 @@ def test_an_input_that_is_written_to_later():
         got = torch.compile(model, backend="fastres", options={"smallest": 0})(x.clone())
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_images_of_any_size():
+    model = Stem("module").to(memory_format=torch.channels_last)
+    with compare.fresh():
+        compiled = torch.compile(model, backend="fastres", dynamic=True, options={"smallest": 0, "inner": "aot_eager"})
+        for size in (8, 11, 14):
+            x = torch.randn(3, 4, size, size + 1).contiguous(memory_format=torch.channels_last)
+            results = []
+            for f in (model, compiled):
+                y = f(x)
+                results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert len(fastres.compile_report()) <= 2
 
 
 def test_batches_of_any_size():
