@@ -37,33 +37,35 @@ EXPECTED: dict[str, tuple[str, ...]] = {
 # In float32, channels_last and by Winograd's convolutions: training, evaluation.
 BY_OUR_CONVOLUTIONS: dict[str, tuple[str, str]] = {
     "resnet18": (
-        "15/15 14/15 16 batch_norm_act:2 conv3x3_with_statistics:5 norm_act_conv3x3:5 projection_shortcut:4",
-        "15/15 14/15 16 batch_norm_act:1 conv3x3:4 conv3x3_norm_act:6 projection_shortcut:4",
+        "15/15 14/15 17 batch_norm_act:1 batch_norm_act_max_pool2d:1 conv3x3_with_statistics:5 norm_act_conv3x3:5"
+        " projection_shortcut:4",
+        "15/15 14/15 17 batch_norm_act_max_pool2d:1 conv3x3:4 conv3x3_norm_act:6 projection_shortcut:4",
     ),
     "seresnet18": (
-        "15/15 20/25 14 batch_norm_act:10 conv3x3_with_statistics:5 linear_of_image:10 norm_act_conv3x3:5",
-        "15/15 20/25 14 batch_norm_act:5 conv3x3_norm_act:10 linear_of_image:10",
+        "15/15 20/25 15 batch_norm_act:9 batch_norm_act_max_pool2d:1 conv3x3_with_statistics:5 linear_of_image:10"
+        " norm_act_conv3x3:5",
+        "15/15 20/25 15 batch_norm_act:4 batch_norm_act_max_pool2d:1 conv3x3_norm_act:10 linear_of_image:10",
     ),
     "resnetv2_50": (
-        "10/10 4/13 10 batch_norm_act:7 linear_of_image:1 norm_act_conv3x3:3",
+        "10/10 4/13 10 batch_norm_act:7 linear_of_image:1 max_pool2d:1 norm_act_conv3x3:3",
         "10/10 4/13 10 batch_norm_act:7 conv3x3_norm_act:3 linear_of_image:1",
     ),
     "vgg11_bn": (
-        "4/4 6/6 4 batch_norm_act:3 conv3x3_with_statistics:3 linear_of_image:2 norm_act_conv3x3:1",
+        "4/4 6/6 7 batch_norm_act_max_pool2d:3 conv3x3_with_statistics:3 linear_of_image:2 norm_act_conv3x3:1",
         "4/4 6/6 4 conv3x3_norm_act:4 linear_of_image:2",
     ),
     "densenet121": (
-        "11/11 4/10 11 batch_norm_act:7 norm_act_conv3x3:4",
-        "11/11 4/10 11 batch_norm_act:11 conv3x3:4",
+        "11/11 4/10 12 batch_norm_act:6 batch_norm_act_max_pool2d:1 norm_act_conv3x3:4",
+        "11/11 4/10 12 batch_norm_act:10 batch_norm_act_max_pool2d:1 conv3x3:4",
     ),
     "dla34": (
-        "29/29 24/30 38 batch_norm_act:15 conv3x3_with_statistics:10 linear_of_image:1 norm_act_conv3x3:12"
-        " projection_shortcut:1",
+        "29/29 24/30 38 batch_norm_act:15 conv3x3_with_statistics:10 linear_of_image:1 max_pool2d:5"
+        " norm_act_conv3x3:12 projection_shortcut:1",
         "29/29 24/30 38 batch_norm_act:6 conv3x3:1 conv3x3_norm_act:21 linear_of_image:1 projection_shortcut:1",
     ),
     "transformers_bottleneck": (
-        "12/12 5/12 13 batch_norm_act:5 norm_act_conv3x3:3 projection_shortcut:2",
-        "12/12 5/12 13 batch_norm_act:5 conv3x3_norm_act:3 projection_shortcut:2",
+        "12/12 5/12 14 batch_norm_act:4 batch_norm_act_max_pool2d:1 norm_act_conv3x3:3 projection_shortcut:2",
+        "12/12 5/12 14 batch_norm_act:4 batch_norm_act_max_pool2d:1 conv3x3_norm_act:3 projection_shortcut:2",
     ),
     "inception": (
         "13/13 5/13 13 batch_norm_act:9 conv3x3_with_statistics:1 norm_act_conv3x3:4",

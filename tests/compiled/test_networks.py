@@ -40,12 +40,12 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     ),
     "unet": (
         "6/6 0/7 6 batch_norm_act:6",
-        "6/6 6/7 6 batch_norm_act:3 conv3x3_with_statistics:3 norm_act_conv3x3:3",
+        "6/6 6/7 6 batch_norm_act:3 conv3x3_with_statistics:3 max_pool2d:1 norm_act_conv3x3:3",
         "6/6 6/7 6 conv3x3_norm_act:6",
     ),
     "unet_bias": (
         "6/6 0/7 6 batch_norm_act:6",
-        "6/6 6/7 6 batch_norm_act:3 conv3x3_with_statistics:3 norm_act_conv3x3:3",
+        "6/6 6/7 6 batch_norm_act:3 conv3x3_with_statistics:3 max_pool2d:1 norm_act_conv3x3:3",
         "6/6 6/7 6 conv3x3_norm_act:6",
     ),
     "perceptron": ("2/2 0/0 2 batch_norm_act:2",),
