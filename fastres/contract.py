@@ -220,9 +220,9 @@ class Pool(NamedTuple):
         """Output positions along one axis."""
         return max(0, (size + 2 * self.padding - self.kernel) // self.stride + 1)
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether there is a window in x [N, C, H, W], with its padding, and an element of x in each."""
-        return self.padding <= self.kernel // 2 and min(x.shape[2:]) + 2 * self.padding >= self.kernel
+    def fits(self, height: int, width: int) -> bool:
+        """Whether there is a window in an image of these sizes, with its padding, and an element of it in each."""
+        return self.padding <= self.kernel // 2 and min(height, width) + 2 * self.padding >= self.kernel
 
 
 class ConvShape(NamedTuple):

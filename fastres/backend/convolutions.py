@@ -17,7 +17,7 @@ from fastres import functional
 from fastres.backend.calls import Conv, conv_of
 from fastres.backend.chains import Chain, may_save_residual
 from fastres.backend.memory import Memory
-from fastres.backend.values import only_user, same_sizes, value
+from fastres.backend.values import is_channels_last, only_user, value
 from fastres.ops.algorithms import choose_algorithm
 
 
@@ -33,8 +33,7 @@ def why_not_ours(conv: Conv, requested: str, *, followed: bool = False) -> str |
         return f"its stride is {conv.stride}"
     if x.dtype == y.dtype and weight.dtype not in (y.dtype, x.new_empty(0).float().dtype):
         return f"its weight is {weight.dtype}, its input {x.dtype}"
-    _, c, h, w = y.shape
-    if not same_sizes(y.stride(), (c * h * w, 1, w * c, c)):
+    if not is_channels_last(y):
         return "its output is not in channels_last"
     return None
 

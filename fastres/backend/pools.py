@@ -10,13 +10,12 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.fx import Node
 
 from fastres.backend.calls import DTYPES, pair
 from fastres.backend.chains import Chain
 from fastres.backend.memory import Memory
-from fastres.backend.values import bind, elements, is_transformed, only_user, same_sizes, value
+from fastres.backend.values import bind, elements, is_channels_last, is_transformed, only_user, value
 from fastres.contract import Pool
 from fastres.ops.max_pool import MOST
 
@@ -38,7 +37,7 @@ def pool_of(node: Node) -> Pool | None:
     if given["ceil_mode"] or given["return_indices"] or not all(_is_square(side) for side in sides):
         return None
     kernel, stride, padding, dilation = (int(pair(side)[0]) for side in sides)
-    if dilation != 1 or kernel > MOST or not (_is_channels_last(x) and _is_channels_last(y)):
+    if dilation != 1 or kernel > MOST or not (is_channels_last(x) and is_channels_last(y)):
         return None
     return Pool(kernel, stride, padding)
 
@@ -46,11 +45,6 @@ def pool_of(node: Node) -> Pool | None:
 def _is_square(side: object) -> bool:
     first, second = pair(side)
     return type(first) is int and type(second) is int and first == second
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    _, c, h, w = t.shape
-    return same_sizes(t.stride(), (c * h * w, 1, w * c, c))
 
 
 def pays_alone(node: Node, smallest: int) -> bool:

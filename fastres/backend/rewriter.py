@@ -192,20 +192,16 @@ class Rewriter:
         if chain.after is not None:
             return self.convolve(chain.after, chain, options)
         params, x = self.params(chain.norm), self.current(chain.norm.x)
-        if chain.pool is not None:
-            if chain.norm.training:
-                options["statistics"] = self._statistics.get(chain.norm.x)
-            options["training"] = chain.norm.training
-            y = self.call(self.count(functional.batch_norm_act_max_pool2d, 1), x, params, *chain.pool, **options)
-            self._move_mean(chain.norm)
-            return y
         if chain.before is not None:
             return self._write_convolution_and_norm(chain, params, options)
         if chain.norm.training:
-            options["dropout_p"] = chain.dropout_p
             options["statistics"] = self._statistics.get(chain.norm.x)
+        if chain.dropout_p > 0:
+            options["dropout_p"] = chain.dropout_p
         options["training"] = chain.norm.training
-        if chain.projection is not None and chain.residual_norm is not None:
+        if chain.pool is not None:
+            y = self.call(self.count(functional.batch_norm_act_max_pool2d, 1), x, params, *chain.pool, **options)
+        elif chain.projection is not None and chain.residual_norm is not None:
             conv = chain.projection
             if "statistics" in options:
                 options["x_statistics"] = options.pop("statistics")
@@ -325,13 +321,15 @@ class Rewriter:
     def _replacement(self, node: Node, ends: dict[Node, Chain]) -> Node | None:
         if node in ends:
             return self.write(ends[node])
-        if node in self.frozen and node not in self.claimed:
+        if node in self.claimed:
+            return None
+        if node in self.frozen:
             return self._write_arithmetic(node, self.frozen[node])
         pool = pools.pool_of(node)
-        if pool is not None and node not in self.claimed and pools.pays_alone(node, self.smallest):
+        if pool is not None and pools.pays_alone(node, self.smallest):
             x = self.current(bind(node, {"input": None})["input"])
             return self.call(self.count(functional.max_pool2d), x, *pool, like=node)
-        if node in self.claimed or not is_conv(node):
+        if not is_conv(node):
             return None
         conv = any_conv_of(node)
         reason = conv if isinstance(conv, str) else convolutions.why_not_ours(conv, self.requested)

@@ -37,6 +37,12 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return alike and same_sizes(a.shape, b.shape) and same_sizes(a.stride(), b.stride())
 
 
+def is_channels_last(t: Tensor) -> bool:
+    """Whether [N, C, H, W] lies in channels_last, for all the sizes that the graph serves."""
+    _, c, h, w = t.shape
+    return same_sizes(t.stride(), (c * h * w, 1, w * c, c))
+
+
 def hint(size: Any) -> int:
     """The size that Dynamo saw, where it stands for a range of them; 0 for one that depends on data."""
     if isinstance(size, torch.SymInt):

@@ -38,7 +38,7 @@ def _checked_pool(x: Tensor, kernel_size: int, stride: int | None, padding: int)
     pool = Pool(*given.values())
     if padding > kernel_size // 2:
         raise ValueError(f"padding: expected at most half of kernel_size {kernel_size}, got {padding}")
-    if not pool.fits(x):
+    if not pool.fits(*x.shape[2:]):
         raise ValueError(
             f"kernel_size: expected at most the size of x with its padding, got {kernel_size} for shape "
             f"{tuple(x.shape)}"

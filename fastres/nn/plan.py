@@ -230,9 +230,9 @@ def _max_pool2d(
     if kernel > max_pool.MOST:
         raise NotPlannedError(f"it pools by a window of {kernel}")
     pool = Pool(kernel, stride, padding)
-    sizes = (x.channels, pool.output_size(x.height), pool.output_size(x.width))
-    if min(sizes) < 1 or padding > kernel // 2:
+    if not pool.fits(x.height, x.width):
         raise NotPlannedError("it pools by a window larger than its input")
+    sizes = (x.channels, pool.output_size(x.height), pool.output_size(x.width))
     return x.recorder._step(Kind.MAX_POOL, x, sizes, kernel=kernel, stride=stride, padding=padding)
 
 

@@ -146,7 +146,7 @@ def _windows(pool: nn.Module, x: Tensor) -> Pool | None:
         sides.append(both[0])
     windows = Pool(*sides[:3])
     # PyTorch says what is wrong with others.
-    is_sound = windows.kernel > 0 and windows.stride > 0 and windows.padding >= 0 and windows.fits(x)
+    is_sound = windows.kernel > 0 and windows.stride > 0 and windows.padding >= 0 and windows.fits(*x.shape[2:])
     return windows if is_sound and sides[3] == 1 else None
 
 
