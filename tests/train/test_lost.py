@@ -175,13 +175,14 @@ def test_broken_lines_of_the_logs_are_told_and_dropped(run: Run, tmp_path: Path)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_rows_are_kept_up_to_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cut_short", "kept"), [(False, [1, 2, 3]), (True, [1, 3])])
+def test_rows_are_kept_up_to_a_step(cut_short: bool, kept: list[int], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    assert keep_rows(file, 3) == 0 and not file.exists()
+    assert keep_rows(file, 3, cut_short=cut_short) == 0 and not file.exists()
     for step, complete in ((1, True), (2, False), (3, True), (4, True)):
         append_json(file, {"step": step, "complete": complete})
-    assert keep_rows(file, 3) == 0
-    assert [row["step"] for row in rows(file)] == [1, 3]
+    assert keep_rows(file, 3, cut_short=cut_short) == 0
+    assert [row["step"] for row in rows(file)] == kept
 
 
 # --- Writing ---
