@@ -27,10 +27,12 @@ from fastres.nn.frozen import (
     FrozenBasicBlock,
     FrozenBottleneck,
     FrozenConv2d,
+    FrozenGroupedConv2d,
     FrozenLayer,
     FrozenNetwork,
     FrozenNormAct,
     FrozenPackedConv2d,
+    FrozenPackedConvolution,
     FrozenPreactivationBlock,
     FrozenResidualBlock,
     FrozenSkipConnection,
@@ -42,6 +44,7 @@ from fastres.nn.shortcut import SkipConnection
 from fastres.nn.stem import FusedTrunk, made_class, plain_trunk_class
 from fastres.nn.steps import is_conv3x3, uses_batch_statistics, why_not_downsample
 from fastres.nn.trust import activation_of, class_name, is_batch_norm, is_exactly
+from fastres.ops.algorithms import why_not_grouped
 
 __all__ = ["FreezeReport", "freeze", "freeze_report"]
 
@@ -52,16 +55,19 @@ def _why_not_packed(conv: nn.Conv2d, algorithm: str | None) -> str | None:
     """Why a convolution's weight stays as PyTorch has it; None where it is packed."""
     if conv.weight.dtype not in _PACKED_DTYPES:
         return f"its weight is {conv.weight.dtype}"
-    if conv.groups != 1:
-        return f"it has {conv.groups} groups"
     if conv.dilation != (1, 1):
         return f"its dilation is {conv.dilation}"
     pairs = (conv.kernel_size, conv.stride, conv.padding)
     if any(isinstance(pair, str) or pair[0] != pair[1] for pair in pairs):
         return "its kernel, stride and padding are not the same both ways"
-    if algorithm == "torch" and is_conv3x3(conv):
+    if algorithm == "torch" and (is_conv3x3(conv) or conv.groups != 1):
         return "PyTorch's algorithm was requested"
-    return None
+    if conv.groups == 1:
+        return None
+    kernel, stride, padding = (int(pair[0]) for pair in pairs)
+    if padding != kernel // 2:
+        return f"it has groups, and its padding is {padding}"
+    return why_not_grouped(conv.in_channels // conv.groups, conv.out_channels // conv.groups, kernel, stride)
 
 
 _FROZEN: dict[type[nn.Module], type[Frozen]] = {
@@ -106,7 +112,8 @@ class _Freezer:
     def convolution(self, conv: Any, norm: Any, activation: Activation, algorithm: str | None = None) -> FrozenLayer:
         why = _why_not_packed(conv, algorithm) if self.packed else "packed=False was asked for"
         if why is None:
-            return FrozenPackedConv2d(conv, norm, activation, algorithm)
+            kind = FrozenPackedConv2d if conv.groups == 1 else FrozenGroupedConv2d
+            return kind(conv, norm, activation, algorithm)
         return FrozenConv2d(conv, norm, activation, why)
 
     def block(self, block: Any) -> None:
@@ -265,7 +272,7 @@ def freeze_report(model: nn.Module) -> FreezeReport:
         raise ValueError(f"model: expected one that fastres.freeze returned, got {class_name(type(model))}")
     report = FreezeReport({}, {}, {})
     for name, module in model.named_modules():
-        if isinstance(module, FrozenPackedConv2d):
+        if isinstance(module, FrozenPackedConvolution):
             report.packed[name] = module.described()
         elif isinstance(module, FrozenConv2d):
             report.left[name] = f"PyTorch's convolution: {module.why}"

@@ -16,7 +16,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from fastres import ArticleResNet18, FusedResNet18, freeze, freeze_report, fuse, unfuse
 from fastres.nn import FusedBasicBlock, FusedBatchNormAct2d, FusedBottleneck, ResidualBlock, SkipConnection
 from fastres.nn.frozen import Frozen
-from fastres.ops.packed import pack, unpack
+from fastres.ops.packed import pack, turn_back, unpack
 from tests.oracle import LAYOUTS, activation, generator
 from tests.parity import one_thread  # noqa: F401
 
@@ -82,6 +82,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
         32, 48, 2, nn.Sequential(nn.Conv2d(32, 48, 1, 2, bias=False), nn.BatchNorm2d(48))
     ),
     "FusedBottleneck": lambda: FusedBottleneck(64, 16),
+    "FusedBottleneck, groups": lambda: FusedBottleneck(64, 16, groups=4),
+    "FusedBottleneck, groups of two": lambda: FusedBottleneck(64, 16, groups=8, base_width=8),
+    "FusedBottleneck, groups by PyTorch": lambda: FusedBottleneck(64, 16, groups=4, conv_algorithm="torch"),
     "ResidualBlock": lambda: ResidualBlock(32, 32),
     "ResidualBlock, projection": lambda: ResidualBlock(32, 48, 2),
     "SkipConnection": lambda: SkipConnection(32, 48, 2),
@@ -233,6 +236,17 @@ def test_states_from_before_every_convolution_was_packed_load():
         assert torch.equal(other(x), frozen(x))
 
 
+def test_a_state_from_before_convolutions_in_groups_were_packed_loads():
+    model = randomise(FusedBottleneck(64, 16, groups=4), "groups before")
+    frozen, x = freeze(model), images(2, 64, 8, 8)
+    state = frozen.state_dict()
+    state["conv2.weight"] = turn_back(state.pop("conv2.packed")).contiguous(memory_format=torch.channels_last)
+    other = freeze(FusedBottleneck(64, 16, groups=4))
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(other(x), frozen(x))
+
+
 def test_it_moves():
     model = freeze(FusedResNet18(CLASSES))
     x = torch.empty(2, 3, 16, 16, device="meta")
@@ -250,7 +264,7 @@ def test_it_compiles_to_one_graph():
         torch.testing.assert_close(compiled(x), frozen(x))
 
 
-@pytest.mark.parametrize("name", ["FusedResNet18", "torchvision resnet50"])
+@pytest.mark.parametrize("name", ["FusedResNet18", "torchvision resnet50", "torchvision resnext"])
 def test_an_exported_program_is_pytorchs_own(name):
     model = randomise(NETWORKS[name](), "exported", name)
     frozen, x = freeze(model), images(2, 3, 32, 32)
@@ -430,13 +444,28 @@ def test_the_report_says_what_is_packed_and_why_the_rest_is_not():
         frozen(images(1, 3, 32, 32))
     report = freeze_report(frozen)
     assert report.packed["conv1"] == "3 to 64, 7x7, stride 2" and report.packed["layer2.0.conv3"] == "256 to 512, 1x1"
-    assert report.left["layer2.0.conv2"] == "PyTorch's convolution: it has 32 groups"
+    assert report.packed["layer2.0.conv2"] == "256 to 256, 3x3, stride 2, 32 groups"
     assert "normalisations" in report.left["layer1.1"]
-    assert report.apart[""] == "FusedBottleneck is no module of PyTorch's or ours"
-    assert report.apart["layer2.0"] == "there is no step for a FrozenConv2d"
-    assert str(report).startswith("packed: ") and "  layer2.0.conv2: left, PyTorch's convolution" in str(report)
+    assert report.apart == {"": "FusedBottleneck is no module of PyTorch's or ours"}
+    assert str(report).startswith("packed: ") and "  layer1.1: left, one of its normalisations is frozen" in str(report)
     whole = freeze_report(freeze(FusedResNet18(CLASSES)))
     assert len(whole.packed) == 20 and not whole.left and not whole.apart
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"groups": 8, "base_width": 8}, "there is no kernel of our own for groups of 2 inputs and 2 outputs"),
+        ({"groups": 4, "dilation": 2}, "its dilation is (2, 2)"),
+        ({"groups": 4, "conv_algorithm": "torch"}, "PyTorch's algorithm was requested"),
+    ],
+)
+def test_the_report_says_why_a_convolution_in_groups_is_left(change, why):
+    frozen = freeze(FusedBottleneck(64, 16, **change))
+    frozen(images(1, 64, 8, 8))
+    report = freeze_report(frozen)
+    assert report.left == {"conv2": f"PyTorch's convolution: {why}"}
+    assert report.apart == {"": "there is no step for a FrozenConv2d"}
 
 
 def test_the_report_is_of_frozen_models():

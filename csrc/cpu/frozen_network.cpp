@@ -2,6 +2,7 @@
 //
 // fastres/nn/plan.py records the steps: what each reads and writes, in the input, the output, or one scratch buffer
 // that is planned ahead, so that a layer reads what the one before has left in the caches.
+#include "grouped_forward.h"
 #include "library.h"
 #include "max_pool.h"
 #include "packed_convolution.h"
@@ -17,7 +18,7 @@ namespace conv {
 namespace {
 
 // The values of fastres.ops.frozen_network.Kind, and of its INPUT, OUTPUT and NONE.
-enum class StepKind : int64_t { convolution, norm_act, max_pool, mean };
+enum class StepKind : int64_t { convolution, norm_act, max_pool, mean, grouped };
 constexpr int64_t kInput = -1, kOutput = -2, kNone = -3;
 
 // A row of `steps`; fastres.ops.frozen_network.Step has the same fields, in words. Places are offsets in scratch, in
@@ -128,6 +129,34 @@ void mean(const Pass<T>& p) {
   });
 }
 
+grouped::Shape grouped_shape(const Step& s, int64_t images) {
+  const int64_t groups = s.channels / s.depth;
+  return {images, s.height, s.width, s.channels, s.outputs, s.depth, s.outputs / groups, s.kernel, s.stride};
+}
+
+// y = f(conv(x) + bias)
+template <typename T>
+void convolve_groups(const Pass<T>& p) {
+  const Step& s = p.step;
+  const grouped::Images<T> y{p.y, s.out_height, s.out_width, s.outputs};
+  grouped::convolve<T>(
+      grouped_shape(s, p.images),
+      {p.x, s.height, s.width, s.channels},
+      // [kernel][kernel][inputs of a group][outputs]
+      {p.weight, 1, s.outputs, s.depth * s.outputs},
+      y,
+      [&](const grouped::Outputs& part) {
+        const grouped::Chunk& chunk = part.chunk;
+        T* row = y.at(chunk.image, chunk.row, 0) + part.first;
+        for (const T* end = row + chunk.images * chunk.rows * y.width * y.channels; row < end; row += y.channels) {
+          for_each_vector(part.count, [&](int64_t c, auto count) {
+            const Lanes z = load_counted(row + c, count) + load_counted(p.bias + part.first + c, count);
+            store_counted(row + c, Lanes(p.activation.forward(Vec<float>(z))), count);
+          });
+        }
+      });
+}
+
 template <typename T>
 void run_step(const Pass<T>& p) {
   const Step& s = p.step;
@@ -153,8 +182,11 @@ void run_step(const Pass<T>& p) {
     case StepKind::mean:
       mean(p);
       return;
+    case StepKind::grouped:
+      convolve_groups(p);
+      return;
   }
-  FASTRES_CHECK(false, "steps: expected a kind of step from 0 to 3, got ", s.kind);
+  FASTRES_CHECK(false, "steps: expected a kind of step from 0 to 4, got ", s.kind);
 }
 
 // Memory is read and written by the numbers in `steps`, so all of them are checked.
@@ -202,6 +234,18 @@ public:
         return;
       case StepKind::mean:
         same(s, s.out_height == 1 && s.out_width == 1);
+        return;
+      case StepKind::grouped:
+        window(s);
+        FASTRES_CHECK(
+            s.depth > 0 && s.channels % s.depth == 0 && s.outputs % (s.channels / s.depth) == 0,
+            "steps: unexpected depth ",
+            s.depth);
+        FASTRES_CHECK(
+            s.padding == s.kernel / 2 && grouped_shape(s, 1).is_served(), "steps: there is no kernel for these groups");
+        FASTRES_CHECK(s.residual == kNone, "steps: expected no residual of a convolution in groups");
+        tensor(s.weight, s.kernel * s.kernel * s.depth * s.outputs);
+        tensor(s.bias, s.outputs);
         return;
     }
   }

@@ -13,6 +13,7 @@
 // The default module has none of them: there the operators are PyTorch's convolution.
 #include "grouped_convolution.h"
 #include "conv3x3.h"
+#include "grouped_forward.h"
 #include "grouped_weight_gradient.h"
 #include "library.h"
 #include "statistics.h"
@@ -42,15 +43,14 @@ Shape checked_shape(const Tensor& x, const Tensor& weight, int64_t stride) {
       channels,
       " channels, got ",
       w);
-  const int64_t outputs = w[0] / groups;
+  const Shape s{x.size(0), x.size(2), x.size(3), channels, w[0], inputs, w[0] / groups, w[2], stride};
   FASTRES_CHECK(
-      (inputs == outputs && (inputs == 1 || inputs == 4)) ||
-          (inputs % kLanes == 0 && outputs % kLanes == 0 && outputs > 0),
+      s.is_served(),
       "weight: expected groups of 1, 4 or multiples of 8 channels, got ",
       inputs,
       " and ",
-      outputs);
-  return {x.size(0), x.size(2), x.size(3), channels, w[0], inputs, outputs, w[2], stride};
+      s.group_outputs);
+  return s;
 }
 
 template <typename T>
@@ -68,13 +68,14 @@ bool taps_are_adjacent(const Tensor& w) {
 
 // --- forward
 
-// The moments of a chunk's outputs in a panel, which has just been written.
+// The moments of outputs that have just been written.
 template <typename T>
-void measure(const Images<T>& y, const Chunk& chunk, int64_t channel, int64_t channels, Moments& moments) {
-  const int64_t pixels = chunk.images * chunk.rows * y.width;
+void measure(const Images<T>& y, const Outputs& part, Moments& moments) {
+  const Chunk& chunk = part.chunk;
+  const int64_t pixels = chunk.images * chunk.rows * y.width, end = part.first + part.count;
   const T* first = y.at(chunk.image, chunk.row, 0);
-  for (int64_t c = channel; c < channel + channels; c += kPanelChannels) {
-    const int64_t count = std::min(kPanelChannels, channel + channels - c), block = block_rows_of(count, sizeof(T));
+  for (int64_t c = part.first; c < end; c += kPanelChannels) {
+    const int64_t count = std::min(kPanelChannels, end - c), block = block_rows_of(count, sizeof(T));
     for (int64_t row = 0; row < pixels; row += block) {
       const int64_t rows = std::min(block, pixels - row);
       add_panel<T>(
@@ -89,40 +90,49 @@ void measure(const Images<T>& y, const Chunk& chunk, int64_t channel, int64_t ch
   }
 }
 
+} // namespace
+
 template <typename T>
 void convolve(
     const Shape& s,
-    const Tensor& x,
-    const Tensor& weight,
+    const Images<const T>& x,
+    const Weights<const float>& weights,
     const Images<T>& y,
-    std::vector<Moments>* moments) {
-  const Convolution<T> convolution(s, weights_of(weight), false);
-  const Images<const T> in = images_of<T>(x);
+    const std::function<void(const Outputs&)>& finish) {
+  const Convolution<T> convolution(s, weights, false);
   const Chunks chunks = chunks_of(s);
   for_each_task(chunks, s.panels(), chunks.count(), [&](const Chunk& chunk, int64_t i, int64_t at, int64_t) {
     const Panel panel = Panel::of(s, at);
     if (s.kind() == Kind::depthwise) {
-      convolution.run(chunk, panel, in, y);
+      convolution.run(chunk, panel, x, y);
     } else {
       Padded padded = convolution.padded(chunk.rows, panel.units, nullptr);
       const Workspace data(chunk.images * padded.image());
       padded.data = data.data();
       const int64_t first = panel.first * s.unit_inputs();
       const int64_t count = std::min(panel.units * s.unit_inputs(), s.channels - first);
-      read_padded<false>(in, chunk, convolution.top(chunk), convolution.before(), first, count, padded);
+      read_padded<false>(x, chunk, convolution.top(chunk), convolution.before(), first, count, padded);
       convolution.run(chunk, panel, padded, y);
     }
-    if (moments != nullptr) {
-      const int64_t channel = panel.first * s.unit_outputs();
-      measure(y, chunk, channel, std::min(panel.units * s.unit_outputs(), s.outputs - channel), (*moments)[i]);
-    }
+    const int64_t channel = panel.first * s.unit_outputs();
+    finish({chunk, i, channel, std::min(panel.units * s.unit_outputs(), s.outputs - channel)});
   });
-  if (moments != nullptr) {
-    for (int64_t i = 0; i < chunks.count(); ++i) {
-      (*moments)[i].count = chunks[i].images * chunks[i].rows * y.width;
-    }
-  }
 }
+
+template void convolve(
+    const Shape&,
+    const Images<const float>&,
+    const Weights<const float>&,
+    const Images<float>&,
+    const std::function<void(const Outputs&)>&);
+template void convolve(
+    const Shape&,
+    const Images<const BFloat16>&,
+    const Weights<const float>&,
+    const Images<BFloat16>&,
+    const std::function<void(const Outputs&)>&);
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool statistics, int64_t stride) {
   const Shape s = checked_shape(x, weight, stride);
@@ -135,8 +145,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
     conv::with_type(x, [&](auto zero) {
       using T = decltype(zero);
       const Images<T> to{y.mutable_data_ptr<T>(), s.out_height(), s.out_width(), s.outputs};
-      std::vector<Moments> parts(statistics ? chunks_of(s).count() : 0, Moments(channels));
-      convolve<T>(s, in, taps_are_adjacent(w) ? w : w.contiguous(), to, statistics ? &parts : nullptr);
+      const Chunks chunks = chunks_of(s);
+      std::vector<Moments> parts(statistics ? chunks.count() : 0, Moments(channels));
+      const Tensor packable = taps_are_adjacent(w) ? w : w.contiguous();
+      convolve<T>(s, images_of<T>(in), weights_of(packable), to, [&](const Outputs& part) {
+        if (statistics) {
+          measure(to, part, parts[part.index]);
+        }
+      });
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const Chunk chunk = chunks[static_cast<int64_t>(i)];
+        parts[i].count = chunk.images * chunk.rows * to.width;
+      }
       if (statistics) {
         const Moments all = combine(parts, channels);
         std::copy(all.mean.begin(), all.mean.end(), mean.mutable_data_ptr<float>());

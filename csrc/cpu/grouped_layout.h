@@ -89,6 +89,12 @@ struct Shape {
   int64_t group_inputs, group_outputs;
   int64_t kernel, stride;
 
+  bool is_served() const {
+    const bool narrow = group_inputs == group_outputs && (group_inputs == 1 || group_inputs == 4);
+    const bool whole = group_inputs % kLanes == 0 && group_outputs % kLanes == 0;
+    return (kernel == 3 || kernel == 5 || kernel == 7) && (stride == 1 || stride == 2) &&
+        (narrow || (whole && group_inputs > 0 && group_outputs > 0));
+  }
   int64_t out_height() const {
     return (height + stride - 1) / stride;
   }

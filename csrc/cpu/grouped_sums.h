@@ -3,6 +3,7 @@
 #pragma once
 
 #include "grouped_layout.h"
+#include "grouped_products.h"
 
 #include <utility>
 
@@ -42,26 +43,19 @@ template <Kind kKind, int kRows, int kColumns, int kStride, int kVectors>
       const float* w = weights + tap->weights;
 #pragma GCC unroll 8
       for (int c = 0; c < kDepth; ++c) {
-        Octet factors[kVectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) {
-          factors[v] = load8(w + (c * kVectors + v) * kLanes);
-        }
+        const float* factors = w + c * kVectors * kLanes;
+        const Octet first = load8(factors), second = load8(factors + (kVectors - 1) * kLanes);
 #pragma GCC unroll 3
         for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 12
           for (int column = 0; column < kColumns; ++column) {
-            const float* p = x + row * kStride * o.row + column * kStride * kLanes;
-            Octet value;
-            if constexpr (kKind == Kind::pairs) {
-              value = _mm256_permute_ps(load8(p), c % 4 * 0x55);
-            } else {
-              value = _mm256_broadcast_ss(p + c);
-            }
-#pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v) {
-              Octet& sum = sums[(row * kColumns + column) * kVectors + v];
-              sum = _mm256_fmadd_ps(value, factors[v], sum);
+            const Octet value = spread<kKind>(x + row * kStride * o.row + column * kStride * kLanes, c);
+            Octet* sum = sums + (row * kColumns + column) * kVectors;
+            add_product(sum[0], value, first);
+            if constexpr (kVectors == 2 && kRows * kColumns * kVectors + kVectors < kRegisters) {
+              add_product(sum[1], value, second);
+            } else if constexpr (kVectors == 2) {
+              add_product(sum[1], value, factors + kLanes);
             }
           }
         }

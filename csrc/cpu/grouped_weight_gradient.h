@@ -7,6 +7,7 @@
 #pragma once
 
 #include "grouped_layout.h"
+#include "grouped_products.h"
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 
@@ -57,30 +58,31 @@ template <Kind kKind, int kRows, int kColumns>
       const float* x = input + image * p.input_image + row * p.stride * p.input_row;
       const float* dy = gradient + image * p.gradient_image + row * p.gradient_row + first_output;
       for (int64_t column = 0; column < p.columns; ++column) {
-        Octet factors[kOutputs];
         if constexpr (kKind == Kind::depthwise) {
-          factors[0] = load8(dy);
-        } else if constexpr (kKind == Kind::pairs) {
-          const Octet both = load8(dy);
-          factors[0] = _mm256_permute_ps(both, 0x00);
-          factors[1] = _mm256_permute_ps(both, 0x55);
-          factors[2] = _mm256_permute_ps(both, 0xaa);
-          factors[3] = _mm256_permute_ps(both, 0xff);
+          const Octet factor = load8(dy);
+#pragma GCC unroll 3
+          for (int u = 0; u < kRows; ++u) {
+#pragma GCC unroll 7
+            for (int v = 0; v < kColumns; ++v) {
+              Octet& sum = sums[u * kColumns + v];
+              sum = _mm256_fmadd_ps(load8(x + u * p.input_row + v * kLanes), factor, sum);
+            }
+          }
         } else {
+          Octet values[kRows * kColumns];
+#pragma GCC unroll 3
+          for (int u = 0; u < kRows; ++u) {
+#pragma GCC unroll 7
+            for (int v = 0; v < kColumns; ++v) {
+              values[u * kColumns + v] = load8(x + u * p.input_row + v * kLanes);
+            }
+          }
 #pragma GCC unroll 4
           for (int k = 0; k < kOutputs; ++k) {
-            factors[k] = _mm256_broadcast_ss(dy + k);
-          }
-        }
-#pragma GCC unroll 3
-        for (int u = 0; u < kRows; ++u) {
-#pragma GCC unroll 7
-          for (int v = 0; v < kColumns; ++v) {
-            const Octet value = load8(x + u * p.input_row + v * kLanes);
-#pragma GCC unroll 4
-            for (int k = 0; k < kOutputs; ++k) {
-              Octet& sum = sums[(u * kColumns + v) * kOutputs + k];
-              sum = _mm256_fmadd_ps(value, factors[k], sum);
+            const Octet factor = spread<kKind>(dy, k);
+#pragma GCC unroll 16
+            for (int i = 0; i < kRows * kColumns; ++i) {
+              add_product(sums[i * kOutputs + k], values[i], factor);
             }
           }
         }

@@ -18,8 +18,9 @@ from fastres import functional, ordinary
 from fastres.activations import KINDS, Activation
 from fastres.contract import ConvShape, statistics_dtype
 from fastres.nn.plan import NotPlannedError, Value, plan_for
-from fastres.ops.algorithms import choose_packed, is_served, problem_of, requested_algorithm
-from fastres.ops.packed import pack, packed_shape, unpack
+from fastres.ops import grouped_conv
+from fastres.ops.algorithms import choose_algorithm, choose_packed, is_served, problem_of, requested_algorithm
+from fastres.ops.packed import pack, packed_shape, turn, turn_back, unpack
 from fastres.ops.packed_convolution import packed_convolution
 
 
@@ -189,13 +190,13 @@ class FrozenConv2d(FrozenConvolution):
         )
 
 
-class FrozenPackedConv2d(FrozenConvolution):
-    """A convolution with a square kernel in one group, the normalisation behind it, an addition and ReLU in one step.
+class FrozenPackedConvolution(FrozenConvolution):
+    """A convolution whose weight lies as the CPU's kernels read it, the normalisation behind it, an addition and ReLU.
 
     The algorithm is chosen at each call. Away from the kernels (another device or dtype, an exported program) the
-    weight is unpacked at each call, for PyTorch's convolution.
+    weight is PyTorch's again at each call, for PyTorch's convolution.
 
-    Buffers: packed and bias [K], float32, see `fastres.ops.packed.pack`.
+    Buffers: packed and bias [K], float32.
     """
 
     packed: Tensor
@@ -207,61 +208,122 @@ class FrozenPackedConv2d(FrozenConvolution):
         self.algorithm = algorithm
         self.shape = shape_of(conv)
         weight, bias = folded(conv, norm)
-        self.register_buffer("packed", pack(weight, padded=self._padded))
+        self.register_buffer("packed", self._pack(weight))
         self.register_buffer("bias", bias.float())
 
     def described(self) -> str:
         """In words, for the report."""
         kernel, stride = self.shape.kernel, self.shape.stride
-        return f"{self.inputs} to {self.outputs}, {kernel}x{kernel}" + (f", stride {stride}" if stride > 1 else "")
-
-    @property
-    def _padded(self) -> bool:
-        # As Winograd's algorithm reads them, but where the zeros would be more than the weights.
-        return self.shape.kernel == 3 and self.inputs >= 16
+        shown = f"{self.inputs} to {self.outputs}, {kernel}x{kernel}" + (f", stride {stride}" if stride > 1 else "")
+        return shown + (f", {self.groups} groups" if self.groups > 1 else "")
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if _takes_operators(x) and self.packed.dtype == self.bias.dtype == torch.float32:
             if torch.is_autocast_enabled("cpu"):
                 x = x.to(torch.get_autocast_dtype("cpu"))
             x = x.contiguous(memory_format=torch.channels_last)
-            algorithm = self._choose(x)
+            algorithm = self._choose(x) if KINDS[self.activation.kind].compiled else "torch"
             if algorithm != "torch":
                 if residual is not None:
                     residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
-                return packed_convolution(  # type: ignore[no-any-return]
-                    x, self.packed, self.bias, residual, self.activation, self.shape, algorithm
-                )
-        weight = unpack(self.packed, self.outputs, self.inputs, self.shape.kernel)
-        return self._convolve(x, weight.to(x.dtype), self.bias.to(x.dtype), residual)
+                return self._compute(x, residual, algorithm)
+        return self._convolve(x, self._unpack(self.packed).to(x.dtype), self.bias.to(x.dtype), residual)
 
-    def _record(self, x: Any, residual: Any) -> Any:
-        return x.recorder.convolution(x, self, residual, self._requested, self._padded)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A network that was frozen when weights like this one were not packed.
+        weight = state_dict.pop(f"{prefix}weight", None)
+        if weight is not None:
+            state_dict[f"{prefix}packed"] = self._pack(weight)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _choose(self, x: Tensor) -> str:
+        raise NotImplementedError
+
+    def _compute(self, x: Tensor, residual: Tensor | None, algorithm: str) -> Tensor:
+        raise NotImplementedError
+
+
+class FrozenPackedConv2d(FrozenPackedConvolution):
+    """A convolution with a square kernel in one group, and what is behind it, in one step.
+
+    Buffers: packed, see `fastres.ops.packed.pack`.
+    """
+
+    @property
+    def _padded(self) -> bool:
+        # As Winograd's algorithm reads them, but where the zeros would be more than the weights.
+        return self.shape.kernel == 3 and self.inputs >= 16
 
     @property
     def _requested(self) -> str | None:
         return self.algorithm if self.shape.kernel == 3 else "auto"
 
+    def _pack(self, weight: Tensor) -> Tensor:
+        return pack(weight, padded=self._padded)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return unpack(packed, self.outputs, self.inputs, self.shape.kernel)
+
     def _choose(self, x: Tensor) -> str:
-        if not KINDS[self.activation.kind].compiled:
-            return "torch"
         problem = problem_of(x, self.outputs, self.shape.kernel, self.shape.stride, needs_grad=False, followed=True)
         return choose_packed(problem, self._padded, requested_algorithm(self._requested)).algorithm
 
+    def _compute(self, x: Tensor, residual: Tensor | None, algorithm: str) -> Tensor:
+        return packed_convolution(  # type: ignore[no-any-return]
+            x, self.packed, self.bias, residual, self.activation, self.shape, algorithm
+        )
+
+    def _record(self, x: Any, residual: Any) -> Any:
+        return x.recorder.convolution(x, self, residual, self._requested, self._padded)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A network that was frozen when weights like this one were not packed.
-        weight, packed = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "packed"))
-        expected = packed_shape(self.outputs, self.inputs, self.shape.kernel, padded=self._padded)
-        if packed is not None and packed.shape != expected:
-            padded_before = packed_shape(self.outputs, self.inputs, self.shape.kernel, padded=True)
-            if packed.shape == padded_before:
-                weight = unpack(packed, self.outputs, self.inputs, self.shape.kernel)
-                packed = None
-        if packed is None and weight is not None:
-            packed = pack(weight, padded=self._padded)
-        if packed is not None:
-            state_dict[f"{prefix}packed"] = packed
+        # Packed when all weights were padded.
+        key = f"{prefix}packed"
+        packed = state_dict.get(key)
+        shapes = [
+            packed_shape(self.outputs, self.inputs, self.shape.kernel, padded=padded) for padded in (self._padded, True)
+        ]
+        if packed is not None and packed.shape != shapes[0] and packed.shape == shapes[1]:
+            state_dict[key] = self._pack(self._unpack(packed))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FrozenGroupedConv2d(FrozenPackedConvolution):
+    """A convolution in groups and what is behind it; in one step of a plan, where nothing is added.
+
+    Buffers: packed, see `fastres.ops.packed.turn`.
+    """
+
+    def _pack(self, weight: Tensor) -> Tensor:
+        return turn(weight)
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return turn_back(packed)
+
+    def _choose(self, x: Tensor) -> str:
+        shape = self.shape
+        problem = problem_of(
+            x, self.outputs, shape.kernel, shape.stride, needs_grad=False, followed=True, groups=self.groups
+        )
+        return choose_algorithm(problem, requested_algorithm(self.algorithm)).algorithm
+
+    def _compute(self, x: Tensor, residual: Tensor | None, algorithm: str) -> Tensor:
+        y = grouped_conv.forward(x, turn_back(self.packed), False, self.shape.stride)[0]
+        zero, one = torch.zeros_like(self.bias), torch.ones_like(self.bias)
+        return functional.batch_norm_act(
+            y, zero, one, None, self.bias, eps=0.0, residual=residual, activation=self.activation
+        )
+
+    def _record(self, x: Any, residual: Any) -> Any:
+        if residual is not None:
+            raise NotPlannedError("something is added behind a convolution in groups")
+        return x.recorder.grouped(x, self, self.algorithm)
 
 
 def _takes_operators(x: Tensor) -> bool:

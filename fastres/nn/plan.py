@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.activations import IDENTITY, KINDS, Activation
-from fastres.contract import ConvShape, Pool
+from fastres.contract import ConvProblem, ConvShape, Pool
 from fastres.nn.trust import why_not_ordinary
 from fastres.ops import max_pool
-from fastres.ops.algorithms import choose_packed, is_served, problem_of, requested_algorithm
+from fastres.ops.algorithms import choose_algorithm, choose_packed, is_served, problem_of, requested_algorithm
 from fastres.ops.frozen_network import INPUT, NONE, OUTPUT, Kind, Step, activation_numbers, frozen_network
 from fastres.ops.packed import pack
 
@@ -121,11 +121,7 @@ class Recorder:
     ) -> Value:
         """A layer with the attributes `shape`, `packed`, `bias` and `activation`."""
         shape: ConvShape = layer.shape
-        if layer.packed.dtype != torch.float32 or layer.bias.dtype != torch.float32:
-            raise NotPlannedError(f"packed weights are {layer.packed.dtype}")
-        problem = problem_of(self.x, shape.outputs, shape.kernel, shape.stride, needs_grad=False, followed=True)
-        problem = problem._replace(dtype=self.dtype, shape=(self.images, *x.sizes), channels_last=True)
-        choice = choose_packed(problem, padded, requested_algorithm(algorithm))
+        choice = choose_packed(self._problem(x, layer), padded, requested_algorithm(algorithm))
         if choice.algorithm == "torch":
             raise NotPlannedError(f"a convolution is PyTorch's: {choice.reason}")
         sizes = (shape.outputs, shape.output_size(x.height), shape.output_size(x.width))
@@ -135,6 +131,27 @@ class Recorder:
             kernel=shape.kernel, stride=shape.stride, padding=shape.padding, depth=depth,
             winograd=int(choice.algorithm == "winograd"), **_activation(layer.activation),
         )  # fmt: skip
+
+    def grouped(self, x: Value, layer: Any, algorithm: str | None) -> Value:
+        """A layer with the attributes `shape`, `groups`, `packed`, `bias` and `activation`."""
+        shape: ConvShape = layer.shape
+        choice = choose_algorithm(self._problem(x, layer, groups=layer.groups), requested_algorithm(algorithm))
+        if choice.algorithm != "grouped":
+            raise NotPlannedError(f"a convolution in groups is PyTorch's: {choice.reason}")
+        sizes = (shape.outputs, shape.output_size(x.height), shape.output_size(x.width))
+        return self._step(
+            Kind.GROUPED, x, sizes, (layer.packed, layer.bias), None, kernel=shape.kernel, stride=shape.stride,
+            padding=shape.padding, depth=layer.packed.shape[2], **_activation(layer.activation),
+        )  # fmt: skip
+
+    def _problem(self, x: Value, layer: Any, groups: int = 1) -> ConvProblem:
+        shape: ConvShape = layer.shape
+        if layer.packed.dtype != torch.float32 or layer.bias.dtype != torch.float32:
+            raise NotPlannedError(f"packed weights are {layer.packed.dtype}")
+        problem = problem_of(
+            self.x, shape.outputs, shape.kernel, shape.stride, needs_grad=False, followed=True, groups=groups
+        )
+        return problem._replace(dtype=self.dtype, shape=(self.images, *x.sizes), channels_last=True)
 
     def norm_act(self, x: Value, weight: Tensor, bias: Tensor, residual: Value | None, activation: Activation) -> Value:
         if weight.dtype != torch.float32 or bias.dtype != torch.float32:

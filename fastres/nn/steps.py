@@ -27,7 +27,14 @@ from fastres.functional.norm import norm_act as act_of_norm
 from fastres.functional.prepare import needs_grad
 from fastres.functional.shortcut import Branch, shortcut_act
 from fastres.nn.trust import is_max_pool, why_not_children, why_not_exactly
-from fastres.ops.algorithms import choose_algorithm, is_served, known_algorithm, problem_of, requested_algorithm
+from fastres.ops.algorithms import (
+    GROUPED_KERNELS,
+    choose_algorithm,
+    is_served,
+    known_algorithm,
+    problem_of,
+    requested_algorithm,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -192,6 +199,18 @@ def is_conv1x1(conv: nn.Conv2d) -> bool:
     )
 
 
+def is_grouped(conv: nn.Conv2d) -> bool:
+    """Whether calling the module is `fastres.functional.grouped_conv2d` with its weight, with a kernel that it has."""
+    return (
+        conv.bias is None
+        and conv.groups != 1
+        and any(conv.kernel_size == (k, k) and conv.padding == (k // 2, k // 2) for k in GROUPED_KERNELS)
+        and conv.dilation == (1, 1)
+        and conv.stride in ((1, 1), (2, 2))
+        and conv.padding_mode == "zeros"
+    )
+
+
 def fits_convolution(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the convolution takes x: its channels, its device, and its dtype or what autocast makes of it."""
     weight = conv.weight
@@ -224,6 +243,8 @@ def conv_with_statistics(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> C
         return functional.conv3x3_with_statistics(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
     if is_conv1x1(conv):
         return functional.conv1x1_with_statistics(x, conv.weight, algorithm=algorithm)
+    if is_grouped(conv):
+        return functional.grouped_conv2d_with_statistics(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
     return Convolved(conv(x), None, x)
 
 
@@ -245,7 +266,7 @@ def norm_act_conv(
     )
     if ours is None or (residual is not None and residual.shape != x.shape):
         a = norm_act(norm, x, residual, activation=activation, dropout=dropout, order=order, statistics=statistics)
-        return conv(a), None
+        return conv_with_statistics(conv, a, algorithm)[:2]
     return ours(
         x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, activation=activation,
         dropout_p=dropout, order=order, stride=conv.stride[0], algorithm=algorithm, group=group_of(norm),
@@ -267,13 +288,15 @@ def conv_norm(
             x, conv.weight, begin_norm(norm), residual=residual, activation=activation, stride=conv.stride[0],
             algorithm=algorithm,
         )  # fmt: skip
-    return norm_act(norm, conv(x), residual, activation=activation)  # type: ignore[no-any-return]
+    return norm_act(norm, conv_alone(conv, x, algorithm), residual, activation=activation)  # type: ignore[no-any-return]
 
 
 def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
     """conv(x), without a normalisation beside it."""
     if is_conv3x3(conv):
         return functional.conv3x3(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
+    if is_grouped(conv):
+        return functional.grouped_conv2d(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
     return conv(x)  # type: ignore[no-any-return]
 
 

@@ -233,7 +233,8 @@ def is_served(problem: ConvProblem) -> bool:
 def _why_not_served(problem: ConvProblem) -> str | None:
     n, c, h, w = problem.shape
     if problem.groups != 1:
-        unserved = _why_not_grouped(problem)
+        inputs, outputs = c // problem.groups, problem.outputs // problem.groups
+        unserved = why_not_grouped(inputs, outputs, problem.kernel, problem.stride)
         if unserved is not None:
             return unserved
     elif problem.kernel not in (1, 3):
@@ -247,12 +248,11 @@ def _why_not_served(problem: ConvProblem) -> str | None:
     return "the input is empty" if n * c * h * w == 0 else None
 
 
-def _why_not_grouped(problem: ConvProblem) -> str | None:
-    """Why no kernel of our own serves a problem of this kernel, stride and width of groups."""
-    inputs, outputs = problem.shape[1] // problem.groups, problem.outputs // problem.groups
-    if problem.kernel not in GROUPED_KERNELS:
+def why_not_grouped(inputs: int, outputs: int, kernel: int, stride: int) -> str | None:
+    """Why no kernel of our own serves a convolution in groups of so many inputs and outputs; None where one does."""
+    if kernel not in GROUPED_KERNELS:
         return "there is no kernel of our own for this size in groups"
-    if problem.stride not in (1, 2):
+    if stride not in (1, 2):
         return "the kernel for groups is for strides 1 and 2"
     if inputs == outputs and inputs in (1, 4):
         return None
@@ -308,13 +308,14 @@ def _pays(form: _Form, problem: ConvProblem) -> bool:
 def _grouped_pays(problem: ConvProblem) -> bool:
     """Whether the direct sum of our own is faster than PyTorch's convolution, as docs/convolution.md has it measured.
 
-    Of each channel alone PyTorch's forward is good, and its gradients are not but for 3x3 kernels.
+    Of each channel alone PyTorch's forward is good, and its gradients are not but for 3x3 kernels. With few positions
+    most of the work is to pack the weights; in a frozen network, where a normalisation followed, they are packed.
     """
     width = max(problem.shape[1], problem.outputs) // problem.groups
     if width == 1:
         return problem.kernel > 3 or (problem.needs_grad and problem.stride == 1)
-    enough = problem.shape[0] * _positions_of_image(problem) >= _FEW_GROUPED_POSITIONS
-    return width <= _NARROW_GROUP or (width <= _WIDEST_GROUP and _holds(enough))
+    enough = problem.followed or _holds(problem.shape[0] * _positions_of_image(problem) >= _FEW_GROUPED_POSITIONS)
+    return width <= _NARROW_GROUP or (width <= _WIDEST_GROUP and enough)
 
 
 def _product_pays(problem: ConvProblem) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastres.activations import KINDS, Activation
 from fastres.ops.library import define
-from fastres.ops.packed import unpack
+from fastres.ops.packed import turn_back, unpack
 
 Tensors = Annotated[Sequence[Tensor], "Tensor[]"]
 Ints = Annotated[Sequence[int], "int[]"]
@@ -34,12 +34,14 @@ class Kind(enum.IntEnum):
     CONVOLUTION: f(conv(x) + bias + residual), the weights packed.
     NORM_ACT: f(weight * x + bias + residual).
     MAX_POOL: over a square window. MEAN: over all pixels of an image.
+    GROUPED: f(conv(x) + bias), the convolution in groups, its weights turned round.
     """
 
     CONVOLUTION = 0
     NORM_ACT = 1
     MAX_POOL = 2
     MEAN = 3
+    GROUPED = 4
 
 
 class Step(NamedTuple):
@@ -50,7 +52,7 @@ class Step(NamedTuple):
         weight, bias: numbers of tensors; -1 for none.
         channels, height, width, outputs, out_height, out_width: sizes of the input and of the output.
         kernel, stride, padding: of a window, both ways.
-        depth: rows of a tap in packed weights.
+        depth: rows of a tap in packed weights; in groups, inputs of each.
         winograd: whether by Winograd's algorithm, 0 or 1.
         activation, alpha: number of the activation in `KINDS`, and the bits of its parameter as a float64.
     """
@@ -94,7 +96,9 @@ def _run(step: Step, x: Tensor, residual: Tensor | None, tensors: Sequence[Tenso
     if step.kind == Kind.MEAN:
         return x.mean((2, 3), keepdim=True)
     weight, bias = tensors[step.weight].to(x.dtype), tensors[step.bias].to(x.dtype)
-    if step.kind == Kind.CONVOLUTION:
+    if step.kind == Kind.GROUPED:
+        y = F.conv2d(x, turn_back(weight), bias, step.stride, step.padding, groups=step.channels // step.depth)
+    elif step.kind == Kind.CONVOLUTION:
         weight = unpack(weight, step.outputs, step.channels, step.kernel)
         y = F.conv2d(x, weight, bias, step.stride, step.padding)
     else:

@@ -42,3 +42,15 @@ def unpack(packed: Tensor, outputs: int, inputs: int, kernel: int) -> Tensor:
     taps = kernel * kernel
     weight = packed.reshape(groups, taps, rows // taps, PANEL).permute(0, 3, 2, 1)
     return weight.reshape(groups * PANEL, rows // taps, kernel, kernel)[:outputs, :inputs].contiguous()
+
+
+def turn(weight: Tensor) -> Tensor:
+    """The weight [K, C / groups, k, k] of a convolution in groups as float32 [k, k, C / groups, K], in new memory: what
+    lies side by side is multiplied at a time.
+    """
+    return weight.float().permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
+
+
+def turn_back(turned: Tensor) -> Tensor:
+    """The weight [K, C / groups, k, k], a view of what `turn` made of it."""
+    return turned.permute(3, 2, 0, 1)

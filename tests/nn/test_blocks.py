@@ -399,6 +399,33 @@ def test_by_winograds_convolution_a_residual_block_trains_as_in_float64(layout, 
     follow(actual, exact, layout, gen)
 
 
+# Groups of four, of eight and of single channels.
+IN_GROUPS = {4: {"groups": 4}, 8: {"groups": 2, "base_width": 128}, 1: {"groups": 16, "base_width": 16}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", IN_GROUPS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_in_groups_a_bottleneck_trains_as_that_of_torchvision(width, layout, stride):
+    options = {"shortcut": "none" if stride == 1 else "projection", "stride": stride, **IN_GROUPS[width]}
+    actual, exact = winograd_pair(FusedBottleneck, Bottleneck, "grouped", **options)
+    assert actual.conv2.in_channels // actual.conv2.groups == width
+    follow(actual, exact, layout, generator("groups", width, layout, stride))
+
+
+def test_a_convolution_in_groups_measures_its_output():
+    block, x = FusedBottleneck(IN, IN // 4, groups=4, conv_algorithm="grouped"), torch.randn(2, IN, 6, 6)
+    with Operators() as seen:
+        block(x)
+    assert seen.names == ["batch_norm_act_training", "grouped_conv_forward", *["batch_norm_act_training"] * 2]
+    first, conv, second, last = seen.arguments
+    assert conv["statistics"] and second["statistics_mean"] is not None
+    assert first["statistics_mean"] is last["statistics_mean"] is None
+    with torch.no_grad(), Operators() as seen:
+        block.eval()(x)
+    assert seen.names == ["batch_norm_act_inference", "grouped_conv_forward", *["batch_norm_act_inference"] * 2]
+
+
 def test_a_bottleneck_keeps_raw_outputs_and_bits_only():
     """Its input, the three convolutions' raw outputs, the weights, and a bit an element of the last ReLU's."""
     block = FusedBottleneck(128, 32, conv_algorithm="auto")
@@ -611,6 +638,15 @@ BOTTLENECK_CHANGES = {
     **{f"input of {name} doubled": on(name, double_input) for name in ("conv1", "bn1", "conv2", "bn2", "conv3")},
     "output of conv2 tripled": on("conv2", triple_output),
     "conv2 pruned": on("conv2", lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5)),
+    "conv2 in groups with bias": replace("conv2", groups=4, bias=True),
+    "conv2 in groups dilated": replace("conv2", groups=4, dilation=2, padding=2),
+    "conv2 in groups reflects": replace("conv2", groups=4, padding_mode="reflect"),
+    "conv2 in groups of 5x5": replace("conv2", groups=4, kernel_size=5, padding=2),
+    "conv2 in groups pads by name": replace("conv2", groups=4, padding="same"),
+    "conv2 in groups with a stride of one number": lambda block: [
+        replace("conv2", groups=4)(block),
+        on("conv2", lambda m: setattr(m, "stride", 1))(block),
+    ],
     **{f"{name} in evaluation": on(name, nn.Module.eval) for name in ("bn1", "bn2", "bn3")},
     "bn1 averages": on("bn1", lambda m: setattr(m, "momentum", None)),
 }
@@ -618,9 +654,12 @@ BOTTLENECK_CHANGES = {
 
 @pytest.mark.parametrize("change", BOTTLENECK_CHANGES)
 def test_a_bottleneck_that_was_changed_does_what_torchvisions_would(change):
-    actual, exact = winograd_pair(FusedBottleneck, Bottleneck)
+    grouped = "in groups" in change
+    options = {"base_width": 256} if grouped else {}  # conv2 has IN channels then
+    actual, exact = winograd_pair(FusedBottleneck, Bottleneck, "grouped" if grouped else "winograd", **options)
     for block in (actual, exact):
         BOTTLENECK_CHANGES[change](block)
+    exact.load_state_dict(actual.state_dict())
     gen = generator(change)
     follow(actual, exact, "channels_last", gen)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,10 +16,13 @@ import torchvision
 from torch import Tensor
 
 from fastres import FusedResNet18, freeze, models
+from fastres.activations import Activation
+from fastres.contract import ConvShape
 from fastres.nn import FusedBasicBlock, FusedBottleneck, plan
 from fastres.nn.frozen import FrozenNetwork
 from fastres.nn.plan import Recorder, Value, _places
-from fastres.ops.frozen_network import INPUT, OUTPUT, Kind, Step, frozen_network
+from fastres.ops.frozen_network import INPUT, OUTPUT, Kind, Step, fallback, frozen_network
+from fastres.ops.packed import turn
 from tests.operators import opcheck
 from tests.ops.test_conv3x3 import needs_kernels
 from tests.oracle import SEED, activation, generator
@@ -44,6 +48,7 @@ NETWORKS = {
     "cifar stem": (lambda: FusedResNet18(CLASSES), 20 + 2, 32),
     "imagenet stem": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 21 + 2, 64),
     "bottlenecks": (lambda: torchvision.models.resnet50(num_classes=CLASSES), 54 + 2, 64),
+    "groups": (lambda: torchvision.models.resnext50_32x4d(num_classes=CLASSES), 54 + 2, 64),
     "wide": (lambda: torchvision.models.wide_resnet50_2(num_classes=CLASSES), 54 + 2, 33),
     "preactivation": (lambda: models.create("wrn16-4", num_classes=CLASSES), None, 32),
     "article": (lambda: models.create("article", num_classes=CLASSES), None, 32),
@@ -209,8 +214,6 @@ def test_opcheck_passes():
 
 
 def test_the_fallback_means_the_same():
-    from fastres.ops.frozen_network import fallback
-
     arguments = recorded()
     assert distance(frozen_network(*arguments), fallback(*arguments)) < 4e-6
 
@@ -272,6 +275,65 @@ def test_pools_are_pytorchs(kernel, stride, padding, dtype):
     found = recorder.finish(nn.functional.adaptive_avg_pool2d(recorder.input, 1))
     exact = x[1:].double().mean((2, 3), keepdim=True)
     assert distance(found.run(x[1:]), exact) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("groups", "inputs", "outputs", "kernel", "stride"),
+    [(5, 4, 4, 3, 1), (3, 8, 8, 3, 2), (2, 16, 24, 5, 1), (2, 24, 8, 7, 2), (37, 1, 1, 3, 1), (3, 32, 32, 3, 1)],
+)
+def test_convolutions_in_groups_are_exact(groups, inputs, outputs, kernel, stride, threads, dtype):
+    gen = generator("groups", groups, inputs, kernel, dtype)
+    x = activation((2, groups * inputs, 11, 9), dtype, "channels_last", gen)
+    weight = torch.randn(groups * outputs, inputs, kernel, kernel, generator=gen)
+    bias = torch.randn(len(weight), generator=gen)
+    shape = ConvShape(len(weight), kernel, stride, kernel // 2)
+    layer = SimpleNamespace(
+        shape=shape, groups=groups, packed=turn(weight), bias=bias, activation=Activation("leaky_relu", 0.25)
+    )
+    recorder = Recorder(x, dtype, {})
+    found = recorder.finish(recorder.grouped(recorder.input, layer, "grouped"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        y = found.run(x)
+    finally:
+        torch.set_num_threads(before)
+    exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, kernel // 2, 1, groups)
+    eps = torch.finfo(dtype).eps
+    # The sum's own roundings, and in a low dtype those of the sum and of what its bias makes of it.
+    assert distance(y, nn.functional.leaky_relu(exact, 0.25)) < (8 if dtype == torch.float32 else 1.5) * eps
+    assert distance(y, fallback(x, *found[1:])) < 8 * eps
+
+
+def test_an_infinite_weight_in_groups_shows_only_where_it_is_read():
+    frozen = freeze(randomise(FusedBottleneck(64, 16, groups=4), "infinite"))
+    frozen.conv2.packed[0, 0, 0, 0] = float("inf")  # above and to the left of a pixel
+    recorder, x = Recorder(torch.ones(1, 64, 4, 5), torch.float32, {}), torch.ones(1, 64, 4, 5)
+    y = recorder.finish(recorder.grouped(recorder.input, frozen.conv2, None)).run(x)
+    assert y[0, 0, 1:, 1:].isinf().all() and y[0, 0, 0].isfinite().all() and y[0, 0, :, 0].isfinite().all()
+    assert y[0, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("depth", 0, "steps: unexpected depth 0"),
+        ("depth", 3, "steps: unexpected depth 3"),
+        ("depth", 2, "steps: there is no kernel for these groups"),
+        ("padding", 0, "steps: the sizes of the output are not those of the window"),
+        ("residual", INPUT, "steps: expected no residual of a convolution in groups"),
+        ("weight", 1, "tensors: expected a contiguous tensor of"),
+    ],
+)
+def test_a_step_in_groups_that_does_not_fit_is_refused(field, value, message):
+    frozen, x = freeze(FusedBottleneck(64, 16, groups=4)), torch.ones(1, 64, 4, 5)
+    recorder = Recorder(x, torch.float32, {})
+    found = recorder.finish(recorder.grouped(recorder.input, frozen.conv2, None))
+    found.steps[0, Step._fields.index(field)] = value
+    with pytest.raises(ValueError, match=message):
+        found.run(x)
 
 
 # ------------------------------------------------------------------------------------------------------------- places
