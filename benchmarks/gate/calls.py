@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
@@ -27,6 +28,7 @@ from fastres.functional import (
     norm_act_conv3x3,
     projection_shortcut,
 )
+from fastres.nn import FusedBottleneck
 from fastres.nn.plan import plan_for, why_not_planned
 from fastres.ops import batch_norm_act as pointwise
 from fastres.ops import norm_act_conv3x3 as norm_act_conv
@@ -197,15 +199,18 @@ def _packed(kernel: int, algorithm: str) -> Callable[[], None]:
     return run
 
 
-def _frozen() -> None:
-    network = fastres.freeze(models.create("wrn10-2", num_classes=10).to(memory_format=torch.channels_last).eval())
-    x = _x((2, 3, 16, 16)).detach()
-    with torch.no_grad():
-        with _disable_current_modes():  # under a mode the layers are called one by one
-            plan = plan_for(network, x, cast(Callable[[Any], Any], network._forward))
-        if plan is None:
-            raise RuntimeError(f"frozen WRN-10-2: expected one call, got {why_not_planned(network)}")
-        plan.run(x)
+def _frozen(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Callable[[], None]:
+    def run() -> None:
+        network = fastres.freeze(make().to(memory_format=torch.channels_last).eval())
+        x = _x(shape).detach()
+        with torch.no_grad():
+            with _disable_current_modes():  # under a mode the layers are called one by one
+                plan = plan_for(network, x, cast(Callable[[Any], Any], network._forward))
+            if plan is None:
+                raise RuntimeError(f"frozen network: expected one call, got {why_not_planned(network)}")
+            plan.run(x)
+
+    return run
 
 
 SCENARIOS: dict[str, Callable[[], None]] = {
@@ -243,6 +248,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "packed, Winograd": _packed(3, "winograd"),
     "packed, matrix product": _packed(3, "gemm"),
     "packed, 1x1": _packed(1, "gemm"),
-    "WRN-10-2": _frozen,
+    "WRN-10-2": _frozen(lambda: models.create("wrn10-2", num_classes=10), (2, 3, 16, 16)),
+    "a bottleneck in groups": _frozen(lambda: FusedBottleneck(CHANNELS, CHANNELS // 4, groups=4), (2, CHANNELS, 8, 8)),
 }
 """What is special about some calls -> a function that makes them, each operator once."""
