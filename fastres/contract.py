@@ -8,7 +8,7 @@ read by another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +215,18 @@ class Pool(NamedTuple):
     kernel: int
     stride: int
     padding: int
+
+    @classmethod
+    def of(cls, kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Pool | None:
+        """The windows that torch.nn.functional.max_pool2d takes these for; None for windows of another kind."""
+        sides: list[int] = []
+        for given in (kernel_size, kernel_size if stride in (None, [], ()) else stride, padding, dilation):
+            both = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
+            if len(both) != 2 or any(type(side) is not int for side in both) or both[0] != both[1]:
+                return None
+            sides.append(both[0])
+        pool = cls(*sides[:3])
+        return pool if pool.kernel > 0 and pool.stride > 0 and pool.padding >= 0 and sides[3] == 1 else None
 
     def output_size(self, size: int) -> int:
         """Output positions along one axis."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from fastres.backend.calls import DTYPES, pair
+from fastres.backend.calls import DTYPES
 from fastres.backend.chains import Chain
 from fastres.backend.memory import Memory
 from fastres.backend.values import bind, elements, is_channels_last, is_transformed, only_user, value
@@ -33,18 +33,10 @@ def pool_of(node: Node) -> Pool | None:
     x, y = value(given["input"]), value(node)
     if x is None or y is None or x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 4:
         return None
-    sides = [given["kernel_size"], given["stride"] or given["kernel_size"], given["padding"], given["dilation"]]
-    if given["ceil_mode"] or given["return_indices"] or not all(_is_square(side) for side in sides):
+    pool = Pool.of(given["kernel_size"], given["stride"], given["padding"], given["dilation"])
+    if pool is None or pool.kernel > MOST or given["ceil_mode"] or given["return_indices"]:
         return None
-    kernel, stride, padding, dilation = (int(pair(side)[0]) for side in sides)
-    if dilation != 1 or kernel > MOST or not (is_channels_last(x) and is_channels_last(y)):
-        return None
-    return Pool(kernel, stride, padding)
-
-
-def _is_square(side: object) -> bool:
-    first, second = pair(side)
-    return type(first) is int and type(second) is int and first == second
+    return pool if is_channels_last(x) and is_channels_last(y) else None
 
 
 def pays_alone(node: Node, smallest: int) -> bool:

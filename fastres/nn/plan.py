@@ -240,24 +240,15 @@ def _max_pool2d(
     x: Value, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Value:  # fmt: skip
-    stride = kernel_size if stride is None or stride == [] else stride
-    kernel, stride, padding, dilation = (_both(v) for v in (kernel_size, stride, padding, dilation))
-    if dilation != 1 or ceil_mode or return_indices or x.flat:
-        raise NotPlannedError("it pools with dilation, a ceiling or indices")
-    if kernel > max_pool.MOST:
-        raise NotPlannedError(f"it pools by a window of {kernel}")
-    pool = Pool(kernel, stride, padding)
+    pool = Pool.of(kernel_size, stride, padding, dilation)
+    if pool is None or ceil_mode or return_indices or x.flat:
+        raise NotPlannedError("it pools by windows that are not square, or with dilation, a ceiling or indices")
+    if pool.kernel > max_pool.MOST:
+        raise NotPlannedError(f"it pools by a window of {pool.kernel}")
     if not pool.fits(x.height, x.width):
         raise NotPlannedError("it pools by a window larger than its input")
     sizes = (x.channels, pool.output_size(x.height), pool.output_size(x.width))
-    return x.recorder._step(Kind.MAX_POOL, x, sizes, kernel=kernel, stride=stride, padding=padding)
-
-
-def _both(value: Any) -> int:
-    first, second = value if isinstance(value, (tuple, list)) else (value, value)
-    if first != second:
-        raise NotPlannedError("it pools by a window that is not square")
-    return int(first)
+    return x.recorder._step(Kind.MAX_POOL, x, sizes, **pool._asdict())
 
 
 def _adaptive_avg_pool2d(x: Value, output_size: Any) -> Value:

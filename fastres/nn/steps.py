@@ -145,16 +145,9 @@ def _windows(pool: nn.Module, x: Tensor) -> Pool | None:
     """The windows of a child that is exactly a max pooling with square ones; None where it is better called."""
     if not is_max_pool(pool) or pool.ceil_mode or pool.return_indices or x.dim() != 4:
         return None
-    sides: list[int] = []
-    for side in (pool.kernel_size, pool.stride, pool.padding, pool.dilation):
-        both = tuple(side) if isinstance(side, (tuple, list)) else (side, side)
-        if len(both) != 2 or type(both[0]) is not int or both[0] != both[1]:
-            return None
-        sides.append(both[0])
-    windows = Pool(*sides[:3])
+    windows = Pool.of(pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     # PyTorch says what is wrong with others.
-    is_sound = windows.kernel > 0 and windows.stride > 0 and windows.padding >= 0 and windows.fits(*x.shape[2:])
-    return windows if is_sound and sides[3] == 1 else None
+    return windows if windows is not None and windows.fits(*x.shape[2:]) else None
 
 
 def max_pool(pool: nn.Module, x: Tensor) -> Tensor:
