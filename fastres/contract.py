@@ -175,7 +175,7 @@ PLAIN = Act("identity", 0.0, 0.0, "add_act")
 
 
 class ConvProblem(NamedTuple):
-    """All that the choice of a convolution's algorithm depends on; padding is half the kernel.
+    """All that the choice of a convolution's algorithm depends on; padding is half the dilated kernel.
 
     Attributes:
         dtype: of the input.
@@ -189,6 +189,7 @@ class ConvProblem(NamedTuple):
         matrix_units: the CPU multiplies bfloat16 matrices (AMX).
         followed: a normalisation by running statistics follows, which kernels of our own apply in their epilogue.
         groups: of the channels, inputs and outputs.
+        dilation: of both axes.
     """
 
     dtype: torch.dtype
@@ -203,6 +204,13 @@ class ConvProblem(NamedTuple):
     matrix_units: bool
     followed: bool = False
     groups: int = 1
+    dilation: int = 1
+
+    def phases(self) -> ConvProblem:
+        """The problem without dilation that `fastres.functional.phases` makes of one with stride 1."""
+        n, c, h, w = self.shape
+        rows, columns = (-(-size // self.dilation) for size in (h, w))
+        return self._replace(shape=(n * self.dilation**2, c, rows, columns), dilation=1)
 
 
 class Pool(NamedTuple):

@@ -55,7 +55,7 @@ def _why_not_packed(conv: nn.Conv2d, algorithm: str | None) -> str | None:
     """Why a convolution's weight stays as PyTorch has it; None where it is packed."""
     if conv.weight.dtype not in _PACKED_DTYPES:
         return f"its weight is {conv.weight.dtype}"
-    if conv.dilation != (1, 1):
+    if conv.dilation != (1, 1) and not is_conv3x3(conv):
         return f"its dilation is {conv.dilation}"
     pairs = (conv.kernel_size, conv.stride, conv.padding)
     if any(isinstance(pair, str) or pair[0] != pair[1] for pair in pairs):

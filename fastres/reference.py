@@ -134,9 +134,9 @@ def projection_shortcut(
     )
 
 
-def conv3x3(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Tensor:
     """`fastres.functional.conv3x3` in plain PyTorch: differentiable any number of times."""
-    return F.conv2d(x, weight, padding=1, stride=stride)
+    return F.conv2d(x, weight, padding=dilation, stride=stride, dilation=dilation)
 
 
 def conv1x1(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
@@ -150,9 +150,11 @@ def grouped_conv2d(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     return F.conv2d(x, weight, padding=weight.shape[2] // 2, stride=stride, groups=groups)
 
 
-def norm_act_conv3x3(x: Tensor, norm: NormParams, weight: Tensor, *, stride: int = 1, **options: Any) -> Tensor:
+def norm_act_conv3x3(
+    x: Tensor, norm: NormParams, weight: Tensor, *, stride: int = 1, dilation: int = 1, **options: Any
+) -> Tensor:
     """y of `fastres.functional.norm_act_conv3x3` in plain PyTorch, differentiable; it trusts its arguments."""
-    return conv3x3(_activated(x, norm, **options), weight, stride)
+    return conv3x3(_activated(x, norm, **options), weight, stride, dilation)
 
 
 def norm_act_conv1x1(x: Tensor, norm: NormParams, weight: Tensor, *, stride: int = 1, **options: Any) -> Tensor:
@@ -181,7 +183,8 @@ def conv3x3_norm_act(
     relu: bool = True,
     activation: Activation | None = None,
     stride: int = 1,
+    dilation: int = 1,
 ) -> Tensor:
     """`fastres.functional.conv3x3_norm_act` in plain PyTorch, differentiable; it trusts its arguments."""
-    product = conv3x3(x, weight, stride)
+    product = conv3x3(x, weight, stride, dilation)
     return batch_norm_act(product, *norm[:4], eps=norm.eps, residual=residual, activation=_chosen(relu, activation))

@@ -82,6 +82,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
         32, 48, 2, nn.Sequential(nn.Conv2d(32, 48, 1, 2, bias=False), nn.BatchNorm2d(48))
     ),
     "FusedBottleneck": lambda: FusedBottleneck(64, 16),
+    "FusedBottleneck, dilated": lambda: FusedBottleneck(64, 16, dilation=2),
     "FusedBottleneck, groups": lambda: FusedBottleneck(64, 16, groups=4),
     "FusedBottleneck, groups of two": lambda: FusedBottleneck(64, 16, groups=8, base_width=8),
     "FusedBottleneck, groups by PyTorch": lambda: FusedBottleneck(64, 16, groups=4, conv_algorithm="torch"),
@@ -450,6 +451,14 @@ def test_the_report_says_what_is_packed_and_why_the_rest_is_not():
     assert str(report).startswith("packed: ") and "  layer1.1: left, one of its normalisations is frozen" in str(report)
     whole = freeze_report(freeze(FusedResNet18(CLASSES)))
     assert len(whole.packed) == 20 and not whole.left and not whole.apart
+
+
+def test_the_report_names_dilations():
+    frozen = freeze(FusedBottleneck(64, 16, dilation=2))
+    frozen(images(1, 64, 8, 8))
+    report = freeze_report(frozen)
+    assert report.packed["conv2"] == "16 to 16, 3x3, dilation 2" and not report.left
+    assert report.apart == {"": "a convolution is dilated"}
 
 
 @pytest.mark.parametrize(

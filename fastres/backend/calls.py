@@ -88,10 +88,10 @@ def norm_params(nodes: list[Any], momentum: float, eps: float) -> NormParams:
 
 @dataclass(frozen=True)
 class Conv:
-    """A call of torch.conv2d whose padding is half its kernel.
+    """A call of torch.conv2d whose padding is half its dilated kernel.
 
     Attributes:
-        stride: of both axes.
+        stride, dilation: of both axes; only 3x3 kernels in one group are dilated.
         groups: one, unless it is of `any_conv_of`.
     """
 
@@ -102,13 +102,19 @@ class Conv:
     kernel: int
     stride: tuple[int, int]
     groups: int = 1
+    dilation: int = 1
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """How it goes over its input, for the functions that compute it."""
+        return {"stride": self.stride[0]} | ({"dilation": self.dilation} if self.dilation > 1 else {})
 
     def problem(self, *, needs_grad: bool, followed: bool = False) -> ConvProblem:
         """The problem at the sizes that Dynamo saw."""
         x, weight = value(self.x), value(self.weight)
         assert x is not None and weight is not None
         problem = problem_of(
-            x, hint(weight.shape[0]), self.kernel, self.stride[0], needs_grad=needs_grad, followed=followed,
+            x, hint(weight.shape[0]), self.kernel, **self.way, needs_grad=needs_grad, followed=followed,
             groups=self.groups,
         )  # fmt: skip
         n, c, h, w = map(hint, x.shape)
@@ -159,14 +165,15 @@ def _conv_of(node: Any, kernels: tuple[int, ...]) -> Conv | str:
     stride, padding, dilation = (pair(given[name]) for name in ("stride", "padding", "dilation"))
     if not isinstance(given["groups"], int):
         return "its groups are computed in the graph"
-    half = (kernel // 2,) * 2
-    if dilation != (1, 1):
+    may_dilate = kernel == 3 and given["groups"] == 1 and stride == (1, 1) and isinstance(dilation[0], int)
+    if dilation != (1, 1) and not (may_dilate and dilation[0] == dilation[1]):
         return f"its dilation is {dilation}"
+    half = (kernel // 2 * dilation[0],) * 2
     if padding != half and not (padding == ("same", "same") and stride == (1, 1)):
         return f"its padding is {padding}, not half its kernel"
     if not all(isinstance(s, int) for s in stride):
         return "its stride is computed in the graph"
-    return Conv(node, given["input"], given["weight"], given["bias"], kernel, stride, given["groups"])
+    return Conv(node, given["input"], given["weight"], given["bias"], kernel, stride, given["groups"], dilation[0])
 
 
 def pair(given: Any) -> tuple[Any, Any]:

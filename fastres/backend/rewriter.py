@@ -226,7 +226,7 @@ class Rewriter:
             params = _with(params, running_mean=mean)
         function = self.count(functional.conv3x3_norm_act, 1, 1)
         x, weight = self.current(conv.x), self.current(conv.weight)
-        return self.call(function, x, weight, params, stride=conv.stride[0], algorithm=self.algorithm, **options)
+        return self.call(function, x, weight, params, **conv.way, algorithm=self.algorithm, **options)
 
     def _write_arithmetic(self, node: Node, arithmetic: frozen.Arithmetic) -> Node:
         """The arithmetic that a normalisation was which is not fused."""
@@ -247,20 +247,20 @@ class Rewriter:
             behind: Any = functional.norm_act_conv3x3 if conv.kernel == 3 else functional.norm_act_conv1x1
             made = self.call(
                 self.count(behind, 1, 1), norm_x, params, weight, dropout_p=chain.dropout_p, order=chain.order,
-                statistics=self._statistics.get(chain.norm.x), stride=conv.stride[0], algorithm=self.algorithm,
+                statistics=self._statistics.get(chain.norm.x), **conv.way, algorithm=self.algorithm,
                 **options,
             )  # fmt: skip
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             self._move_mean(chain.norm)
         elif measures:
             ours = convolutions.with_statistics(conv)
-            made = self.call(self.count(ours, 0, 1), x, weight, stride=conv.stride[0], algorithm=self.algorithm)
+            made = self.call(self.count(ours, 0, 1), x, weight, **conv.way, algorithm=self.algorithm)
             y, statistics = self.call(operator.getitem, made, 0, like=n), self.call(operator.getitem, made, 1)
             if conv.groups == 1:
                 self._share_input(conv, x, made)
         else:
             function = self.count(functional.conv3x3 if conv.groups == 1 else functional.grouped_conv2d, 0, 1)
-            y = self.call(function, x, weight, stride=conv.stride[0], algorithm=self.algorithm, like=n)
+            y = self.call(function, x, weight, **conv.way, algorithm=self.algorithm, like=n)
         if absorbs and reader is not None:  # the batch's mean takes it out again
             self._biases[reader.norm.node] = bias
         elif bias is not None:

@@ -189,14 +189,16 @@ def check_statistics(
             raise TypeError(f"{name}.{part}: expected dtype {dtype}, got {vector.dtype}")
 
 
-def check_convolution(x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None) -> None:
+def check_convolution(
+    x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None, dilation: int = 1
+) -> None:
     _check_weight(x, weight)
     if weight.shape[1:] != (x.shape[1], kernel, kernel):
         raise ValueError(
             f"weight: expected shape (K, {x.shape[1]}, {kernel}, {kernel}) for x of shape {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    _check_way(stride, algorithm)
+    _check_way(stride, algorithm, dilation)
 
 
 def checked_groups(x: Tensor, weight: Tensor, stride: int, algorithm: str | None) -> int:
@@ -222,11 +224,12 @@ def _check_weight(x: Tensor, weight: Tensor) -> None:
     check_tensor("weight", weight, x, any_dtype=casts)
 
 
-def _check_way(stride: int, algorithm: str | None) -> None:
-    if not isinstance(stride, int) or isinstance(stride, bool):
-        raise TypeError(f"stride: expected an int, got {type(stride).__name__}")
-    if stride < 1:
-        raise ValueError(f"stride: expected at least 1, got {stride}")
+def _check_way(stride: int, algorithm: str | None, dilation: int = 1) -> None:
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if algorithm is not None and not isinstance(algorithm, str):
         raise TypeError(f"algorithm: expected a string or None, got {type(algorithm).__name__}")
 

@@ -22,6 +22,7 @@ from fastres.functional.checks import (
     checked_group,
 )
 from fastres.functional.norm import batch_norm_act, is_compiled
+from fastres.functional.phases import are_whole, join, split
 from fastres.functional.prepare import cast, dense, needs_grad, served, store_running
 from fastres.ops import conv3x3 as ops
 from fastres.ops import norm_act_conv3x3 as norm_act_ops
@@ -54,20 +55,29 @@ class Convolved(NamedTuple):
 
 
 def _algorithm(
-    x: Tensor, weight: Tensor, stride: int, requested: str, *, needs_grad: bool, followed: bool = False
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    requested: str,
+    *,
+    dilation: int = 1,
+    needs_grad: bool,
+    followed: bool = False,
 ) -> str:
     """What computes this call; "torch" where it is not an ordinary one."""
     # A GPU's convolutions are PyTorch's, and there the time to say so counts.
     if x.is_cuda or why_not_ordinary() is not None:
         return "torch"
-    problem = problem_of(x, weight.shape[0], weight.shape[2], stride, needs_grad=needs_grad, followed=followed)
+    problem = problem_of(
+        x, weight.shape[0], weight.shape[2], stride, dilation=dilation, needs_grad=needs_grad, followed=followed
+    )
     return choose_algorithm(problem, requested).algorithm
 
 
-def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Tensor:
-    """3x3 convolution with padding 1, one group and no bias.
+def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, algorithm: str | None = None) -> Tensor:
+    """3x3 convolution with padding as its dilation d, one group and no bias.
 
-        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, stride * i + u - 1, stride * j + v - 1]
+        y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, stride * i + d (u - 1), stride * j + d (v - 1)]
 
     On the CPU in float32 and bfloat16 by Winograd's algorithm: with stride 1 by tiles of 4x4 or 5x5 outputs, which take
     a quarter or less of the multiplications, with stride 2 by four phases of the input, 81 multiplications for 144. In
@@ -87,6 +97,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None
             channels_last, and computes in float32.
         weight: [K, C, 3, 3], dtype of x. Under autocast Winograd's algorithm takes a float32 weight unrounded.
         stride: both axes. Winograd's algorithm serves 1 and 2, PyTorch's convolution all others.
+        dilation: both axes. With stride 1 the algorithms compute the phases of the images, which are copied; with
+            another stride PyTorch's convolution does.
         algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays (never for
             bfloat16 on a CPU with AMX, which PyTorch's convolution uses); "winograd" wherever it serves x at all
             (other memory formats are copied once); "gemm" takes that matrix product wherever no gradient is asked for;
@@ -96,32 +108,37 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None
         [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; channels_last by Winograd's algorithm, and else as
         PyTorch's convolution makes it.
     Raises:
-        TypeError: not a tensor, an unsupported dtype, dtypes of x and weight differ, stride not an int, algorithm not a
-            string.
-        ValueError: shapes or devices disagree; stride below 1; an unknown algorithm.
+        TypeError: not a tensor, an unsupported dtype, dtypes of x and weight differ, stride or dilation not an int,
+            algorithm not a string.
+        ValueError: shapes or devices disagree; stride or dilation below 1; an unknown algorithm.
     Source: Lavin and Gray 2016, "Fast algorithms for convolutional neural networks", section 4.
     """
     x = autocast(x)
-    check_convolution(x, weight, 3, stride, algorithm)
+    check_convolution(x, weight, 3, stride, algorithm, dilation)
     requested = requested_algorithm(algorithm)
     gradients = needs_grad(x, weight)
-    chosen = _algorithm(x, weight, stride, requested, needs_grad=gradients)
+    chosen = _algorithm(x, weight, stride, requested, dilation=dilation, needs_grad=gradients)
     if chosen == "torch":
-        return reference.conv3x3(x, weight.to(x.dtype), stride)
+        return reference.conv3x3(x, weight.to(x.dtype), stride, dilation)
+    if dilation > 1:
+        return join(conv3x3(split(x, dilation), weight, algorithm=chosen), dilation, x)
     x, weight = dense(x, torch.channels_last), served(weight, x)
     if gradients:
         return ops.Conv3x3.apply(x, weight, False, stride)[0]  # type: ignore[no-any-return]
     return ops.inference(x, weight, None, None, IDENTITY, stride, chosen)  # type: ignore[no-any-return]
 
 
-def conv3x3_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Convolved:
+def conv3x3_with_statistics(
+    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, algorithm: str | None = None
+) -> Convolved:
     """`conv3x3` in training, with the batch statistics of its output, and its input for other readers.
 
     Args, Raises, Source: as `conv3x3`.
     Returns:
-        y as `conv3x3`; by Winograd's algorithm with its statistics, and x. See `Convolved`.
+        y as `conv3x3`; by Winograd's algorithm with its statistics (with a dilation that divides height and width),
+        and x. See `Convolved`.
     """
-    return _conv_with_statistics(x, weight, 3, stride, algorithm)
+    return _conv_with_statistics(x, weight, 3, stride, algorithm, dilation)
 
 
 def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algorithm: str | None = None) -> Convolved:
@@ -148,20 +165,28 @@ def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algor
     return _conv_with_statistics(x, weight, 1, stride, algorithm)
 
 
-def _conv_with_statistics(x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None) -> Convolved:
+def _conv_with_statistics(
+    x: Tensor, weight: Tensor, kernel: int, stride: int, algorithm: str | None, dilation: int = 1
+) -> Convolved:
     x = autocast(x)
-    check_convolution(x, weight, kernel, stride, algorithm)
-    if _algorithm(x, weight, stride, requested_algorithm(algorithm), needs_grad=True) == "torch":
-        return Convolved(_pytorchs(x, weight, stride), None, x)
+    check_convolution(x, weight, kernel, stride, algorithm, dilation)
+    chosen = _algorithm(x, weight, stride, requested_algorithm(algorithm), dilation=dilation, needs_grad=True)
+    if chosen == "torch":
+        return Convolved(_pytorchs(x, weight, stride, dilation), None, x)
+    if dilation > 1:
+        y, statistics, _ = _conv_with_statistics(split(x, dilation), weight, kernel, 1, chosen)
+        return Convolved(join(y, dilation, x), statistics if are_whole(x, dilation) else None, x)
     x = dense(x, torch.channels_last)
     y, mean, m2, same = ops.Conv3x3.apply(x, served(weight, x), True, stride)
     # Otherwise x would ask for a gradient that nobody reads, where only the weight does.
     return Convolved(y, Statistics(mean, m2), same if x.requires_grad else x)
 
 
-def _pytorchs(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    convolve = reference.conv3x3 if weight.shape[2] == 3 else reference.conv1x1
-    return convolve(x, weight.to(x.dtype), stride)
+def _pytorchs(x: Tensor, weight: Tensor, stride: int, dilation: int = 1) -> Tensor:
+    weight = weight.to(x.dtype)
+    return (
+        reference.conv1x1(x, weight, stride) if weight.shape[2] == 1 else reference.conv3x3(x, weight, stride, dilation)
+    )
 
 
 def measured_conv3x3(x: Tensor, weight: Tensor, *, algorithm: str | None = None) -> Convolved:
@@ -183,6 +208,7 @@ def norm_act_conv3x3(
     order: str = "add_act",
     seed: Tensor | None = None,
     stride: int = 1,
+    dilation: int = 1,
     algorithm: str | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Statistics | None]:
@@ -191,14 +217,15 @@ def norm_act_conv3x3(
         a = batch_norm_act(x, *norm, training=True, ...)        y = conv3x3(a, weight, stride=stride)
 
     By Winograd's algorithm a is applied in the convolution's input transform: it is neither written nor saved for
-    backward. Saved are x, mean, rstd, the weight, the residual, and with dropout one bit an element.
+    backward, but with dropout before a dilated convolution, or a dilation that does not divide height and width. Saved
+    are x, mean, rstd, the weight, the residual, and with dropout one bit an element.
 
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`.
         norm: normalisation of x; running statistics are updated in place.
         weight: [K, C, 3, 3], dtype of x, of the convolution.
         statistics, residual, relu, activation, dropout_p, order, seed, group: as in `batch_norm_act`, training=True.
-        stride: as in `conv3x3`.
+        stride, dilation: as in `conv3x3`.
         algorithm: as in `conv3x3`; "torch" computes the one after the other.
     Returns:
         y: [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; memory format as `conv3x3`'s.
@@ -208,8 +235,8 @@ def norm_act_conv3x3(
     Source: Ioffe and Szegedy 2015, algorithm 1; Lavin and Gray 2016, section 4.
     """
     return _norm_act_conv(
-        (3, stride), x, norm, weight, (relu, activation, dropout_p, order), statistics=statistics, residual=residual,
-        seed=seed, algorithm=algorithm, group=group,
+        (3, stride, dilation), x, norm, weight, (relu, activation, dropout_p, order), statistics=statistics,
+        residual=residual, seed=seed, algorithm=algorithm, group=group,
     )  # fmt: skip
 
 
@@ -238,11 +265,11 @@ def norm_act_conv1x1(
     Returns, Raises: as `norm_act_conv3x3`.
     Source: Ioffe and Szegedy 2015, algorithm 1.
     """
-    return _norm_act_conv((1, stride), x, norm, weight, (relu, activation, dropout_p, order), **options)
+    return _norm_act_conv((1, stride, 1), x, norm, weight, (relu, activation, dropout_p, order), **options)
 
 
 def _norm_act_conv(
-    shape: tuple[int, int],
+    shape: tuple[int, int, int],
     x: Tensor,
     norm: NormParams,
     weight: Tensor,
@@ -254,10 +281,10 @@ def _norm_act_conv(
     algorithm: str | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Statistics | None]:
-    """`shape`: kernel and stride; `given`: relu, activation, dropout_p and order."""
-    kernel, stride = shape
+    """`shape`: kernel, stride and dilation; `given`: relu, activation, dropout_p and order."""
+    kernel, stride, dilation = shape
     x, residual = autocast(x), None if residual is None else autocast(residual)
-    check_convolution(x, weight, kernel, stride, algorithm)
+    check_convolution(x, weight, kernel, stride, algorithm, dilation)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
     act = checked_act(*given)
@@ -268,13 +295,23 @@ def _norm_act_conv(
     check_statistics("statistics", statistics, x, True, shared)
     check_training(True, seed, x, tuple(x.shape), shared)
     requested = requested_algorithm(algorithm)
-    if not is_compiled(act) or _algorithm(x, weight, stride, requested, needs_grad=True) == "torch":
+    chosen = _algorithm(x, weight, stride, requested, dilation=dilation, needs_grad=True)
+    # The images' own elements are dropped, and padding is none of what is normalised.
+    apart = dilation > 1 and (act.dropout_p > 0 or not are_whole(x, dilation))
+    if not is_compiled(act) or chosen == "torch" or apart:
         a = batch_norm_act(
             x, *norm[:4], training=True, momentum=norm.momentum, eps=norm.eps, residual=residual,
             activation=act.activation, dropout_p=act.dropout_p, order=act.order, seed=seed, statistics=statistics,
             group=group,
         )  # fmt: skip
-        return _pytorchs(a, weight, stride), None
+        return _conv_with_statistics(a, weight, kernel, stride, chosen if apart else "torch", dilation)[:2]
+    if dilation > 1:
+        phases = None if residual is None else split(residual, dilation)
+        y, own_statistics = _norm_act_conv(
+            (kernel, 1, 1), split(x, dilation), norm, weight, given, statistics=statistics, residual=phases,
+            algorithm=chosen, group=group,
+        )  # fmt: skip
+        return join(y, dilation, x), own_statistics
     if residual is not None:
         residual = dense(residual, torch.channels_last)
     if act.dropout_p > 0 and seed is None:
@@ -297,6 +334,7 @@ def conv3x3_norm_act(
     relu: bool = True,
     activation: Activation | str | None = None,
     stride: int = 1,
+    dilation: int = 1,
     algorithm: str | None = None,
 ) -> Tensor:
     """batch_norm_act(conv3x3(x)) in evaluation: the convolution, and the normalisation by running statistics after it.
@@ -311,14 +349,14 @@ def conv3x3_norm_act(
         norm: normalisation of the convolution's output, [K]; running statistics are needed.
         residual: [N, K, ceil(H / stride), ceil(W / stride)], dtype and device of x.
         relu, activation: as in `batch_norm_act`.
-        stride: as in `conv3x3`.
+        stride, dilation: as in `conv3x3`.
     Returns:
         [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; memory format as `conv3x3`'s.
     Raises:
         TypeError, ValueError: as `batch_norm_act` and `conv3x3`.
     """
     x = autocast(x)
-    check_convolution(x, weight, 3, stride, algorithm)
+    check_convolution(x, weight, 3, stride, algorithm, dilation)
     if not isinstance(norm, NormParams):
         raise TypeError(f"norm: expected NormParams, got {type(norm).__name__}")
     height, width = (output_size(size, stride) for size in x.shape[2:])
@@ -330,15 +368,23 @@ def conv3x3_norm_act(
     act = checked_act(relu, activation, 0.0)
     requested = requested_algorithm(algorithm)
     gradients = needs_grad(x, weight, norm.weight, norm.bias, residual)
-    chosen = _algorithm(x, weight, stride, requested, needs_grad=gradients, followed=not gradients)
+    chosen = _algorithm(x, weight, stride, requested, dilation=dilation, needs_grad=gradients, followed=not gradients)
     if gradients or chosen == "torch" or not is_compiled(act):
-        if chosen == "winograd":
+        if chosen == "winograd" and dilation == 1:
             y = ops.Conv3x3.apply(dense(x, torch.channels_last), served(weight, x), False, stride)[0]
+        elif chosen == "winograd":
+            y = conv3x3(x, weight, dilation=dilation, algorithm=chosen)
         else:
-            y = reference.conv3x3(x, weight.to(x.dtype), stride)
+            y = reference.conv3x3(x, weight.to(x.dtype), stride, dilation)
         return batch_norm_act(
             y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, activation=act.activation
         )
+    if dilation > 1:
+        phases = None if residual is None else split(residual, dilation)
+        y = conv3x3_norm_act(
+            split(x, dilation), weight, norm, residual=phases, activation=act.activation, algorithm=chosen
+        )
+        return join(y, dilation, x)
     if residual is not None:
         residual = dense(residual, torch.channels_last)
     return ops.inference(  # type: ignore[no-any-return]

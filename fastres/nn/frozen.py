@@ -17,6 +17,7 @@ from torch import Tensor
 from fastres import functional, ordinary
 from fastres.activations import KINDS, Activation
 from fastres.contract import ConvShape, statistics_dtype
+from fastres.functional.phases import join, split
 from fastres.nn.plan import NotPlannedError, Value, plan_for
 from fastres.ops import grouped_conv
 from fastres.ops.algorithms import choose_algorithm, choose_packed, is_served, problem_of, requested_algorithm
@@ -215,6 +216,7 @@ class FrozenPackedConvolution(FrozenConvolution):
         """In words, for the report."""
         kernel, stride = self.shape.kernel, self.shape.stride
         shown = f"{self.inputs} to {self.outputs}, {kernel}x{kernel}" + (f", stride {stride}" if stride > 1 else "")
+        shown += f", dilation {self.dilation[0]}" if self.dilation[0] > 1 else ""
         return shown + (f", {self.groups} groups" if self.groups > 1 else "")
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -250,7 +252,8 @@ class FrozenPackedConvolution(FrozenConvolution):
 
 
 class FrozenPackedConv2d(FrozenPackedConvolution):
-    """A convolution with a square kernel in one group, and what is behind it, in one step.
+    """A convolution with a square kernel in one group, and what is behind it, in one step; a dilated one by the phases
+    of its images (`fastres.functional.phases`), which no plan has a step for.
 
     Buffers: packed, see `fastres.ops.packed.pack`.
     """
@@ -271,15 +274,27 @@ class FrozenPackedConv2d(FrozenPackedConvolution):
         return unpack(packed, self.outputs, self.inputs, self.shape.kernel)
 
     def _choose(self, x: Tensor) -> str:
-        problem = problem_of(x, self.outputs, self.shape.kernel, self.shape.stride, needs_grad=False, followed=True)
-        return choose_packed(problem, self._padded, requested_algorithm(self._requested)).algorithm
+        problem = problem_of(
+            x, self.outputs, self.shape.kernel, self.shape.stride, dilation=self.dilation[0], needs_grad=False,
+            followed=True,
+        )  # fmt: skip
+        return choose_packed(problem.phases(), self._padded, requested_algorithm(self._requested)).algorithm
 
     def _compute(self, x: Tensor, residual: Tensor | None, algorithm: str) -> Tensor:
+        dilation = self.dilation[0]
+        if dilation > 1:
+            phases = None if residual is None else split(residual, dilation)
+            y = packed_convolution(
+                split(x, dilation), self.packed, self.bias, phases, self.activation, self.shape, algorithm
+            )
+            return join(y, dilation, x)
         return packed_convolution(  # type: ignore[no-any-return]
             x, self.packed, self.bias, residual, self.activation, self.shape, algorithm
         )
 
     def _record(self, x: Any, residual: Any) -> Any:
+        if self.dilation[0] > 1:
+            raise NotPlannedError("a convolution is dilated")
         return x.recorder.convolution(x, self, residual, self._requested, self._padded)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -336,8 +351,8 @@ def _takes_operators(x: Tensor) -> bool:
 
 
 def shape_of(conv: nn.Conv2d) -> ConvShape:
-    """Of a convolution that `why_not_packed` has nothing to say of."""
-    return ConvShape(conv.out_channels, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
+    """Of a convolution, or of that of its phases, that `freeze` packs the weight of."""
+    return ConvShape(conv.out_channels, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]) // conv.dilation[0])
 
 
 def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -170,15 +170,25 @@ def norm_act_pool(norm: nn.BatchNorm2d, pool: nn.Module, x: Tensor, *, activatio
 
 
 def is_conv3x3(conv: nn.Conv2d) -> bool:
-    """Whether calling the module is `fastres.functional.conv3x3` with its weight, with stride 1 or 2."""
+    """Whether calling the module is `fastres.functional.conv3x3` with its weight, with stride 2 or any dilation."""
     return (
         conv.bias is None
         and conv.kernel_size == (3, 3)
-        and conv.padding == conv.dilation == (1, 1)
+        and conv.padding == conv.dilation
+        and (conv.dilation == (1, 1) or (conv.stride == (1, 1) and _is_square(conv.dilation)))
         and conv.stride in ((1, 1), (2, 2))
         and conv.groups == 1
         and conv.padding_mode == "zeros"
     )
+
+
+def _is_square(given: Any) -> bool:
+    return type(given) is tuple and len(given) == 2 and given[0] == given[1]
+
+
+def _way(conv: nn.Conv2d) -> dict[str, Any]:
+    """How `is_conv3x3` goes over its input, for the functions that compute it."""
+    return {"stride": conv.stride[0], "dilation": cast("tuple[int, int]", conv.dilation)[0]}
 
 
 def is_conv1x1(conv: nn.Conv2d) -> bool:
@@ -233,7 +243,7 @@ def is_computed_in_its_dtype(x: Tensor) -> bool:
 def conv_with_statistics(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Convolved:
     """conv(x) in training, its statistics where the convolution took them, and x for its other readers."""
     if is_conv3x3(conv):
-        return functional.conv3x3_with_statistics(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
+        return functional.conv3x3_with_statistics(x, conv.weight, **_way(conv), algorithm=algorithm)
     if is_conv1x1(conv):
         return functional.conv1x1_with_statistics(x, conv.weight, algorithm=algorithm)
     if is_grouped(conv):
@@ -254,15 +264,14 @@ def norm_act_conv(
     algorithm: str | None,
 ) -> tuple[Tensor, Statistics | None]:
     """conv(norm_act(norm, x, residual)) by the batch's statistics, and its own statistics where they were taken."""
-    ours = (
-        functional.norm_act_conv3x3 if is_conv3x3(conv) else functional.norm_act_conv1x1 if is_conv1x1(conv) else None
-    )
-    if ours is None or (residual is not None and residual.shape != x.shape):
+    is_3x3 = is_conv3x3(conv)
+    if not (is_3x3 or is_conv1x1(conv)) or (residual is not None and residual.shape != x.shape):
         a = norm_act(norm, x, residual, activation=activation, dropout=dropout, order=order, statistics=statistics)
         return conv_with_statistics(conv, a, algorithm)[:2]
-    return ours(
+    ours: Any = functional.norm_act_conv3x3 if is_3x3 else functional.norm_act_conv1x1
+    return ours(  # type: ignore[no-any-return]
         x, begin_norm(norm), conv.weight, statistics=statistics, residual=residual, activation=activation,
-        dropout_p=dropout, order=order, stride=conv.stride[0], algorithm=algorithm, group=group_of(norm),
+        dropout_p=dropout, order=order, **(_way(conv) if is_3x3 else {}), algorithm=algorithm, group=group_of(norm),
     )  # fmt: skip
 
 
@@ -278,7 +287,7 @@ def conv_norm(
     """f(norm(conv(x)) + residual), by norm's running statistics."""
     if is_conv3x3(conv) and (residual is None or residual.shape == _output_shape(conv, x)):
         return functional.conv3x3_norm_act(
-            x, conv.weight, begin_norm(norm), residual=residual, activation=activation, stride=conv.stride[0],
+            x, conv.weight, begin_norm(norm), residual=residual, activation=activation, **_way(conv),
             algorithm=algorithm,
         )  # fmt: skip
     return norm_act(norm, conv_alone(conv, x, algorithm), residual, activation=activation)  # type: ignore[no-any-return]
@@ -287,7 +296,7 @@ def conv_norm(
 def conv_alone(conv: nn.Conv2d, x: Tensor, algorithm: str | None) -> Tensor:
     """conv(x), without a normalisation beside it."""
     if is_conv3x3(conv):
-        return functional.conv3x3(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
+        return functional.conv3x3(x, conv.weight, **_way(conv), algorithm=algorithm)
     if is_grouped(conv):
         return functional.grouped_conv2d(x, conv.weight, stride=conv.stride[0], algorithm=algorithm)
     return conv(x)  # type: ignore[no-any-return]
@@ -302,7 +311,7 @@ def conv_add(conv: nn.Conv2d, x: Tensor, residual: Tensor, algorithm: str | None
     mean, var = (make(conv.weight.shape[0], device=x.device) for make in (torch.zeros, torch.ones))
     no_norm = NormParams(mean, var, None, None, 0.0, 0.0)  # exactly the identity
     return functional.conv3x3_norm_act(
-        x, conv.weight, no_norm, residual=residual, activation=IDENTITY, stride=conv.stride[0], algorithm=algorithm
+        x, conv.weight, no_norm, residual=residual, activation=IDENTITY, **_way(conv), algorithm=algorithm
     )
 
 
@@ -414,7 +423,7 @@ def gains_by_channels_last(x: Tensor, before: nn.Conv2d, conv: nn.Conv2d, algori
     """Whether it pays to copy a block's input x to channels_last, and its output back, for conv in conv(before(x))."""
     if x.is_contiguous(memory_format=torch.channels_last) or not is_conv3x3(conv):
         return False
-    problem = problem_of(x, conv.weight.shape[0], 3, conv.stride[0], needs_grad=True)
+    problem = problem_of(x, conv.weight.shape[0], 3, **_way(conv), needs_grad=True)
     height, width = (output_size(size, stride) for size, stride in zip(x.shape[2:], _strides(before), strict=True))
     as_read = problem._replace(shape=(x.shape[0], conv.weight.shape[1], height, width), channels_last=True)
     return is_served(problem) and choose_algorithm(as_read, requested_algorithm(algorithm)).algorithm == "winograd"

@@ -105,6 +105,7 @@ def problem_of(
     kernel: int = 3,
     stride: int = 1,
     *,
+    dilation: int = 1,
     needs_grad: bool,
     followed: bool = False,
     groups: int = 1,
@@ -114,7 +115,7 @@ def problem_of(
     capability = _capability() if x.is_cpu else x.device.type
     return ConvProblem(
         x.dtype, (n, c, h, w), outputs, kernel, stride, rows_are_channels(x), needs_grad, _threads(), capability,
-        _has_matrix_units(), followed, groups,
+        _has_matrix_units(), followed, groups, dilation,
     )  # fmt: skip
 
 
@@ -161,6 +162,10 @@ def _chosen(problem: ConvProblem, requested: str) -> Choice:
 def _choose(problem: ConvProblem, requested: str) -> Choice:
     if requested == "torch":
         return Choice("torch", "it was requested")
+    if problem.dilation > 1:
+        if problem.kernel != 3 or problem.stride != 1 or problem.groups != 1:
+            return Choice("torch", "the kernels for dilated convolutions are for 3x3 with stride 1, in one group")
+        return _choose(problem.phases(), requested)
     unserved = _why_not_served(problem)
     if unserved is not None:
         return Choice("torch", unserved)

@@ -71,6 +71,11 @@ BY_OUR_CONVOLUTIONS: dict[str, tuple[str, str]] = {
         "13/13 5/13 13 batch_norm_act:9 conv3x3_with_statistics:1 norm_act_conv3x3:4",
         "13/13 5/13 13 batch_norm_act:8 conv3x3_norm_act:5",
     ),
+    "fcn_resnet50": (
+        "10/10 5/11 11 batch_norm_act:3 batch_norm_act_max_pool2d:1 conv3x3_with_statistics:1 norm_act_conv3x3:2"
+        " projection_shortcut:2",
+        "10/10 5/11 11 batch_norm_act:2 batch_norm_act_max_pool2d:1 conv3x3_norm_act:3 projection_shortcut:2",
+    ),
 }
 # The same by our convolutions in groups. Of hardswish and ReLU6 too many inputs lie at a kink.
 IN_GROUPS: dict[str, tuple[str, str]] = {

@@ -413,6 +413,19 @@ def test_in_groups_a_bottleneck_trains_as_that_of_torchvision(width, layout, str
     follow(actual, exact, layout, generator("groups", width, layout, stride))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dilation", "size"), [(2, (6, 8)), (2, (5, 7)), (4, (9, 6))])
+@pytest.mark.parametrize("shortcut", ["none", "projection"])
+def test_dilated_a_bottleneck_trains_as_that_of_torchvision(dilation, size, layout, shortcut):
+    actual, exact = winograd_pair(FusedBottleneck, Bottleneck, dilation=dilation, base_width=256, shortcut=shortcut)
+    x = torch.randn(2, IN, *size)
+    with Operators() as seen:
+        copy.deepcopy(actual)(x)
+    whole = all(side % dilation == 0 for side in size)
+    assert ("norm_act_conv3x3_forward" if whole else "conv3x3_forward") in seen.names
+    follow(actual, exact, layout, generator("dilated", dilation, layout, size, shortcut), size=size)
+
+
 def test_a_convolution_in_groups_measures_its_output():
     block, x = FusedBottleneck(IN, IN // 4, groups=4, conv_algorithm="grouped"), torch.randn(2, IN, 6, 6)
     with Operators() as seen:
