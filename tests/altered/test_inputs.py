@@ -339,8 +339,9 @@ def test_a_large_pixel_leaves_its_neighbours_alone(subject, value, which):
         y.backward(dy)
         found.append({"y": y.detach(), "x": x.grad})
     key = "y" if which == "x" else "x"
-    # Element by element: the error may grow with the element, not with the largest one.
-    small = found[-1][key].abs() < 100
+    # Pixel by pixel: the error may grow with what the pixel adds up, not with the largest one. A channel that is small
+    # where others are not is a difference of large terms.
+    small = found[-1][key].abs().amax(1, keepdim=True) < 100
     assert small.any()
     problem = differs(*(torch.where(small, result[key], 0) for result in found), subject, False)
     assert problem is None, problem
