@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
@@ -97,6 +95,10 @@ def load_handwritten_digits(*, instead_of: str | None = None) -> ImageData:
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, 1998.
     """
+    # Over a second's import, for which a run of other images, and each of its processes, need not wait.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits: Any = load_digits()
     pixels = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
     pixels = F.interpolate(pixels, size=(32, 32), mode="bilinear", align_corners=False)
