@@ -98,7 +98,7 @@ void convolve(
     const Images<const T>& x,
     const Weights<const float>& weights,
     const Images<T>& y,
-    const std::function<void(const Outputs&)>& finish) {
+    const Finish& finish) {
   const Convolution<T> convolution(s, weights, false);
   const Chunks chunks = chunks_of(s);
   for_each_task(chunks, s.panels(), chunks.count(), [&](const Chunk& chunk, int64_t i, int64_t at, int64_t) {
@@ -124,13 +124,13 @@ template void convolve(
     const Images<const float>&,
     const Weights<const float>&,
     const Images<float>&,
-    const std::function<void(const Outputs&)>&);
+    const Finish&);
 template void convolve(
     const Shape&,
     const Images<const BFloat16>&,
     const Weights<const float>&,
     const Images<BFloat16>&,
-    const std::function<void(const Outputs&)>&);
+    const Finish&);
 
 namespace {
 

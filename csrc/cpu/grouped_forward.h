@@ -17,14 +17,17 @@ struct Outputs {
   int64_t index, first, count;
 };
 
-// y = conv(x). `finish` is called for each part as soon as it is written, by the thread that wrote it.
+// Called for each part as soon as it is written, by the thread that wrote it.
+using Finish = std::function<void(const Outputs&)>;
+
+// y = conv(x).
 template <typename T>
 void convolve(
     const Shape& s,
     const Images<const T>& x,
     const Weights<const float>& weights,
     const Images<T>& y,
-    const std::function<void(const Outputs&)>& finish);
+    const Finish& finish);
 
 } // namespace grouped
 } // namespace CPU_CAPABILITY
