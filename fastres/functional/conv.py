@@ -370,12 +370,8 @@ def conv3x3_norm_act(
     gradients = needs_grad(x, weight, norm.weight, norm.bias, residual)
     chosen = _algorithm(x, weight, stride, requested, dilation=dilation, needs_grad=gradients, followed=not gradients)
     if gradients or chosen == "torch" or not is_compiled(act):
-        if chosen == "winograd" and dilation == 1:
-            y = ops.Conv3x3.apply(dense(x, torch.channels_last), served(weight, x), False, stride)[0]
-        elif chosen == "winograd":
-            y = conv3x3(x, weight, dilation=dilation, algorithm=chosen)
-        else:
-            y = reference.conv3x3(x, weight.to(x.dtype), stride, dilation)
+        # A matrix product was chosen for its epilogue, which is not asked for here.
+        y = conv3x3(x, weight, stride=stride, dilation=dilation, algorithm="torch" if chosen == "gemm" else chosen)
         return batch_norm_act(
             y, *norm[:4], momentum=norm.momentum, eps=norm.eps, residual=residual, activation=act.activation
         )
