@@ -54,7 +54,8 @@ class Config:
     json: Path | None = None
     """File for the raw figures."""
     page: Path | None = None
-    """Markdown file that takes the table, between `<!-- choices -->` and `<!-- /choices -->`."""
+    """Markdown file that takes the table, between `<!-- choices-avx2 -->` and `<!-- /choices-avx2 -->`, or whatever the
+    instruction set is."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,8 @@ def main(config: Config) -> None:
         write_text(config.json, to_json({"machine": describe_machine(), "convolutions": entries}))
     if config.page is not None:
         machine = describe_machine()
-        insert_table(config.page, f"{machine['processor']}, {machine['threads']} threads\n\n{text}", "choices")
+        name = f"choices-{machine['capability'].lower()}"
+        insert_table(config.page, f"{machine['processor']}, {machine['threads']} threads\n\n{text}", name)
     behind = [m for m in found if m.behind > ALLOWED]
     for m in behind:
         print(f"{m.convolution.name}: {m.choice.algorithm} takes {m.behind:.2f} of the best")

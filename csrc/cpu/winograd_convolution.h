@@ -15,6 +15,7 @@
 
 #include "winograd.h"
 
+#include "caches.h"
 #include "epilogues.h"
 #include "winograd_direct_sum.h"
 #include "workspace.h"
@@ -28,8 +29,9 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
-// What a thread's chunk may have of its L2 cache, transformed input and products together.
+// What a thread's chunk, transformed input and products together, may have at most; and by tiles, of its L2 cache.
 constexpr int64_t kChunkBytes = 448 * 1024;
+constexpr double kChunkOfCache = 0.375;
 // Pairs of channels whose weights are worth a thread's start.
 constexpr int64_t kThreadPairs = 2 * 1024;
 
@@ -327,7 +329,7 @@ template <typename Form>
 Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& kernel) {
   const Tiles tiles{images, height, width, Form::kOut};
   const int64_t count = tiles.count(), threads = get_num_threads(), groups = groups_of(kernel.outputs);
-  const int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float));
+  constexpr int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float));
   if (goes_by_channels<Form>(tiles, kernel)) {
     // With more threads than groups several share a group, and each transforms its weights for itself.
     const int64_t shares = std::clamp<int64_t>(threads / groups, 1, (count + kRows - 1) / kRows);
@@ -335,7 +337,12 @@ Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& ke
     return {tiles, share, std::min(share, floats / Form::kProducts / 2 / kColumns / kRows * kRows)};
   }
   const int64_t of_tile = Form::kOperands * round_up(kernel.inputs, kWidth) + Form::kProducts * groups * kColumns;
-  const int64_t most = std::max<int64_t>(2, floats / of_tile / kRows) * kRows;
+  // Each chunk reads all weights: what of them the caches do not hold has to be worth it.
+  const int64_t weight_bytes =
+      Form::kPlanes * groups * kColumns * round_up(kernel.inputs, kWidth) * static_cast<int64_t>(sizeof(float));
+  const int64_t least = 2 * std::clamp<int64_t>(weight_bytes / (kSharedBytes / 2), 1, 8);
+  const int64_t in_cache = kChunkOfCache * Caches::of_machine().l2 / sizeof(float);
+  const int64_t most = std::max(least, std::min(floats, in_cache) / of_tile / kRows) * kRows;
   // As many chunks for every thread.
   const int64_t chunks = round_up((count + most - 1) / most, threads);
   const int64_t size = round_up((count + chunks - 1) / chunks, kRows);

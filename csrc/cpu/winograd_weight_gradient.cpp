@@ -19,9 +19,11 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
-// Tiles over which a weight gradient is summed in registers, where there are many, and its threads' sums in all.
-constexpr int64_t kGradientTiles = 128;
-constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
+// Tiles over which a weight gradient is summed in registers, at least and at most.
+constexpr int64_t kFewestTiles = 32, kGradientTiles = 128;
+constexpr int64_t kTileStep = 16;
+// The threads' sums in all, and the tiles that are transformed at once.
+constexpr int64_t kGradientBytes = 256 * 1024 * 1024, kAtOnceBytes = 48 * 1024 * 1024;
 // Pairs of tiles whose direct sums are computed together: their rows stay in the caches for a product.
 constexpr int64_t kDirectPairs = 16;
 // Output channels whose products are computed together where there are few tiles.
@@ -53,6 +55,14 @@ struct Problem : WeightGradient<T> {
   }
   int64_t gradient_bytes() const {
     return Form::kPlanes * gradient_plane() * static_cast<int64_t>(sizeof(float));
+  }
+  // Tiles of a chunk: as many bytes as the sums, which are read and written once a chunk.
+  int64_t chunk() const {
+    return std::clamp(round_up(gradient_bytes() / tile_bytes(), kTileStep), kFewestTiles, kGradientTiles);
+  }
+  // Threads that may have sums of their own.
+  int64_t shares() const {
+    return std::clamp<int64_t>(kGradientBytes / gradient_bytes(), 1, get_num_threads());
   }
 };
 
@@ -280,21 +290,20 @@ void gradient_at_once(const Problem<Form, T>& w) {
 template <typename Form, typename T>
 void gradient_by_shares(const Problem<Form, T>& w) {
   const int64_t count = w.tiles().count(), plane = w.gradient_plane();
-  const int64_t chunks = (count + kGradientTiles - 1) / kGradientTiles;
-  const int64_t shares =
-      std::clamp<int64_t>(kGradientBytes / w.gradient_bytes(), 1, std::min<int64_t>(chunks, get_num_threads()));
+  const int64_t most = std::min(w.chunk(), round_up((count + w.shares() - 1) / w.shares(), kTileStep));
+  const int64_t chunks = (count + most - 1) / most, shares = std::min(chunks, w.shares());
   const Workspace gradients(shares * Form::kPlanes * plane);
   std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
   const RowGroups rows{w.outputs};
   parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    GradientTiles<Form, T> transformed(w, std::min(count, kGradientTiles));
+    GradientTiles<Form, T> transformed(w, most);
     typename GradientTiles<Form, T>::Readers readers(w);
     Prefetch prefetch;
     for (int64_t share = begin; share < end; ++share) {
       float* gradient = gradients.data() + share * Form::kPlanes * plane;
       const int64_t start = chunks * share / shares;
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
-        const int64_t first = chunk * kGradientTiles, size = std::min(kGradientTiles, count - first);
+        const int64_t first = chunk * most, size = std::min(most, count - first);
         const std::vector<DirectPair> direct = transformed.transform(w, readers, first, size, 0);
         if (!direct.empty()) {
           summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
@@ -304,7 +313,7 @@ void gradient_by_shares(const Problem<Form, T>& w) {
         }
         prefetch.clear();
         if (chunk + 1 < chunks * (share + 1) / shares) {
-          const int64_t next = first + size, next_size = std::min(kGradientTiles, count - next);
+          const int64_t next = first + size, next_size = std::min(most, count - next);
           w.x.for_each_read([&](const T* p) { add_tiles(prefetch, w.x_tiles(), p, w.inputs, next, next_size); });
           add_tiles(prefetch, w.tiles(), w.dy.data, w.outputs, next, next_size);
         }
@@ -348,8 +357,7 @@ template <typename Form, typename T>
 void weight_gradient(const WeightGradient<T>& given) {
   const Problem<Form, T> w{given};
   // At once where the transformed tiles are no larger than what would be added up otherwise.
-  const int64_t bytes = w.tiles().count() * w.tile_bytes();
-  if (bytes <= kSharedBytes || (bytes <= 3 * kSharedBytes && bytes <= 2 * w.gradient_bytes())) {
+  if (w.tiles().count() * w.tile_bytes() <= std::min(kAtOnceBytes, w.shares() * w.gradient_bytes())) {
     gradient_at_once(w);
   } else {
     gradient_by_shares(w);

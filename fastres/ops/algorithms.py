@@ -22,42 +22,98 @@ ALGORITHMS = ("auto", "torch", "winograd", "gemm", "grouped")
 
 
 class _Form(NamedTuple):
-    """A form of Winograd's algorithm. Costs are in floating-point operations of the products, as measured on one core
-    with AVX-512.
+    """A form of Winograd's algorithm.
 
     Attributes:
         side: outputs of a tile's side.
         products: a tile and pair of channels.
-        tile_cost: the transforms of a tile, a channel.
-        weight_cost: the transform of the weights, read from memory, a pair of channels.
+        tile: the transforms of a tile, a channel.
+        weight: the transform of a pair of channels.
     """
 
     side: int
     products: int
-    tile_cost: int
-    weight_cost: int
+    tile: int
+    weight: int
 
 
-# By stride. csrc/cpu/winograd.h chooses between them.
-_FORMS = {
-    1: (_Form(4, 36, 1600, 1200), _Form(5, 49, 2400, 1600)),
-    2: (_Form(4, 81, 3500, 7500),),
+class _Winograd(NamedTuple):
+    """Winograd's algorithm.
+
+    Attributes:
+        lanes: of a vector. Inputs are rounded up to it, and outputs to two of it.
+        call: one call.
+        forms: by stride. csrc/cpu/winograd.h chooses between two.
+    """
+
+    lanes: int
+    call: int
+    forms: dict[int, tuple[_Form, ...]]
+
+
+class _Direct(NamedTuple):
+    """A direct sum, which takes 18 a pair of channels and output position.
+
+    Attributes:
+        columns: outputs are rounded up to it.
+        output: an element of the output.
+        weight: a pair of channels.
+        call: one call.
+        norm: an element of the output, to normalise and activate it in a pass of its own.
+        unfilled: percent of all of it in training, where an image has few outputs.
+    """
+
+    columns: int = 1
+    output: int = 0
+    weight: int = 0
+    call: int = 0
+    norm: int = 0
+    unfilled: int = 100
+
+
+class _Costs(NamedTuple):
+    """In operations of the inner loop of PyTorch's convolution: Winograd's, and by stride those of a direct sum."""
+
+    winograd: _Winograd
+    direct: dict[int, _Direct]
+
+
+_AVX512 = _Costs(
+    _Winograd(
+        16, 1_000_000, {1: (_Form(4, 72, 1600, 1200), _Form(5, 98, 2400, 1600)), 2: (_Form(4, 162, 3500, 7500),)}
+    ),
+    {1: _Direct(norm=200), 2: _Direct(norm=200, unfilled=150)},
+)
+_AVX2 = _Winograd(
+    8, 9_000_000, {1: (_Form(4, 89, 1360, 810), _Form(5, 122, 2000, 1100)), 2: (_Form(4, 172, 2900, 1300),)}
+)
+_AVX2_FEW = _Winograd(
+    8, 7_000_000, {1: (_Form(4, 105, 340, 760), _Form(5, 143, 500, 1000)), 2: (_Form(4, 232, 0, 1130),)}
+)
+_AVX2_PACKED = _Winograd(8, 1_300_000, {1: (_Form(4, 89, 1140, 480), _Form(5, 122, 1700, 650))})
+_AVX2_GEMM = _Direct(output=250, weight=124, call=6_300_000)
+# By capability and what it is compared with: PyTorch's convolution, "gemm" of few positions, and "gemm" in inference
+# with packed weights.
+_COSTS = {
+    "avx512": {"torch": _AVX512, "gemm": _AVX512, "packed": _AVX512},
+    "avx2": {
+        "torch": _Costs(_AVX2, {1: _Direct(8, 40, 420, 16_000_000, 100), 2: _Direct(8, 220, 630, 16_000_000, 100)}),
+        "gemm": _Costs(_AVX2_FEW, {1: _AVX2_GEMM, 2: _AVX2_GEMM}),
+        "packed": _Costs(_AVX2_PACKED, {1: _Direct(16, 110, 110, 1_600_000)}),
+    },
 }
-_CALL_COST = 1_000_000
 # Channels of a group up to which the direct sum is faster than PyTorch's convolution: whatever the number of output
 # positions, and where these are enough to pay for packing the weights.
 _NARROW_GROUP, _WIDEST_GROUP = 16, 32
 _FEW_GROUPED_POSITIONS = 128
+# What Winograd's kernels have.
+_WINOGRAD_STRIDES = (1, 2)
 # Sizes that the kernel for groups has.
 GROUPED_KERNELS = (3, 5, 7)
-# The pass over an element of the output that normalises and activates it, which the kernels' epilogues spare.
-_PASS_COST = 200
 # Output positions up to which one product is faster than PyTorch's convolution, which reorders the weights first; and
 # those of one image, and input channels, with which it is faster in batches as well.
 _FEW_POSITIONS = 256
 _SMALL_IMAGE, _MANY_INPUTS = 16, 256
-# How many times as long a direct sum with stride 2 takes in such images.
-_SMALL_STRIDED = 1.5
 # Pixels of a 1x1 kernel's product that pay for packing its weights: one for so many weights, and at most; and images of
 # one pixel from which on PyTorch's convolution is slower in any case.
 _WEIGHTS_PER_PIXEL, _MOST_FEW_PIXELS = 4096, 128
@@ -184,14 +240,14 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         if _product_pays(problem):
             return Choice("gemm", "it spares the passes of the normalisations beside it")
         return Choice("torch", "pixels are few: to pack the weights is most of the work")
-    if _winograd_pays(problem):
+    images, positions = problem.shape[0], _positions_of_image(problem)
+    few = not problem.needs_grad and _holds(images * positions <= _FEW_POSITIONS)
+    if _winograd_pays(problem, "gemm" if few else "torch"):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
-    if not problem.needs_grad:
-        images, positions = problem.shape[0], _positions_of_image(problem)
-        if _holds(images * positions <= _FEW_POSITIONS):
-            return Choice("gemm", "output positions are few: to read the weights is most of the work")
-        if problem.shape[1] >= _MANY_INPUTS and _holds(positions <= _SMALL_IMAGE):
-            return Choice("gemm", "an image has few output positions, which PyTorch's tiles do not fill")
+    if few:
+        return Choice("gemm", "output positions are few: to read the weights is most of the work")
+    if not problem.needs_grad and problem.shape[1] >= _MANY_INPUTS and _holds(positions <= _SMALL_IMAGE):
+        return Choice("gemm", "an image has few output positions, which PyTorch's tiles do not fill")
     return Choice("torch", "output positions are too few for Winograd's transforms to pay")
 
 
@@ -225,7 +281,7 @@ def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice
         return Choice("winograd", "it was requested")
     if problem.dtype == torch.bfloat16 and problem.matrix_units:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
-    if winograds and padded and _winograd_pays(problem):
+    if winograds and padded and _winograd_pays(problem, "packed"):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     return Choice("gemm", "its weights are packed for it")
 
@@ -275,7 +331,7 @@ def _why_not(algorithm: str, problem: ConvProblem) -> str | None:
     if algorithm == "winograd":
         if problem.kernel != 3:
             return "Winograd's algorithm is for 3x3 kernels"
-        return None if problem.stride in _FORMS else "Winograd's algorithm is for strides 1 and 2"
+        return None if problem.stride in _WINOGRAD_STRIDES else "Winograd's algorithm is for strides 1 and 2"
     return (
         "the matrix product of a 3x3 kernel is for evaluation" if problem.kernel == 3 and problem.needs_grad else None
     )
@@ -286,28 +342,41 @@ def _positions_of_image(problem: ConvProblem) -> int:
     return output_size(h, problem.stride) * output_size(w, problem.stride)
 
 
-def _winograd_pays(problem: ConvProblem) -> bool:
-    """Whether one of the forms for its stride does."""
-    return any(_pays(form, problem) for form in _FORMS.get(problem.stride, ()))
+def _winograd_pays(problem: ConvProblem, against: str) -> bool:
+    """Whether one of Winograd's forms is expected to be clearly faster than another algorithm, forward."""
+    winograd, direct = _COSTS[problem.capability][against]
+    if problem.stride not in direct:
+        return False
+    sums, call = _sums(direct[problem.stride], problem), winograd.call
+    return any(
+        # In whole numbers, which torch.export can reason about.
+        _holds(sums > round(100 * _ADVANTAGE) * (_tiles(form, winograd.lanes, problem) + call))
+        for form in winograd.forms[problem.stride]
+    )
 
 
-def _pays(form: _Form, problem: ConvProblem) -> bool:
-    """Whether a form of Winograd's convolution is expected to be clearly faster than the direct sum.
+def _sums(direct: _Direct, problem: ConvProblem) -> int:
+    """What a direct sum takes, in hundredths."""
+    images, inputs, _, _ = problem.shape
+    outputs, positions = problem.outputs, _positions_of_image(problem)
+    of_position = 2 * 9 * inputs * _round_up(outputs, direct.columns)
+    of_position += (direct.output + (direct.norm if problem.followed else 0)) * outputs
+    unfilled = problem.needs_grad and _holds(positions <= _SMALL_IMAGE)
+    percent = direct.unfilled if unfilled else 100
+    return percent * (of_position * images * positions + direct.weight * inputs * outputs + direct.call)
 
-    Both are counted in operations of their inner loops, forward: the direct sum at 2 * 9 a pair of channels and
-    position; Winograd at two for each product, channels rounded up to whole vectors, and its transforms. Where a
-    normalisation follows, it is a pass of its own after the direct sum.
-    """
-    n, inputs, h, w = problem.shape
-    outputs, height, width = problem.outputs, output_size(h, problem.stride), output_size(w, problem.stride)
-    tiles = n * ((height + form.side - 1) // form.side) * ((width + form.side - 1) // form.side)
-    direct = (2 * 9 * inputs + (_PASS_COST if problem.followed else 0)) * n * height * width * outputs
-    unfilled = problem.stride == 2 and problem.needs_grad and _holds(height * width <= _SMALL_IMAGE)
-    slower = round(100 * (_SMALL_STRIDED if unfilled else 1))
-    products = 2 * form.products * tiles * ((inputs + 15) // 16 * 16) * ((outputs + 31) // 32 * 32)
-    transforms = form.tile_cost * tiles * (inputs + outputs) + form.weight_cost * inputs * outputs
-    # In whole numbers, which torch.export can reason about.
-    return _holds(slower * direct > round(100 * _ADVANTAGE) * (products + transforms + _CALL_COST))
+
+def _tiles(form: _Form, lanes: int, problem: ConvProblem) -> int:
+    """What a form of Winograd's takes, without the call."""
+    images, inputs, h, w = problem.shape
+    down, across = ((output_size(size, problem.stride) + form.side - 1) // form.side for size in (h, w))
+    tiles, outputs = images * down * across, problem.outputs
+    products = form.products * tiles * _round_up(inputs, lanes) * _round_up(outputs, 2 * lanes)
+    return products + form.tile * tiles * (inputs + outputs) + form.weight * inputs * outputs
+
+
+def _round_up(channels: int, multiple: int) -> int:
+    return (channels + multiple - 1) // multiple * multiple
 
 
 def _grouped_pays(problem: ConvProblem) -> bool:

@@ -44,21 +44,14 @@ DEPTHWISE = LARGE._replace(kernel=5, groups=64)
         (LARGE._replace(kernel=1, shape=(1, 64, 4, 4)), "gemm", "spares the passes"),
         (LARGE._replace(kernel=1, shape=(16, 512, 1, 1), outputs=512), "gemm", "spares the passes"),
         (LARGE._replace(kernel=7), "torch", "this size"),
-        (LARGE._replace(stride=2), "torch", "too few"),
         (LARGE._replace(outputs=128, stride=2), "winograd", "saves more multiplications"),
         (LARGE._replace(shape=(32, 512, 5, 5), outputs=512), "winograd", "saves more multiplications"),
         (LARGE._replace(channels_last=False), "torch", "not in channels_last"),
         (LARGE._replace(shape=(0, 64, 32, 32)), "torch", "empty"),
-        (FEW, "gemm", "few"),
-        (FEW._replace(stride=2), "gemm", "few"),
-        (FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2), "gemm", "tiles do not fill"),
-        (FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2, needs_grad=True), "torch", "too few"),
         (FEW._replace(shape=(64, 256, 8, 8), outputs=512, stride=2, needs_grad=True), "winograd", "saves more"),
-        (FEW._replace(shape=(128, 64, 8, 8), stride=2), "torch", "too few"),
         (FEW._replace(shape=(128, 3, 32, 32), followed=True), "winograd", "saves more multiplications"),
         (FEW._replace(shape=(128, 3, 32, 32)), "torch", "too few"),
         (LARGE._replace(shape=(128, 3, 32, 32)), "torch", "too few"),
-        (FEW._replace(needs_grad=True), "torch", "too few"),
         (FEW._replace(channels_last=False), "torch", "not in channels_last"),
         (GROUPED, "grouped", "too narrow"),
         (GROUPED._replace(needs_grad=False, shape=(1, 64, 5, 5)), "grouped", "too narrow"),
@@ -87,6 +80,34 @@ def test_the_choice_and_its_reason(problem, algorithm, reason, capability):
     choice = choose_algorithm(problem._replace(capability=capability))
     assert choice.algorithm == algorithm
     assert reason in choice.reason
+
+
+STRIDED = FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "avx2", "avx512"),
+    [
+        (LARGE._replace(stride=2), "winograd", "torch"),
+        (LARGE._replace(shape=(128, 16, 32, 32), outputs=16), "winograd", "torch"),
+        (LARGE._replace(shape=(128, 8, 32, 32), outputs=8), "torch", "torch"),
+        (LARGE._replace(shape=(2, 8, 32, 32), outputs=8), "winograd", "torch"),
+        (FEW, "gemm", "gemm"),
+        (FEW._replace(shape=(1, 256, 8, 8), outputs=256), "winograd", "gemm"),
+        (FEW._replace(shape=(1, 512, 4, 4), outputs=512), "gemm", "gemm"),
+        (FEW._replace(stride=2), "gemm", "gemm"),
+        (STRIDED, "winograd", "gemm"),
+        (STRIDED._replace(shape=(16, 256, 8, 8)), "gemm", "gemm"),
+        (STRIDED._replace(needs_grad=True), "winograd", "torch"),
+        (STRIDED._replace(shape=(2, 256, 8, 8), needs_grad=True), "torch", "torch"),
+        (FEW._replace(shape=(128, 64, 8, 8), stride=2), "winograd", "torch"),
+        (FEW._replace(needs_grad=True), "winograd", "torch"),
+        (FEW._replace(shape=(1, 512, 4, 4), outputs=512, needs_grad=True), "torch", "torch"),
+    ],
+)
+def test_processors_differ_in_what_is_faster(problem, avx2, avx512):
+    assert choose_algorithm(problem._replace(capability="avx2")).algorithm == avx2
+    assert choose_algorithm(problem._replace(capability="avx512")).algorithm == avx512
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_auto_takes_it_for_few_positions_without_gradients(monkeypatch):
         return inference(*args)
 
     monkeypatch.setattr(ops, "inference", noted)
-    x, weight, norm, residual = data((1, 256, 256, 8, 8, 1))
+    x, weight, norm, residual = data((1, 256, 256, 4, 4, 1))
     functional.conv3x3(x, weight)
     functional.conv3x3_norm_act(x, weight, norm, residual=residual)
     assert seen == ["gemm"] * 2
