@@ -329,7 +329,11 @@ class FrozenGroupedConv2d(FrozenPackedConvolution):
         return choose_algorithm(problem, requested_algorithm(self.algorithm)).algorithm
 
     def _compute(self, x: Tensor, residual: Tensor | None, algorithm: str) -> Tensor:
-        y = grouped_conv.forward(x, turn_back(self.packed), False, self.shape.stride)[0]
+        weight, stride = turn_back(self.packed), self.shape.stride
+        if algorithm == "grouped":
+            y = grouped_conv.forward(x, weight, False, stride)[0]
+        else:
+            y = functional.grouped_conv2d(x, weight.to(x.dtype), stride=stride, algorithm=algorithm)
         zero, one = torch.zeros_like(self.bias), torch.ones_like(self.bias)
         return functional.batch_norm_act(
             y, zero, one, None, self.bias, eps=0.0, residual=residual, activation=self.activation

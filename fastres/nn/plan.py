@@ -136,6 +136,8 @@ class Recorder:
         """A layer with the attributes `shape`, `groups`, `packed`, `bias` and `activation`."""
         shape: ConvShape = layer.shape
         choice = choose_algorithm(self._problem(x, layer, groups=layer.groups), requested_algorithm(algorithm))
+        if choice.algorithm == "winograd":
+            raise NotPlannedError("a convolution goes group by group")
         if choice.algorithm != "grouped":
             raise NotPlannedError(f"a convolution in groups is PyTorch's: {choice.reason}")
         sizes = (shape.outputs, shape.output_size(x.height), shape.output_size(x.width))

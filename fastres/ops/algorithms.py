@@ -102,10 +102,29 @@ _COSTS = {
         "packed": _Costs(_AVX2_PACKED, {1: _Direct(16, 110, 110, 1_600_000)}),
     },
 }
-# Channels of a group up to which the direct sum is faster than PyTorch's convolution: whatever the number of output
-# positions, and where these are enough to pay for packing the weights.
-_NARROW_GROUP, _WIDEST_GROUP = 16, 32
-_FEW_GROUPED_POSITIONS = 128
+
+
+class _Groups(NamedTuple):
+    """What differs in groups.
+
+    Attributes:
+        widest, widest_training: channels of a group up to which the direct sum of our own is faster than PyTorch's
+            convolution; of 3x3 kernels in training.
+        few: output positions from which on that holds, but in the narrowest groups: fewer do not pay for packing the
+            weights.
+        percent: PyTorch's convolution in training, of what its multiplications take in one group.
+    """
+
+    widest: int
+    widest_training: int
+    few: int
+    percent: int
+
+
+_GROUPS = {"avx512": _Groups(32, 32, 128, 100), "avx2": _Groups(32, 64, 48, 125)}
+_NARROW_GROUP = 16
+# The least channels of a group that Winograd's algorithm goes through for itself; and the copy of an element.
+_LEAST_GROUP, _GROUP_COPY = 8, 100
 # What Winograd's kernels have.
 _WINOGRAD_STRIDES = (1, 2)
 # Sizes that the kernel for groups has.
@@ -233,6 +252,8 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
     if not problem.channels_last:
         return Choice("torch", "the input is not in channels_last, which the kernels read")
     if problem.groups != 1:
+        if _group_by_group_pays(problem):
+            return Choice("winograd", "it saves more multiplications than its transforms and copies of the groups cost")
         if _grouped_pays(problem):
             return Choice("grouped", "groups are too narrow for PyTorch's convolution")
         return Choice("torch", "PyTorch's convolution is as fast")
@@ -324,11 +345,13 @@ def why_not_grouped(inputs: int, outputs: int, kernel: int, stride: int) -> str 
 
 def _why_not(algorithm: str, problem: ConvProblem) -> str | None:
     """Why one of our algorithms does not serve a problem that another of them does."""
-    if (problem.groups != 1) != (algorithm == "grouped"):
-        return "it is for convolutions in groups" if problem.groups == 1 else "it is for convolutions in one group"
     if algorithm == "grouped":
-        return None
+        return "it is for convolutions in groups" if problem.groups == 1 else None
+    if algorithm == "gemm" and problem.groups != 1:
+        return "it is for convolutions in one group"
     if algorithm == "winograd":
+        if problem.groups != 1 and min(problem.shape[1], problem.outputs) < _LEAST_GROUP * problem.groups:
+            return f"Winograd's algorithm is for groups of {_LEAST_GROUP} channels and more"
         if problem.kernel != 3:
             return "Winograd's algorithm is for 3x3 kernels"
         return None if problem.stride in _WINOGRAD_STRIDES else "Winograd's algorithm is for strides 1 and 2"
@@ -375,6 +398,23 @@ def _tiles(form: _Form, lanes: int, problem: ConvProblem) -> int:
     return products + form.tile * tiles * (inputs + outputs) + form.weight * inputs * outputs
 
 
+def _group_by_group_pays(problem: ConvProblem) -> bool:
+    """Whether Winograd's algorithm for each group alone is faster than PyTorch's convolution, copies included."""
+    inputs, outputs = problem.shape[1] // problem.groups, problem.outputs // problem.groups
+    if problem.kernel != 3 or problem.stride != 1 or min(inputs, outputs) < _LEAST_GROUP:
+        return False
+    images, _, h, w = problem.shape
+    alone = problem._replace(shape=(images, inputs, h, w), outputs=outputs, groups=1, followed=False)
+    winograd, direct = _COSTS[problem.capability]["torch"]
+    percent = _GROUPS[problem.capability].percent if problem.needs_grad else 100
+    sums = percent * (_sums(direct[1]._replace(call=0), alone) // 100)
+    call = winograd.call + _GROUP_COPY * images * h * w * (inputs + outputs)
+    return any(
+        _holds(sums > round(100 * _ADVANTAGE) * (_tiles(form, winograd.lanes, alone) + call))
+        for form in winograd.forms[1]
+    )
+
+
 def _round_up(channels: int, multiple: int) -> int:
     return (channels + multiple - 1) // multiple * multiple
 
@@ -388,8 +428,10 @@ def _grouped_pays(problem: ConvProblem) -> bool:
     width = max(problem.shape[1], problem.outputs) // problem.groups
     if width == 1:
         return problem.kernel > 3 or (problem.needs_grad and problem.stride == 1)
-    enough = problem.followed or _holds(problem.shape[0] * _positions_of_image(problem) >= _FEW_GROUPED_POSITIONS)
-    return width <= _NARROW_GROUP or (width <= _WIDEST_GROUP and enough)
+    groups = _GROUPS[problem.capability]
+    enough = problem.followed or _holds(problem.shape[0] * _positions_of_image(problem) >= groups.few)
+    widest = groups.widest_training if problem.needs_grad and problem.kernel == 3 else groups.widest
+    return width <= _NARROW_GROUP or (width <= widest and enough)
 
 
 def _product_pays(problem: ConvProblem) -> bool:

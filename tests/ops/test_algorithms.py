@@ -20,6 +20,7 @@ from fastres.ops.algorithms import (
 LARGE = ConvProblem(torch.float32, (128, 64, 32, 32), 64, 3, 1, True, True, 2, "avx512", False)
 FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
 GROUPED = LARGE._replace(groups=8)
+WIDE_GROUPS = LARGE._replace(groups=2, shape=(128, 128, 32, 32), outputs=128)
 DEPTHWISE = LARGE._replace(kernel=5, groups=64)
 
 
@@ -56,9 +57,8 @@ DEPTHWISE = LARGE._replace(kernel=5, groups=64)
         (GROUPED, "grouped", "too narrow"),
         (GROUPED._replace(needs_grad=False, shape=(1, 64, 5, 5)), "grouped", "too narrow"),
         (GROUPED._replace(groups=16, stride=2, kernel=7), "grouped", "too narrow"),
-        (GROUPED._replace(groups=2), "grouped", "too narrow"),
-        (GROUPED._replace(groups=2, shape=(1, 64, 7, 7)), "torch", "is as fast"),
-        (LARGE._replace(groups=2, shape=(128, 128, 32, 32), outputs=128), "torch", "is as fast"),
+        (WIDE_GROUPS, "winograd", "copies of the groups"),
+        (WIDE_GROUPS._replace(kernel=5), "torch", "is as fast"),
         (DEPTHWISE, "grouped", "too narrow"),
         (DEPTHWISE._replace(needs_grad=False, stride=2), "grouped", "too narrow"),
         (DEPTHWISE._replace(kernel=3), "grouped", "too narrow"),
@@ -103,6 +103,11 @@ STRIDED = FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2)
         (FEW._replace(shape=(128, 64, 8, 8), stride=2), "winograd", "torch"),
         (FEW._replace(needs_grad=True), "winograd", "torch"),
         (FEW._replace(shape=(1, 512, 4, 4), outputs=512, needs_grad=True), "torch", "torch"),
+        (GROUPED._replace(groups=2), "winograd", "grouped"),
+        (GROUPED._replace(groups=2, shape=(1, 64, 7, 7)), "grouped", "torch"),
+        (WIDE_GROUPS._replace(stride=2), "grouped", "torch"),
+        (WIDE_GROUPS._replace(stride=2, needs_grad=False), "torch", "torch"),
+        (WIDE_GROUPS._replace(shape=(1, 128, 7, 7)), "grouped", "torch"),
     ],
 )
 def test_processors_differ_in_what_is_faster(problem, avx2, avx512):
@@ -165,7 +170,9 @@ def test_where_no_kernel_of_ours_serves_it_is_pytorchs(capability):
         (GROUPED._replace(channels_last=False), "grouped", "grouped"),
         (GROUPED._replace(dtype=torch.bfloat16, matrix_units=True), "grouped", "grouped"),
         (GROUPED, "torch", "torch"),
-        (GROUPED, "winograd", "torch"),
+        (GROUPED, "winograd", "winograd"),
+        (DEPTHWISE._replace(kernel=3), "winograd", "torch"),
+        (GROUPED._replace(kernel=5), "winograd", "torch"),
         (GROUPED, "gemm", "torch"),
         (GROUPED._replace(kernel=1), "gemm", "torch"),
         (DEPTHWISE, "grouped", "grouped"),

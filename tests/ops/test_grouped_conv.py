@@ -341,7 +341,9 @@ def test_what_the_kernel_does_not_serve_is_pytorchs(width, kernel, stride):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("algorithm", "ours"), [("grouped", True), ("torch", False), ("winograd", False)])
+@pytest.mark.parametrize(
+    ("algorithm", "ours"), [("grouped", True), ("torch", False), ("winograd", True), ("gemm", False)]
+)
 def test_the_environment_decides_where_the_argument_is_none(algorithm, ours, monkeypatch):
     monkeypatch.setenv("FASTRES_CONV", algorithm)
     x, weight, _ = data((2, 8, 8), (2, 7, 6))
