@@ -60,7 +60,7 @@ class _Direct(NamedTuple):
         weight: a pair of channels.
         call: one call.
         norm: an element of the output, to normalise and activate it in a pass of its own.
-        unfilled: percent of all of it in training, where an image has few outputs.
+        unfilled: percent of all of it in training, where images have few outputs each.
     """
 
     columns: int = 1
@@ -97,7 +97,9 @@ _AVX2_GEMM = _Direct(output=250, weight=124, call=6_300_000)
 _COSTS = {
     "avx512": {"torch": _AVX512, "gemm": _AVX512, "packed": _AVX512},
     "avx2": {
-        "torch": _Costs(_AVX2, {1: _Direct(8, 40, 420, 16_000_000, 100), 2: _Direct(8, 220, 630, 16_000_000, 100)}),
+        "torch": _Costs(
+            _AVX2, {1: _Direct(8, 40, 420, 16_000_000, 100, 200), 2: _Direct(8, 220, 630, 16_000_000, 100)}
+        ),
         "gemm": _Costs(_AVX2_FEW, {1: _AVX2_GEMM, 2: _AVX2_GEMM}),
         "packed": _Costs(_AVX2_PACKED, {1: _Direct(16, 110, 110, 1_600_000)}),
     },
@@ -384,7 +386,7 @@ def _sums(direct: _Direct, problem: ConvProblem) -> int:
     outputs, positions = problem.outputs, _positions_of_image(problem)
     of_position = 2 * 9 * inputs * _round_up(outputs, direct.columns)
     of_position += (direct.output + (direct.norm if problem.followed else 0)) * outputs
-    unfilled = problem.needs_grad and _holds(positions <= _SMALL_IMAGE)
+    unfilled = problem.needs_grad and _holds(positions <= _SMALL_IMAGE) and _holds(images > 1)
     percent = direct.unfilled if unfilled else 100
     return percent * (of_position * images * positions + direct.weight * inputs * outputs + direct.call)
 

@@ -103,6 +103,7 @@ STRIDED = FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2)
         (FEW._replace(shape=(128, 64, 8, 8), stride=2), "winograd", "torch"),
         (FEW._replace(needs_grad=True), "winograd", "torch"),
         (FEW._replace(shape=(1, 512, 4, 4), outputs=512, needs_grad=True), "torch", "torch"),
+        (FEW._replace(shape=(2, 512, 2, 2), outputs=512, needs_grad=True), "winograd", "torch"),
         (GROUPED._replace(groups=2), "winograd", "grouped"),
         (GROUPED._replace(groups=2, shape=(1, 64, 7, 7)), "grouped", "torch"),
         (WIDE_GROUPS._replace(stride=2), "grouped", "torch"),
