@@ -372,10 +372,14 @@ def _winograd_pays(problem: ConvProblem, against: str) -> bool:
     winograd, direct = _COSTS[problem.capability][against]
     if problem.stride not in direct:
         return False
-    sums, call = _sums(direct[problem.stride], problem), winograd.call
+    return _is_cheaper(winograd, problem, _sums(direct[problem.stride], problem))
+
+
+def _is_cheaper(winograd: _Winograd, problem: ConvProblem, sums: int, more: int = 0) -> bool:
+    """Whether one of Winograd's forms, and what else it takes, is clearly below a direct sum, given in hundredths."""
     return any(
         # In whole numbers, which torch.export can reason about.
-        _holds(sums > round(100 * _ADVANTAGE) * (_tiles(form, winograd.lanes, problem) + call))
+        _holds(sums > round(100 * _ADVANTAGE) * (_tiles(form, winograd.lanes, problem) + winograd.call + more))
         for form in winograd.forms[problem.stride]
     )
 
@@ -402,19 +406,15 @@ def _tiles(form: _Form, lanes: int, problem: ConvProblem) -> int:
 
 def _group_by_group_pays(problem: ConvProblem) -> bool:
     """Whether Winograd's algorithm for each group alone is faster than PyTorch's convolution, copies included."""
-    inputs, outputs = problem.shape[1] // problem.groups, problem.outputs // problem.groups
-    if problem.kernel != 3 or problem.stride != 1 or min(inputs, outputs) < _LEAST_GROUP:
+    if problem.stride != 1 or _why_not("winograd", problem) is not None:
         return False
-    images, _, h, w = problem.shape
+    images, channels, h, w = problem.shape
+    inputs, outputs = channels // problem.groups, problem.outputs // problem.groups
     alone = problem._replace(shape=(images, inputs, h, w), outputs=outputs, groups=1, followed=False)
     winograd, direct = _COSTS[problem.capability]["torch"]
     percent = _GROUPS[problem.capability].percent if problem.needs_grad else 100
     sums = percent * (_sums(direct[1]._replace(call=0), alone) // 100)
-    call = winograd.call + _GROUP_COPY * images * h * w * (inputs + outputs)
-    return any(
-        _holds(sums > round(100 * _ADVANTAGE) * (_tiles(form, winograd.lanes, alone) + call))
-        for form in winograd.forms[1]
-    )
+    return _is_cheaper(winograd, alone, sums, _GROUP_COPY * images * h * w * (inputs + outputs))
 
 
 def _round_up(channels: int, multiple: int) -> int:

@@ -11,13 +11,10 @@ import torch.nn as nn
 from torch import Tensor
 
 import fastres
-from fastres import _extension, functional, reference
+from fastres import functional, reference
 from fastres.nn import FusedBottleneck
-from tests.ops.test_grouped_conv import data, exact
+from tests.ops.test_grouped_conv import data, exact, needs_kernels
 from tests.oracle import LAYOUTS, assert_close, assert_statistics, form_of, input_length, output_length, weight_length
-
-COMPILED = _extension.cpu_capability() in ("avx2", "avx512") and _extension.load_cpu() is not None
-needs_kernels = pytest.mark.skipif(not COMPILED, reason="the kernels need AVX2 and a compiled module")
 
 # groups, and inputs and outputs of each; images, height, width
 WIDTHS = [(2, 8, 8), (3, 16, 24), (2, 40, 16), (5, 8, 16), (2, 64, 64)]
@@ -60,18 +57,6 @@ def test_values_and_gradients_are_those_of_float64(width, size, stride):
 @strides
 def test_values_and_gradients_in_bfloat16_are_those_of_float64(width, stride):
     check(width, *data(width, (2, 7, 9), stride=stride, dtype=torch.bfloat16), stride)
-
-
-@needs_kernels
-def test_autocast_gives_its_dtype_and_gradients_of_the_weights_own():
-    x, weight, _ = data((2, 16, 16), (2, 7, 6))
-    x.requires_grad_()
-    weight.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = functional.grouped_conv2d(x, weight, algorithm="winograd")
-    assert y.dtype == torch.bfloat16
-    y.sum().backward()
-    assert x.grad.dtype == weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("width", [(6, 4, 4), (8, 1, 1), (2, 9, 9)], ids=str)

@@ -351,12 +351,13 @@ def test_the_environment_decides_where_the_argument_is_none(algorithm, ours, mon
 
 
 @needs_kernels
-def test_autocast_gives_its_dtype_and_gradients_of_the_weights_own():
+@pytest.mark.parametrize("algorithm", ["grouped", "winograd"])
+def test_autocast_gives_its_dtype_and_gradients_of_the_weights_own(algorithm):
     x, weight, _ = data((2, 8, 8), (2, 7, 6))
     x.requires_grad_()
     weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = functional.grouped_conv2d(x, weight, algorithm="grouped")
+        y = functional.grouped_conv2d(x, weight, algorithm=algorithm)
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
