@@ -14,6 +14,7 @@ import functools
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -90,6 +91,9 @@ class _Counters:
 
     Launches on one stream follow each other and share a block of counters. Launches in a CUDA graph get counters that
     no other launch ever gets, since graphs may be replayed beside each other and beside any stream.
+
+    Memory that outlives a call must not come from the pool of a CUDA graph, and the run by which torch.compile warms one
+    up allocates from it without a capture. Such a pool serves one thread, so counters are made in another.
     """
 
     SHARED = 1024
@@ -98,7 +102,7 @@ class _Counters:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.by_stream: dict[int, Tensor] = {}
-        self.captured = torch.zeros(self.CAPTURED, dtype=torch.int32, device=device)
+        self.captured = self._zeros(self.CAPTURED)
         self.taken = 0
         if device.type == "cuda":
             # Once in the life of a process: a graph may be replayed on a stream that knows nothing of this one.
@@ -117,9 +121,19 @@ class _Counters:
     def _shared(self, stream: int, size: int) -> Tensor:
         found = self.by_stream.get(stream)
         if found is None or found.numel() < size:
-            found = torch.zeros(max(size, self.SHARED), dtype=torch.int32, device=self.device)
-            self.by_stream[stream] = found
+            found = self.by_stream[stream] = self._zeros(max(size, self.SHARED))
         return found
+
+    def _zeros(self, size: int) -> Tensor:
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+        def make() -> Tensor:
+            # On the caller's stream, so that the fill comes before the launch that needs it.
+            with torch.cuda.stream(stream):
+                return torch.zeros(size, dtype=torch.int32, device=self.device)
+
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(make).result()
 
 
 _counters: dict[torch.device, _Counters] = {}

@@ -3,9 +3,11 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/StreamGuard.h>
 
 #include <bit>
 #include <cstring>
+#include <future>
 #include <stdexcept>
 
 namespace fastres::launch {
@@ -170,8 +172,15 @@ at::Tensor Replay::counters(const Recipe& recipe, void* stream) {
   const std::lock_guard lock(mutex_);
   at::Tensor& kept = counters_[{recipe.device.index(), reinterpret_cast<int64_t>(stream)}];
   if (!kept.defined() || kept.numel() < recipe.counters) {
-    const auto options = at::TensorOptions().dtype(at::kInt).device(recipe.device);
-    kept = at::zeros({std::max(recipe.counters, kSharedCounters)}, options);
+    // They outlive this call, so their memory must not come from the pool of a CUDA graph, from which the run that
+    // warms a graph up allocates without a capture. Such a pool serves one thread.
+    const c10::Stream current = c10::impl::VirtualGuardImpl(recipe.device.type()).getStream(recipe.device);
+    const auto make = [&] {
+      const c10::StreamGuard guard(current);
+      const auto options = at::TensorOptions().dtype(at::kInt).device(recipe.device);
+      return at::zeros({std::max(recipe.counters, kSharedCounters)}, options);
+    };
+    kept = std::async(std::launch::async, make).get();
   }
   return kept;
 }

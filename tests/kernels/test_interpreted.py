@@ -5,6 +5,7 @@ tests/test_backends.py runs this file in a process of its own.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +150,23 @@ def test_counters_are_zero_again_after_every_launch(layout):
         _, mean, m2 = ops.stats(x)
         ops.backward_reduce(dy, None, x, Norm(mean, m2, None, None), None, None, PLAIN)
         assert all(not c.any() for c in _counters[x.device].by_stream.values())
+
+
+def test_counters_come_from_no_pool_that_the_calling_thread_has_opened(monkeypatch):
+    """A CUDA graph's pool, which torch.compile opens for one thread while it warms the graph up."""
+    from fastres.kernels import launch
+
+    threads, zeros = [], torch.zeros
+
+    def noted(*arguments: Any, **options: Any) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(launch, "_counters", {})
+    monkeypatch.setattr(launch.torch, "zeros", noted)
+    taken = launch.arrival_counters(torch.empty(0), 2000)
+    assert taken.shape == (2000,) and taken.dtype == torch.int32 and not taken.any()
+    assert len(threads) == 2 and threading.get_ident() not in threads
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

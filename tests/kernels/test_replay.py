@@ -210,6 +210,21 @@ def test_a_call_that_may_be_captured_reaches_python(scale, driver):
     assert scale.asked == 2 and not driver.taken()
 
 
+def test_counters_come_from_no_pool_that_the_calling_thread_has_opened(scale):
+    def recipe(x: Tensor, factor: float) -> tuple[Any, ...]:
+        *rest, _, device = scale.recipe_of(x, factor)
+        return *rest, 5000, device  # more than what any other test leaves
+
+    scale.recipe = recipe
+    arguments = torch.randn(4, 5), torch.zeros(1, dtype=torch.int64)
+    scale(*arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        y, _ = scale(*arguments)
+    torch.testing.assert_close(y, 2 * arguments[0], rtol=0, atol=0)
+    here = {event.key for event in seen.key_averages()}
+    assert "aten::empty_strided" in here and not here & {"aten::zeros", "aten::zero_", "aten::empty"}
+
+
 def test_a_launch_that_fails_raises(scale, driver):
     calls = torch.zeros(1, dtype=torch.int64)
     scale(torch.randn(4, 5), calls)

@@ -21,6 +21,7 @@ from fastres.contract import ConvShape
 from fastres.nn import FusedBasicBlock, FusedBottleneck, plan
 from fastres.nn.frozen import FrozenNetwork
 from fastres.nn.plan import Recorder, Value, _places
+from fastres.ops import algorithms
 from fastres.ops.frozen_network import INPUT, OUTPUT, Kind, Step, fallback, frozen_network
 from fastres.ops.packed import turn
 from tests.operators import opcheck
@@ -86,13 +87,17 @@ def test_a_block_alone_is_one_operator_call(block, calls):
     assert len(calls) == 1
 
 
-def test_bfloat16_by_autocast(calls):
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_bfloat16_by_autocast(calls, matrix_units, monkeypatch):
+    """A CPU that multiplies bfloat16 matrices does so by PyTorch's convolutions, layer by layer."""
+    capability, _ = algorithms._processor()
+    monkeypatch.setattr(algorithms, "_processor", lambda: (capability, matrix_units))
     model = randomise(FusedResNet18(CLASSES), "low")
     x = images(2, 3, 16, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = freeze(model)(x)
     with torch.no_grad():
-        assert len(calls) == 1 and y.dtype == torch.bfloat16 and distance(y, model(x)) < 0.05
+        assert len(calls) == (not matrix_units) and y.dtype == torch.bfloat16 and distance(y, model(x)) < 0.05
 
 
 def test_threads_and_repetition_change_no_bit():
