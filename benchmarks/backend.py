@@ -5,8 +5,7 @@ momentum, in float32 and channels_last, on the same images. Every side has the n
 the time that its first step took, compilation and all, stands beside the others. Two more sides are eager and ours on
 the network as it is made, in NCHW. A last step of each is watched by the profiler for the most bytes that its tensors
 hold at a time. Each network has a process of its own: after others had filled and left its memory, one took
-1.25 times as long. The weights of normalisations are 0.5 to 1.5: zeros, with which some of timm's begin, keep
-gradients in one pixel of each strided shortcut's four, sixteen or 64, which no longer is so once a network has learnt.
+1.25 times as long.
 """
 
 from __future__ import annotations
@@ -21,86 +20,29 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import describe_machine, in_own_process
 from benchmarks.memory import MIB, tensors_peak
+from benchmarks.networks import Unet, plain, preactivation_resnet18, timm_network, with_ordinary_weights
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
 from benchmarks.workloads import Run, Workload
-from fastres import models
-from fastres.nn.preactivation import PreactivationBlock
 
 EAGER, INDUCTOR, OURS, EAGER_NCHW, NCHW = ("eager", "inductor", "fastres", "eager, NCHW", "fastres, NCHW")
 PEERS = (EAGER, EAGER_NCHW, INDUCTOR)
 IN_NCHW = (EAGER_NCHW, NCHW)
 INNER = "fastres, inner "
-CLASSES = 10
-
-
-class Unet(nn.Module):
-    """Ronneberger, Fischer, Brox 2015 with padding and normalisation: 32, 64 and 128 channels."""
-
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(map(self._twice, (3, *widths), widths))
-        wide, narrow = widths[:0:-1], widths[-2::-1]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip(wide, narrow, strict=True))
-        self.merge = nn.ModuleList(self._twice(2 * o, o) for o in narrow)
-        self.head = nn.Conv2d(widths[0], CLASSES, 1)
-
-    @staticmethod
-    def _twice(inputs: int, outputs: int) -> nn.Sequential:
-        def one(channels: int) -> list[nn.Module]:
-            conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
-            return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-
-        return nn.Sequential(*one(inputs), *one(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] to logits [N, classes, H, W]; H and W multiples of 4."""
-        skips = []
-        for i, block in enumerate(self.down):
-            x = block(x if i == 0 else F.max_pool2d(x, 2))
-            skips.append(x)
-        for up, merge, skip in zip(self.up, self.merge, skips[-2::-1], strict=True):
-            x = merge(torch.cat([skip, up(x)], 1))
-        return self.head(x)  # type: ignore[no-any-return]
-
-
-def _preactivation_resnet18() -> nn.Module:
-    """He et al. 2016b, "Identity mappings in deep residual networks": ResNet-18's stages of pre-activation blocks."""
-    blocks, inputs = [], 64
-    for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        blocks += [PreactivationBlock(inputs, channels, stride), PreactivationBlock(channels, channels)]
-        inputs = channels
-    head = [nn.BatchNorm2d(512), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES)]
-    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), *blocks, *head)
-
-
-def _plain(name: str) -> Callable[[], nn.Module]:
-    return lambda: models.create(name, num_classes=CLASSES, dropout=0.0, fused=False)
-
-
-def _timm(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import timm  # of the tests' environment
-
-        return timm.create_model(name, num_classes=CLASSES)
-
-    return make
-
 
 # name -> how it is made, images of a step, their side
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "WRN-16-4": (_plain("wrn16-4"), 64, 32),
-    "preactivation ResNet-18": (_preactivation_resnet18, 64, 32),
-    "CIFAR ResNet-18": (_plain("resnet18"), 64, 32),
+    "WRN-16-4": (plain("wrn16-4"), 64, 32),
+    "preactivation ResNet-18": (preactivation_resnet18, 64, 32),
+    "CIFAR ResNet-18": (plain("resnet18"), 64, 32),
     "U-Net (32, 64, 128)": (Unet, 8, 128),
     **{
-        f"timm {name}": (_timm(name), batch, 160)
+        f"timm {name}": (timm_network(name), batch, 160)
         for name, batch in (
             ("vgg11_bn", 16), ("seresnet18", 16), ("resnet18", 32), ("resnet50d", 8), ("densenet121", 8),
             ("resnetv2_50", 8), ("regnety_002", 16), ("mobilenetv3_small_100", 16), ("efficientnet_b0", 8),
@@ -203,10 +145,7 @@ def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
 def _set_up(name: str, side: str, images: Tensor) -> Run:
     torch.manual_seed(0)
     layout = torch.contiguous_format if side in IN_NCHW else torch.channels_last
-    model = NETWORKS[name][0]().to(memory_format=layout)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+    model = with_ordinary_weights(NETWORKS[name][0]()).to(memory_format=layout)
     inner = (side.removeprefix(INNER),) if side.startswith(INNER) else ()
     return _step(torch.compile(model, **_sides(inner)[side]), model, images.contiguous(memory_format=layout))
 

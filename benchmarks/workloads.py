@@ -416,7 +416,7 @@ def _train_step(network: Network, batch: int, dropout: float, amp: bool) -> Call
             torch.autograd.backward(training_loss(forward, images, labels, amp))
             optimizer.step()
 
-        return _graphed(run) if side in sides.GRAPHS else run
+        return graphed(run) if side in sides.GRAPHS else run
 
     return set_up
 
@@ -431,7 +431,7 @@ def _inference(network: Network, batch: int) -> Callable[[str], Run]:
             with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
                 forward(images)
 
-        return _graphed(run) if side in sides.GRAPHS else run
+        return graphed(run) if side in sides.GRAPHS else run
 
     return set_up
 
@@ -448,7 +448,7 @@ def compiled_for(forward: Callable[..., Tensor], side: str, *, graphs: bool = Tr
     return compiled
 
 
-def _graphed(step: Run) -> Run:
+def graphed(step: Run) -> Run:
     """A replay of `step`, in training or in inference, as one CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import fastres
-from benchmarks.backend import Unet
 from benchmarks.gate.figures import Counted
 from benchmarks.memory import FUSED, Network, saved_for_backward, training_step
+from benchmarks.networks import Unet
 from benchmarks.operators import operator_calls
 from fastres import models
 from fastres.backend import compile_report

@@ -42,7 +42,7 @@ from benchmarks import records, workloads
 from benchmarks.gpu import report
 from benchmarks.gpu.stages import RESULTS
 from benchmarks.records import PUBLISHED, ROOT, write_text
-from benchmarks.sides import COMPILE, COMPILE_GRAPH, FUSED_COMPILE, GRAPHS, MAX_AUTOTUNE
+from benchmarks.sides import COMPILE, COMPILE_GRAPH, FROZEN_GRAPH, FUSED_COMPILE, GRAPHS, MAX_AUTOTUNE
 from benchmarks.workloads import Run, Workload
 from fastres.info import backends
 
@@ -211,36 +211,56 @@ def copy_bandwidth(timer: Timer) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
+@dataclass
+class Prepared:
+    """The sides of a task that are ready to run, and why others are missing."""
+
+    task: Task
+    sides: dict[str, Timed] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
 def measure(task: Task, timer: Timer, budget: Budget) -> dict[str, Any]:
     """Set up, warm up and time the sides of one task that there is time for."""
-    workload = task.workload
+    return timed(prepare(task, timer, budget), timer, budget)
+
+
+def prepare(task: Task, timer: Timer, budget: Budget) -> Prepared:
+    """Set up and warm up the sides of one task that there is time for."""
     # Whatever the task before compiled, so that its code objects do not run into the limit of recompilations.
     torch.compiler.reset()
-    sides: dict[str, Timed] = {}
-    missing: dict[str, str] = {}
+    ready = Prepared(task)
     for side in task.sides:
         if budget.left() < task.expected_s(side):
-            missing[side] = f"left out: {max(0.0, budget.left()):.0f} s of the budget left"
+            ready.missing[side] = f"left out: {max(0.0, budget.left()):.0f} s of the budget left"
             continue
-        with _reported(missing, side):
-            sides[side] = set_up(workload, side, timer)
+        with _reported(ready.missing, side):
+            ready.sides[side] = set_up(task.workload, side, timer)
+    _free()
+    return ready
+
+
+def timed(ready: Prepared, timer: Timer, budget: Budget) -> dict[str, Any]:
+    """Time what is ready, and let it go."""
+    task, sides, missing = ready.task, ready.sides, ready.missing
+    workload = task.workload
     by_device = timer.has_device_time and not workload.group.startswith("model")
     calls = 1
     if sides and workloads.CUDA:
         # About ten milliseconds a sample, so that the events' own half microsecond is nothing.
-        fastest = min(timed.run_seconds for timed in sides.values())
+        fastest = min(side.run_seconds for side in sides.values())
         calls = min(MOST_CALLS if by_device else 4, max(1, math.ceil(0.01 / fastest)))
     for done in range(workload.rounds):
         if budget.left() <= 0 and done >= LEAST_ROUNDS:
             break
-        for side, timed in list(sides.items()):
-            with _reported(missing, side):
-                called = timer.called(timed.run, calls)
-                seconds = timer.device(timed, calls) if by_device else called
-                timed.called_seconds.append(called)
-                timed.seconds.append(seconds)
-            if side in missing:
-                del sides[side]
+        for name, side in list(sides.items()):
+            with _reported(missing, name):
+                called = timer.called(side.run, calls)
+                seconds = timer.device(side, calls) if by_device else called
+                side.called_seconds.append(called)
+                side.seconds.append(seconds)
+            if name in missing:
+                del sides[name]
     entry = {
         "key": task.key,
         "group": workload.group,
@@ -252,14 +272,14 @@ def measure(task: Task, timer: Timer, budget: Budget) -> dict[str, Any]:
         "timing": "device" if by_device else "called",
         "calls_a_sample": calls,
         "sides": {
-            side: {
-                "seconds": timed.seconds,
-                "called_seconds": timed.called_seconds,
-                "kept_busy": timed.kept_busy,
-                "setup_seconds": timed.setup_seconds,
-                **timed.memory,
+            name: {
+                "seconds": side.seconds,
+                "called_seconds": side.called_seconds,
+                "kept_busy": side.kept_busy,
+                "setup_seconds": side.setup_seconds,
+                **side.memory,
             }
-            for side, timed in sides.items()
+            for name, side in sides.items()
         },
         "missing": missing,
     }
@@ -294,7 +314,7 @@ def set_up(workload: Workload, side: str, timer: Timer) -> Timed:
         run()
     torch.cuda.synchronize()
     seconds = time.monotonic() - start
-    if side not in GRAPHS:
+    if side not in (*GRAPHS, FROZEN_GRAPH):
         # What compilation took for a while is none of the side's own. A graph's memory is taken once, at its capture.
         _free()
         torch.cuda.reset_peak_memory_stats()
@@ -399,7 +419,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def publish(results: dict[str, Any], folder: Path) -> Path:
-    """Write results to <folder>/<device>-<date>.json.
+    """Write results to <folder>/<device>-<date>.json, those of networks to <device>-networks-<date>.json.
 
     Raises:
         ValueError: they are of a rehearsal or of a quick run.
@@ -407,7 +427,8 @@ def publish(results: dict[str, Any], folder: Path) -> Path:
     machine = results["machine"]
     if machine["rehearsal"] or machine["quick"]:
         raise ValueError("publish: expected figures of a GPU at full size, got those of a rehearsal or a quick run")
-    file = folder / f"{records.slug(machine['device'])}-{machine['date']}.json"
+    kind = "-networks" if results.get("networks") else ""
+    file = folder / f"{records.slug(machine['device'])}{kind}-{machine['date']}.json"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(file, records.to_json(results))
     return file
@@ -421,6 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "gpu", help=f"folder for {RESULTS}")
     parser.add_argument("--budget-s", type=float, default=1500.0, help="seconds after which nothing new is started")
     parser.add_argument("--batch", type=int, nargs="+", default=None, help=f"batch sizes (default {BATCHES})")
+    parser.add_argument("--networks", action="store_true", help="other networks and frozen ones instead of ResNet-18")
     parser.add_argument("--publish", action="store_true", help="copy to docs/results/<device>-<date>.json")
     parser.add_argument("--from-json", type=Path, help="print, and publish, what an earlier run wrote")
     options = parser.parse_args(arguments)
@@ -449,8 +471,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timer: Timer = CudaTimer() if workloads.CUDA else HostTimer()
     batches = options.batch or ((workloads.BATCH,) if workloads.QUICK else BATCHES)
     results = {"machine": describe_machine(), "copy": copy_bandwidth(timer), "budget_s": options.budget_s}
+    results["networks"] = options.networks
     file = options.output_dir / RESULTS
-    measure_all(tasks(batches), timer, budget, results, file)
+    if options.networks:
+        from benchmarks.gpu import networks  # it needs this module
+
+        networks.measure_all(networks.NAMES, budget, results, file)
+    else:
+        measure_all(tasks(batches), timer, budget, results, file)
     print(report.markdown(results))
     print(f"raw figures: {file}")
     failures = [why for entry in results["entries"] for why in entry["missing"].values() if why.startswith("failed")]

@@ -13,11 +13,13 @@ from typing import Any
 
 from benchmarks.records import number, row
 from benchmarks.sides import (
+    BACKEND,
     COMPILE,
     COMPILE_GRAPH,
     COMPILERS,
     EAGER,
     EAGER_GRAPH,
+    FROZEN_GRAPH,
     FUSED,
     FUSED_COMPILE,
     FUSED_GRAPH,
@@ -34,6 +36,8 @@ NAMES = {
     FUSED: "fastres",
     FUSED_COMPILE: "fastres under torch.compile",
     FUSED_GRAPH: "fastres under a CUDA graph",
+    BACKEND: "fastres as the compiler's backend",
+    FROZEN_GRAPH: "fastres, frozen, under torch.compile and a CUDA graph",
 }
 UNKNOWN = math.nan
 
@@ -191,7 +195,8 @@ def _operators(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _steps(results: dict[str, Any]) -> Iterator[str]:
-    entries = [*_of(results, "model-train-step"), *_of(results, "model-inference")]
+    groups = ("model-train-step", "model-network-step", "model-inference")
+    entries = [entry for group in groups for entry in _of(results, group)]
     if not entries:
         return
     yield "| network | side | ms | images a second | over the best of torch.compile | peak memory, MiB |"

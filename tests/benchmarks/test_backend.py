@@ -19,12 +19,12 @@ from benchmarks.backend import (
     OURS,
     Config,
     Measured,
-    Unet,
     main,
     measure,
     measure_alone,
     table,
 )
+from benchmarks.networks import Unet
 
 
 @pytest.fixture
