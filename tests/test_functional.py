@@ -453,7 +453,7 @@ def case_length(case: Case, stride) -> int:
 def projection_case(dtype, layout, gen, main, stride, size) -> Case:
     channels, sh, sw = 22, *(stride if isinstance(stride, tuple) else (stride, stride))
     out = ((size[0] - 1) // sh + 1, (size[1] - 1) // sw + 1)
-    weight = (torch.randn(channels, 13, 1, 1, generator=gen, dtype=torch.float64) / 4).to(dtype)
+    weight = activation((channels, 13, 1, 1), dtype, "nchw", gen, mean=0, std=0.25)
     tensors = {"s": activation((3, 13, *size), dtype, layout, gen).requires_grad_(), "weight": weight.requires_grad_()}
     norms = {"norm": norm(channels, dtype, gen)}
     if main != "none":
@@ -472,7 +472,7 @@ def test_a_large_projection_spans_many_blocks_and_segments():
     for layout in LAYOUTS:
         gen = generator("large", layout)
         s = activation((8, 64, 32, 32), torch.float32, layout, gen)
-        w = torch.randn(96, 64, 1, 1, generator=gen) / 8
+        w = activation((96, 64, 1, 1), torch.float32, "nchw", gen, mean=0, std=0.125)
         product, mean, m2 = torch.ops.fastres.projection_shortcut_forward(s, w, [2, 2], True)
         exact = F.conv2d(s.double(), w.double(), stride=2)
         assert_close(product, exact, "product", length=64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +110,21 @@ def _inductor_options(mode: str | None) -> dict[str, Any]:
     return known[mode]
 
 
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Within it torch.compiler.is_compiling() holds, as torch 2.14 has it for a whole compilation.
+
+    An inner backend traces our calls. Before that version they took its tracer for make_fx, and were made of PyTorch's
+    operators.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
 def fastres(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -145,7 +161,8 @@ def fastres(
     note(report)
     compiled: Callable[..., Any] = gm.forward
     if inner != "eager":
-        compiled = torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)
+        with _compiling():
+            compiled = torch._dynamo.lookup_backend(inner)(gm, list(example_inputs), **keywords)
     if apart is None or plain is None or not apart.pairs:
         return compiled
     return where_apart(compiled, plain, apart)

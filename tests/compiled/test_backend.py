@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.metadata
 import shutil
@@ -52,6 +53,27 @@ INDUCTOR = pytest.param(
 def test_an_inner_backend_gets_the_changed_graph(inner):
     (training, evaluation) = compare.check(lambda: networks.ResNet(networks.Basic), networks.IMAGES, inner=inner)
     assert training.inner == evaluation.inner == inner and training.fused_norms == 6
+
+
+def test_an_inner_backend_that_traces_the_graph_keeps_our_operators(monkeypatch):
+    """Also where torch does not say during a whole compilation that it compiles, as before 2.14."""
+    monkeypatch.setattr(torch.compiler, "_compile_session_context", contextlib.nullcontext, raising=False)
+    model = networks.ResNet(networks.Basic).double()
+    options = ALWAYS | {"inner": "aot_eager"}
+    compiled = torch.compile(model, backend=fastres.backend.fastres, options=options)
+
+    def step() -> None:
+        compiled(images(2, 3, 12, 12)).sum().backward()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        step()
+    called = {event.key: event.count for event in seen.key_averages() if event.key.startswith("fastres::")}
+    # The shortcut's normalisation is added by the call that normalises its block's second convolution.
+    expected = {"batch_norm_act": ("training", "backward", 5), "projection_shortcut": ("forward", "backward", 1)}
+    assert called == {f"fastres::{name}_{way}": count for name, (*ways, count) in expected.items() for way in ways}, (
+        called
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -20,7 +20,8 @@ OPS = torch.ops.fastres
 @pytest.mark.parametrize("stride", [[1, 1], [2, 2], [2, 3]])
 def test_opcheck_passes_on_every_operator(layout, stride):
     gen = generator(layout, stride)
-    s, weight = activation((2, 5, 6, 7), torch.float32, layout, gen), torch.randn(9, 5, 1, 1, generator=gen)
+    s = activation((2, 5, 6, 7), torch.float32, layout, gen)
+    weight = activation((9, 5, 1, 1), torch.float32, "nchw", gen)
     for statistics in (True, False):
         opcheck(ops.forward, s, weight, stride, statistics)
     product = OPS.projection_shortcut_forward(s, weight, stride, False)[0]
@@ -36,8 +37,9 @@ def test_opcheck_passes_on_every_operator(layout, stride):
 
 def test_statistics_are_those_of_the_product_as_it_is_stored():
     gen = generator("stored")
-    s, weight = activation((2, 8, 6, 6), torch.bfloat16, "channels_last", gen), torch.randn(16, 8, 1, 1, generator=gen)
-    product, mean, m2 = OPS.projection_shortcut_forward(s, weight.bfloat16(), [2, 2], True)
+    s = activation((2, 8, 6, 6), torch.bfloat16, "channels_last", gen)
+    weight = activation((16, 8, 1, 1), torch.bfloat16, "nchw", gen)
+    product, mean, m2 = OPS.projection_shortcut_forward(s, weight, [2, 2], True)
     _, wanted_mean, wanted_m2 = OPS.batch_norm_act_stats(product)
     torch.testing.assert_close(mean, wanted_mean)
     torch.testing.assert_close(m2, wanted_m2)
@@ -48,7 +50,7 @@ def test_the_function_compiles_to_one_graph_with_the_same_results(training):
     gen = generator("compile", training)
     s = activation((2, 5, 6, 7), torch.float32, "channels_last", gen).requires_grad_()
     x = activation((2, 9, 3, 4), torch.float32, "channels_last", gen).requires_grad_()
-    weight = torch.randn(9, 5, 1, 1, generator=gen).requires_grad_()
+    weight = activation((9, 5, 1, 1), torch.float32, "nchw", gen).requires_grad_()
     own, other = norm(9, torch.float32, gen), norm(9, torch.float32, gen)
 
     def f(s, weight, x):
