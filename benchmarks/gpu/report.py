@@ -160,7 +160,7 @@ def markdown(results: dict[str, Any]) -> str:
         lines[:0] = ["**A rehearsal: tiny shapes, figures that say nothing about speed.**", ""]
     lines += _operators(results)
     lines += _steps(results)
-    if not machine["rehearsal"]:
+    if not machine["rehearsal"] and not results.get("networks"):
         lines += _targets(results)
     lines += [f"Left out, the budget of {results['budget_s']:g} s was over: {key}" for key in results["left_out"]]
     for entry in results["entries"]:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import records, workloads
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import driver, measure, report, stages
+from benchmarks.gpu import driver, measure, networks, report, stages
 from benchmarks.gpu.stages import FAILED, OK, SKIPPED, STOPPED, Context, Outcome, Output, Plan, Settings, Skip, Stage
 
 # Starts a process that ignores every polite signal, writes its id to argv[1], and waits.
@@ -402,6 +402,29 @@ def test_compiled_sides_are_not_begun_without_the_time_they_take():
     todo = task(clock, "a", seconds=0.0, sides=("eager", "compile", "max-autotune"))
     entry = measure.measure(todo, measure.HostTimer(), measure.Budget(measure.COMPILE_S["compile"], clock))
     assert set(entry["sides"]) == {"eager", "compile"} and set(entry["missing"]) == {"max-autotune"}
+
+
+def test_networks_are_measured_each_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", "--networks", "--output-dir", str(tmp_path)]
+    settings = {"FASTRES_BENCH_QUICK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=records.ROOT, env=os.environ | settings, check=True, capture_output=True)
+    found = json.loads((tmp_path / stages.RESULTS).read_text())
+    assert found["complete"] is True and found["networks"] is True
+    (entry,) = found["entries"]
+    assert {side: len(seen["seconds"]) for side, seen in entry["sides"].items()} == {"eager": 2, "backend": 2}
+    assert "| fastres as the compiler's backend |" in report.markdown(found)
+
+
+def test_a_network_whose_process_ends_is_left_out(results, tmp_path):
+    file = tmp_path / "results.json"
+    networks.measure_all(("of nobody",), measure.Budget(60.0), results, file)
+    found = json.loads(file.read_text())
+    assert found["left_out"] == ["of nobody"] and found["entries"] == [] and found["complete"] is False
+
+
+def test_networks_have_a_file_of_their_own(results, tmp_path):
+    results |= {"entries": [], "left_out": [], "networks": True}
+    assert measure.publish(results, tmp_path).name == "nvidia-pretend-9000-networks-2026-01-02.json"
 
 
 class Event:
