@@ -229,6 +229,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "3x3, stride 2, evaluation": _inference(lambda: batch_norm_act_max_pool2d(_x(POINTWISE), _wide_norm(), 3, 2, 1)),
     "pool of 2x2": lambda: _backward(max_pool2d(_x(POINTWISE), 2)),
     "Winograd": lambda: _backward(conv3x3(_x(), _weight(3), algorithm="winograd")),
+    "Winograd, tiles of 3x3": lambda: _backward(conv3x3(_x((2, CHANNELS, 6, 6)), _weight(3), algorithm="winograd")),
     "Winograd, tiles of 5x5": lambda: _backward(conv3x3(_x((2, CHANNELS, 10, 10)), _weight(3), algorithm="winograd")),
     "Winograd, stride 2": lambda: _backward(conv3x3(_x(), _weight(3), stride=2, algorithm="winograd")),
     "Winograd, statistics": lambda: _backward(conv3x3_with_statistics(_x(), _weight(3), algorithm="winograd").y),

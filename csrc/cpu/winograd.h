@@ -3,6 +3,7 @@
 
 #include "winograd_tiles.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -36,22 +37,25 @@ struct WeightGradient {
 template <typename Form, typename T>
 void weight_gradient(const WeightGradient<T>& w);
 
-// Whether 5x5 tiles save a fifth of the multiplications of 4x4 tiles, on an image of such outputs: less would not pay
-// for transforms of 7 points, and for their errors.
-inline bool prefers_tile5(int64_t height, int64_t width) {
-  const auto products = [&](int64_t side, int64_t points) {
-    return points * ((height + side - 1) / side) * ((width + side - 1) / side);
-  };
-  return 5 * products(Tile5::kOut, Tile5::kPoints) <= 4 * products(Tile4::kOut, Tile4::kPoints);
+// Products of tiles of one form over an image of such outputs.
+template <typename Form>
+int64_t products_of(int64_t height, int64_t width) {
+  constexpr int64_t side = Form::kOut;
+  return Form::kPoints * ((height + side - 1) / side) * ((width + side - 1) / side);
 }
 
-// f(a value of the form) for a convolution of such a stride, 1 or 2, and outputs.
+// f(a value of the form) for a convolution of such a stride, 1 or 2, and outputs. With stride 1 that is 4x4 tiles, but
+// where others save a fifth of their multiplications: less would not pay for transforms of 7 points, and their errors.
 template <typename F>
 auto with_form(int64_t stride, int64_t height, int64_t width, const F& f) {
   if (stride == 2) {
     return f(Stride2());
   }
-  return prefers_tile5(height, width) ? f(Tile5()) : f(Tile4());
+  const int64_t of_3 = products_of<Tile3>(height, width), of_5 = products_of<Tile5>(height, width);
+  if (5 * std::min(of_3, of_5) > 4 * products_of<Tile4>(height, width)) {
+    return f(Tile4());
+  }
+  return of_3 <= of_5 ? f(Tile3()) : f(Tile5());
 }
 
 } // namespace conv

@@ -1,6 +1,7 @@
 // The forms of Winograd's 3x3 convolution: what a tile is, how it is transformed, and the range that the transforms
 // serve.
 //
+//   Tile3          F(3x3, 3x3): 25 products for 9 outputs, 2.78 an output, for images of 3x3 and 6x6 outputs
 //   Tile4          F(4x4, 3x3): 36 products for 16 outputs, 2.25 an output
 //   Tile5          F(5x5, 3x3): 49 products for 25 outputs, 1.96 an output, with 2.5 times the rounding errors
 //   Stride2        stride 2: 81 products for 16 outputs, where the direct sum takes 144
@@ -134,11 +135,6 @@ struct UnitStride {
     visit(point);
   }
 
-  // Whether every tap of the weight's gradient reads a whole block of a tile with so many outputs inside the image.
-  static constexpr bool taps_read_blocks(int64_t down, int64_t across) {
-    return down > 2 || across > 2;
-  }
-
   // The direct sum: outputs i of kPieces pieces, kPiece x kPiece each, and what they read, kStep positions apart.
   static constexpr int kPieces = 1, kPiece = kOut, kStep = 1;
   // The position that the first output of a piece reads under a tap, or -1.
@@ -149,6 +145,20 @@ struct UnitStride {
     return i;
   }
 };
+
+struct SmallPairs {
+  static constexpr std::array<double, 2> kValues{0.4, 1.25};
+};
+// Three positions from First on, of which the first two and the last two are a block: what an output reads holds one.
+template <int First>
+struct TwoOfThree {
+  static constexpr int kCells = 3;
+  static constexpr std::array<int, 2> kFirst{0, 1}, kSize{2, 2};
+  static constexpr int cell(int position) {
+    return position < First || position >= First + kCells ? -1 : position - First;
+  }
+};
+using Tile3 = UnitStride<Paired<SmallPairs, 3, 3>, TwoOfThree<1>, TwoOfThree<0>, 4096>;
 
 using Tile4 = UnitStride<Zero43, Evenly<1, 2, 2>, Evenly<0, 2, 2>, 4096>;
 
@@ -250,9 +260,6 @@ struct Stride2 : Phases {
   };
   using GradientInput = AllPhases<RowsOfPhases>;
   using Gradient = Square<Phase<false>::Gradient, 0, kOut, Evenly<0, 2, 2>>;
-  static constexpr bool taps_read_blocks(int64_t down, int64_t across) {
-    return down > 2 && across > 2;
-  }
 
   template <typename Load, typename Store>
   static inline __attribute__((always_inline)) void outputs(const Load& load, const Store& store) {

@@ -8,7 +8,8 @@
 //
 //   F(4, 3)  0, +-sqrt(1/2), +-sqrt(2)     transforms written out (Zero43): a * b = 1 keeps every matrix entry between
 //                                          1/6 and 2.83, for as many operations as the points 1 and 2 take
-//   F(5, 3)  +-0.3, +-0.85, +-1.75         of pairs of points (Paired)
+//   F(3, 3)  +-0.4, +-1.25                 of pairs of points (Paired), and infinity
+//   F(5, 3)  +-0.3, +-0.85, +-1.75         of pairs
 //   F(4, 2)  +-1/2, +-5/4                  of pairs; without infinity, whose product is zero then, F(4, 1)
 //
 // The points are those with the smallest errors that were found (docs/convolution.md has the figures).

@@ -116,7 +116,8 @@ public:
     readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
     const Tiles tiles = w.tiles();
     for (int64_t p = 0; p < count; ++p) {
-      if (!Form::taps_read_blocks(tiles.pixels_down(first + p), tiles.pixels_across(first + p)) &&
+      // Every tap reads a whole block of a tile with three outputs inside the image along each axis.
+      if (std::min(tiles.pixels_down(first + p), tiles.pixels_across(first + p)) < 3 &&
           !(even(readers.x.read(first + p), w.inputs, Form::kEnergyRatio) &&
             even(readers.dy.read(first + p), w.outputs, Form::kEnergyRatio))) {
         beyond.push_back(p);
@@ -367,6 +368,7 @@ void weight_gradient(const WeightGradient<T>& given) {
 #define FASTRES_INSTANTIATE(Form) \
   template void weight_gradient<Form>(const WeightGradient<float>&); \
   template void weight_gradient<Form>(const WeightGradient<BFloat16>&);
+FASTRES_INSTANTIATE(Tile3)
 FASTRES_INSTANTIATE(Tile4)
 FASTRES_INSTANTIATE(Tile5)
 FASTRES_INSTANTIATE(Stride2)

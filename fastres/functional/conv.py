@@ -79,13 +79,13 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, al
 
         y[n, k, i, j] = sum over c, u, v of weight[k, c, u, v] * x[n, c, stride * i + d (u - 1), stride * j + d (v - 1)]
 
-    On the CPU in float32 and bfloat16 by Winograd's algorithm: with stride 1 by tiles of 4x4 or 5x5 outputs, which take
-    a quarter or less of the multiplications, with stride 2 by four phases of the input, 81 multiplications for 144. In
-    float32 its rounding errors are two to four times those of the direct sum; in bfloat16, which it computes in
-    float32, they are no larger. Tiles with values too large for its transforms, infinities or NaN are summed directly,
-    so that these show only where they are read (docs/convolution.md, "Range"). Results are the same in every run; the
-    rounding of the weight's gradient, and nothing else, depends on the number of threads. Elsewhere PyTorch's
-    convolution.
+    On the CPU in float32 and bfloat16 by Winograd's algorithm: with stride 1 by tiles of 4x4 outputs, or of 3x3 or 5x5
+    where they fit better, which take a quarter of the multiplications (25 for 81, 36 for 144, 49 for 225), with stride
+    2 by four phases of the input, 81 multiplications for 144. In float32 its rounding errors are two to four times
+    those of the direct sum; in bfloat16, which it computes in float32, they are no larger. Tiles with values too large
+    for its transforms, infinities or NaN are summed directly, so that these show only where they are read
+    (docs/convolution.md, "Range"). Results are the same in every run; the rounding of the weight's gradient, and
+    nothing else, depends on the number of threads. Elsewhere PyTorch's convolution.
 
     Where no gradient is asked for and output positions are few (a small image at batch 1), "auto" takes the direct sum
     as one matrix product of our own, with the direct sum's rounding errors.

@@ -43,7 +43,7 @@ class _Winograd(NamedTuple):
     Attributes:
         lanes: of a vector. Inputs are rounded up to it, and outputs to two of it.
         call: one call.
-        forms: by stride. csrc/cpu/winograd.h chooses between two.
+        forms: by stride. csrc/cpu/winograd.h chooses between those of stride 1.
     """
 
     lanes: int
@@ -80,17 +80,29 @@ class _Costs(NamedTuple):
 
 _AVX512 = _Costs(
     _Winograd(
-        16, 1_000_000, {1: (_Form(4, 72, 1600, 1200), _Form(5, 98, 2400, 1600)), 2: (_Form(4, 162, 3500, 7500),)}
+        16,
+        1_000_000,
+        {
+            1: (_Form(3, 50, 1050, 830), _Form(4, 72, 1600, 1200), _Form(5, 98, 2400, 1600)),
+            2: (_Form(4, 162, 3500, 7500),),
+        },
     ),
     {1: _Direct(norm=200), 2: _Direct(norm=200, unfilled=150)},
 )
 _AVX2 = _Winograd(
-    8, 9_000_000, {1: (_Form(4, 89, 1360, 810), _Form(5, 122, 2000, 1100)), 2: (_Form(4, 172, 2900, 1300),)}
+    8,
+    9_000_000,
+    {
+        1: (_Form(3, 55, 890, 810), _Form(4, 89, 1360, 810), _Form(5, 122, 2000, 1100)),
+        2: (_Form(4, 172, 2900, 1300),),
+    },
 )
 _AVX2_FEW = _Winograd(
-    8, 7_000_000, {1: (_Form(4, 105, 340, 760), _Form(5, 143, 500, 1000)), 2: (_Form(4, 232, 0, 1130),)}
+    8,
+    7_000_000,
+    {1: (_Form(3, 80, 400, 530), _Form(4, 105, 340, 760), _Form(5, 143, 500, 1000)), 2: (_Form(4, 232, 0, 1130),)},
 )
-_AVX2_PACKED = _Winograd(8, 1_300_000, {1: (_Form(4, 89, 1140, 480), _Form(5, 122, 1700, 650))})
+_AVX2_PACKED = _Winograd(8, 1_300_000, {1: (_Form(3, 62, 750, 330), _Form(4, 89, 1140, 480), _Form(5, 122, 1700, 650))})
 _AVX2_GEMM = _Direct(output=250, weight=124, call=6_300_000)
 # By capability and what it is compared with: PyTorch's convolution, "gemm" of few positions, and "gemm" in inference
 # with packed weights.

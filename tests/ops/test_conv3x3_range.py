@@ -42,6 +42,7 @@ SHAPES = {
     "by tiles": (3, 17, 8, 9, 6),
     "small tiles at the edge": (2, 6, 12, 6, 6),
     "tiles of 5x5": (2, 7, 18, 10, 5),
+    "tiles of 3x3": (2, 9, 20, 6, 3),
     "small tiles of 5x5 at the edge": (2, 6, 12, 6, 11),
     "by tiles, gradient by shares": (30, 2, 3, 32, 32),
 }
@@ -159,6 +160,20 @@ def test_a_large_value_shows_only_where_it_is_read(shape, stride, dtype, value):
     for pixels in places(*dy.shape[2:]).values():
         check(x, weight, put(dy, value, pixels), stride)
     check(put(x, value, [(0, 0)]), weight, put(dy, 1e3, [(dy.shape[2] - 1, 0)]), stride)
+
+
+@strides
+@dtypes
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("pixels", [(4, 2), (3, 6), (6, 6), (2, 3), (5, 7), (10, 10), (11, 14)], ids=str)
+def test_a_large_edge_of_an_image_shows_only_where_it_is_read(pixels, axis, dtype, stride):
+    """Some taps of the weight's gradient do not read it, and of the tiles there one or two outputs are in the image."""
+    x, weight, dy = data((2, 16, 20, *pixels), dtype, axis, stride=stride)
+    for large in (x, dy):
+        for edge in (0, -1):
+            changed = large.clone()
+            changed.select(axis, edge).mul_(1e5)
+            check(*(changed if t is large else t for t in (x, weight, dy)), stride)
 
 
 @shapes
