@@ -92,8 +92,8 @@ class _Counters:
     Launches on one stream follow each other and share a block of counters. Launches in a CUDA graph get counters that
     no other launch ever gets, since graphs may be replayed beside each other and beside any stream.
 
-    Memory that outlives a call must not come from the pool of a CUDA graph, and the run by which torch.compile warms one
-    up allocates from it without a capture. Such a pool serves one thread, so counters are made in another.
+    Memory that outlives a call must not come from the pool of a CUDA graph, and the run by which torch.compile warms
+    one up allocates from it without a capture. Such a pool serves one thread, so counters are made in another.
     """
 
     SHARED = 1024

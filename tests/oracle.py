@@ -194,7 +194,7 @@ POINTWISE = Form(0, 1.0, 1.0, 1.0, taps=1)
 
 
 def form_of(x: Tensor, stride: int = 1, kernel: int = 3) -> Form:
-    """The form that serves a convolution of x: of stride 1 the others where they save a fifth of 4x4 tiles' products."""
+    """The form that serves a convolution of x: of stride 1 others where they save a fifth of 4x4 tiles' products."""
     if kernel == 1:
         return POINTWISE
     if stride == 2:

@@ -141,8 +141,18 @@ struct WriteMeasured {
     template <typename Visit>
     void begin(const Visit& visit, int64_t outputs) {
       sum = squares = Lanes{};
-      visit([&](Lanes v) { sum = sum + v; });
+      Lanes largest{};
+      visit([&](Lanes v) {
+        sum = sum + v;
+        largest = not_below(largest, not_below(v, Lanes{} - v));
+      });
       shift = sum * broadcast(1.0f / static_cast<float>(outputs));
+      if constexpr (!std::is_same_v<T, float>) {
+        // In steps of a bfloat16's of that size: with more digits than outputs have, all differences would end alike,
+        // and what their sum rounds off would be the same at every addition.
+        const Lanes steps = broadcast(1.5f * (1 << 15)) * largest;
+        shift = (shift + steps) - steps;
+      }
       sum = Lanes{};
       store_counted(sums, shift, count);
     }

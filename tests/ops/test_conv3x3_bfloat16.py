@@ -260,6 +260,15 @@ def test_an_added_gradient_of_any_strides_is_added_once(strides):
     assert torch.equal(dweight, OPS.conv3x3_backward(dy, x, weight, None, [False, True])[1])
 
 
+@both_kernels
+def test_the_mean_does_not_drift_with_the_pixels_of_a_chunk(kernel):
+    """Differences of bfloat16 from a number with more digits all end alike, and every addition rounds them one way."""
+    x, weight, _ = tensors((40, 17, 16, 6, 7), torch.float32, "drift", kernel=kernel)
+    with threads(1), unrounded(torch.float32):
+        y, statistics, _ = WITH_STATISTICS[kernel](x, weight, algorithm=OURS[kernel])
+    assert_close(statistics.mean, y.double().mean((0, 2, 3)), "mean", length=1)
+
+
 def test_statistics_far_from_zero_are_those_of_what_is_stored():
     # At 300 the spacing of bfloat16 is 2, twice the deviation: those of y as computed are others.
     x = activation((8, 20, 16, 15), LOW, "channels_last", generator("far"), mean=0.0, std=1.0)
