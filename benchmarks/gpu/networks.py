@@ -130,20 +130,20 @@ def measure_all(names: Sequence[str], budget: measure.Budget, results: dict[str,
     print(f"{len(ready)} of {len(names)} networks are ready to be measured ({budget.left():.0f} s left)", flush=True)
     for name in names:
         process, pipe = processes[name]
+        entry = None
         if name in ready:
-            pipe.send("measure")
+            with contextlib.suppress(BrokenPipeError):
+                pipe.send("measure")
             entry = _answer(pipe, max(30.0, budget.left()))
-            ready = ready if entry is not None else [other for other in ready if other != name]
-        if name in ready:
-            results["entries"].append(entry)
-        else:
+        if entry is None:
             results["left_out"].append(name)
+        else:
+            results["entries"].append(entry)
         process.kill()
         process.join()
-        print(f"{name}: {'measured' if name in ready else 'left out'} ({budget.left():.0f} s left)", flush=True)
-        results["complete"] = len(results["entries"]) == len(names) and not any(
-            e["missing"] for e in results["entries"]
-        )
+        print(f"{name}: {'left out' if entry is None else 'measured'} ({budget.left():.0f} s left)", flush=True)
+        missing = any(found["missing"] for found in results["entries"])
+        results["complete"] = len(results["entries"]) == len(names) and not missing
         records.write_text(file, records.to_json(results))
 
 
