@@ -13,8 +13,8 @@ from torch import Tensor
 import fastres
 from fastres import functional, reference
 from fastres.nn import FusedBottleneck
-from tests.ops.test_grouped_conv import data, exact, needs_kernels
-from tests.oracle import LAYOUTS, assert_close, assert_statistics, form_of, input_length, output_length, weight_length
+from tests.ops.test_grouped_conv import check, data, needs_kernels
+from tests.oracle import LAYOUTS, form_of, input_length, output_length, weight_length
 
 # groups, and inputs and outputs of each; images, height, width
 WIDTHS = [(2, 8, 8), (3, 16, 24), (2, 40, 16), (5, 8, 16), (2, 64, 64)]
@@ -24,23 +24,12 @@ sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s
 strides = pytest.mark.parametrize("stride", [1, 2])
 
 
-def check(width: tuple[int, int, int], x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> None:
-    """y, its statistics and both gradients."""
+def check_winograd(width: tuple[int, int, int], x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> None:
+    """`check`, with the errors of Winograd's algorithm."""
     _, inputs, outputs = width
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     form = form_of(x, stride)
-    made = functional.grouped_conv2d_with_statistics(x, weight, stride=stride, algorithm="winograd")
-    dx, dweight = torch.autograd.grad(made.y, (x, weight), dy)
-    y, wanted = made.y.detach(), exact(x, weight, dy, stride)
-    assert_close(y, wanted[0], "y", length=output_length(inputs, form))
-    assert_close(dx, wanted[1], "gradient of x", length=input_length(outputs, form))
-    assert_close(dweight, wanted[2], "gradient of weight", length=weight_length(x, stride))
-    assert dx.dtype == x.dtype and dweight.dtype == weight.dtype
-    assert y.is_contiguous(memory_format=torch.channels_last) and made.input is x
-    assert made.statistics is not None
-    assert_statistics(*made.statistics[:2], y, "y")
-    with torch.no_grad():
-        assert torch.equal(functional.grouped_conv2d(x, weight, stride=stride, algorithm="winograd"), y)
+    lengths = output_length(inputs, form), input_length(outputs, form), weight_length(x, stride)
+    check(x, weight, dy, stride, "winograd", lengths)
 
 
 @needs_kernels
@@ -49,14 +38,14 @@ def check(width: tuple[int, int, int], x: Tensor, weight: Tensor, dy: Tensor, st
 @strides
 def test_values_and_gradients_are_those_of_float64(width, size, stride):
     for layout in LAYOUTS:
-        check(width, *data(width, size, stride=stride, layout=layout), stride)
+        check_winograd(width, *data(width, size, stride=stride, layout=layout), stride)
 
 
 @needs_kernels
 @widths
 @strides
 def test_values_and_gradients_in_bfloat16_are_those_of_float64(width, stride):
-    check(width, *data(width, (2, 7, 9), stride=stride, dtype=torch.bfloat16), stride)
+    check_winograd(width, *data(width, (2, 7, 9), stride=stride, dtype=torch.bfloat16), stride)
 
 
 @pytest.mark.parametrize("width", [(6, 4, 4), (8, 1, 1), (2, 9, 9)], ids=str)

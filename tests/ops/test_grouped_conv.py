@@ -68,26 +68,33 @@ def exact(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> tuple[Tensor, .
     return (y.detach(), *torch.autograd.grad(y, (x, weight), dy.double()))
 
 
-def check(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> None:
-    """y, its statistics and both gradients."""
+def check(
+    x: Tensor, weight: Tensor, dy: Tensor, stride: int, algorithm: str = "grouped",
+    lengths: tuple[int, int, int] | None = None,
+) -> None:  # fmt: skip
+    """y, its statistics and both gradients.
+
+    Args:
+        lengths: of the sums behind y and both gradients; None: the direct sum's.
+    """
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     outputs, inputs, kernel, _ = weight.shape
-    made = functional.grouped_conv2d_with_statistics(x, weight, stride=stride, algorithm="grouped")
-    dx, dweight = torch.autograd.grad(made.y, (x, weight), dy)
-    y = made.y.detach()
-    wanted = exact(x, weight, dy, stride)
-    per_group = outputs * inputs // x.shape[1]
-    assert_close(y, wanted[0], "y", length=kernel**2 * inputs)
-    assert_close(dx, wanted[1], "gradient of x", length=kernel**2 * per_group)
-    assert_close(dweight, wanted[2], "gradient of weight", length=dy.numel() // outputs)
+    if lengths is None:
+        lengths = (kernel**2 * inputs, kernel**2 * (outputs * inputs // x.shape[1]), dy.numel() // outputs)
+    made = functional.grouped_conv2d_with_statistics(x, weight, stride=stride, algorithm=algorithm)
+    y, found = made.y.detach(), torch.autograd.grad(made.y, (x, weight), dy)
+    names = ("y", "gradient of x", "gradient of weight")
+    for actual, wanted, name, length in zip((y, *found), exact(x, weight, dy, stride), names, lengths, strict=True):
+        assert_close(actual, wanted, name, length=length)
+    dx, dweight = found
     assert (
         dweight.stride() == torch.empty_like(weight).stride() and dx.dtype == x.dtype and dweight.dtype == weight.dtype
     )
     if COMPILED:
-        assert made.statistics is not None and y.is_contiguous(memory_format=torch.channels_last)
+        assert made.input is x and made.statistics is not None and y.is_contiguous(memory_format=torch.channels_last)
         assert_statistics(*made.statistics[:2], y, "y")
         with torch.no_grad():
-            assert torch.equal(functional.grouped_conv2d(x, weight, stride=stride, algorithm="grouped"), y)
+            assert torch.equal(functional.grouped_conv2d(x, weight, stride=stride, algorithm=algorithm), y)
 
 
 # --------------------------------------------------------------------------------------------------------------- values
