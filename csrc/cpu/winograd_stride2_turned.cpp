@@ -1,22 +1,4 @@
 // The input gradient of stride 2, see winograd_forms.h.
-#include "winograd_convolution.h"
-
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-
-namespace fastres {
-inline namespace CPU_CAPABILITY {
-namespace conv {
-
-template Chunks chunks_of<Stride2Turned>(int64_t, int64_t, int64_t, const Kernel&);
-
-#define FASTRES_INSTANTIATE(T, ...) \
-  template void convolve<Stride2Turned>(const Chunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
-FASTRES_GRADIENT_EPILOGUES(FASTRES_INSTANTIATE, float)
-FASTRES_GRADIENT_EPILOGUES(FASTRES_INSTANTIATE, BFloat16)
-#undef FASTRES_INSTANTIATE
-
-} // namespace conv
-} // namespace CPU_CAPABILITY
-} // namespace fastres
-
-#endif
+#define FASTRES_FORM Stride2Turned
+#define FASTRES_FORM_EPILOGUES FASTRES_GRADIENT_EPILOGUES
+#include "winograd_instantiate.h"
