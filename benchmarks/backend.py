@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.machine import describe_machine, in_own_process
 from benchmarks.memory import MIB, tensors_peak
-from benchmarks.networks import Unet, plain, preactivation_resnet18, timm_network, with_ordinary_weights
+from benchmarks.networks import Unet, plain, preactivation_resnet18, timm_network, training_step, with_ordinary_weights
 from benchmarks.records import PUBLISHED, ROOT, insert_table, number, row, slug, to_json, write_text
 from benchmarks.workloads import Run, Workload
 
@@ -104,10 +104,6 @@ def _sides(inner: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _loss(output: Tensor) -> Tensor:
-    return output.float().square().mean()
-
-
 def measure(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     """Time all sides of a network, interleaved.
 
@@ -147,7 +143,8 @@ def _set_up(name: str, side: str, images: Tensor) -> Run:
     layout = torch.contiguous_format if side in IN_NCHW else torch.channels_last
     model = with_ordinary_weights(NETWORKS[name][0]()).to(memory_format=layout)
     inner = (side.removeprefix(INNER),) if side.startswith(INNER) else ()
-    return _step(torch.compile(model, **_sides(inner)[side]), model, images.contiguous(memory_format=layout))
+    forward = torch.compile(model, **_sides(inner)[side])
+    return training_step(forward, model, images.contiguous(memory_format=layout))
 
 
 def workload(name: str) -> Workload:
@@ -167,17 +164,6 @@ def workload(name: str) -> Workload:
 def measure_alone(name: str, rounds: int, inner: tuple[str, ...] = ()) -> Measured:
     """`measure` in a process of its own."""
     return in_own_process(measure, name, rounds, inner)
-
-
-def _step(forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor) -> Run:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(_loss(forward(images)))
-        optimizer.step()
-
-    return run
 
 
 def table(found: list[Measured]) -> str:

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import CLASSES
+from benchmarks.workloads import CLASSES, CUDA, DEVICE, Run
 from fastres import models
 from fastres.nn.preactivation import PreactivationBlock
 
@@ -80,3 +80,23 @@ def with_ordinary_weights(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     return model
+
+
+def training_step(
+    forward: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, weight_decay: float = 0.0
+) -> Run:
+    """Forward, a loss, backward and SGD with momentum; on a GPU under bfloat16 autocast.
+
+    Args:
+        forward: the model, or what it was compiled to.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=weight_decay)
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+            output = forward(images)
+        torch.autograd.backward(output.float().square().mean())
+        optimizer.step()
+
+    return run

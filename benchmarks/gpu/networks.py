@@ -22,7 +22,7 @@ import torch.nn as nn
 import fastres
 from benchmarks import records, workloads
 from benchmarks.gpu import measure
-from benchmarks.networks import Unet, plain, preactivation_resnet18, timm_network, with_ordinary_weights
+from benchmarks.networks import Unet, plain, preactivation_resnet18, timm_network, training_step, with_ordinary_weights
 from benchmarks.sides import BACKEND, COMPILE, COMPILE_GRAPH, EAGER, EAGER_GRAPH, FROZEN_GRAPH, FUSED_COMPILE
 from benchmarks.workloads import CLASSES, CUDA, DEVICE, QUICK, Run, Workload
 from fastres import models
@@ -102,16 +102,7 @@ def _set_up(case: Case, side: str, batch: tuple[torch.Tensor, torch.Tensor]) -> 
     if side != EAGER:
         backend = fastres_backend if side == BACKEND else "inductor"
         forward = torch.compile(model, dynamic=False, backend=backend)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            output = forward(batch[0])
-        torch.autograd.backward(output.float().square().mean())
-        optimizer.step()
-
-    return step
+    return training_step(forward, model, batch[0], weight_decay=5e-4)
 
 
 def measure_all(names: Sequence[str], budget: measure.Budget, results: dict[str, Any], file: Path) -> None:
