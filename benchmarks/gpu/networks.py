@@ -21,7 +21,7 @@ import torch.nn as nn
 
 import fastres
 from benchmarks import records, workloads
-from benchmarks.gpu import measure
+from benchmarks.gpu import timing
 from benchmarks.networks import Unet, plain, preactivation_resnet18, timm_network, training_step, with_ordinary_weights
 from benchmarks.sides import BACKEND, COMPILE, COMPILE_GRAPH, EAGER, EAGER_GRAPH, FROZEN_GRAPH, FUSED_COMPILE
 from benchmarks.workloads import CLASSES, CUDA, DEVICE, QUICK, Run, Workload
@@ -105,7 +105,7 @@ def _set_up(case: Case, side: str, batch: tuple[torch.Tensor, torch.Tensor]) -> 
     return training_step(forward, model, batch[0], weight_decay=5e-4)
 
 
-def measure_all(names: Sequence[str], budget: measure.Budget, results: dict[str, Any], file: Path) -> None:
+def measure_all(names: Sequence[str], budget: timing.Budget, results: dict[str, Any], file: Path) -> None:
     """Measure networks into `results`, writing `file` after each; one that is not ready in time is named."""
     results |= {"entries": [], "left_out": [], "complete": False}
     records.write_text(file, records.to_json(results))
@@ -147,11 +147,11 @@ def _answer(pipe: Connection, seconds: float) -> Any:
 
 def _serve(name: str, seconds: float, pipe: Connection) -> None:
     """A network's process: set up, say so, wait to be asked, measure, send the entry."""
-    budget = measure.Budget(seconds, time.monotonic)
+    budget = timing.Budget(seconds, time.monotonic)
     torch.backends.cudnn.benchmark = True
-    timer: measure.Timer = measure.CudaTimer() if CUDA else measure.HostTimer()
+    timer: timing.Timer = timing.CudaTimer() if CUDA else timing.HostTimer()
     case = workload(name)
-    prepared = measure.prepare(measure.Task(case, case.sides, f"{case.group}-{case.key}"), timer, budget)
+    prepared = timing.prepare(timing.Task(case, case.sides, f"{case.group}-{case.key}"), timer, budget)
     pipe.send("ready")
     pipe.recv()
-    pipe.send(measure.timed(prepared, timer, budget))
+    pipe.send(timing.timed(prepared, timer, budget))

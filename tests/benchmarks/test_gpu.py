@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import records, workloads
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import driver, measure, networks, report, stages
+from benchmarks.gpu import driver, measure, networks, report, stages, timing
 from benchmarks.gpu.stages import FAILED, OK, SKIPPED, STOPPED, Context, Outcome, Output, Plan, Settings, Skip, Stage
 
 # Starts a process that ignores every polite signal, writes its id to argv[1], and waits.
@@ -322,7 +322,7 @@ class Clock:
         return self.now
 
 
-def task(clock: Clock, key: str, seconds: float = 1.0, sides: tuple[str, ...] = ("eager", "fused")) -> measure.Task:
+def task(clock: Clock, key: str, seconds: float = 1.0, sides: tuple[str, ...] = ("eager", "fused")) -> timing.Task:
     """A task whose every run takes `seconds` of the clock; the side "broken" cannot be set up."""
 
     def set_up(side: str) -> workloads.Run:
@@ -336,7 +336,7 @@ def task(clock: Clock, key: str, seconds: float = 1.0, sides: tuple[str, ...] = 
 
     workload = workloads.Workload("op", key, key, images=4, rounds=5, set_up=set_up, sides=sides, shape=(4, 2, 2, 2),
                                   bytes=1000)  # fmt: skip
-    return measure.Task(workload, sides, key)
+    return timing.Task(workload, sides, key)
 
 
 @pytest.fixture
@@ -361,13 +361,13 @@ def test_the_budget_ends_the_run_with_valid_partial_results(results, tmp_path):
                 states.append([e["key"] for e in json.loads(file.read_text())["entries"]])
             yield task(clock, key)
 
-    measure.measure_all(todo(), measure.HostTimer(), measure.Budget(30.0, clock), results, file)
+    measure.measure_all(todo(), timing.HostTimer(), timing.Budget(30.0, clock), results, file)
     found = json.loads(file.read_text())
     # A task takes two sides x (2 runs to set up, 5 rounds), so b begins at 14 and c at 28. That leaves c one side, with
     # the least number of rounds, and d nothing.
     assert states == [[], ["a"], ["a", "b"], ["a", "b", "c"]]
     counts = [{side: len(seen["seconds"]) for side, seen in e["sides"].items()} for e in found["entries"]]
-    assert counts == [{"eager": 5, "fused": 5}, {"eager": 5, "fused": 5}, {"eager": measure.LEAST_ROUNDS}]
+    assert counts == [{"eager": 5, "fused": 5}, {"eager": 5, "fused": 5}, {"eager": timing.LEAST_ROUNDS}]
     assert found["left_out"] == ["d"] and found["complete"] is False
     assert "d" in report.markdown(found)
     assert "left out" in found["entries"][2]["missing"]["fused"]
@@ -382,7 +382,7 @@ def test_an_interrupted_run_leaves_what_it_had(results, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure.measure_all(todo(), measure.HostTimer(), measure.Budget(99.0, clock), results, file)
+        measure.measure_all(todo(), timing.HostTimer(), timing.Budget(99.0, clock), results, file)
     found = measure.read(file)
     assert [e["key"] for e in found["entries"]] == ["a"] and found["complete"] is False
 
@@ -390,7 +390,7 @@ def test_an_interrupted_run_leaves_what_it_had(results, tmp_path):
 def test_a_side_that_fails_does_not_take_the_others_with_it(results, tmp_path, capsys):
     clock, file = Clock(), tmp_path / "results.json"
     todo = [task(clock, "a", sides=("eager", "broken", "fused"))]
-    measure.measure_all(todo, measure.HostTimer(), measure.Budget(99.0, clock), results, file)
+    measure.measure_all(todo, timing.HostTimer(), timing.Budget(99.0, clock), results, file)
     (entry,) = json.loads(file.read_text())["entries"]
     assert set(entry["sides"]) == {"eager", "fused"}
     assert entry["missing"] == {"broken": "failed: ValueError: first line"}
@@ -400,7 +400,7 @@ def test_a_side_that_fails_does_not_take_the_others_with_it(results, tmp_path, c
 def test_compiled_sides_are_not_begun_without_the_time_they_take():
     clock = Clock()
     todo = task(clock, "a", seconds=0.0, sides=("eager", "compile", "max-autotune"))
-    entry = measure.measure(todo, measure.HostTimer(), measure.Budget(measure.COMPILE_S["compile"], clock))
+    entry = timing.measure(todo, timing.HostTimer(), timing.Budget(timing.COMPILE_S["compile"], clock))
     assert set(entry["sides"]) == {"eager", "compile"} and set(entry["missing"]) == {"max-autotune"}
 
 
@@ -417,7 +417,7 @@ def test_networks_are_measured_each_in_a_process_of_its_own(tmp_path):
 
 def test_a_network_whose_process_ends_is_left_out(results, tmp_path):
     file = tmp_path / "results.json"
-    networks.measure_all(("of nobody",), measure.Budget(60.0), results, file)
+    networks.measure_all(("of nobody",), timing.Budget(60.0), results, file)
     found = json.loads(file.read_text())
     assert found["left_out"] == ["of nobody"] and found["entries"] == [] and found["complete"] is False
 
@@ -462,12 +462,12 @@ def test_device_time_is_taken_from_a_queue_that_was_full_or_said_not_to_be(host_
         clock.now += host_s
         event.free_at = max(clock.now, event.free_at) + 0.00025
 
-    monkeypatch.setattr(measure.torch.cuda, "Event", event)
-    monkeypatch.setattr(measure.torch.cuda, "_sleep", spin)
-    monkeypatch.setattr(measure.torch.cuda, "synchronize", lambda: setattr(clock, "now", max(clock(), event.free_at)))
-    monkeypatch.setattr(measure.time, "perf_counter", clock)
-    timer = measure.CudaTimer()
-    side = measure.Timed(run, 0.0, 0.0)
+    monkeypatch.setattr(timing.torch.cuda, "Event", event)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", spin)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: setattr(clock, "now", max(clock(), event.free_at)))
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    timer = timing.CudaTimer()
+    side = timing.Timed(run, 0.0, 0.0)
     seconds = timer.device(side, 8)
     assert side.kept_busy is kept_busy
     assert seconds == pytest.approx(0.00025 if kept_busy else 10.0, rel=0.01)
