@@ -25,6 +25,7 @@ Flip = Literal["auto", "none", "random", "alternating"]
 CropBorder = Literal["zero", "reflect"]
 Tta = Literal["none", "flip", "flip+shift"]
 ConvAlgorithm = Literal["auto", "torch", "winograd", "gemm", "grouped", "direct"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 OLD_DEFAULTS: dict[str, Any] = {
@@ -35,7 +36,7 @@ OLD_DEFAULTS: dict[str, Any] = {
     "zero_init_gamma": False, "whitening_bias_epochs": None, "sync_bn": False, "fsdp": False,
     "save_minutes": 10.0, "report": True,
     "mixup": 0.0, "cutmix": 0.0, "randaugment": [], "random_erasing": 0.0,
-    "find_lr": False, "test_only": False,
+    "find_lr": False, "test_only": False, "compile_mode": "default",
 }  # fmt: skip
 """Of fields that checkpoints may be older than: the values with which those runs go on as they began."""
 
@@ -147,6 +148,8 @@ class TrainConfig:
         reuse_memory: On the CPU, let the C library keep large buffers instead of returning them to the system at each
             free: faster, and the process keeps its peak memory until it ends.
         compile: Pass the network through torch.compile.
+        compile_mode: torch.compile's mode. On a GPU reduce-overhead and max-autotune run the network as
+            CUDA graphs, in one process and batches of one part: small batches no longer wait for the processor.
         sync_bn: In several processes (torchrun), batch statistics of all their images; else each normalises by those of
             its own share. On a CPU it needs the fused blocks.
         fsdp: In several processes, shard weights, gradients and optimizer state over them (FSDP2), where else each
@@ -215,10 +218,16 @@ class TrainConfig:
     channels_last: bool = True
     reuse_memory: bool = True
     compile: bool = False
+    compile_mode: CompileMode = "default"
     sync_bn: bool = False
     fsdp: bool = False
     save_minutes: float = 10.0
     report: bool = True
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether torch.compile makes CUDA graphs of the network, where it is on a GPU."""
+        return self.compile and self.compile_mode in ("reduce-overhead", "max-autotune")
 
 
 def check_config(config: TrainConfig) -> None:
@@ -240,6 +249,7 @@ def check_config(config: TrainConfig) -> None:
         ("flip", Flip),
         ("crop_border", CropBorder),
         ("tta", Tta),
+        ("compile_mode", CompileMode),
     ):
         _check_choice(name, getattr(config, name), get_args(kind))
     unknown = models.why_unknown(config.model)
@@ -252,6 +262,11 @@ def check_config(config: TrainConfig) -> None:
         raise InputError(
             "conv_algorithm: expected nothing with fused=False (--no-fused), where every convolution is PyTorch's, "
             f"got {config.conv_algorithm!r}"
+        )
+    if config.uses_cuda_graphs and config.accumulate > 1:
+        raise InputError(
+            f"accumulate: expected 1 with compile_mode={config.compile_mode!r}, whose CUDA graphs write each part's "
+            f"gradients to the same memory, got {config.accumulate}"
         )
     if config.find_lr and config.test_only:
         raise InputError("find_lr: expected nothing with test_only, which takes no training step")

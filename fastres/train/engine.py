@@ -59,7 +59,7 @@ class Engine:
         if config.mixup > 0 or config.cutmix > 0:
             self.mixing = Mixing(config.mixup, config.cutmix, len(self.data.classes))
         # Evaluation calls the network itself: its processes have different numbers of batches.
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.forward = torch.compile(self.model, mode=config.compile_mode) if config.compile else self.model
         self.compute = spread(
             self.forward, self.group, self.device, static_graph=config.accumulate == 1, sync_bn=config.sync_bn
         )

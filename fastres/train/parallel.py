@@ -31,6 +31,10 @@ def check_job(config: TrainConfig, group: Group, resumed: dict[str, Any] | None)
     """
     if config.fsdp and group.size == 1:
         raise InputError("fsdp: expected several processes (torchrun --nproc-per-node), got one")
+    if config.uses_cuda_graphs and group.size > 1:
+        raise InputError(
+            f"compile_mode: expected a mode without CUDA graphs in several processes, got {config.compile_mode!r}"
+        )
     if config.sync_bn and group.size > 1 and config.device == "cpu" and not config.fused:
         raise InputError("sync_bn: expected --fused on a CPU, torch's nn.SyncBatchNorm is for GPUs; got --no-fused")
     if config.batch_size is not None and config.batch_size < 2 * group.size:

@@ -26,7 +26,8 @@ from fastres.train.weights import start_weights
 
 RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
-                  "workers", "reuse_memory", "compile", "save_minutes", "report", "test_only")  # fmt: skip
+                  "workers", "reuse_memory", "compile", "compile_mode", "save_minutes", "report",
+                  "test_only")  # fmt: skip
 """Fields in which a resumed run may differ from its checkpoint; the others decide what is computed."""
 TEST_FIELDS = ("fused", "conv_algorithm", "amp", "channels_last", "tta", "sync_bn", "fsdp")
 """Fields in which an evaluation (test_only) may differ as well: the same weights, computed in another way."""

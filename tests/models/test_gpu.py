@@ -147,11 +147,20 @@ def test_dropout_of_a_network_is_drawn_anew_each_step_and_follows_the_seed() -> 
     assert torch.equal(first, model(x)) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
-def test_the_trainer_learns_digits(amp: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("amp", "more"),
+    [
+        ("none", ()),
+        ("bf16", ()),
+        ("fp16", ()),
+        ("bf16", ("--compile", "--compile-mode", "reduce-overhead")),
+        ("fp16", ("--compile", "--compile-mode", "reduce-overhead", "--clip-grad", "5", "--ema-decay", "0.9")),
+    ],
+)
+def test_the_trainer_learns_digits(amp: str, more: tuple[str, ...], tmp_path: Path) -> None:
     options = {"dataset": "digits", "model": "resnet20", "epochs": "4", "device": "cuda", "amp": amp}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "fastres.train", "--fused", *words, "--output-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "fastres.train", "--fused", *words, *more, "--output-dir", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     best = torch.load(tmp_path / "best.pt", weights_only=True)

@@ -57,6 +57,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("stem", "tiny"),
     ("amp", "fp8"),
     ("conv_algorithm", "fft"),
+    ("compile_mode", "fast"),
     ("epochs", 0),
     ("max_steps", 0),
     ("batch_size", 1),
@@ -125,6 +126,7 @@ def test_convolution_algorithm_of_a_plain_network_is_refused(algorithm: Any) -> 
         ({"lookahead_period": 5, "fsdp": True}, "lookahead_period"),
         ({"clip_grad": 1.0, "fsdp": True}, "clip_grad"),
         ({"batch_size": 7, "accumulate": 4}, "accumulate"),
+        ({"compile": True, "compile_mode": "reduce-overhead", "accumulate": 2}, "accumulate"),
     ],
 )
 def test_options_in_conflict_are_named(fields: dict[str, Any], named: str) -> None:

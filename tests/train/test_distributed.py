@@ -359,6 +359,7 @@ def refusal(group: Group, fields: dict[str, Any]) -> str:
         ({"resume": Path("run")}, r"^resume: .*job of 3 processes.*this job has 2"),
         ({"sync_bn": True, "fused": False}, r"^sync_bn: expected --fused on a CPU"),
         ({"resume": Path("nowhere")}, r"^resume: no checkpoint"),
+        ({"compile": True, "compile_mode": "reduce-overhead"}, r"^compile_mode: expected a mode without CUDA graphs"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -50,6 +50,25 @@ def test_parts_of_a_batch_add_up_to_its_gradient(data: ImageData, tmp_path: Path
 
 
 @pytest.mark.usefixtures("tiny_models")
+def test_torch_compile_gets_the_mode_and_trains_the_network(
+    data: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_engine(tmp_path, data)
+    modes = []
+
+    def compiled(model: nn.Module, *, mode: str) -> nn.Module:
+        modes.append(mode)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    engines = [make_engine(tmp_path, data, compile=True, compile_mode=m) for m in ("default", "reduce-overhead")]
+    assert modes == ["default", "reduce-overhead"]
+    expected = step(plain)
+    for engine in engines:
+        torch.testing.assert_close(step(engine), expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("tiny_models")
 def test_long_gradients_are_shortened(data: ImageData, tmp_path: Path) -> None:
     long, short = (make_engine(tmp_path, data, clip_grad=clip) for clip in (None, 0.01))
     for engine in (long, short):
