@@ -57,10 +57,15 @@ bool transform_all_weights(const Kernel& kernel, float* to) {
   return true;
 }
 
-// Where channel c of tile p goes in a plane of operand, see gemm.h.
-inline auto operand_place(int64_t depth) {
-  return [depth](int64_t p, int64_t c) { return p / kRows * depth * kRows + c * kRows + p % kRows * kWidth; };
-}
+// Where tiles go in a plane of operand, see gemm.h.
+struct OperandPlace {
+  int64_t depth;
+
+  auto of(int64_t p) const {
+    const int64_t start = p / kRows * depth * kRows + p % kRows * kWidth;
+    return [start](int64_t c) { return start + c * kRows; };
+  }
+};
 
 template <typename Reader>
 std::vector<DirectTile> read_tiles(Reader& reader, int64_t first, int64_t count) {
@@ -94,6 +99,21 @@ void transform_tiles(
   }
 }
 
+// The outputs of a tile for a vector of channels, out of its products or its direct sums. Not inlined, for it serves
+// every epilogue.
+template <typename Form>
+__attribute__((noinline)) void outputs_of_tile(const float* product, int64_t plane, const float* summed, Lanes* to) {
+  if (summed == nullptr) {
+    Form::outputs(
+        [&](int i) __attribute__((always_inline)) { return load(product + i * plane); },
+        [&](int i, Lanes v) __attribute__((always_inline)) { to[i] = v; });
+    return;
+  }
+  for (int i = 0; i < Form::kOut * Form::kOut; ++i) {
+    to[i] = load(summed + i * kColumns);
+  }
+}
+
 // The outputs of tiles first ... first + count - 1, channels from ... from + columns - 1, out of products whose planes
 // are [p][kColumns], or out of the direct sums, through the epilogue.
 template <typename Form, typename Epilogue>
@@ -116,48 +136,48 @@ inline void transform_products(
     const int64_t height = std::min<int64_t>(side, tiles.height - top);
     const int64_t width = std::min<int64_t>(side, tiles.width - left);
     const int64_t start = pixel * channels + from, row = tiles.width * channels;
-    const float* in = product + p * kColumns;
     const float* summed = direct.of(p);
+    const bool whole = height == side && width == side && summed == nullptr;
     for (int64_t c = 0; c < columns; c += kWidth) {
-      const auto put = [&](auto& vector, int i, Lanes v) __attribute__((always_inline)) {
-        vector(pixel + i / side * tiles.width + i % side, start + c + i / side * row + i % side * channels, v);
+      const float* in = product + p * kColumns + c;
+      const auto put = [&](auto& vector, int64_t y, int64_t x, Lanes v) __attribute__((always_inline)) {
+        vector(pixel + y * tiles.width + x, start + c + y * row + x * channels, v);
       };
-      const auto outputs = [&](const auto& visit) __attribute__((always_inline)) {
-        if (summed == nullptr) {
-          Form::outputs([&](int i) __attribute__((always_inline)) { return load(in + i * plane + c); }, visit);
+      const auto run = [&](auto lanes) {
+        constexpr bool kAll = !std::is_same_v<decltype(lanes), int64_t>;
+        auto vector = epilogue.vector(from + c, lanes);
+        Lanes outputs[side * side];
+        if (!(kAll && whole) || p == 0) {
+          outputs_of_tile<Form>(in, plane, summed == nullptr ? nullptr : summed + c, outputs);
+        }
+        // In loops, for the code of an epilogue would be there once an output.
+        const auto each = [&](const auto& visit) __attribute__((always_inline)) {
+#pragma GCC unroll 1
+          for (int64_t y = 0; y < height; ++y) {
+#pragma GCC unroll 1
+            for (int64_t x = 0; x < width; ++x) {
+              visit(y, x, outputs[y * side + x]);
+            }
+          }
+        };
+        if (p == 0) {
+          vector.begin([&](const auto& visit) { each([&](int64_t, int64_t, Lanes v) { visit(v); }); }, height * width);
+        }
+        if (kAll && whole) {
+          if constexpr (kAll) {
+            Form::outputs(
+                [&](int i) __attribute__((always_inline)) { return load(in + i * plane); },
+                [&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i / side, i % side, v); });
+          }
         } else {
-          for (int i = 0; i < side * side; ++i) {
-            visit(i, load(summed + i * kColumns + c));
-          }
+          each([&](int64_t y, int64_t x, Lanes v) __attribute__((always_inline)) { put(vector, y, x, v); });
         }
+        vector.end();
       };
-      if (height == side && width == side && c + kWidth <= columns) {
-        auto vector = epilogue.vector(from + c, std::integral_constant<int64_t, kWidth>());
-        if (p == 0) {
-          vector.begin([&](const auto& visit) { outputs([&](int, Lanes v) { visit(v); }); }, side * side);
-        }
-        outputs([&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i, v); });
-        vector.end();
+      if (c + kWidth <= columns) {
+        run(std::integral_constant<int64_t, kWidth>());
       } else {
-        auto vector = epilogue.vector(from + c, std::min(kWidth, columns - c));
-        const auto inside = [&](int i) { return i / side < height && i % side < width; };
-        if (p == 0) {
-          vector.begin(
-              [&](const auto& visit) {
-                outputs([&](int i, Lanes v) {
-                  if (inside(i)) {
-                    visit(v);
-                  }
-                });
-              },
-              height * width);
-        }
-        outputs([&](int i, Lanes v) {
-          if (inside(i)) {
-            put(vector, i, v);
-          }
-        });
-        vector.end();
+        run(columns - c);
       }
     }
   }
@@ -217,7 +237,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
       transform_tiles(
-          reader, first, count, in_range, operand.data(), operand_plane, operand_place(depth), direct.data());
+          reader, first, count, in_range, operand.data(), operand_plane, OperandPlace{depth}, direct.data());
       prefetch.clear();
       epilogue.for_each_read(
           [&](const auto* p) { add_tiles(prefetch, chunks.tiles, p, kernel.outputs, first, count); });
@@ -277,7 +297,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
         true,
         operand.data() + first * depth,
         operand_plane,
-        operand_place(depth),
+        OperandPlace{depth},
         direct.data() + first);
   });
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;

@@ -129,6 +129,73 @@ struct Window {
   int64_t inside; // columns from the first one inside on
 };
 
+// Transforms channels c ... c + count - 1 of a tile, and adds their sums of squares to `energy`. inside(x): whether
+// column x lies inside the image.
+template <typename Side, typename From, typename Count, typename Inside>
+inline __attribute__((always_inline)) void transform_vector(
+    const Window<From, Side::kWindow>& window,
+    int64_t channels,
+    int64_t c,
+    Count count,
+    const Inside& inside,
+    float* to,
+    int64_t plane,
+    Energy<Side>& energy) {
+  const auto rows = window.row;
+  const int64_t out = window.left_out ? 1 : 0;
+  Energy<Side> part;
+  Side::transform(
+      [&](int y, int x) __attribute__((always_inline)) {
+        if (!inside(x)) {
+          return Lanes{};
+        }
+        const Lanes v = load_counted(rows[y] + (x - out) * channels + c, count);
+        const int cell = Side::cell(y, x);
+        Lanes& sum = cell >= 0 ? part.cell[cell] : part.around;
+        sum = multiply_add(v, v, sum);
+        return v;
+      },
+      [&](int i, Lanes v) __attribute__((always_inline)) { store(to + i * plane, v); });
+  energy += part;
+}
+
+// Transforms a tile, of which channel c goes to place(c) within each plane; returns whether it is within the
+// transform's range, of energies of such a ratio.
+template <typename Side, typename From, typename Place>
+bool transform_window(
+    const Window<From, Side::kWindow>& window,
+    int64_t channels,
+    float ratio,
+    float* to,
+    int64_t plane,
+    const Place& place) {
+  constexpr int last = Side::kWindow - 1;
+  Energy<Side> energy;
+  const int64_t first = window.left_out ? 1 : 0, whole = channels / kWidth * kWidth;
+  const auto in_columns = [&](int64_t x) { return x >= first && x < window.inside; };
+  const auto vectors = [&](const auto& inside) {
+    for (int64_t c = 0; c < whole; c += kWidth) {
+      const std::integral_constant<int64_t, kWidth> count;
+      transform_vector(window, channels, c, count, inside, to + place(c), plane, energy);
+    }
+  };
+  const auto with_edges = [&](auto left, auto right) {
+    vectors([](int x) { return !(decltype(left)::value && x == 0) && !(decltype(right)::value && x == last); });
+  };
+  if (window.right_out && window.inside != last) {
+    vectors(in_columns); // the last tile of a line whose width is no multiple of kPitch
+  } else if (window.left_out) {
+    window.right_out ? with_edges(std::true_type(), std::true_type()) : with_edges(std::true_type(), std::false_type());
+  } else {
+    window.right_out ? with_edges(std::false_type(), std::true_type())
+                     : with_edges(std::false_type(), std::false_type());
+  }
+  if (whole < channels) {
+    transform_vector(window, channels, whole, channels - whole, in_columns, to + place(whole), plane, energy);
+  }
+  return within_range(energy, ratio);
+}
+
 // Transforms the tiles of x [images, height, width, channels], or of x behind a prologue: that is computed a line of
 // tiles at a time, into a buffer of this object's, and those of its lines of pixels that the next line of tiles reads
 // as well serve that. `Side` is what winograd_forms.h has to be read of a tile. One object a thread.
@@ -146,7 +213,7 @@ public:
     zeros_.assign(prologue != nullptr ? 0 : kSize * channels, T(0.0f));
   }
 
-  // Tiles first ... first + count - 1. place(p, c) is where channel c of the p-th of them goes within a plane; lanes
+  // Tiles first ... first + count - 1. place.of(p)(c) is where channel c of the p-th of them goes within a plane; lanes
   // past the last channel become zero. Calls beyond(p) for those outside the transform's range.
   template <typename Place, typename Beyond>
   void transform(int64_t first, int64_t count, float* to, int64_t plane, const Place& place, const Beyond& beyond) {
@@ -158,8 +225,10 @@ public:
         activate(line, begin, end);
       }
       for (int64_t column = begin; column < end; ++column, ++p) {
-        const bool in_range = prologue_ != nullptr ? transform_tile(activated(line, column), to, plane, p, place)
-                                                   : transform_tile(in_place(line, column), to, plane, p, place);
+        const auto within = [&](const auto& window) {
+          return transform_window<Side>(window, channels_, ratio_, to, plane, place.of(p));
+        };
+        const bool in_range = prologue_ != nullptr ? within(activated(line, column)) : within(in_place(line, column));
         if (!in_range) {
           beyond(p);
         }
@@ -246,72 +315,6 @@ private:
     line_filled_ = line;
     begin_ = begin;
     end_ = end;
-  }
-
-  // Whether the tile is within the transform's range.
-  template <typename From, typename Place>
-  bool transform_tile(const Window<From, kSize>& window, float* to, int64_t plane, int64_t p, const Place& place)
-      const {
-    if (window.right_out && window.inside != kSize - 1) {
-      // The last tile of a line whose width is no multiple of kPitch.
-      return transform_columns(
-          window, to, plane, p, place, [&](int64_t j) { return j >= (window.left_out ? 1 : 0) && j < window.inside; });
-    }
-    const auto with_edges = [&](auto left, auto right) {
-      return transform_columns(window, to, plane, p, place, [&](int j) {
-        return !(decltype(left)::value && j == 0) && !(decltype(right)::value && j == kSize - 1);
-      });
-    };
-    if (window.left_out) {
-      return window.right_out ? with_edges(std::true_type(), std::true_type())
-                              : with_edges(std::true_type(), std::false_type());
-    }
-    return window.right_out ? with_edges(std::false_type(), std::true_type())
-                            : with_edges(std::false_type(), std::false_type());
-  }
-
-  template <typename From, typename Place, typename Inside>
-  inline __attribute__((always_inline)) bool transform_columns(
-      const Window<From, kSize>& window,
-      float* to,
-      int64_t plane,
-      int64_t p,
-      const Place& place,
-      const Inside& inside) const {
-    const auto rows = window.row;
-    const int64_t channels = channels_, out = window.left_out ? 1 : 0;
-    Energy<Side> energy;
-    const auto run = [&](int64_t c, auto count) {
-      float* target = to + place(p, c);
-      Energy<Side> part;
-      Side::transform(
-          [&](int y, int x) __attribute__((always_inline)) {
-            if (!inside(x)) {
-              return Lanes{};
-            }
-            const From* from = rows[y] + (x - out) * channels + c;
-            Lanes v;
-            if constexpr (std::is_same_v<decltype(count), int64_t>) {
-              v = load(from, count);
-            } else {
-              v = load(from);
-            }
-            const int cell = Side::cell(y, x);
-            Lanes& sum = cell >= 0 ? part.cell[cell] : part.around;
-            sum = multiply_add(v, v, sum);
-            return v;
-          },
-          [&](int i, Lanes v) __attribute__((always_inline)) { store(target + i * plane, v); });
-      energy += part;
-    };
-    int64_t c = 0;
-    for (; c + kWidth <= channels; c += kWidth) {
-      run(c, std::integral_constant<int64_t, kWidth>());
-    }
-    if (c < channels) {
-      run(c, channels - c);
-    }
-    return within_range(energy, ratio_);
   }
 
   Tiles tiles_;

@@ -66,6 +66,22 @@ struct Problem : WeightGradient<T> {
   }
 };
 
+// Where tiles go in a plane of columns, and in one of rows, see gemm.h.
+struct ColumnPlace {
+  int64_t most;
+
+  auto of(int64_t p) const {
+    return [=, *this](int64_t c) { return (c / kColumns * most + p) * kColumns + c % kColumns; };
+  }
+};
+struct RowPlace {
+  int64_t row;
+
+  auto of(int64_t p) const {
+    return [=, *this](int64_t k) { return p * row + k; };
+  }
+};
+
 // A tile of x and of dy whose share in dW is summed directly.
 struct DirectPair {
   DirectTile x, dy;
@@ -105,15 +121,12 @@ public:
       int64_t first,
       int64_t count,
       int64_t at) {
-    const int64_t most = most_, row = w.row();
+    const ColumnPlace in_columns{most_};
+    const RowPlace in_rows{w.row()};
     std::vector<int64_t> beyond;
     const auto note = [&](int64_t p) { beyond.push_back(p); };
-    const auto column_place = [most](int64_t p, int64_t c) {
-      return c / kColumns * most * kColumns + p * kColumns + c % kColumns;
-    };
-    const auto row_place = [row](int64_t p, int64_t k) { return p * row + k; };
-    readers.x.transform(first, count, columns_.data() + at * kColumns, column_plane_, column_place, note);
-    readers.dy.transform(first, count, rows_.data() + at * row, row_plane_, row_place, note);
+    readers.x.transform(first, count, columns_.data() + in_columns.of(at)(0), column_plane_, in_columns, note);
+    readers.dy.transform(first, count, rows_.data() + in_rows.of(at)(0), row_plane_, in_rows, note);
     const Tiles tiles = w.tiles();
     for (int64_t p = 0; p < count; ++p) {
       // Every tap reads a whole block of a tile with three outputs inside the image along each axis.
@@ -130,11 +143,11 @@ public:
       direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
       for (int64_t plane = 0; plane < Form::kPlanes; ++plane) {
         for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
-          std::fill_n(columns_.data() + plane * column_plane_ + column_place(at + p, c), kColumns, 0.0f);
+          std::fill_n(columns_.data() + plane * column_plane_ + in_columns.of(at + p)(c), kColumns, 0.0f);
         }
       }
       for (int64_t point = 0; point < Form::kPoints; ++point) {
-        std::fill_n(rows_.data() + point * row_plane_ + row_place(at + p, 0), w.outputs, 0.0f);
+        std::fill_n(rows_.data() + point * row_plane_ + in_rows.of(at + p)(0), w.outputs, 0.0f);
       }
     }
     return direct;
@@ -170,19 +183,20 @@ private:
 
 // The inverse transform of `size` output channels from `begin` on and a group of input channels: the sum of `parts`
 // products, each with planes of [size][kColumns].
-template <typename Form, typename T>
+template <typename Form>
 void transform_gradient(
-    const Problem<Form, T>& w,
+    float* dw,
+    int64_t inputs,
     int64_t group,
     int64_t begin,
     int64_t size,
     const std::vector<const float*>& parts,
     int64_t plane) {
   for (int64_t k = 0; k < size; ++k) {
-    for (int64_t half = 0; half < kColumns && group * kColumns + half < w.inputs; half += kWidth) {
+    for (int64_t half = 0; half < kColumns && group * kColumns + half < inputs; half += kWidth) {
       const int64_t c = group * kColumns + half, at = k * kColumns + half;
-      float* out = w.dw + (begin + k) * kTaps * kTaps * w.inputs + c;
-      const int64_t lanes = std::min(kWidth, w.inputs - c);
+      float* out = dw + (begin + k) * kTaps * kTaps * inputs + c;
+      const int64_t lanes = std::min(kWidth, inputs - c);
       Form::weight_gradient(
           [&](int i) {
             Lanes sum = load(parts[0] + i * plane + at);
@@ -191,17 +205,18 @@ void transform_gradient(
             }
             return sum;
           },
-          [&](int i, Lanes v) { store(out + i * w.inputs, v, lanes); });
+          [&](int i, Lanes v) { store(out + i * inputs, v, lanes); });
     }
   }
 }
 
 // dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
 // For each tap the outputs meet the inputs above them, where both are inside the image.
-template <typename Form, typename T>
+template <typename Form>
 void add_directly(
-    const Problem<Form, T>& w,
     const std::vector<DirectPair>& tiles,
+    int64_t all_inputs,
+    int64_t all_outputs,
     int64_t group,
     int64_t begin,
     int64_t size,
@@ -210,7 +225,7 @@ void add_directly(
     return;
   }
   constexpr int taps = kTaps * kTaps;
-  const int64_t from = group * kColumns, inputs = std::min(kColumns, w.inputs - from);
+  const int64_t from = group * kColumns, inputs = std::min(kColumns, all_inputs - from);
   const int64_t count = tiles.size(), most = std::min(kDirectPairs, count) * Form::kOut * Form::kOut;
   const int64_t row = round_up(size, kWidth) + kSkew;
   const RowGroups groups{size};
@@ -224,9 +239,9 @@ void add_directly(
           const int position = Form::corner(0, tap) +
               (output / Form::kOut * Form::GradientInput::kWindow + output % Form::kOut) * Form::kStride;
           if (tiles[p].dy.has(output) && tiles[p].x.has(position)) {
-            std::copy_n(tiles[p].dy.values.data() + output * w.outputs + begin, size, rows.data() + depth * row);
+            std::copy_n(tiles[p].dy.values.data() + output * all_outputs + begin, size, rows.data() + depth * row);
             std::copy_n(
-                tiles[p].x.values.data() + position * w.inputs + from, inputs, columns.data() + depth * kColumns);
+                tiles[p].x.values.data() + position * all_inputs + from, inputs, columns.data() + depth * kColumns);
             ++depth;
           }
         }
@@ -238,7 +253,7 @@ void add_directly(
         });
       }
       for (int64_t k = 0; k < size; ++k) {
-        float* to = dw + ((begin + k) * taps + tap) * w.inputs + from;
+        float* to = dw + ((begin + k) * taps + tap) * all_inputs + from;
         for (int64_t c = 0; c < inputs; ++c) {
           to[c] += product.data()[k * kColumns + c];
         }
@@ -281,8 +296,8 @@ void gradient_at_once(const Problem<Form, T>& w) {
           }
         }
       }
-      transform_gradient(w, group, first, size, parts, plane);
-      add_directly(w, direct, group, first, size, w.dw);
+      transform_gradient<Form>(w.dw, w.inputs, group, first, size, parts, plane);
+      add_directly<Form>(direct, w.inputs, w.outputs, group, first, size, w.dw);
     }
   });
 }
@@ -309,7 +324,7 @@ void gradient_by_shares(const Problem<Form, T>& w) {
         if (!direct.empty()) {
           summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
           for (int64_t group = 0; group < w.groups(); ++group) {
-            add_directly(w, direct, group, 0, w.outputs, summed[share].data());
+            add_directly<Form>(direct, w.inputs, w.outputs, group, 0, w.outputs, summed[share].data());
           }
         }
         prefetch.clear();
@@ -338,7 +353,7 @@ void gradient_by_shares(const Problem<Form, T>& w) {
       for (int64_t share = 0; share < shares; ++share) {
         parts[share] = gradients.data() + share * Form::kPlanes * plane + (group * w.outputs + first) * kColumns;
       }
-      transform_gradient(w, group, first, size, parts, plane);
+      transform_gradient<Form>(w.dw, w.inputs, group, first, size, parts, plane);
       const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
       for (const auto& part : summed) {
         for (int64_t row = first * kTaps * kTaps; !part.empty() && row < (first + size) * kTaps * kTaps; ++row) {
