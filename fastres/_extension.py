@@ -4,7 +4,7 @@ The modules register kernels for operators that `fastres.ops` defines; without t
 
 Environment:
     FASTRES_EXTENSION: `0` loads nothing compiled; `build` passes over the modules made at install.
-    FASTRES_CUDA: `0` leaves the modules for a GPU out. FORCE_CUDA: `1` builds it where no GPU is present.
+    FASTRES_CUDA: `0` leaves the modules for a GPU out. FORCE_CUDA: `1` builds the CUDA module where no GPU is present.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ class Pool(NamedTuple):
 
 
 class ConvShape(NamedTuple):
-    """A convolution with a square kernel, in one group.
+    """A convolution with a square kernel.
 
     Attributes:
         outputs: channels of the output.

@@ -201,8 +201,8 @@ def freeze(model: nn.Module, *, packed: bool = True) -> nn.Module:
 
     A fused or torchvision block, and a network's stem, is folded where each of its children is what its class says and
     has no hooks; hooks on a whole block are copied, and see what they saw. Where a child is hooked, replaced or
-    parametrised, or normalises by the batch's statistics, the block is copied as it is, in evaluation mode. Exported
-    programs consist of PyTorch's operators.
+    parametrised, or normalises by the batch's statistics, the block is copied as it is, in evaluation mode, and so is a
+    `fastres.nn.PooledBlock`, which has no frozen form. Exported programs consist of PyTorch's operators.
 
     A frozen network, or a block of one, is one operator call where `freeze_report` has nothing against it.
 

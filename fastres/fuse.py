@@ -210,19 +210,19 @@ def fuse(model: nn.Module, *, inplace: bool = False, conv_algorithm: str | None 
     """Give what can be fused in a model its faster way, and leave the rest as it is.
 
     Outputs, gradients, running statistics, state_dict, children, hooks and the mode of every module stay, and so does
-    what later changes to the model mean: a fused block whose child is replaced, converted or hooked computes child by
-    child as torchvision's does. Tracing and exporting give the plain network. The report goes to the log
-    "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time. A model in which there is nothing to
-    fuse gets a warning that names torch.compile's backend, which finds its patterns in any network.
+    what later changes to the model mean: a fused block whose child is hooked, or replaced by what it does not know,
+    computes child by child as torchvision's does. Tracing and exporting give the plain network. The report goes to the
+    log "fastres.fuse" at level INFO, and `fuse_report(model)` gives it at any time. A model in which there is nothing
+    to fuse gets a warning that names torch.compile's backend, which finds its patterns in any network.
 
     Args:
         model: a torchvision ResNet, or any module that has one, or its blocks, inside. A fused one is left as it is.
         inplace: change the model itself. Otherwise a copy is changed that shares every parameter and buffer with it: a
             training step on one is seen by the other, until one of them is moved or cast. Modules that the model
             refers to other than as children are not copied.
-        conv_algorithm: what the blocks' 3x3 convolutions compute with, as `algorithm` of
-            `fastres.functional.conv3x3`; it holds for blocks that were fused before as well. None leaves those as they
-            are, and the others to the environment variable FASTRES_CONV.
+        conv_algorithm: what the blocks' convolutions compute with, as `algorithm` of `fastres.functional.conv3x3`,
+            `conv1x1_with_statistics` and `grouped_conv2d`; it holds for blocks that were fused before as well. None
+            leaves those as they are, and the others to the environment variable FASTRES_CONV.
     Returns:
         The model, or the copy.
     Raises:

@@ -2,7 +2,7 @@
 
 A launch that was recorded is compiled for an architecture that need not be present, and read back from the machine
 code: registers, shared memory, stack, the widest access to global memory, and the occupancy that follows.
-`python -m benchmarks.kernel_table` makes a table of it.
+`python -m benchmarks.compiled.triton_table` makes a table of it.
 """
 
 from __future__ import annotations

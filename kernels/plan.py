@@ -87,7 +87,8 @@ def register_limit(threads: int, capability: tuple[int, int]) -> int:
     """Registers that the compiler may give a thread so that half of a multiprocessor's threads are resident.
 
     1024 threads can have 64 and 768 can have 80; but given 80 the compiler for 8.6 and 8.9 moves loads ahead until it
-    has to spill, and with 72 it does not. `python -m benchmarks.kernel_table` shows what became of every kernel.
+    has to spill, and with 72 it does not. `python -m benchmarks.compiled.triton_table` shows what became of
+    every kernel.
 
     Args:
         threads: that a multiprocessor can hold.

@@ -19,7 +19,7 @@ from benchmarks.roofline.trace import PARTS, Kernel
 from benchmarks.workloads import COMPILE, EAGER, FUSED, SIDES
 from fastres.train.folder import atomic
 
-PREDICTION = "PREDICTION of a roofline model; no GPU has run this"
+PREDICTION = "PREDICTION of a roofline model, not measured"
 PART_NAMES = {"conv": "convolutions", "norm": "normalisation, activation, addition", "rest": "rest"}
 PART_COLOURS = {"conv": "#9aa5b1", "norm": "#1f6f8b", "rest": "#e0a458"}
 

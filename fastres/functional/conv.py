@@ -81,8 +81,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, al
 
     On the CPU in float32 and bfloat16 by Winograd's algorithm: with stride 1 by tiles of 4x4 outputs, or of 3x3 or 5x5
     where they fit better, which take a quarter of the multiplications (25 for 81, 36 for 144, 49 for 225), with stride
-    2 by four phases of the input, 81 multiplications for 144. In float32 its rounding errors are two to four times
-    those of the direct sum; in bfloat16, which it computes in float32, they are no larger. Tiles with values too large
+    2 by four phases of the input, 81 multiplications for 144. In float32 its rounding errors are up to six times those
+    of the direct sum; in bfloat16, which it computes in float32, they are no larger. Tiles with values too large
     for its transforms, infinities or NaN are summed directly, so that these show only where they are read
     (docs/convolution.md, "Range"). Results are the same in every run; the rounding of the weight's gradient, and
     nothing else, depends on the number of threads. Elsewhere PyTorch's convolution.
@@ -102,8 +102,8 @@ def conv3x3(x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, al
         algorithm: "auto" takes Winograd's where x is channels_last and a cost model says that it pays (never for
             bfloat16 on a CPU with AMX, which PyTorch's convolution uses); "winograd" wherever it serves x at all
             (other memory formats are copied once); "gemm" takes that matrix product wherever no gradient is asked for;
-            "torch" leaves all to PyTorch. None: the environment variable FASTRES_CONV, or "auto". Under torch.compile
-            the variable is read when the function is traced.
+            "torch" and "grouped" leave all to PyTorch. None: the environment variable FASTRES_CONV, or "auto". Under
+            torch.compile the variable is read when the function is traced.
     Returns:
         [N, K, ceil(H / stride), ceil(W / stride)], dtype of x; channels_last by Winograd's algorithm, and else as
         PyTorch's convolution makes it.
@@ -152,10 +152,10 @@ def conv1x1_with_statistics(x: Tensor, weight: Tensor, *, stride: int = 1, algor
     Args:
         x: [N, C, H, W]; dtypes as in `batch_norm_act`. The matrix product reads float32 and bfloat16 in channels_last,
             and computes in float32.
-        stride: both axes; all but 1 are left to PyTorch.
         weight: [K, C, 1, 1], dtype of x. Under autocast the matrix product takes a float32 weight unrounded.
+        stride: both axes; all but 1 are left to PyTorch.
         algorithm: "auto" takes the matrix product where x is channels_last and a cost model says that it pays; "gemm"
-            wherever it serves x at all (other memory formats are copied once); "torch" and "winograd" leave all to
+            wherever it serves x at all (other memory formats are copied once); the others leave all to
             PyTorch. None: as in `conv3x3`.
     Returns:
         y of the dtype of x, channels_last by the matrix product; with its statistics then, and x. See `Convolved`.

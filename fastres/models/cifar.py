@@ -86,7 +86,7 @@ class CifarResNet(FusedNetwork, PlainCifarResNet):
         stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
         dropout: 0 <= dropout < 1, between the convolutions of each block.
         width: multiplier of all channels, which are rounded to multiples of 8.
-        conv_algorithm: of the blocks' 3x3 convolutions, as `fastres.fuse`.
+        conv_algorithm: of the blocks' convolutions, as `fastres.fuse`.
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.
     Raises:
         TypeError, ValueError: an argument has the wrong type or value; the message names it.

@@ -25,7 +25,7 @@ class FusedResNet(FusedStemResNet):
         stem: "cifar" (3x3 convolution, stride 1, no pool) or "imagenet" (7x7, stride 2, max pool 3x3, stride 2).
         dropout: 0 <= dropout < 1, inside each block before its last convolution.
         width: multiplier of all channels, which are rounded to multiples of 8.
-        conv_algorithm: of the blocks' 3x3 convolutions, as `fastres.fuse`.
+        conv_algorithm: of the blocks' convolutions, as `fastres.fuse`.
         zero_init_residual, groups, width_per_group, replace_stride_with_dilation, norm_layer: as torchvision's ResNet;
             with another norm_layer than torch.nn.BatchNorm2d or SyncBatchNorm the network computes as torchvision's.
     Input: [N, 3, H, W]. Output: [N, num_classes], logits.

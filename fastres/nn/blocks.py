@@ -91,8 +91,8 @@ class FusedBlock(Fused):
 
     Attributes:
         dropout: the rate between the convolutions.
-        conv_algorithm: "auto", "torch", "winograd" or "gemm" as in `fastres.functional.conv3x3` and
-            `conv1x1_with_statistics`; None leaves it to the environment variable FASTRES_CONV.
+        conv_algorithm: "auto", "torch", "winograd", "gemm" or "grouped" as in `fastres.functional.conv3x3`,
+            `conv1x1_with_statistics` and `grouped_conv2d`; None leaves it to the environment variable FASTRES_CONV.
     """
 
     # A block that `fastres.fuse` made has none of its own. Typed in comments for TorchScript, as in `Fused`.
@@ -202,16 +202,15 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
 
         y = relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut(x))
 
-    Children, parameters and state_dict are torchvision's. Where a child is replaced, hooked or converted, where some of
-    the normalisations are frozen, and where the call is traced, exported or transformed, it computes child by child as
-    torchvision's block does (`fastres.fuse_report` says so, and the log once).
+    Children, parameters and state_dict are torchvision's. Where a child is hooked, or replaced by what it does not
+    know, where some of the normalisations are frozen, and where the call is traced, exported or transformed, it
+    computes child by child as torchvision's block does (`fastres.fuse_report` says so, and the log once).
 
     Args:
         inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer: as torchvision's block.
         dropout: 0 <= dropout < 1, between the convolutions.
-        conv_algorithm: of the 3x3 convolutions, as `algorithm` of `fastres.functional.conv3x3`. By
-            Winograd's, in training, the block keeps for backward its input, the raw outputs of its convolutions, and
-            bits.
+        conv_algorithm: of the convolutions, as `fastres.fuse`. By Winograd's, in training, the block keeps for backward
+            its input, the raw outputs of its convolutions, and bits.
     Raises:
         TypeError: dropout is not a number, conv_algorithm not a string or None.
         ValueError: dropout is outside [0, 1); conv_algorithm is unknown.
@@ -269,7 +268,7 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
 class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
     """torchvision's Bottleneck, fused around the convolutions; dropout stands after the ReLU of bn2.
 
-    By our convolutions, in training, it keeps for backward its input, the raw outputs of its convolutions, and bits.
+    By our convolutions in one group, in training, it keeps for backward its input, their raw outputs, and bits.
 
     Args, Raises: as `FusedBasicBlock`, of which the rest holds as well.
     """
@@ -322,7 +321,7 @@ class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
 
 
 class PlainResidualBlock(nn.Module):
-    """`ResidualBlock` in plain PyTorch: the same arguments, children, parameters and results."""
+    """`ResidualBlock` in plain PyTorch: the same arguments (but conv_algorithm), children, parameters and results."""
 
     expansion = 1
     _skip_class = PlainSkipConnection

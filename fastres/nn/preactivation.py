@@ -67,8 +67,8 @@ class FusedPreactivationBlock(FusedBlock, PreactivationBlock):
     reads x; the block keeps for backward its input, the raw output of its first convolution, and with dropout one bit
     an element. With a convolution as the shortcut relu(bn1 x) has two readers, and is written once.
 
-    Children, parameters and state_dict are those of `PreactivationBlock`, and so is what it computes where a child is
-    replaced, hooked or converted, as in `FusedBasicBlock`.
+    Children, parameters and state_dict are those of `PreactivationBlock`, and so is what it computes where
+    `FusedBasicBlock` computes child by child.
 
     Args:
         in_channels, out_channels: of the block.
