@@ -18,6 +18,23 @@
 
 namespace fastres {
 inline namespace CPU_CAPABILITY {
+
+template <typename T>
+void gradient_all(const BackwardParams<T>& p) {
+  const Segments segments(p.rows.rows(), p.rows.bytes(sizeof(T)), kElementwiseBytes);
+  with_variant(p, [&](auto columns, const auto& variant) {
+    for_each_segment_backwards(segments, [&](int64_t s) {
+      const auto [begin, end] = segments.range(s);
+      gradient_rows<decltype(columns)::value>(p, variant, begin, end);
+    });
+  });
+}
+
+template void gradient_all(const BackwardParams<float>&);
+template void gradient_all(const BackwardParams<double>&);
+template void gradient_all(const BackwardParams<Half>&);
+template void gradient_all(const BackwardParams<BFloat16>&);
+
 namespace {
 
 // The tensors and flags of one backward call, checked and made ready.

@@ -182,16 +182,9 @@ inline void with_variant(const BackwardParams<T>& p, const F& f) {
   return p.rows.channels_last ? with_dual(std::true_type()) : with_dual(std::false_type());
 }
 
+// All rows. Compiled in batch_norm_act_backward.cpp, for the floating types.
 template <typename T>
-inline void gradient_all(const BackwardParams<T>& p) {
-  const Segments segments(p.rows.rows(), p.rows.bytes(sizeof(T)), kElementwiseBytes);
-  with_variant(p, [&](auto columns, const auto& variant) {
-    for_each_segment_backwards(segments, [&](int64_t s) {
-      const auto [begin, end] = segments.range(s);
-      gradient_rows<decltype(columns)::value>(p, variant, begin, end);
-    });
-  });
-}
+void gradient_all(const BackwardParams<T>& p);
 
 template <typename A>
 inline GradientNorm<A> gradient_norm(

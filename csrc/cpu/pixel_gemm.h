@@ -68,7 +68,7 @@ public:
       Prologue<T> params = *source_.prologue;
       params.y = to;
       params.first_y_row = first;
-      activate_rows(params, first, first + count);
+      apply_range(params, first, first + count);
       return;
     }
     const T* from = source_.data + first * channels_;

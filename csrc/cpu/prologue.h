@@ -12,10 +12,6 @@ namespace conv {
 template <typename T>
 using Prologue = ApplyParams<T, float>;
 
-// Rows begin ... end - 1. It is compiled apart from the loops that call it for each line of pixels, once for them all.
-template <typename T>
-void activate_rows(const Prologue<T>& params, int64_t begin, int64_t end);
-
 } // namespace conv
 } // namespace CPU_CAPABILITY
 } // namespace fastres

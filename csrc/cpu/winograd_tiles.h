@@ -310,7 +310,7 @@ private:
       Prologue<T> params = *prologue_;
       params.y = to;
       params.first_y_row = (line / tiles_.down() * tiles_.height + y) * tiles_.width + left;
-      activate_rows(params, params.first_y_row, params.first_y_row + right - left);
+      apply_range(params, params.first_y_row, params.first_y_row + right - left);
     }
     line_filled_ = line;
     begin_ = begin;
