@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from fastres.train import pictures
 from fastres.train.config import TrainConfig, to_dict
-from fastres.train.data import ImageData, batches, train_order
+from fastres.train.data import batches, train_order
 from fastres.train.engine import Engine, Position
 from fastres.train.errors import DivergedError
 from fastres.train.folder import claimed, write_text
+from fastres.train.image_data import ImageData
 from fastres.train.prepare import Plan, Run, configured_model, plan_of, prepare
 from fastres.train.report import show_start
 from fastres.train.stop import Stop

@@ -10,9 +10,9 @@ from torchvision import datasets
 
 from fastres.train.augment import Augmentation
 from fastres.train.config import Dataset
-from fastres.train.data import ImageData, Split, measured
 from fastres.train.decoding import ImageFile, ImageFiles, Workers, image_shape
 from fastres.train.errors import InputError
+from fastres.train.image_data import ImageData, Split, measured
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of decoded images (training and test together) up to which an image folder is held in memory."""

@@ -18,10 +18,11 @@ from fastres.train import checkpoint as ckpt
 from fastres.train.averages import evaluated_weights
 from fastres.train.boards import Board
 from fastres.train.config import TrainConfig, to_dict
-from fastres.train.data import ImageData, batches, train_order
+from fastres.train.data import batches, train_order
 from fastres.train.engine import Engine, Evaluation, Position
 from fastres.train.errors import DivergedError, InputError
 from fastres.train.folder import append_json, atomic, claimed, keep_rows, write_text
+from fastres.train.image_data import ImageData
 from fastres.train.page import write_report
 from fastres.train.parallel import by_rank, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, plan_of, prepare

@@ -16,10 +16,11 @@ from fastres import _extension, models
 from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
-from fastres.train.data import ImageData, fingerprint, fingerprint_differences, left_out, load_data
+from fastres.train.data import fingerprint, fingerprint_differences, left_out, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
+from fastres.train.image_data import ImageData
 from fastres.train.optim import make_optimizer
 from fastres.train.parallel import OptimizerState, check_job, of_rank, shard, smallest_batch
 from fastres.train.weights import start_weights

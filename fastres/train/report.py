@@ -9,8 +9,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from fastres.train.config import TrainConfig
-from fastres.train.data import ImageData
 from fastres.train.folder import write_text
+from fastres.train.image_data import ImageData
 from fastres.train.precision import AMP_DTYPES
 
 
