@@ -125,20 +125,29 @@ class _Loop:
         self.best_accuracy: float | None = None
         self.best_epoch: int | None = None
         self.best_step: int | None = None
+        self.evaluated_step: int | None = None
         self.seconds_before = 0.0
         if run.resumed is not None:
             for name in ("step", "epoch", "batch", "order", "best_accuracy", "best_epoch"):
                 setattr(self, name, run.resumed[name])
             self.best_step = run.resumed.get("best_step")
+            # Checkpoints older than the entry were saved after an evaluation, but for those at the end of an epoch.
+            evaluated = self.step if self.batch < self.steps_per_epoch else None
+            self.evaluated_step = run.resumed.get("evaluated_step", evaluated)
             self.seconds_before = run.resumed["seconds"]
             self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
             self.engine.train_metrics.to(self.device)
             self.engine.load_state_dict(run.resumed.get("engine", {}))
-        if self.step >= self.stop_step and self.batch < self.steps_per_epoch:
+        if self.at_end and self.evaluated_step == self.step:
             raise InputError(
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
                 "ask for more with epochs or max_steps"
             )
+
+    @property
+    def at_end(self) -> bool:
+        """Whether no step is left to train."""
+        return self.step >= self.stop_step
 
     def run(self) -> Summary:
         """Train to the end, to max_steps, or to a signal."""
@@ -157,7 +166,7 @@ class _Loop:
                 self._train_epoch(line)
                 if self.stop.anywhere() or not self._end_epoch(line):
                     break
-                if self.step >= self.stop_step:
+                if self.at_end:
                     break
             if self.stop.by is not None:
                 self._save(ckpt.LAST)
@@ -167,6 +176,8 @@ class _Loop:
 
     def _train_epoch(self, line: Progress) -> None:
         """Train to the end of the epoch, to max_steps, or to a signal; starts where the checkpoint stopped."""
+        if self.at_end:  # as a checkpoint may be whose end was not evaluated
+            return
         self.model.train()
         if self.order is None:
             self.order = train_order(len(self.data.train), self.batch_size, self.generator, self.smallest_batch)
@@ -178,7 +189,7 @@ class _Loop:
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
             group=self.group,
         ):  # fmt: skip
-            if self.stop.anywhere() or self.step >= self.stop_step:
+            if self.stop.anywhere() or self.at_end:
                 break
             if self.rewind is not None:
                 self.rewind.keep(self.step, self.batch)
@@ -253,13 +264,14 @@ class _Loop:
 
     def _end_epoch(self, line: Progress) -> bool:
         """Evaluate where that is due, and write checkpoints. False where a signal came in between."""
-        number, complete = self.epoch + 1, self.batch == self.steps_per_epoch
-        is_due = self._is_evaluated(number) or self.step >= self.stop_step
+        # Where a checkpoint from between two epochs is to be the end, it is the epoch before.
+        number, complete = self.epoch + (self.batch > 0), self.batch in (0, self.steps_per_epoch)
+        is_due = self._is_evaluated(number) or self.at_end
         test = self.engine.evaluate(lambda: self.stop.asked is not None) if is_due else None
         if is_due and test is None:
             return not self.stop.anywhere()
         train, speed = self.engine.trained(), self._rate()
-        if complete:
+        if self.batch == self.steps_per_epoch:
             self.epoch, self.batch, self.order = number, 0, None
         text = (
             f"epoch {number}/{self.epochs:g}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
@@ -283,7 +295,7 @@ class _Loop:
 
     def _note_evaluation(self, test: Evaluation, train: dict[str, float], number: int, complete: bool) -> bool:
         """Write the line of epoch `number`, and the best checkpoint; whether it is that."""
-        self.evaluation = test
+        self.evaluation, self.evaluated_step = test, self.step
         best = self.best_accuracy is None or test.accuracy > self.best_accuracy
         if best:
             self.best_accuracy, self.best_epoch, self.best_step = test.accuracy, number, self.step
@@ -336,6 +348,7 @@ class _Loop:
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
+            "evaluated_step": self.evaluated_step,
             "seconds": self._seconds(),
             "data": self.fingerprint,
             "mean": list(self.data.mean),
@@ -351,7 +364,7 @@ class _Loop:
         if self.group.is_main:
             write_text(self.directory / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
             # What was found where an epoch was cut short stands, unless its end will be evaluated as well.
-            again = self._is_evaluated(self.epoch + 1)
+            again = self._is_evaluated(self.epoch + 1) and (not self.at_end or self.batch == self.steps_per_epoch)
             for name in ("metrics.jsonl", "steps.jsonl"):
                 broken = keep_rows(self.directory / name, self.step, cut_short=again)
                 if broken:
