@@ -20,6 +20,8 @@ KEYS = (
 
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+RESUMABLE = (LAST, PREVIOUS, BEST)
+"""What a run goes on from, the first that is whole. A kill may leave the best one alone: it is the first written."""
 AUTO = Path("auto")
 """What --resume is given to go on from the output folder's checkpoint where there is one, and to begin elsewhere."""
 
@@ -37,7 +39,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether the folder holds a checkpoint to go on from."""
-    return any((directory / name).is_file() for name in (LAST, PREVIOUS))
+    return any((directory / name).is_file() for name in RESUMABLE)
 
 
 def resolve_resume(config: TrainConfig) -> TrainConfig:
@@ -66,13 +68,13 @@ def load_checkpoint(path: Path, *, notify: Callable[[str], None] | None = None) 
     """Read a checkpoint, or the last good one of a run's folder, onto the CPU.
 
     Args:
-        notify: receives a line where the last one of a folder is missing or broken, and the previous one is read.
+        notify: receives a line where the last one of a folder is missing or broken, and another one is read.
 
     Raises:
         InputError: the file is missing, truncated, or something else than a checkpoint of this trainer.
     """
     problem: InputError | None = None
-    for file in (path / LAST, path / PREVIOUS) if path.is_dir() else (path,):
+    for file in [path / name for name in RESUMABLE] if path.is_dir() else [path]:
         try:
             state = read_checkpoint(file)
         except InputError as error:
@@ -96,6 +98,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
         state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
+        if state["config"]["conv_algorithm"] == "direct":
+            state["config"]["conv_algorithm"] = "torch"  # as it is called since
         for name, value in OLD_DEFAULTS.items():
             state["config"].setdefault(name, value)
     return state

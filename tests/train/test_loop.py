@@ -373,13 +373,18 @@ def test_automatic_algorithm_asked_for_is_not_the_checkpoints(run: Run, tmp_path
     assert run(resume=tmp_path / "run").step == 12
 
 
-@pytest.mark.parametrize(("fused", "algorithm"), [(True, "torch"), (False, None)])
-def test_checkpoint_from_before_there_were_algorithms_goes_on_with_pytorchs(
-    run: Run, tiny_models: list[Any], tmp_path: Path, fused: bool, algorithm: str | None
+@pytest.mark.parametrize(
+    ("fused", "algorithm", "name"), [(True, "torch", None), (False, None, None), (True, "torch", "direct")]
+)
+def test_checkpoint_from_before_algorithms_had_their_names_goes_on_with_pytorchs(
+    run: Run, tiny_models: list[Any], tmp_path: Path, fused: bool, algorithm: str | None, name: str | None
 ) -> None:
     run(max_steps=6, fused=fused, conv_algorithm=algorithm)
     state = load_checkpoint(tmp_path / "run")
-    del state["config"]["conv_algorithm"]
+    if name is None:
+        del state["config"]["conv_algorithm"]
+    else:
+        state["config"]["conv_algorithm"] = name
     torch.save(state, tmp_path / "run" / "last.pt")
     assert run(resume=tmp_path / "run", fused=fused).step == 12
     load_model(tmp_path / "run")
@@ -407,10 +412,11 @@ def test_weights_that_do_not_fit_the_model_are_refused(run: Run, tmp_path: Path)
 
 def test_truncated_checkpoint_stops_the_resume_before_anything_is_written(run: Run, tmp_path: Path) -> None:
     run(max_steps=6)
-    last = tmp_path / "run" / "last.pt"
-    last.write_bytes(last.read_bytes()[:500])
+    for name in ("last.pt", "best.pt"):
+        file = tmp_path / "run" / name
+        file.write_bytes(file.read_bytes()[:500])
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"truncated"):
+    with pytest.raises(InputError, match=r"last\.pt is truncated"):
         run(resume=tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
