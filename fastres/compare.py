@@ -41,7 +41,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     output: Path = Path("compare.png")
-    """Where the picture of the curves goes."""
+    """Where the picture of the curves goes, a PNG."""
     json: bool = False
     """Write the table as one JSON object."""
 
@@ -182,11 +182,13 @@ def run(options: Options, console: Console) -> None:
     """Compare as asked.
 
     Raises:
-        InputError: no such run.
+        InputError: no such run, or another kind of picture.
         RunError: the picture cannot be written. The table has been printed.
     """
     if not options.runs:
         raise InputError("run: expected at least one folder of a run")
+    if options.output.suffix.lower() not in (".png", ""):
+        raise InputError(f"output: expected a name that ends in .png, which it will be, got {options.output}")
     histories = [read_history(directory) for directory in options.runs]
     names = labels(options.runs)
     if options.json:

@@ -28,7 +28,7 @@ from fastres.train import checkpoint as ckpt
 from fastres.train.augment import normalise
 from fastres.train.config import check_device
 from fastres.train.decoding import ImageFile, decode_image
-from fastres.train.errors import InputError, RunError
+from fastres.train.errors import InputError, RunError, reading
 from fastres.train.loop import restored_model
 from fastres.train.prepare import pick_device
 
@@ -157,10 +157,11 @@ def checkpoint_file(path: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    files = [path / ckpt.BEST, path / ckpt.LAST] if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            return file
+    with reading("checkpoint", path):
+        files = [path / ckpt.BEST, path / ckpt.LAST] if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                return file
     raise InputError(f"checkpoint: no checkpoint at {' or '.join(map(str, files))}")
 
 
@@ -172,22 +173,26 @@ def image_files(names: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
-        path = Path(name)
-        if path.is_file():
-            found.append(path)
-            continue
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
-        else:
-            # A file that was named itself is taken whatever its ending is.
-            matches = sorted(map(Path, glob.glob(name, recursive=True)))
-            inside = [file for file in matches if _is_image(file)]
-            if not matches:
-                raise InputError(f"image: no such file, folder or pattern: {name}")
-        if not inside:
-            raise InputError(f"image: {name} holds no images ({', '.join(IMG_EXTENSIONS)})")
-        found += inside
+        with reading("image", name):
+            found += _files_of(name)
     return found
+
+
+def _files_of(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
+    else:
+        # A file that was named itself is taken whatever its ending is.
+        matches = sorted(map(Path, glob.glob(name, recursive=True)))
+        inside = [file for file in matches if _is_image(file)]
+        if not matches:
+            raise InputError(f"image: no such file, folder or pattern: {name}")
+    if not inside:
+        raise InputError(f"image: {name} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return inside
 
 
 def _is_image(file: Path) -> bool:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,9 +88,12 @@ def test_files_folders_and_patterns_are_found(images, tmp_path, monkeypatch):
     names = list(map(str, predict.image_files(["test/*/1.png", "test/cat", photo, "**/3.png"])))
     assert names == ["test/cat/1.png", "test/dog/1.png", "test/cat/0.png", "test/cat/1.png", photo,
                      "train/cat/3.png", "train/dog/3.png"]  # fmt: skip
-    for name, words in (("gone.png", "no such file"), ("*.gif", "no such file"), ("test/*.txt", "holds no images")):
+    for name, words in (("gone.png", "no such file"), ("*.gif", "no such file"), ("test/*.txt", "holds no images"),
+                        ("x" * 300, r"^image: cannot read x{200}\.\.\.: File name too long$")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             predict.image_files([name])
+    with pytest.raises(InputError, match=r"^checkpoint: cannot read x{200}\.\.\.: File name too long$"):
+        predict.checkpoint_file(Path("x" * 300))
     (images / "empty").mkdir()
     with pytest.raises(InputError, match="empty holds no images"):
         predict.image_files(["empty"])

@@ -21,7 +21,7 @@ from torchvision import datasets
 from fastres.train.augment import Augmentation
 from fastres.train.config import Dataset, TrainConfig
 from fastres.train.distributed import SINGLE, Group
-from fastres.train.errors import InputError, RunError
+from fastres.train.errors import InputError, RunError, reading
 from fastres.train.image_data import ImageData, Split, measured
 from fastres.train.image_folder import load_image_folder
 from fastres.train.shards import load_shards
@@ -47,6 +47,11 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
         )
     if config.dataset == "digits":
         return load_handwritten_digits()
+    with reading("data_dir", config.data_dir):
+        return _load_from_disk(config, notify)
+
+
+def _load_from_disk(config: TrainConfig, notify: Callable[[str], None]) -> ImageData:
     if config.dataset == "imagefolder":
         return load_image_folder(config.data_dir, image_size=config.image_size, notify=notify)
     if config.dataset == "webdataset":

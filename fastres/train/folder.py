@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastres.train.distributed import Group
-from fastres.train.errors import InputError, RunError, first_line
+from fastres.train.errors import InputError, RunError, first_line, shortened_path
 
 LOCK = ".lock"
 
@@ -30,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
     except RunError:
         raise
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {_short(path)}: {_reason(error, path)}") from error
+        raise RunError(f"cannot write {shortened_path(path)}: {_reason(error, path)}") from error
 
 
 @contextmanager
@@ -153,11 +153,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -275,6 +275,12 @@ def test_impossible_folder_is_one_sentence(run: Run, tmp_path: Path, name: str, 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("option", ["resume", "pretrained"])
+def test_impossible_file_is_one_sentence(run: Run, option: str) -> None:
+    with pytest.raises(InputError, match=rf"^{option}: cannot read x{{200}}\.\.\.: File name too long$"):
+        run(**{option: Path("x" * 300)})
+
+
 def test_folder_that_nobody_may_write_is_one_sentence(run: Run) -> None:
     with pytest.raises(RunError, match=r"^cannot write /proc/.*: "):
         run(output_dir=Path("/proc/fastres/run"))
