@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -31,6 +33,7 @@ from fastres.train.decoding import ImageFile, decode_image
 from fastres.train.errors import InputError, RunError, reading
 from fastres.train.loop import restored_model
 from fastres.train.prepare import pick_device
+from fastres.train.terminal import discard_output, escape_output
 
 PROGRAM = "python -m fastres.predict"
 PREPROCESSING = ("mean", "std", "image_size")
@@ -207,15 +210,11 @@ def show(predictions: Sequence[Prediction], console: Console) -> None:
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("or else", overflow="fold")
     for image, guesses, error in predictions:
-        # Text objects would be heavier; brackets in names are escaped for rich's markup.
-        image = image.replace("[", r"\[")
         if error is not None:
-            table.add_row(image, "unreadable", "", error.replace("[", r"\["), style="yellow")
+            table.add_row(Text(image), "unreadable", "", Text(error), style="yellow")
             continue
         others = ", ".join(f"{guess.name} {guess.probability:.2%}" for guess in guesses[1:])
-        table.add_row(
-            image, guesses[0].name.replace("[", r"\["), f"{guesses[0].probability:.2%}", others.replace("[", r"\[")
-        )
+        table.add_row(Text(image), Text(guesses[0].name), f"{guesses[0].probability:.2%}", Text(others))
     console.print(table)
 
 
@@ -262,14 +261,22 @@ def main(args: Sequence[str] | None = None) -> int:
     """Predict as the command line says.
 
     Returns:
-        Exit status: 0 done, 1 an image could not be read, 2 wrong input or environment.
+        Exit status: 0 done, 1 an image could not be read, or nobody reads what is printed, 2 wrong input or
+        environment, 130 stopped by Ctrl-C (SIGINT).
     """
+    escape_output()
     try:
         options = tyro.cli(Options, args=args, prog=PROGRAM)
         return run(options, Console())
     except (InputError, RunError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`
+        discard_output()
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

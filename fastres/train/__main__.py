@@ -14,6 +14,7 @@ from fastres.train.evaluation import evaluate
 from fastres.train.find_lr import find_learning_rate
 from fastres.train.loop import train
 from fastres.train.recipes import describe_recipes, recipe_config
+from fastres.train.terminal import escape_output
 
 PROGRAM = "python -m fastres.train"
 
@@ -25,6 +26,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
         SIGTERM.
     """
+    escape_output()
     try:
         config = tyro.cli(TrainConfig, args=args, prog=PROGRAM)
         if config.recipe == "list":

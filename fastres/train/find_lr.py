@@ -21,6 +21,7 @@ from fastres.train.image_data import ImageData
 from fastres.train.prepare import Plan, Run, configured_model, plan_of, prepare
 from fastres.train.report import show_start
 from fastres.train.stop import Stop
+from fastres.train.terminal import Terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +108,7 @@ def find_learning_rate(
         TypeError, InputError, RunError: as `fastres.train.train`.
         DivergedError: the loss is not finite at the smallest learning rate.
     """
-    console = console or Console()
+    console = console or Terminal()
     run = prepare(dataclasses.replace(config, find_lr=True), data, make_model or configured_model, console)
     if not run.group.is_main:
         console = Console(quiet=True)

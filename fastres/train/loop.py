@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shlex
 import shutil
 import statistics
 import time
@@ -31,6 +32,7 @@ from fastres.train.report import Summary, show_start, show_summary, write_summar
 from fastres.train.rewind import Rewind
 from fastres.train.schedule import lr_factor
 from fastres.train.stop import Stop
+from fastres.train.terminal import Terminal
 
 LATE_STEPS = 20
 """Steps on a GPU whose losses are looked at together."""
@@ -53,7 +55,7 @@ def train(
         data: used in place of the data set that the configuration names.
         make_model: makes the network in place of the one that the configuration names, from the resolved configuration
             and the number of classes, once the generators are seeded. `load_model` cannot read such a checkpoint.
-        console: where the report goes; standard output by default.
+        console: where the report goes; standard output by default, without which a run goes on where it is lost.
 
     Returns:
         The outcome; `finished` is False where SIGINT (Ctrl-C) or SIGTERM stopped the run (last.pt is written then).
@@ -70,7 +72,7 @@ def train(
         raise InputError(
             "find_lr: train() trains; fastres.train.find_learning_rate() makes the test, as the command does"
         )
-    console = console or Console()
+    console = console or Terminal()
     run = prepare(config, data, make_model or configured_model, console)
     if not run.group.is_main:
         console = Console(quiet=True)
@@ -431,8 +433,9 @@ class _Loop:
                     self._tell(problem)
             show_summary(self.console, summary, self.data)
         if self.stop.by is not None:
+            folder = shlex.quote(str(self.directory))
             command = "python" if self.group.size == 1 else f"torchrun (of {self.group.size} processes)"
-            self._tell(f"Stopped by {self.stop.by}; go on with: {command} -m fastres.train --resume {self.directory}")
+            self._tell(f"Stopped by {self.stop.by}; go on with: {command} -m fastres.train --resume {folder}")
         return summary
 
 

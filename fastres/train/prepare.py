@@ -88,7 +88,7 @@ def prepare(
     check_config(config)
 
     def notify(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     device = pick_device(config.device)
     group = start_group(device)

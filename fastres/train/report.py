@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from fastres.train.config import TrainConfig
 from fastres.train.folder import write_text
@@ -43,7 +44,7 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
     if data.instead_of:
         console.print(
             Panel(
-                f"Training on scikit-learn's HANDWRITTEN DIGITS instead. {data.instead_of}.",
+                Text(f"Training on scikit-learn's HANDWRITTEN DIGITS instead. {data.instead_of}."),
                 title="NOT CIFAR-10",
                 border_style="bold yellow",
             )
@@ -77,7 +78,7 @@ def show_summary(console: Console, summary: Summary, data: ImageData) -> None:
     table.add_column(overflow="fold")
     table.add_row("data set", describe(data))
     if data.instead_of:
-        table.add_row("NOT CIFAR-10", data.instead_of, style="yellow")
+        table.add_row("NOT CIFAR-10", Text(data.instead_of), style="yellow")
     table.add_row("model", f"{summary.model}, {'fused' if summary.fused else 'plain PyTorch'}")
     table.add_row("backend", f"{summary.backend} on {summary.device}")
     best = "none yet" if summary.best_accuracy is None else f"{summary.best_accuracy:.2%} in epoch {summary.best_epoch}"
@@ -87,5 +88,5 @@ def show_summary(console: Console, summary: Summary, data: ImageData) -> None:
     table.add_row("training speed", f"{rate} (median over steps)" if summary.images_per_second else rate)
     table.add_row("time", f"{summary.seconds:,.1f} s, {summary.epoch} epochs, {summary.step:,} steps")
     files = ", ".join(sorted(p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")))
-    table.add_row("files", f"{directory}/: {files}")
+    table.add_row("files", Text(f"{directory}/: {files}"))
     console.print(table)
