@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from fastres.train.checkpoint import resolve_resume, saved_config
+from fastres.train.checkpoint import AUTO, resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
@@ -35,7 +35,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.recipe is not None:
             # Once more, so that options not given are those of the recipe.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=recipe_config(config.recipe))
-        check_config(config)
+        if config.resume in (None, AUTO):
+            check_config(config)
+        # Else the options given go with those of the checkpoint, and are checked together with them.
         config = resolve_resume(config)
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.

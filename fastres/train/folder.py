@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from fastres.train.distributed import Group
 from fastres.train.errors import InputError, RunError, first_line, shortened_path
 
 LOCK = ".lock"
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names of the files that become others when they are whole."""
 
 Rows = list[dict[str, Any]]
 
@@ -43,7 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         RunError: as `writing`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as TEMPORARY has it
     with writing(path):
         try:
             yield temporary
@@ -122,9 +125,10 @@ def claim(directory: Path) -> FileLock:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(f"output_dir: another process is training in {directory}") from error
-        # Nobody else is at work here, so these are what a killed process left.
+        # Nobody else is at work here, so these are what a killed process left; others have names of other forms.
         for temporary in directory.glob(".*.tmp"):
-            temporary.unlink(missing_ok=True)
+            if TEMPORARY.fullmatch(temporary.name):
+                temporary.unlink(missing_ok=True)
     return lock
 
 

@@ -22,13 +22,13 @@ from fastres.train.config import TrainConfig, to_dict
 from fastres.train.data import batches, train_order
 from fastres.train.engine import Engine, Evaluation, Position
 from fastres.train.errors import DivergedError, InputError
-from fastres.train.folder import append_json, atomic, claimed, keep_rows, write_text
+from fastres.train.folder import append_json, atomic, claimed, keep_rows, write_text, writing
 from fastres.train.image_data import ImageData
 from fastres.train.page import write_report
 from fastres.train.parallel import by_rank, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, plan_of, prepare
 from fastres.train.progress import Progress
-from fastres.train.report import Summary, show_start, show_summary, write_summary
+from fastres.train.report import SUMMARY, Summary, show_start, show_summary, write_summary
 from fastres.train.rewind import Rewind
 from fastres.train.schedule import lr_factor
 from fastres.train.stop import Stop
@@ -140,11 +140,17 @@ class _Loop:
             self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
             self.engine.train_metrics.to(self.device)
             self.engine.load_state_dict(run.resumed.get("engine", {}))
-        if self.at_end and self.evaluated_step == self.step:
+        # Without a summary the end was cut off after its evaluation, and is evaluated again for the report.
+        if self.at_end and self.evaluated_step == self.step and self._was_told():
             raise InputError(
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
                 "ask for more with epochs or max_steps"
             )
+
+    def _was_told(self) -> bool:
+        """Whether the run that wrote the checkpoint to go on from has come to its summary, as the main process sees."""
+        resume = self.config.resume
+        return self.group.broadcast(resume is None or (ckpt.folder_of(resume) / SUMMARY).exists())
 
     @property
     def at_end(self) -> bool:
@@ -152,7 +158,7 @@ class _Loop:
         return self.step >= self.stop_step
 
     def run(self) -> Summary:
-        """Train to the end, to max_steps, or to a signal."""
+        """Train, and report."""
         with claimed(self.directory, self.group):
             return self._run()
 
@@ -161,6 +167,15 @@ class _Loop:
         show_start(self.console, self.config, self.data, self.backend)
         if self.group.is_main:
             self.board = Board(self.directory, self.step, notify=self._tell)
+        try:
+            self._train()
+        finally:
+            if self.board is not None:
+                self.board.close()
+        return self._finish()
+
+    def _train(self) -> None:
+        """Epochs and evaluations to the end, to max_steps, or to a signal."""
         total, done = self._images_until(self.stop_step), self._images_until(self.step)
         # Lines of several processes would overwrite each other.
         with Progress(total, done, file=None if self.group.is_main else io.StringIO()) as line, self.stop.on_signals():
@@ -172,9 +187,6 @@ class _Loop:
                     break
             if self.stop.by is not None:
                 self._save(ckpt.LAST)
-        if self.board is not None:
-            self.board.close()
-        return self._finish()
 
     def _train_epoch(self, line: Progress) -> None:
         """Train to the end of the epoch, to max_steps, or to a signal; starts where the checkpoint stopped."""
@@ -365,10 +377,13 @@ class _Loop:
         """The first writes of a run."""
         if self.group.is_main:
             write_text(self.directory / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+            with writing(self.directory):
+                (self.directory / SUMMARY).unlink(missing_ok=True)  # of the sitting before
             # What was found where an epoch was cut short stands, unless its end will be evaluated as well.
             again = self._is_evaluated(self.epoch + 1) and (not self.at_end or self.batch == self.steps_per_epoch)
-            for name in ("metrics.jsonl", "steps.jsonl"):
-                broken = keep_rows(self.directory / name, self.step, cut_short=again)
+            # What the end was found to be is found again.
+            for name, last in (("metrics.jsonl", self.step - self.at_end), ("steps.jsonl", self.step)):
+                broken = keep_rows(self.directory / name, last, cut_short=again)
                 if broken:
                     self._tell(f"{name}: {broken} lines were no records, and are dropped")
         if self.best_step is not None:

@@ -14,6 +14,8 @@ from fastres.train.folder import write_text
 from fastres.train.image_data import ImageData
 from fastres.train.precision import AMP_DTYPES
 
+SUMMARY = "summary.json"
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -67,7 +69,7 @@ def describe(data: ImageData) -> str:
 
 def write_summary(summary: Summary) -> None:
     """Write summary.json."""
-    write_text(Path(summary.output_dir) / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    write_text(Path(summary.output_dir) / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def show_summary(console: Console, summary: Summary, data: ImageData) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from fastres.train import (
 from fastres.train import config as config_module
 from fastres.train.augment import normalise
 from fastres.train.checkpoint import AUTO
-from tests.train.conftest import signal_in_call
+from tests.train.conftest import make_data, signal_in_call
 from tests.train.optimizers import EACH
 
 Run = Callable[..., Summary]
@@ -453,6 +454,17 @@ def test_end_that_lies_behind_the_checkpoint_is_evaluated(
     assert row["train_loss"] == pytest.approx(mean, rel=1e-5)
     with pytest.raises(InputError, match=r"already done"):
         run(resume=tmp_path / "run", eval_epochs=5, **more)
+
+
+def test_run_may_end_within_its_warm_up(run: Run, tmp_path: Path) -> None:
+    with signal_in_call(4, signal.SIGINT):
+        run(epochs=5, warmup_epochs=2.0)
+    assert run(resume=tmp_path / "run", epochs=1, warmup_epochs=2.0).step == 6
+
+
+def test_run_is_as_long_as_its_epochs_are_written(run: Run) -> None:
+    assert math.ceil(2.2 * 25) == 56
+    assert run(on=make_data(50), batch_size=2, epochs=2.2).step == 55
 
 
 def test_end_between_two_evaluations_is_evaluated(run: Run, tmp_path: Path) -> None:

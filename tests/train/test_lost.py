@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastres.train import InputError, RunError, Summary, __main__, load_checkpoint
+from fastres.train import DivergedError, InputError, RunError, Summary, __main__, boards, load_checkpoint, loop
 from fastres.train.checkpoint import AUTO, BEST, LAST, PREVIOUS
 from fastres.train.folder import append_json, atomic, claim, keep_rows, write_text
 from tests.oracle import SEED
@@ -307,8 +308,62 @@ def test_second_run_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
 def test_temporary_files_of_a_killed_process_go(run: Run, tmp_path: Path) -> None:
     run(max_steps=6)
     (tmp_path / "run" / ".best.pt.3627.tmp").write_bytes(b"half")
+    (tmp_path / "run" / ".mine.tmp").write_bytes(b"somebody's")
     run(resume=AUTO)
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert [file.name for file in (tmp_path / "run").glob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_end_that_was_killed_before_its_report_is_reported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kill(BaseException):
+        pass
+
+    def kill(summary: Summary) -> None:
+        raise Kill
+
+    whole = run(to="whole")
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(loop, "write_summary", kill)
+        run(to="parts")
+    summary = run(to="parts", resume=AUTO)
+    assert summary.finished and (summary.best_epoch, summary.last_accuracy) == (whole.best_epoch, whole.last_accuracy)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(InputError, match=r"already done"):
+        run(to="parts", resume=AUTO)
+
+
+def test_run_at_work_has_no_summary_of_the_sitting_before(run: Run, tmp_path: Path) -> None:
+    run(epochs=1)
+    with pytest.raises(DivergedError), stopping_at(3):
+        run(epochs=2, resume=AUTO)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(epochs=2, resume=AUTO).finished
+
+
+@contextmanager
+def stopping_at(call: int) -> Iterator[None]:
+    """Let a run's loss be NaN in the given call of the network."""
+    count = 0
+
+    def spoil(module: nn.Module, inputs: Any, output: Any) -> Any:
+        nonlocal count
+        count += isinstance(module, nn.Linear)
+        return output * float("nan") if count == call and isinstance(module, nn.Linear) else None
+
+    hook = nn.modules.module.register_module_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_tensorboard_gets_the_steps_before_a_divergence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(boards.Board, "close", lambda board: closed.append(board))
+    with pytest.raises(DivergedError), stopping_at(3):
+        run()
+    assert len(closed) == 1
 
 
 # --- Signals ---
