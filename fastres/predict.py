@@ -1,9 +1,9 @@
 """`python -m fastres.predict CHECKPOINT IMAGE...`: the class of each image, with its probability.
 
-CHECKPOINT is a file of a run, or its folder (best.pt, or else last.pt). An IMAGE is a file, a folder, of which every
-image below it is taken, or a pattern in quotes such as 'photos/*.png'. Images are prepared as in the run's evaluations:
-RGB, the shorter side resized to the run's image size, the middle cut out, normalised by the mean and deviation of the
-training images.
+CHECKPOINT is a file of a run, or its folder (best.pt, or else last.pt or previous.pt). An IMAGE is a file, a folder, of
+which every image below it is taken, or a pattern in quotes such as 'photos/*.png'. Images are prepared as in the run's
+evaluations: RGB, the shorter side resized to the run's image size, the middle cut out, normalised by the mean and
+deviation of the training images.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Options:
     """Classify images by a trained network."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Checkpoint, or folder of a run: its best.pt, or last.pt where there is none."""
+    """Checkpoint, or folder of a run: its best.pt, or last.pt where there is none, or previous.pt."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, folders of images, patterns in quotes."""
     top: int = 3
@@ -161,7 +161,7 @@ def checkpoint_file(path: Path) -> Path:
         InputError: there is none.
     """
     with reading("checkpoint", path):
-        files = [path / ckpt.BEST, path / ckpt.LAST] if path.is_dir() else [path]
+        files = [path / name for name in (ckpt.BEST, ckpt.LAST, ckpt.PREVIOUS)] if path.is_dir() else [path]
         for file in files:
             if file.is_file():
                 return file

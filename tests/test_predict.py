@@ -126,6 +126,8 @@ def test_the_best_checkpoint_of_a_folder_is_taken_or_else_the_last(trained):
     (trained / "best.pt").unlink()
     assert predict.checkpoint_file(trained).name == "last.pt"
     assert predict.Predictor(trained).file.name == "last.pt"
+    (trained / "last.pt").rename(trained / "previous.pt")  # as a kill may leave them
+    assert predict.checkpoint_file(trained).name == "previous.pt"
 
 
 def test_an_older_checkpoint_says_what_it_lacks(trained, tmp_path):
