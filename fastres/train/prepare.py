@@ -95,6 +95,8 @@ def prepare(
 
     device = pick_device(config.device)
     group = start_group(device)
+    if not group.is_main:
+        console = Console(quiet=True)  # all have the same to say
     with group.agreed():
         device = rank_device(device, group)
         config = _after_restart(ckpt.resolve_resume(config))
