@@ -31,6 +31,7 @@ from fastres.train.augment import normalise
 from fastres.train.config import check_device
 from fastres.train.decoding import ImageFile, decode_image
 from fastres.train.errors import InputError, RunError, reading
+from fastres.train.image_folder import images_below
 from fastres.train.loop import restored_model
 from fastres.train.prepare import pick_device
 from fastres.train.terminal import discard_output, escape_output
@@ -186,7 +187,7 @@ def _files_of(name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
+        inside = sorted(map(Path, images_below(str(path))))
     else:
         # A file that was named itself is taken whatever its ending is.
         matches = sorted(map(Path, glob.glob(name, recursive=True)))

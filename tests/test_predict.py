@@ -1,7 +1,9 @@
 """`python -m fastres.predict`: the classes that the trainer's own evaluation finds."""
 
+import errno
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -97,6 +99,21 @@ def test_files_folders_and_patterns_are_found(images, tmp_path, monkeypatch):
     (images / "empty").mkdir()
     with pytest.raises(InputError, match="empty holds no images"):
         predict.image_files(["empty"])
+
+
+def test_a_folder_is_searched_as_the_trainer_does(images, monkeypatch):
+    (images / "test" / "more").symlink_to(images / "train" / "cat")
+    (images / "test" / "cat" / "again").symlink_to(images / "test")
+    found = [str(path.relative_to(images)) for path in predict.image_files([str(images / "test")])]
+    linked = [f"test/more/{index}.png" for index in range(4)]
+    assert found == ["test/cat/0.png", "test/cat/1.png", "test/dog/0.png", "test/dog/1.png", *linked]
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, as which tests may run, may read all
+    with pytest.raises(InputError, match=r"^image: cannot read .*test: Permission denied$"):
+        predict.image_files([str(images / "test")])
 
 
 def test_a_broken_image_is_named_and_the_others_are_told(trained, images, capsys):

@@ -86,7 +86,7 @@ def _list_images(folder: Path) -> Listing:
     """The images of each class, in torchvision's order."""
     with reading("data_dir", folder):
         classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        found = [list(_images_below(os.path.join(folder, name))) for name in classes]
+        found = [list(images_below(os.path.join(folder, name))) for name in classes]
     for name in classes:
         if not name.isprintable():  # such as bytes that are no UTF-8, which no report could show
             raise InputError(f"data_dir: {folder} has a class folder whose name cannot be printed: {name!a}")
@@ -98,7 +98,7 @@ def _list_images(folder: Path) -> Listing:
     return Listing(folder, folder, [ImageFile(path) for files in found for path in files], labels, tuple(classes))
 
 
-def _images_below(folder: str) -> Iterator[str]:
+def images_below(folder: str) -> Iterator[str]:
     """The paths of the images in a folder and those below it, through links too.
 
     A link to a folder that holds it is passed over: below it the same images would come again without an end.

@@ -64,7 +64,8 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
 
 def describe(data: ImageData) -> str:
     """A data set in a few words."""
-    return f"{data.name} ({len(data.train):,} training and {len(data.test):,} test images)"
+    counts = f"{len(data.train):,} training and {len(data.test):,} test images"
+    return f"{data.name} ({counts} of {data.image_size} pixels)"
 
 
 def write_summary(summary: Summary) -> None:

@@ -256,6 +256,7 @@ def test_stand_in_for_another_data_set_is_said_at_the_start_and_at_the_end(run: 
     )
     start, end = text.getvalue().split("epoch 1/2", maxsplit=1)
     assert "HANDWRITTEN DIGITS instead. CIFAR-10 has no network." in start
+    assert "45 training and 12 test images of 8 pixels" in start
     assert "NOT CIFAR-10" in end
     assert summary.instead_of == "CIFAR-10 has no network"
 
