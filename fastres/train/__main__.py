@@ -23,8 +23,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Train, test, or look for a learning rate, as the command line says.
 
     Returns:
-        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
-        SIGTERM.
+        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment; stopped by a signal: 130 Ctrl-C
+        (SIGINT), 143 SIGTERM, 129 SIGHUP.
     """
     escape_output()
     try:

@@ -51,7 +51,7 @@ class RangeTest(NamedTuple):
     rates: list[float]
     losses: list[float]
     ended: Ended = "range"  # range: the largest rate was reached
-    stopped_by: str | None = None  # SIGINT or SIGTERM
+    stopped_by: str | None = None  # SIGINT, SIGTERM or SIGHUP
 
     @property
     def smoothed(self) -> list[float]:
@@ -102,7 +102,7 @@ def find_learning_rate(
         data, make_model, console: as `fastres.train.train`.
 
     Returns:
-        The curve, with `stopped_by` where SIGINT (Ctrl-C) or SIGTERM ended it; its rates may be too few then.
+        The curve, with `stopped_by` where SIGINT (Ctrl-C), SIGTERM or SIGHUP ended it; its rates may be too few.
 
     Raises:
         TypeError, InputError, RunError: as `fastres.train.train`.

@@ -58,7 +58,8 @@ def train(
         console: where the report goes; standard output by default, without which a run goes on where it is lost.
 
     Returns:
-        The outcome; `finished` is False where SIGINT (Ctrl-C) or SIGTERM stopped the run (last.pt is written then).
+        The outcome; `finished` is False where SIGINT (Ctrl-C), SIGTERM or SIGHUP stopped the run (last.pt is written
+        then).
 
     Raises:
         TypeError, InputError: a wrong argument, data folder or checkpoint. Nothing has been written.

@@ -30,7 +30,7 @@ class Summary:
     test_images: int
     instead_of: str | None
     finished: bool  # False after an interruption
-    stopped_by: str | None  # the signal that stopped it: SIGINT, SIGTERM
+    stopped_by: str | None  # the signal that stopped it: SIGINT, SIGTERM, SIGHUP
     epoch: int  # epochs completed
     step: int
     best_accuracy: float | None  # share of the test images, None before the first evaluation

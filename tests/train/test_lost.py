@@ -389,6 +389,24 @@ def test_signal_finishes_the_step_saves_and_gives_its_status(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    ("handler", "stopped_by", "status"), [(signal.SIG_DFL, "SIGHUP", 129), (signal.SIG_IGN, None, 0)]
+)
+def test_a_terminal_that_goes_ends_a_run_unless_under_nohup(
+    run: Run, monkeypatch: pytest.MonkeyPatch, handler: Any, stopped_by: str | None, status: int
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with signal_in_call(3, signal.SIGHUP):
+            summary = run()
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (summary.stopped_by, summary.step) == (stopped_by, 12 if stopped_by is None else 3)
+    monkeypatch.setattr(__main__, "train", lambda config: summary)
+    assert __main__.main([]) == status
+
+
 def test_run_in_another_thread_leaves_signals_alone(run: Run) -> None:
     """Python sets handlers in the main thread only."""
     before, found = signal.getsignal(signal.SIGINT), []
