@@ -147,6 +147,8 @@ class _Loop:
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
                 "ask for more with epochs or max_steps"
             )
+        if self.at_end:
+            self.evaluated_step = None  # until it has been, also where a signal comes in between
 
     def _was_told(self) -> bool:
         """Whether the run that wrote the checkpoint to go on from has come to its summary, as the main process sees."""

@@ -326,6 +326,8 @@ def test_end_that_was_killed_before_its_report_is_reported(
     with monkeypatch.context() as patch, pytest.raises(Kill):
         patch.setattr(loop, "write_summary", kill)
         run(to="parts")
+    with signal_in_call(1, signal.SIGINT):
+        assert not run(to="parts", eval_batch_size=6, resume=AUTO).finished
     summary = run(to="parts", resume=AUTO)
     assert summary.finished and (summary.best_epoch, summary.last_accuracy) == (whole.best_epoch, whole.last_accuracy)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
