@@ -17,12 +17,14 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastres.train import pictures
 from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
 from fastres.train.history import History, read_history
 from fastres.train.progress import duration
+from fastres.train.terminal import discard_output, escape_output
 
 PROGRAM = "python -m fastres.compare"
 PLACES = ("output_dir", "resume")
@@ -41,7 +43,7 @@ class Options:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     output: Path = Path("compare.png")
-    """Where the picture of the curves goes."""
+    """Where the picture of the curves goes, a PNG."""
     json: bool = False
     """Write the table as one JSON object."""
 
@@ -124,14 +126,10 @@ def show(table: Sequence[tuple[str, list[str]]], names: Sequence[str], console: 
         head = ["run", *(name for name, _ in table)]
         body = [[name, *(cells[index] for _, cells in table)] for index, name in enumerate(names)]
     for number, text in enumerate(head):
-        printed.add_column(_escaped(text), overflow="fold", style="bold" if number == 0 else None)
+        printed.add_column(Text(text), overflow="fold", style="bold" if number == 0 else None)
     for cells in body:
-        printed.add_row(*map(_escaped, cells))
+        printed.add_row(*map(Text, cells))
     console.print(printed)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def draw(histories: Sequence[History], names: Sequence[str], path: Path) -> None:
@@ -182,11 +180,13 @@ def run(options: Options, console: Console) -> None:
     """Compare as asked.
 
     Raises:
-        InputError: no such run.
+        InputError: no such run, or another kind of picture.
         RunError: the picture cannot be written. The table has been printed.
     """
     if not options.runs:
         raise InputError("run: expected at least one folder of a run")
+    if options.output.suffix.lower() not in (".png", ""):
+        raise InputError(f"output: expected a name that ends in .png, which it will be, got {options.output}")
     histories = [read_history(directory) for directory in options.runs]
     names = labels(options.runs)
     if options.json:
@@ -211,13 +211,17 @@ def main(args: Sequence[str] | None = None) -> int:
     """Compare as the command line says.
 
     Returns:
-        Exit status: 0 done, 2 a wrong folder or argument, or no place for the picture.
+        Exit status: 0 done, 1 nobody reads what is printed, 2 a wrong folder or argument, or no place for the picture.
     """
+    escape_output()
     try:
         run(tyro.cli(Options, args=args, prog=PROGRAM), Console())
     except (InputError, RunError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`
+        discard_output()
+        return 1
     return 0
 
 

@@ -1,15 +1,16 @@
 """`python -m fastres.predict CHECKPOINT IMAGE...`: the class of each image, with its probability.
 
-CHECKPOINT is a file of a run, or its folder (best.pt, or else last.pt). An IMAGE is a file, a folder, of which every
-image below it is taken, or a pattern in quotes such as 'photos/*.png'. Images are prepared as in the run's evaluations:
-RGB, the shorter side resized to the run's image size, the middle cut out, normalised by the mean and deviation of the
-training images.
+CHECKPOINT is a file of a run, or its folder (best.pt, or else last.pt or previous.pt). An IMAGE is a file, a folder, of
+which every image below it is taken, or a pattern in quotes such as 'photos/*.png'. Images are prepared as in the run's
+evaluations: RGB, the shorter side resized to the run's image size, the middle cut out, normalised by the mean and
+deviation of the training images.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -28,9 +30,11 @@ from fastres.train import checkpoint as ckpt
 from fastres.train.augment import normalise
 from fastres.train.config import check_device
 from fastres.train.decoding import ImageFile, decode_image
-from fastres.train.errors import InputError, RunError
+from fastres.train.errors import InputError, RunError, reading
+from fastres.train.image_folder import images_below
 from fastres.train.loop import restored_model
 from fastres.train.prepare import pick_device
+from fastres.train.terminal import discard_output, escape_output
 
 PROGRAM = "python -m fastres.predict"
 PREPROCESSING = ("mean", "std", "image_size")
@@ -41,7 +45,7 @@ class Options:
     """Classify images by a trained network."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """Checkpoint, or folder of a run: its best.pt, or last.pt where there is none."""
+    """Checkpoint, or folder of a run: its best.pt, or last.pt where there is none, or previous.pt."""
     images: tyro.conf.Positional[tuple[str, ...]]
     """Image files, folders of images, patterns in quotes."""
     top: int = 3
@@ -157,10 +161,11 @@ def checkpoint_file(path: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    files = [path / ckpt.BEST, path / ckpt.LAST] if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            return file
+    with reading("checkpoint", path):
+        files = [path / name for name in (ckpt.BEST, ckpt.LAST, ckpt.PREVIOUS)] if path.is_dir() else [path]
+        for file in files:
+            if file.is_file():
+                return file
     raise InputError(f"checkpoint: no checkpoint at {' or '.join(map(str, files))}")
 
 
@@ -172,22 +177,26 @@ def image_files(names: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in names:
-        path = Path(name)
-        if path.is_file():
-            found.append(path)
-            continue
-        if path.is_dir():
-            inside = [file for file in sorted(path.rglob("*")) if _is_image(file)]
-        else:
-            # A file that was named itself is taken whatever its ending is.
-            matches = sorted(map(Path, glob.glob(name, recursive=True)))
-            inside = [file for file in matches if _is_image(file)]
-            if not matches:
-                raise InputError(f"image: no such file, folder or pattern: {name}")
-        if not inside:
-            raise InputError(f"image: {name} holds no images ({', '.join(IMG_EXTENSIONS)})")
-        found += inside
+        with reading("image", name):
+            found += _files_of(name)
     return found
+
+
+def _files_of(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        inside = sorted(map(Path, images_below(str(path))))
+    else:
+        # A file that was named itself is taken whatever its ending is.
+        matches = sorted(map(Path, glob.glob(name, recursive=True)))
+        inside = [file for file in matches if _is_image(file)]
+        if not matches:
+            raise InputError(f"image: no such file, folder or pattern: {name}")
+    if not inside:
+        raise InputError(f"image: {name} holds no images ({', '.join(IMG_EXTENSIONS)})")
+    return inside
 
 
 def _is_image(file: Path) -> bool:
@@ -202,15 +211,11 @@ def show(predictions: Sequence[Prediction], console: Console) -> None:
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("or else", overflow="fold")
     for image, guesses, error in predictions:
-        # Text objects would be heavier; brackets in names are escaped for rich's markup.
-        image = image.replace("[", r"\[")
         if error is not None:
-            table.add_row(image, "unreadable", "", error.replace("[", r"\["), style="yellow")
+            table.add_row(Text(image), "unreadable", "", Text(error), style="yellow")
             continue
         others = ", ".join(f"{guess.name} {guess.probability:.2%}" for guess in guesses[1:])
-        table.add_row(
-            image, guesses[0].name.replace("[", r"\["), f"{guesses[0].probability:.2%}", others.replace("[", r"\[")
-        )
+        table.add_row(Text(image), Text(guesses[0].name), f"{guesses[0].probability:.2%}", Text(others))
     console.print(table)
 
 
@@ -257,14 +262,22 @@ def main(args: Sequence[str] | None = None) -> int:
     """Predict as the command line says.
 
     Returns:
-        Exit status: 0 done, 1 an image could not be read, 2 wrong input or environment.
+        Exit status: 0 done, 1 an image could not be read, or nobody reads what is printed, 2 wrong input or
+        environment, 130 stopped by Ctrl-C (SIGINT).
     """
+    escape_output()
     try:
         options = tyro.cli(Options, args=args, prog=PROGRAM)
         return run(options, Console())
     except (InputError, RunError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`
+        discard_output()
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

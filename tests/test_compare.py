@@ -120,6 +120,8 @@ def test_wrong_arguments_are_told_in_one_line(tmp_path, capsys):
     blocked.write_text("")
     for args, words in (
         ([good, tmp_path / "gone"], "no such folder"),
+        (["x" * 300], "run: cannot read xxx"),
+        ([good, "--output", tmp_path / "c.pdf"], "output: expected"),
         ([empty], "holds neither config.json nor metrics.jsonl"),
         ([], "expected at least one"),
         ([good, "--output", blocked / "c.png"], "cannot write"),

@@ -6,6 +6,7 @@ Nothing of the project is imported here, so a rule is checked in files that this
 from __future__ import annotations
 
 import ast
+import graphlib
 import io
 import re
 import tokenize
@@ -202,6 +203,36 @@ def test_imports_run_one_way(room):
     assert not offenders, report(f"{room} never imports {' or '.join(ARROWS[room])}", offenders)
 
 
+WITHOUT_CIRCLES = (
+    "fastres/backend",
+    "fastres/functional",
+    "fastres/models",
+    "fastres/nn",
+    "fastres/ops",
+    "fastres/train",
+)
+
+
+def circle(root: Path, room: str) -> list[str]:
+    """Modules of a room of which each is imported by the next one, the last being the first again; none mostly.
+
+    Imports inside functions count. A module's own package does not, which Python has always begun to import before.
+    """
+    files = {name_of(f, root).removesuffix(".py").replace("/", "."): f for f in python_files(root, room)}
+    graph = {module: {name for _, name in imports(file, root)} & files.keys() for module, file in files.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+@pytest.mark.parametrize("room", WITHOUT_CIRCLES)
+def test_the_modules_of_a_room_do_not_import_each_other_in_circles(room):
+    assert not circle(ROOT, room)
+
+
 # ------------------------------------------------------------------------------------------------------------- copies
 
 COMPARED = ("fastres/ops", "fastres/functional.py", "fastres/functional", "kernels")
@@ -335,6 +366,14 @@ def test_an_import_is_found_however_it_is_written(source, wrong, tmp_path):
     assert [found.rpartition(" imports ")[0] for found in wrong_arrows(root, "kernels")] == (
         [f"kernels/launch.py:{line}"] * wrong
     )
+
+
+def test_a_circle_is_found_through_a_function(tmp_path):
+    write(tmp_path, fastres__a="from fastres.b import x", fastres__b="import fastres.c")
+    assert circle(write(tmp_path, fastres__c="def f():\n    pass"), "fastres") == []
+    assert set(circle(write(tmp_path, fastres__c="def f():\n    from fastres import a"), "fastres")) == {
+        "fastres.a", "fastres.b", "fastres.c",
+    }  # fmt: skip
 
 
 def test_the_activations_import_nothing_of_the_package(tmp_path):

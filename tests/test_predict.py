@@ -1,8 +1,11 @@
 """`python -m fastres.predict`: the classes that the trainer's own evaluation finds."""
 
+import errno
 import io
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,12 +90,30 @@ def test_files_folders_and_patterns_are_found(images, tmp_path, monkeypatch):
     names = list(map(str, predict.image_files(["test/*/1.png", "test/cat", photo, "**/3.png"])))
     assert names == ["test/cat/1.png", "test/dog/1.png", "test/cat/0.png", "test/cat/1.png", photo,
                      "train/cat/3.png", "train/dog/3.png"]  # fmt: skip
-    for name, words in (("gone.png", "no such file"), ("*.gif", "no such file"), ("test/*.txt", "holds no images")):
+    for name, words in (("gone.png", "no such file"), ("*.gif", "no such file"), ("test/*.txt", "holds no images"),
+                        ("x" * 300, r"^image: cannot read x{200}\.\.\.: File name too long$")):  # fmt: skip
         with pytest.raises(InputError, match=words):
             predict.image_files([name])
+    with pytest.raises(InputError, match=r"^checkpoint: cannot read x{200}\.\.\.: File name too long$"):
+        predict.checkpoint_file(Path("x" * 300))
     (images / "empty").mkdir()
     with pytest.raises(InputError, match="empty holds no images"):
         predict.image_files(["empty"])
+
+
+def test_a_folder_is_searched_as_the_trainer_does(images, monkeypatch):
+    (images / "test" / "more").symlink_to(images / "train" / "cat")
+    (images / "test" / "cat" / "again").symlink_to(images / "test")
+    found = [str(path.relative_to(images)) for path in predict.image_files([str(images / "test")])]
+    linked = [f"test/more/{index}.png" for index in range(4)]
+    assert found == ["test/cat/0.png", "test/cat/1.png", "test/dog/0.png", "test/dog/1.png", *linked]
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root, as which tests may run, may read all
+    with pytest.raises(InputError, match=r"^image: cannot read .*test: Permission denied$"):
+        predict.image_files([str(images / "test")])
 
 
 def test_a_broken_image_is_named_and_the_others_are_told(trained, images, capsys):
@@ -122,6 +143,8 @@ def test_the_best_checkpoint_of_a_folder_is_taken_or_else_the_last(trained):
     (trained / "best.pt").unlink()
     assert predict.checkpoint_file(trained).name == "last.pt"
     assert predict.Predictor(trained).file.name == "last.pt"
+    (trained / "last.pt").rename(trained / "previous.pt")  # as a kill may leave them
+    assert predict.checkpoint_file(trained).name == "previous.pt"
 
 
 def test_an_older_checkpoint_says_what_it_lacks(trained, tmp_path):

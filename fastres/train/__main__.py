@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from fastres.train.checkpoint import resolve_resume, saved_config
+from fastres.train.checkpoint import AUTO, resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
 from fastres.train.distributed import lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
@@ -14,6 +14,7 @@ from fastres.train.evaluation import evaluate
 from fastres.train.find_lr import find_learning_rate
 from fastres.train.loop import train
 from fastres.train.recipes import describe_recipes, recipe_config
+from fastres.train.terminal import escape_output
 
 PROGRAM = "python -m fastres.train"
 
@@ -22,9 +23,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Train, test, or look for a learning rate, as the command line says.
 
     Returns:
-        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment, 130 stopped by Ctrl-C (SIGINT), 143 by
-        SIGTERM.
+        Exit status: 0 done, 1 the loss diverged, 2 wrong input or environment; stopped by a signal: 130 Ctrl-C
+        (SIGINT), 143 SIGTERM, 129 SIGHUP.
     """
+    escape_output()
     try:
         config = tyro.cli(TrainConfig, args=args, prog=PROGRAM)
         if config.recipe == "list":
@@ -33,7 +35,9 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.recipe is not None:
             # Once more, so that options not given are those of the recipe.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=recipe_config(config.recipe))
-        check_config(config)
+        if config.resume in (None, AUTO):
+            check_config(config)
+        # Else the options given go with those of the checkpoint, and are checked together with them.
         config = resolve_resume(config)
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.

@@ -32,11 +32,13 @@ def augmentation_of(config: TrainConfig, usual: Augmentation, image_size: int) -
     """What a configuration asks for, given what is usual for the data set. Alternating flips are not drawn.
 
     Raises:
-        InputError: more padding by reflection than the images have to reflect.
+        InputError: more padding than the images have to reflect, or so much that a crop may be nothing else.
     """
     padding = usual.padding if config.crop_padding is None else config.crop_padding
     if config.crop_border == "reflect" and padding >= image_size:
         raise InputError(f"crop_padding: expected below the image_size of {image_size} with reflect, got {padding}")
+    if padding > image_size:
+        raise InputError(f"crop_padding: expected at most the image_size of {image_size}, got {padding}")
     return Augmentation(padding, usual.flip if config.flip == "auto" else config.flip == "random", config.crop_border)
 
 

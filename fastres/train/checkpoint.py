@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastres.train.config import OLD_DEFAULTS, TrainConfig, from_dict
-from fastres.train.errors import InputError, first_line
+from fastres.train.errors import InputError, first_line, reading
 from fastres.train.folder import atomic, writing
 
 FORMAT = 1
@@ -20,6 +20,8 @@ KEYS = (
 
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+RESUMABLE = (LAST, PREVIOUS, BEST)
+"""What a run goes on from, the first that is whole. A kill may leave the best one alone: it is the first written."""
 AUTO = Path("auto")
 """What --resume is given to go on from the output folder's checkpoint where there is one, and to begin elsewhere."""
 
@@ -36,8 +38,13 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether the folder holds a checkpoint to go on from."""
-    return any((directory / name).is_file() for name in (LAST, PREVIOUS))
+    """Whether the folder holds a checkpoint to go on from.
+
+    Raises:
+        RunError: it can be no folder to write in.
+    """
+    with writing(directory):
+        return any((directory / name).is_file() for name in RESUMABLE)
 
 
 def resolve_resume(config: TrainConfig) -> TrainConfig:
@@ -50,8 +57,7 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
         return config
     if config.output_dir is None:
         raise InputError("resume: auto looks for a checkpoint in output_dir, expected one, got None")
-    with writing(config.output_dir):
-        found = has_checkpoint(config.output_dir)
+    found = has_checkpoint(config.output_dir)
     if config.test_only and not found:
         raise InputError(f"resume: test_only needs a checkpoint, and auto found none in {config.output_dir}")
     return dataclasses.replace(config, resume=config.output_dir if found else None)
@@ -66,13 +72,15 @@ def load_checkpoint(path: Path, *, notify: Callable[[str], None] | None = None) 
     """Read a checkpoint, or the last good one of a run's folder, onto the CPU.
 
     Args:
-        notify: receives a line where the last one of a folder is missing or broken, and the previous one is read.
+        notify: receives a line where the last one of a folder is missing or broken, and another one is read.
 
     Raises:
         InputError: the file is missing, truncated, or something else than a checkpoint of this trainer.
     """
     problem: InputError | None = None
-    for file in (path / LAST, path / PREVIOUS) if path.is_dir() else (path,):
+    with reading("resume", path):
+        files = [path / name for name in RESUMABLE] if path.is_dir() else [path]
+    for file in files:
         try:
             state = read_checkpoint(file)
         except InputError as error:
@@ -96,6 +104,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if isinstance(state["config"], dict):
         # Before the option was there, every convolution was PyTorch's.
         state["config"].setdefault("conv_algorithm", "torch" if state["config"].get("fused") else None)
+        if state["config"]["conv_algorithm"] == "direct":
+            state["config"]["conv_algorithm"] = "torch"  # as it is called since
         for name, value in OLD_DEFAULTS.items():
             state["config"].setdefault(name, value)
     return state
@@ -107,7 +117,9 @@ def read_tensors(file: Path, option: str, what: str) -> Any:
     Raises:
         InputError: no such file, or one that is damaged or holds other objects; `option` and `what` name it.
     """
-    if not file.is_file():
+    with reading(option, file):
+        there = file.is_file()
+    if not there:
         raise InputError(f"{option}: no {what} at {file}")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)

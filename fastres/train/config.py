@@ -28,6 +28,9 @@ ConvAlgorithm = Literal["auto", "torch", "winograd", "gemm", "grouped", "direct"
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
+MOST = 2**31 - 1
+"""The largest count that an option may be: beyond it, libraries overflow."""
+
 OLD_DEFAULTS: dict[str, Any] = {
     "recipe": None, "width": 1.0, "pretrained": None, "drop_last": False, "accumulate": 1, "decay_norm_bias": True,
     "bias_lr_factor": 1.0, "clip_grad": None, "milestones": [], "step_factor": 0.1, "triangle_start": 0.2,
@@ -275,9 +278,9 @@ def check_config(config: TrainConfig) -> None:
     _check_recipe_options(config)
     counts = ("max_steps", "eval_batch_size", "eval_epochs", "threads", "image_size", "accumulate", "lookahead_period")
     for name in counts:
-        _check_range(name, getattr(config, name), low=1)
-    _check_range("batch_size", config.batch_size, low=2)
-    _check_range("workers", config.workers, low=0)
+        _check_range(name, getattr(config, name), low=1, high=MOST)
+    _check_range("batch_size", config.batch_size, low=2, high=MOST)
+    _check_range("workers", config.workers, low=0, high=MOST)
     _check_range("seed", config.seed, low=0, high=2**63 - 1)
     for name in ("lr", "save_minutes"):
         _check_range(name, getattr(config, name), low=0.0, low_included=False)
@@ -285,7 +288,9 @@ def check_config(config: TrainConfig) -> None:
         _check_range(name, getattr(config, name), low=0.0)
     for name in ("momentum", "label_smoothing", "dropout"):
         _check_range(name, getattr(config, name), low=0.0, high=1.0, high_included=False)
-    if config.epochs is not None and config.warmup_epochs is not None and config.warmup_epochs > config.epochs:
+    # A resumed run may end within its warm-up.
+    limit = config.epochs if config.resume is None else None
+    if limit is not None and config.warmup_epochs is not None and config.warmup_epochs > limit:
         raise InputError(f"warmup_epochs: expected at most epochs = {config.epochs}, got {config.warmup_epochs}")
     if config.device != "auto":
         check_device(config.device, "auto, cpu, cuda or cuda:N")
@@ -306,8 +311,13 @@ def check_device(name: str, expected: str) -> None:
 
 def _check_recipe_options(config: TrainConfig) -> None:
     """The options of optimizer, schedule, augmentation and averages, each on its own and those that need each other."""
-    for name in ("epochs", "width", "bias_lr_factor", "clip_grad", "step_factor", "warmup_factor"):
+    _check_range("epochs", config.epochs, low=0.0, high=MOST, low_included=False)
+    for name in ("width", "bias_lr_factor", "clip_grad", "step_factor", "warmup_factor"):
         _check_range(name, getattr(config, name), low=0.0, low_included=False)
+    if config.tta == "flip+shift" and config.image_size == 1:
+        raise InputError(
+            "tta: expected an image_size of 2 or more with flip+shift, which moves images by a pixel, got 1"
+        )
     for name in ("whitening_bias_epochs", "crop_padding", "mixup", "cutmix"):
         _check_range(name, getattr(config, name), low=0)
     operations, magnitude = config.randaugment if len(config.randaugment) == 2 else (0, 0)
@@ -353,7 +363,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
 
     Raises:
         InputError: the environment variable FASTRES_CONV, where it counts, names no algorithm; amp is
-            fp16 without CUDA.
+            fp16 without CUDA; or an option does not go with what the others are now, as `check_config` has it.
     """
     small = dataset == "digits"
     usual_lr, usual_decay = {
@@ -371,7 +381,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         amp = choose_amp(torch.device(device))
     if amp == "fp16" and not device.startswith("cuda"):
         raise InputError(f"amp: expected a CUDA device for fp16, got {device}, where bf16 runs")
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         config,
         dataset=dataset,
         epochs=epochs,
@@ -388,6 +398,8 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
         conv_algorithm=conv_algorithm,
         amp=amp,
     )
+    check_config(resolved)
+    return resolved
 
 
 def _usual_workers(device: str) -> int:

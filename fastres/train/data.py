@@ -1,4 +1,4 @@
-"""Data sets as uint8 images, and batches of them.
+"""Data sets by name, and batches of their images.
 
 Images stay uint8 [N, 3, H, W] until they are in a batch. The order is drawn from an explicit CPU generator, so a seed
 gives the same batches on every device, for every model, and after a resume.
@@ -9,7 +9,6 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,14 @@ from torchvision import datasets
 
 from fastres.train.augment import Augmentation
 from fastres.train.config import Dataset, TrainConfig
-from fastres.train.decoding import ImageFiles
 from fastres.train.distributed import SINGLE, Group
-from fastres.train.errors import InputError, RunError
+from fastres.train.errors import InputError, RunError, reading
+from fastres.train.image_data import ImageData, Split, measured
+from fastres.train.image_folder import load_image_folder
+from fastres.train.shards import load_shards
 
 PROBE_SECONDS = 8.0
 """How long the site of a data set may take to answer before it counts as out of reach."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """The training or the test images of a data set."""
-
-    images: Tensor | ImageFiles  # uint8 [N, 3, H, W], or files that give uint8 [3, H, W]
-    labels: Tensor  # int64 [N]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set ready for training."""
-
-    name: Dataset
-    train: Split
-    test: Split
-    classes: tuple[str, ...]
-    image_size: int  # pixels; images are square
-    mean: tuple[float, ...]  # [3], of pixels in 0..1
-    std: tuple[float, ...]  # [3]
-    augmentation: Augmentation
-    instead_of: str | None = None  # why it stands in for CIFAR-10, as a sentence; None where it does not
 
 
 def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> ImageData:
@@ -72,13 +47,14 @@ def load_data(config: TrainConfig, *, notify: Callable[[str], None] = print) -> 
         )
     if config.dataset == "digits":
         return load_handwritten_digits()
-    if config.dataset == "imagefolder":
-        from fastres.train.image_folder import load_image_folder  # which builds on this module
+    with reading("data_dir", config.data_dir):
+        return _load_from_disk(config, notify)
 
+
+def _load_from_disk(config: TrainConfig, notify: Callable[[str], None]) -> ImageData:
+    if config.dataset == "imagefolder":
         return load_image_folder(config.data_dir, image_size=config.image_size, notify=notify)
     if config.dataset == "webdataset":
-        from fastres.train.shards import load_shards  # which does so too
-
         return load_shards(config.data_dir, image_size=config.image_size, notify=notify)
     if config.dataset == "cifar100":
         return load_cifar("cifar100", config.data_dir, notify=notify)
@@ -231,24 +207,6 @@ def train_order(count: int, batch_size: int, generator: torch.Generator, smalles
     """A random order of `count` images, without those that an epoch leaves out."""
     order = torch.randperm(count, generator=generator)
     return order[: count - left_out(count, batch_size, smallest)]
-
-
-def measured(
-    name: Dataset, train: Split, test: Split, classes: tuple[str, ...], how: Augmentation, instead_of: str | None
-) -> ImageData:
-    """An in-memory data set, with the mean and deviation of its training pixels."""
-    images = train.images
-    if not isinstance(images, Tensor):
-        raise TypeError(f"train.images: expected a tensor, got {type(images).__name__}")
-    # A histogram of 256 values is exact in float64 and needs no float copy of the images.
-    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
-    values = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(1, keepdim=True)
-    mean = share @ values
-    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt().clamp_min(1 / 255)
-    return ImageData(
-        name, train, test, classes, images.shape[-1], tuple(mean.tolist()), tuple(std.tolist()), how, instead_of
-    )
 
 
 def _download_cifar(kind: type[datasets.CIFAR10], title: str, root: Path, notify: Callable[[str], None]) -> None:

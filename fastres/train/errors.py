@@ -1,5 +1,9 @@
 """What can go wrong for reasons that lie outside the program, each told in one sentence."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class InputError(ValueError):
     """An argument, a data folder or a checkpoint is not what it should be; nothing has been written."""
@@ -11,6 +15,26 @@ class RunError(RuntimeError):
 
 class DivergedError(RunError):
     """The loss became NaN or infinite; training stopped at the step named."""
+
+
+@contextmanager
+def reading(option: str, path: Path | str) -> Iterator[None]:
+    """Turn whatever the system says against looking at `path`, which `option` names, into one sentence.
+
+    Raises:
+        InputError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = shortened_path(error.filename or path)
+        raise InputError(f"{option}: cannot read {place}: {error.strerror or error}") from error
+
+
+def shortened_path(path: Path | str) -> str:
+    """At most 200 characters of a path, for a message."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def first_line(error: BaseException) -> str:

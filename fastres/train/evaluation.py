@@ -7,8 +7,8 @@ from rich.console import Console
 from torch import nn
 
 from fastres.train.config import TrainConfig
-from fastres.train.data import ImageData
 from fastres.train.engine import Engine, Evaluation
+from fastres.train.image_data import ImageData
 from fastres.train.prepare import configured_model, prepare
 from fastres.train.report import describe
 

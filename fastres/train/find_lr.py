@@ -13,13 +13,15 @@ from tqdm import tqdm
 
 from fastres.train import pictures
 from fastres.train.config import TrainConfig, to_dict
-from fastres.train.data import ImageData, batches, train_order
+from fastres.train.data import batches, train_order
 from fastres.train.engine import Engine, Position
 from fastres.train.errors import DivergedError
 from fastres.train.folder import claimed, write_text
+from fastres.train.image_data import ImageData
 from fastres.train.prepare import Plan, Run, configured_model, plan_of, prepare
 from fastres.train.report import show_start
 from fastres.train.stop import Stop
+from fastres.train.terminal import Terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +51,7 @@ class RangeTest(NamedTuple):
     rates: list[float]
     losses: list[float]
     ended: Ended = "range"  # range: the largest rate was reached
-    stopped_by: str | None = None  # SIGINT or SIGTERM
+    stopped_by: str | None = None  # SIGINT, SIGTERM or SIGHUP
 
     @property
     def smoothed(self) -> list[float]:
@@ -100,13 +102,13 @@ def find_learning_rate(
         data, make_model, console: as `fastres.train.train`.
 
     Returns:
-        The curve, with `stopped_by` where SIGINT (Ctrl-C) or SIGTERM ended it; its rates may be too few then.
+        The curve, with `stopped_by` where SIGINT (Ctrl-C), SIGTERM or SIGHUP ended it; its rates may be too few.
 
     Raises:
         TypeError, InputError, RunError: as `fastres.train.train`.
         DivergedError: the loss is not finite at the smallest learning rate.
     """
-    console = console or Console()
+    console = console or Terminal()
     run = prepare(dataclasses.replace(config, find_lr=True), data, make_model or configured_model, console)
     if not run.group.is_main:
         console = Console(quiet=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +12,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastres.train.distributed import Group
-from fastres.train.errors import InputError, RunError, first_line
+from fastres.train.errors import InputError, RunError, first_line, shortened_path
 
 LOCK = ".lock"
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names of the files that become others when they are whole."""
 
 Rows = list[dict[str, Any]]
 
@@ -30,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
     except RunError:
         raise
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {_short(path)}: {_reason(error, path)}") from error
+        raise RunError(f"cannot write {shortened_path(path)}: {_reason(error, path)}") from error
 
 
 @contextmanager
@@ -43,7 +46,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         RunError: as `writing`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as TEMPORARY has it
     with writing(path):
         try:
             yield temporary
@@ -122,9 +125,10 @@ def claim(directory: Path) -> FileLock:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(f"output_dir: another process is training in {directory}") from error
-        # Nobody else is at work here, so these are what a killed process left.
+        # Nobody else is at work here, so these are what a killed process left; others have names of other forms.
         for temporary in directory.glob(".*.tmp"):
-            temporary.unlink(missing_ok=True)
+            if TEMPORARY.fullmatch(temporary.name):
+                temporary.unlink(missing_ok=True)
     return lock
 
 
@@ -153,11 +157,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastres.train.errors import InputError
+from fastres.train.errors import InputError, reading
 from fastres.train.folder import Rows, read_rows
 
 
@@ -47,14 +47,15 @@ def read_history(directory: Path) -> History:
     Lines that are broken, or no records of this trainer, are left out and counted.
 
     Raises:
-        InputError: no such folder, or it holds no run.
+        InputError: no such folder, it holds no run, or a file of it cannot be read.
     """
-    if not directory.is_dir():
-        raise InputError(f"run: no such folder: {directory}")
-    if not any((directory / name).is_file() for name in ("config.json", "metrics.jsonl")):
-        raise InputError(f"run: {directory} holds neither config.json nor metrics.jsonl, so it is no run's folder")
-    metrics, lost_metrics = read_rows(directory / "metrics.jsonl", ("epoch", "step"))
-    steps, lost_steps = read_rows(directory / "steps.jsonl", ("epoch", "step", "loss"))
+    with reading("run", directory):
+        if not directory.is_dir():
+            raise InputError(f"run: no such folder: {directory}")
+        if not any((directory / name).is_file() for name in ("config.json", "metrics.jsonl")):
+            raise InputError(f"run: {directory} holds neither config.json nor metrics.jsonl, so it is no run's folder")
+        metrics, lost_metrics = read_rows(directory / "metrics.jsonl", ("epoch", "step"))
+        steps, lost_steps = read_rows(directory / "steps.jsonl", ("epoch", "step", "loss"))
     return History(
         directory,
         _read_object(directory / "config.json"),

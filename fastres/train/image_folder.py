@@ -1,18 +1,19 @@
 """Folders of images: what is in them, and which ones stay on disk."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from fastres.train.augment import Augmentation
 from fastres.train.config import Dataset
-from fastres.train.data import ImageData, Split, measured
 from fastres.train.decoding import ImageFile, ImageFiles, Workers, image_shape
-from fastres.train.errors import InputError
+from fastres.train.errors import InputError, reading
+from fastres.train.image_data import ImageData, Split, measured
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of decoded images (training and test together) up to which an image folder is held in memory."""
@@ -26,13 +27,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def load_image_folder(root: Path, *, image_size: int | None, notify: Callable[[str], None] = print) -> ImageData:
     """Images in root/train/<class>/ and root/test/<class>/ (or val/, valid/): torchvision's ImageFolder layout.
 
-    Classes are numbered by their sorted names; images may lie in folders further down; files with other endings than
-    those of images are passed over. Each image becomes RGB, its shorter side is resized to `image_size` and its middle
-    is cut out. Up to MEMORY_LIMIT all images are decoded here; beyond, when a batch asks for them.
+    Classes are numbered by their sorted names; images may lie in folders further down, also behind links; files with
+    other endings than those of images are passed over. Each image becomes RGB, its shorter side is resized to
+    `image_size` and its middle is cut out. Up to MEMORY_LIMIT all images are decoded here; beyond, when a batch asks
+    for them.
 
     Raises:
-        InputError: a folder is missing or a class of it empty, there are fewer than two classes, training and test
-            differ in classes, or an image is broken.
+        InputError: a folder is missing or cannot be read, or a class of it is empty, there are fewer than two classes,
+            training and test differ in classes, or an image is broken.
     """
     if not root.is_dir():
         raise InputError(f"data_dir: no such folder: {root}")
@@ -81,12 +83,39 @@ def image_data(
 
 
 def _list_images(folder: Path) -> Listing:
-    try:
-        found = datasets.ImageFolder(str(folder))
-    except (FileNotFoundError, PermissionError) as error:
-        raise InputError(f"data_dir: {folder} must hold a folder a class with images in each ({error})") from error
-    for name in found.classes:
+    """The images of each class, in torchvision's order."""
+    with reading("data_dir", folder):
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        found = [list(images_below(os.path.join(folder, name))) for name in classes]
+    for name in classes:
         if not name.isprintable():  # such as bytes that are no UTF-8, which no report could show
             raise InputError(f"data_dir: {folder} has a class folder whose name cannot be printed: {name!a}")
-    files = [ImageFile(path) for path, _ in found.samples]
-    return Listing(folder, folder, files, torch.tensor(found.targets), tuple(found.classes))
+    empty = [name for name, files in zip(classes, found, strict=True) if not files]
+    if empty or not classes:
+        lack = f"no {', '.join(IMG_EXTENSIONS)} in {', '.join(empty[:5])}" if empty else "no folder"
+        raise InputError(f"data_dir: {folder} must hold a folder a class with images in each, it has {lack}")
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in found]))
+    return Listing(folder, folder, [ImageFile(path) for files in found for path in files], labels, tuple(classes))
+
+
+def images_below(folder: str) -> Iterator[str]:
+    """The paths of the images in a folder and those below it, through links too.
+
+    A link to a folder that holds it is passed over: below it the same images would come again without an end.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    above = {folder: {os.path.realpath(folder)}}  # the folders in which each is, without links
+    inside = []
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        inside.append((path, sorted(names)))
+        real = {name: os.path.realpath(os.path.join(path, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in above[path]]
+        above.update({os.path.join(path, name): above[path] | {real[name]} for name in folders})
+    for path, names in sorted(inside):
+        yield from (os.path.join(path, name) for name in names if name.lower().endswith(IMG_EXTENSIONS))

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shlex
 import shutil
 import statistics
 import time
@@ -18,18 +19,20 @@ from fastres.train import checkpoint as ckpt
 from fastres.train.averages import evaluated_weights
 from fastres.train.boards import Board
 from fastres.train.config import TrainConfig, to_dict
-from fastres.train.data import ImageData, batches, train_order
+from fastres.train.data import batches, train_order
 from fastres.train.engine import Engine, Evaluation, Position
 from fastres.train.errors import DivergedError, InputError
-from fastres.train.folder import append_json, atomic, claimed, keep_rows, write_text
+from fastres.train.folder import append_json, atomic, claimed, keep_rows, write_text, writing
+from fastres.train.image_data import ImageData
 from fastres.train.page import write_report
 from fastres.train.parallel import by_rank, whole_model, whole_optimizer
 from fastres.train.prepare import Run, configured_model, plan_of, prepare
 from fastres.train.progress import Progress
-from fastres.train.report import Summary, show_start, show_summary, write_summary
+from fastres.train.report import SUMMARY, Summary, show_start, show_summary, write_summary
 from fastres.train.rewind import Rewind
 from fastres.train.schedule import lr_factor
 from fastres.train.stop import Stop
+from fastres.train.terminal import Terminal
 
 LATE_STEPS = 20
 """Steps on a GPU whose losses are looked at together."""
@@ -52,10 +55,11 @@ def train(
         data: used in place of the data set that the configuration names.
         make_model: makes the network in place of the one that the configuration names, from the resolved configuration
             and the number of classes, once the generators are seeded. `load_model` cannot read such a checkpoint.
-        console: where the report goes; standard output by default.
+        console: where the report goes; standard output by default, without which a run goes on where it is lost.
 
     Returns:
-        The outcome; `finished` is False where SIGINT (Ctrl-C) or SIGTERM stopped the run (last.pt is written then).
+        The outcome; `finished` is False where SIGINT (Ctrl-C), SIGTERM or SIGHUP stopped the run (last.pt is written
+        then).
 
     Raises:
         TypeError, InputError: a wrong argument, data folder or checkpoint. Nothing has been written.
@@ -69,7 +73,7 @@ def train(
         raise InputError(
             "find_lr: train() trains; fastres.train.find_learning_rate() makes the test, as the command does"
         )
-    console = console or Console()
+    console = console or Terminal()
     run = prepare(config, data, make_model or configured_model, console)
     if not run.group.is_main:
         console = Console(quiet=True)
@@ -124,23 +128,40 @@ class _Loop:
         self.best_accuracy: float | None = None
         self.best_epoch: int | None = None
         self.best_step: int | None = None
+        self.evaluated_step: int | None = None
         self.seconds_before = 0.0
         if run.resumed is not None:
             for name in ("step", "epoch", "batch", "order", "best_accuracy", "best_epoch"):
                 setattr(self, name, run.resumed[name])
             self.best_step = run.resumed.get("best_step")
+            # Checkpoints older than the entry were saved after an evaluation, but for those at the end of an epoch.
+            evaluated = self.step if self.batch < self.steps_per_epoch else None
+            self.evaluated_step = run.resumed.get("evaluated_step", evaluated)
             self.seconds_before = run.resumed["seconds"]
             self.engine.train_metrics.load_state_dict(run.resumed["metrics"])
             self.engine.train_metrics.to(self.device)
             self.engine.load_state_dict(run.resumed.get("engine", {}))
-        if self.step >= self.stop_step and self.batch < self.steps_per_epoch:
+        # Without a summary the end was cut off after its evaluation, and is evaluated again for the report.
+        if self.at_end and self.evaluated_step == self.step and self._was_told():
             raise InputError(
                 f"resume: the checkpoint has already done {self.epoch} epochs, {self.step} steps; "
                 "ask for more with epochs or max_steps"
             )
+        if self.at_end:
+            self.evaluated_step = None  # until it has been, also where a signal comes in between
+
+    def _was_told(self) -> bool:
+        """Whether the run that wrote the checkpoint to go on from has come to its summary, as the main process sees."""
+        resume = self.config.resume
+        return self.group.broadcast(resume is None or (ckpt.folder_of(resume) / SUMMARY).exists())
+
+    @property
+    def at_end(self) -> bool:
+        """Whether no step is left to train."""
+        return self.step >= self.stop_step
 
     def run(self) -> Summary:
-        """Train to the end, to max_steps, or to a signal."""
+        """Train, and report."""
         with claimed(self.directory, self.group):
             return self._run()
 
@@ -149,6 +170,15 @@ class _Loop:
         show_start(self.console, self.config, self.data, self.backend)
         if self.group.is_main:
             self.board = Board(self.directory, self.step, notify=self._tell)
+        try:
+            self._train()
+        finally:
+            if self.board is not None:
+                self.board.close()
+        return self._finish()
+
+    def _train(self) -> None:
+        """Epochs and evaluations to the end, to max_steps, or to a signal."""
         total, done = self._images_until(self.stop_step), self._images_until(self.step)
         # Lines of several processes would overwrite each other.
         with Progress(total, done, file=None if self.group.is_main else io.StringIO()) as line, self.stop.on_signals():
@@ -156,16 +186,15 @@ class _Loop:
                 self._train_epoch(line)
                 if self.stop.anywhere() or not self._end_epoch(line):
                     break
-                if self.step >= self.stop_step:
+                if self.at_end:
                     break
             if self.stop.by is not None:
                 self._save(ckpt.LAST)
-        if self.board is not None:
-            self.board.close()
-        return self._finish()
 
     def _train_epoch(self, line: Progress) -> None:
         """Train to the end of the epoch, to max_steps, or to a signal; starts where the checkpoint stopped."""
+        if self.at_end:  # as a checkpoint may be whose end was not evaluated
+            return
         self.model.train()
         if self.order is None:
             self.order = train_order(len(self.data.train), self.batch_size, self.generator, self.smallest_batch)
@@ -177,7 +206,7 @@ class _Loop:
             self.data.train, self.order, self.batch_size, start=self.batch, workers=self.config.workers,
             group=self.group,
         ):  # fmt: skip
-            if self.stop.anywhere() or self.step >= self.stop_step:
+            if self.stop.anywhere() or self.at_end:
                 break
             if self.rewind is not None:
                 self.rewind.keep(self.step, self.batch)
@@ -252,13 +281,14 @@ class _Loop:
 
     def _end_epoch(self, line: Progress) -> bool:
         """Evaluate where that is due, and write checkpoints. False where a signal came in between."""
-        number, complete = self.epoch + 1, self.batch == self.steps_per_epoch
-        is_due = self._is_evaluated(number) or self.step >= self.stop_step
+        # Where a checkpoint from between two epochs is to be the end, it is the epoch before.
+        number, complete = self.epoch + (self.batch > 0), self.batch in (0, self.steps_per_epoch)
+        is_due = self._is_evaluated(number) or self.at_end
         test = self.engine.evaluate(lambda: self.stop.asked is not None) if is_due else None
         if is_due and test is None:
             return not self.stop.anywhere()
         train, speed = self.engine.trained(), self._rate()
-        if complete:
+        if self.batch == self.steps_per_epoch:
             self.epoch, self.batch, self.order = number, 0, None
         text = (
             f"epoch {number}/{self.epochs:g}{'' if complete else ' (part)'}  train loss {train['loss']:.4f}  accuracy "
@@ -282,7 +312,7 @@ class _Loop:
 
     def _note_evaluation(self, test: Evaluation, train: dict[str, float], number: int, complete: bool) -> bool:
         """Write the line of epoch `number`, and the best checkpoint; whether it is that."""
-        self.evaluation = test
+        self.evaluation, self.evaluated_step = test, self.step
         best = self.best_accuracy is None or test.accuracy > self.best_accuracy
         if best:
             self.best_accuracy, self.best_epoch, self.best_step = test.accuracy, number, self.step
@@ -335,6 +365,7 @@ class _Loop:
             "best_accuracy": self.best_accuracy,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
+            "evaluated_step": self.evaluated_step,
             "seconds": self._seconds(),
             "data": self.fingerprint,
             "mean": list(self.data.mean),
@@ -349,10 +380,13 @@ class _Loop:
         """The first writes of a run."""
         if self.group.is_main:
             write_text(self.directory / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+            with writing(self.directory):
+                (self.directory / SUMMARY).unlink(missing_ok=True)  # of the sitting before
             # What was found where an epoch was cut short stands, unless its end will be evaluated as well.
-            again = self._is_evaluated(self.epoch + 1)
-            for name in ("metrics.jsonl", "steps.jsonl"):
-                broken = keep_rows(self.directory / name, self.step, cut_short=again)
+            again = self._is_evaluated(self.epoch + 1) and (not self.at_end or self.batch == self.steps_per_epoch)
+            # What the end was found to be is found again.
+            for name, last in (("metrics.jsonl", self.step - self.at_end), ("steps.jsonl", self.step)):
+                broken = keep_rows(self.directory / name, last, cut_short=again)
                 if broken:
                     self._tell(f"{name}: {broken} lines were no records, and are dropped")
         if self.best_step is not None:
@@ -417,8 +451,9 @@ class _Loop:
                     self._tell(problem)
             show_summary(self.console, summary, self.data)
         if self.stop.by is not None:
+            folder = shlex.quote(str(self.directory))
             command = "python" if self.group.size == 1 else f"torchrun (of {self.group.size} processes)"
-            self._tell(f"Stopped by {self.stop.by}; go on with: {command} -m fastres.train --resume {self.directory}")
+            self._tell(f"Stopped by {self.stop.by}; go on with: {command} -m fastres.train --resume {folder}")
         return summary
 
 

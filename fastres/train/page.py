@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastres.train import pictures
 from fastres.train.config import TrainConfig
-from fastres.train.data import ImageData
 from fastres.train.folder import write_text
 from fastres.train.history import History, read_history
+from fastres.train.image_data import ImageData
 from fastres.train.page_template import TEMPLATE
 from fastres.train.progress import duration
 

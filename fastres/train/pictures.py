@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.train.data import ImageData
 from fastres.train.folder import atomic
 from fastres.train.history import History
+from fastres.train.image_data import ImageData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,17 @@ from fastres import _extension, models
 from fastres.memory import reuse_cpu_memory
 from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
-from fastres.train.data import ImageData, fingerprint, fingerprint_differences, left_out, load_data
+from fastres.train.data import fingerprint, fingerprint_differences, left_out, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
 from fastres.train.errors import InputError, RunError
 from fastres.train.folder import writing
+from fastres.train.image_data import ImageData
 from fastres.train.optim import make_optimizer
 from fastres.train.parallel import OptimizerState, check_job, of_rank, shard, smallest_batch
+from fastres.train.report import SUMMARY
 from fastres.train.weights import start_weights
 
-RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", "summary.json", ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
+RUN_FILES = ("config.json", "metrics.jsonl", "steps.jsonl", SUMMARY, ckpt.LAST, ckpt.PREVIOUS, ckpt.BEST)
 SITTING_FIELDS = ("resume", "output_dir", "data_dir", "epochs", "max_steps", "eval_batch_size", "device", "threads",
                   "workers", "reuse_memory", "compile", "compile_mode", "save_minutes", "report",
                   "test_only")  # fmt: skip
@@ -71,7 +74,8 @@ def plan_of(run: Run) -> Plan:
     if not images:
         raise InputError(f"data: expected {smallest} training images or more for a batch, got {count}")
     steps = math.ceil(images / config.batch_size)
-    return Plan(smallest, images, steps, math.ceil(config.epochs * steps))
+    # Of the number as it was written: 2.2 epochs of 25 steps are 55, where 2.2 * 25 is a little more.
+    return Plan(smallest, images, steps, math.ceil(Fraction(str(config.epochs)) * steps))
 
 
 def prepare(
@@ -88,10 +92,12 @@ def prepare(
     check_config(config)
 
     def notify(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     device = pick_device(config.device)
     group = start_group(device)
+    if not group.is_main:
+        console = Console(quiet=True)  # all have the same to say
     with group.agreed():
         device = rank_device(device, group)
         config = _after_restart(ckpt.resolve_resume(config))
@@ -245,7 +251,7 @@ def _check_output_dir(config: TrainConfig) -> None:
 
 def _never_saved(directory: Path, held: list[str]) -> bool:
     """Whether the files are those of a run of ours that ended before its first checkpoint: nothing is lost by them."""
-    if "summary.json" in held or any(name.endswith(".pt") for name in held):
+    if SUMMARY in held or any(name.endswith(".pt") for name in held):
         return False
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -7,11 +7,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from fastres.train.config import TrainConfig
-from fastres.train.data import ImageData
 from fastres.train.folder import write_text
+from fastres.train.image_data import ImageData
 from fastres.train.precision import AMP_DTYPES
+
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Summary:
     test_images: int
     instead_of: str | None
     finished: bool  # False after an interruption
-    stopped_by: str | None  # the signal that stopped it: SIGINT, SIGTERM
+    stopped_by: str | None  # the signal that stopped it: SIGINT, SIGTERM, SIGHUP
     epoch: int  # epochs completed
     step: int
     best_accuracy: float | None  # share of the test images, None before the first evaluation
@@ -43,7 +46,7 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
     if data.instead_of:
         console.print(
             Panel(
-                f"Training on scikit-learn's HANDWRITTEN DIGITS instead. {data.instead_of}.",
+                Text(f"Training on scikit-learn's HANDWRITTEN DIGITS instead. {data.instead_of}."),
                 title="NOT CIFAR-10",
                 border_style="bold yellow",
             )
@@ -61,12 +64,13 @@ def show_start(console: Console, config: TrainConfig, data: ImageData, backend: 
 
 def describe(data: ImageData) -> str:
     """A data set in a few words."""
-    return f"{data.name} ({len(data.train):,} training and {len(data.test):,} test images)"
+    counts = f"{len(data.train):,} training and {len(data.test):,} test images"
+    return f"{data.name} ({counts} of {data.image_size} pixels)"
 
 
 def write_summary(summary: Summary) -> None:
     """Write summary.json."""
-    write_text(Path(summary.output_dir) / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    write_text(Path(summary.output_dir) / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def show_summary(console: Console, summary: Summary, data: ImageData) -> None:
@@ -77,7 +81,7 @@ def show_summary(console: Console, summary: Summary, data: ImageData) -> None:
     table.add_column(overflow="fold")
     table.add_row("data set", describe(data))
     if data.instead_of:
-        table.add_row("NOT CIFAR-10", data.instead_of, style="yellow")
+        table.add_row("NOT CIFAR-10", Text(data.instead_of), style="yellow")
     table.add_row("model", f"{summary.model}, {'fused' if summary.fused else 'plain PyTorch'}")
     table.add_row("backend", f"{summary.backend} on {summary.device}")
     best = "none yet" if summary.best_accuracy is None else f"{summary.best_accuracy:.2%} in epoch {summary.best_epoch}"
@@ -87,5 +91,5 @@ def show_summary(console: Console, summary: Summary, data: ImageData) -> None:
     table.add_row("training speed", f"{rate} (median over steps)" if summary.images_per_second else rate)
     table.add_row("time", f"{summary.seconds:,.1f} s, {summary.epoch} epochs, {summary.step:,} steps")
     files = ", ".join(sorted(p.name for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")))
-    table.add_row("files", f"{directory}/: {files}")
+    table.add_row("files", Text(f"{directory}/: {files}"))
     console.print(table)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from fastres.train.data import ImageData
 from fastres.train.decoding import ImageFile
 from fastres.train.errors import InputError
+from fastres.train.image_data import ImageData
 from fastres.train.image_folder import TEST_FOLDERS, Listing, image_data
 
 

@@ -1,4 +1,4 @@
-"""SIGINT (Ctrl-C) and SIGTERM, which let a run finish its step."""
+"""SIGINT (Ctrl-C), SIGTERM and SIGHUP (a terminal that goes away), which let a run finish its step."""
 
 import signal
 import threading
@@ -30,11 +30,17 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM set `asked` inside the block; in a single process a second one ends it at once."""
+        """Let the signals set `asked` inside the block; in a single process a second one ends it at once.
+
+        SIGHUP stays ignored where it is, as under nohup.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        hangup = getattr(signal, "SIGHUP", None)  # which Windows lacks
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            previous[hangup] = signal.getsignal(hangup)
 
         def stop(number: int, frame: Any) -> None:
             self.asked = signal.Signals(number)

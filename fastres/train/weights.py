@@ -11,8 +11,9 @@ from fastres.train.augment import normalise
 from fastres.train.averages import evaluated_weights
 from fastres.train.checkpoint import read_tensors
 from fastres.train.config import TrainConfig
-from fastres.train.data import ImageData, batches
+from fastres.train.data import batches
 from fastres.train.errors import InputError
+from fastres.train.image_data import ImageData
 
 WHITENING_IMAGES = 5000
 """How many of the training images the whitening is computed from."""

@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,6 +145,18 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
         check_config(TrainConfig(epochs=2, warmup_epochs=3.0))
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"warmup_epochs": 6.0}, "warmup_epochs"), ({"accumulate": 9}, "accumulate"),
+     ({"tta": "flip+shift", "image_size": None}, "tta")],
+)  # fmt: skip
+def test_options_in_conflict_with_a_default_are_named(fields: dict[str, Any], named: str) -> None:
+    """Before the run, whose checkpoints, which hold the defaults, could not be resumed."""
+    check_config(TrainConfig(**fields))
+    with pytest.raises(InputError, match=rf"^{named}: "):
+        resolve(TrainConfig(**fields), dataset="digits", image_size=1)
+
+
 @pytest.mark.parametrize("dataset", [d for d in get_args(Dataset) if d != "auto"])
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 def test_resolved_configuration_is_complete_and_survives_json(dataset: Any, optimizer: Any) -> None:
@@ -250,6 +263,14 @@ def test_recipe_of_the_article_is_the_one_that_was_published(parsed: list[TrainC
     config = parsed[0]
     assert (config.model, config.dataset, config.batch_size, config.optimizer) == ("article", "cifar10", 128, "adam")
     assert (config.lr, config.weight_decay, config.epochs, config.schedule) == (1e-3, 1e-4, 100, "constant")
+
+
+def test_options_are_checked_together_with_the_checkpoints(
+    parsed: list[TrainConfig], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    run(schedule="step", milestones=(1.0,), max_steps=1)
+    assert cli.main(["--resume", str(tmp_path / "run"), "--milestones", "1"]) == 0
+    assert (parsed[0].schedule, parsed[0].milestones) == ("step", (1.0,))
 
 
 @pytest.mark.parametrize(

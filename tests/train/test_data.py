@@ -16,8 +16,6 @@ from fastres.train import data as module
 from fastres.train.augment import Augmentation, augment, flip_bits, normalise
 from fastres.train.config import TrainConfig
 from fastres.train.data import (
-    ImageData,
-    Split,
     batches,
     fingerprint,
     fingerprint_differences,
@@ -25,6 +23,7 @@ from fastres.train.data import (
     train_order,
 )
 from fastres.train.errors import InputError, RunError
+from fastres.train.image_data import ImageData, Split
 
 
 def crop_one_by_one(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:

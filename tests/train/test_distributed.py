@@ -338,6 +338,22 @@ def test_a_resumed_job_ends_with_the_same_weights(fsdp: bool, tmp_path: Path) ->
         assert torch.equal(weights(tmp_path / "parts")[name], expected), name
 
 
+def test_end_that_was_not_evaluated_is_evaluated_by_all(tmp_path: Path) -> None:
+    """As after a signal in the last evaluation. The checkpoint is the one before last, of which one process tells."""
+    fields = {"max_steps": 3, "save_minutes": 1e-9}
+    whole = job(2, Plain, tmp_path / "whole", **fields)
+    job(2, Plain, tmp_path / "parts", **fields)
+    last, previous = tmp_path / "parts" / "last.pt", tmp_path / "parts" / "previous.pt"
+    torch.save({**load_checkpoint(last), "evaluated_step": None}, previous)
+    last.write_bytes(b"broken")
+    ranks = job(2, Plain, tmp_path / "parts", **fields, resume=tmp_path / "parts")
+    assert [rank["accuracy"] for rank in ranks] == [rank["accuracy"] for rank in whole]
+    assert ["going on from previous.pt, of step 3" in rank["text"] for rank in ranks] == [True, False]
+    assert load_checkpoint(last)["evaluated_step"] == 3 and len(logged(tmp_path / "parts")) == 1
+    done = in_processes(2, refusal, settings(**fields, output_dir=tmp_path / "parts", resume=tmp_path / "parts"))
+    assert all("already done" in text for text in done)
+
+
 def test_processes_draw_dropout_of_their_own(tmp_path: Path) -> None:
     job(2, Normed, tmp_path / "run", epochs=1)
     first, second = load_checkpoint(tmp_path / "run")["torch_rng"]

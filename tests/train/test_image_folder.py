@@ -1,3 +1,6 @@
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision import datasets
 
 from fastres.train import decoding
 from fastres.train import image_folder as module
@@ -109,6 +113,62 @@ def test_damaged_image_folder_is_named(write_folder: WriteFolder, tmp_path: Path
     with pytest.raises(InputError, match=r"^data_dir: ") as caught:
         load_image_folder(start, image_size=None)
     assert str(culprit) in str(caught.value)
+
+
+def test_images_come_in_the_order_of_torchvision(write_folder: WriteFolder, tmp_path: Path) -> None:
+    """On which the order of the batches, and the resuming of older runs, depend."""
+    write_folder(tmp_path)
+    for name in ("deep/er", "deep.er", "B", ".hidden"):
+        (tmp_path / "train" / "dog" / name).mkdir(parents=True)
+        shutil.copyfile(tmp_path / "train" / "cat" / "0.png", tmp_path / "train" / "dog" / name / "Z.PNG")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "train" / "cat" / "1.png", tmp_path / "elsewhere" / "1.png")
+    (tmp_path / "train" / "cat" / "link").symlink_to("../../elsewhere")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("hello")
+    oracle = datasets.ImageFolder(str(tmp_path / "train"))
+    found = module._list_images(tmp_path / "train")
+    assert [
+        (file.path, label) for file, label in zip(found.files, found.labels.tolist(), strict=True)
+    ] == oracle.samples
+    assert list(found.classes) == oracle.classes and len(oracle) == 12
+
+
+def test_links_in_a_circle_add_no_image(write_folder: WriteFolder, tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "self").symlink_to(".")
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "next").symlink_to(tmp_path / other)
+        shutil.copyfile(tmp_path / "test" / "dog" / "0.png", tmp_path / name / f"{name}.png")
+    (tmp_path / "train" / "dog" / "round").symlink_to(tmp_path / "a")
+    data = load_image_folder(tmp_path, image_size=None)
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 6
+
+
+def test_folder_that_may_not_be_read_is_named(
+    write_folder: WriteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a class as well, where its images would else be missing without a word."""
+    closed = tmp_path / "train" / "cat" / "more"
+    write_folder(tmp_path)
+    closed.mkdir()
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root, as which tests may run, may read all
+    with pytest.raises(InputError, match=rf"^data_dir: cannot read {closed}: Permission denied$"):
+        load_image_folder(tmp_path, image_size=None)
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "webdataset", "cifar10", "auto"])
+def test_impossible_name_is_one_sentence(dataset: str) -> None:
+    config = TrainConfig(dataset=dataset, data_dir=Path("x" * 300))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^data_dir: cannot read x{200}\.\.\.: File name too long$"):
+        load_data(config)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

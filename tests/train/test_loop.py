@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,8 @@ from fastres.train import (
 )
 from fastres.train import config as config_module
 from fastres.train.augment import normalise
-from tests.train.conftest import signal_in_call
+from fastres.train.checkpoint import AUTO
+from tests.train.conftest import make_data, signal_in_call
 from tests.train.optimizers import EACH
 
 Run = Callable[..., Summary]
@@ -254,6 +256,7 @@ def test_stand_in_for_another_data_set_is_said_at_the_start_and_at_the_end(run: 
     )
     start, end = text.getvalue().split("epoch 1/2", maxsplit=1)
     assert "HANDWRITTEN DIGITS instead. CIFAR-10 has no network." in start
+    assert "45 training and 12 test images of 8 pixels" in start
     assert "NOT CIFAR-10" in end
     assert summary.instead_of == "CIFAR-10 has no network"
 
@@ -372,13 +375,18 @@ def test_automatic_algorithm_asked_for_is_not_the_checkpoints(run: Run, tmp_path
     assert run(resume=tmp_path / "run").step == 12
 
 
-@pytest.mark.parametrize(("fused", "algorithm"), [(True, "torch"), (False, None)])
-def test_checkpoint_from_before_there_were_algorithms_goes_on_with_pytorchs(
-    run: Run, tiny_models: list[Any], tmp_path: Path, fused: bool, algorithm: str | None
+@pytest.mark.parametrize(
+    ("fused", "algorithm", "name"), [(True, "torch", None), (False, None, None), (True, "torch", "direct")]
+)
+def test_checkpoint_from_before_algorithms_had_their_names_goes_on_with_pytorchs(
+    run: Run, tiny_models: list[Any], tmp_path: Path, fused: bool, algorithm: str | None, name: str | None
 ) -> None:
     run(max_steps=6, fused=fused, conv_algorithm=algorithm)
     state = load_checkpoint(tmp_path / "run")
-    del state["config"]["conv_algorithm"]
+    if name is None:
+        del state["config"]["conv_algorithm"]
+    else:
+        state["config"]["conv_algorithm"] = name
     torch.save(state, tmp_path / "run" / "last.pt")
     assert run(resume=tmp_path / "run", fused=fused).step == 12
     load_model(tmp_path / "run")
@@ -406,10 +414,11 @@ def test_weights_that_do_not_fit_the_model_are_refused(run: Run, tmp_path: Path)
 
 def test_truncated_checkpoint_stops_the_resume_before_anything_is_written(run: Run, tmp_path: Path) -> None:
     run(max_steps=6)
-    last = tmp_path / "run" / "last.pt"
-    last.write_bytes(last.read_bytes()[:500])
+    for name in ("last.pt", "best.pt"):
+        file = tmp_path / "run" / name
+        file.write_bytes(file.read_bytes()[:500])
     before = contents(tmp_path / "run")
-    with pytest.raises(InputError, match=r"truncated"):
+    with pytest.raises(InputError, match=r"last\.pt is truncated"):
         run(resume=tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -421,6 +430,78 @@ def test_nothing_left_to_do_is_said(run: Run, tmp_path: Path, fields: dict[str, 
     with pytest.raises(InputError, match=r"^resume: .*already done .* (12|4) steps"):
         run(resume=tmp_path / "run", **fields)
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(("stop", "epochs"), [(18, 3), (18, 2), (18, 1.5), (15, 2), (15, 2.5), (15, None)])
+def test_end_that_lies_behind_the_checkpoint_is_evaluated(
+    run: Run, data: ImageData, tmp_path: Path, stop: int, epochs: float | None
+) -> None:
+    """Between two epochs or in one, where the run was not evaluated; the end is an earlier step or this one."""
+    with signal_in_call(stop, signal.SIGINT):
+        run(epochs=5, eval_epochs=5)
+    state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == stop and not (tmp_path / "run" / "metrics.jsonl").exists()
+    more = {"epochs": 5, "max_steps": 14} if epochs is None else {"epochs": epochs}
+    summary = run(resume=tmp_path / "run", eval_epochs=5, **more)
+    assert summary.finished and summary.step == stop and summary.last_accuracy is not None
+    after = load_checkpoint(tmp_path / "run")
+    for key in ("model", "order", "generator"):
+        torch.testing.assert_close(after[key], None if key == "order" and stop == 18 else state[key], rtol=0, atol=0)
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert (row["epoch"], row["step"], row["complete"]) == (3, stop, stop == 18)
+    losses = [step["loss"] for step in rows(tmp_path / "run" / "steps.jsonl")][12:]
+    sizes = ([8] * 5 + [5])[: len(losses)]
+    mean = sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    assert row["train_loss"] == pytest.approx(mean, rel=1e-5)
+    with pytest.raises(InputError, match=r"already done"):
+        run(resume=tmp_path / "run", eval_epochs=5, **more)
+
+
+def test_run_may_end_within_its_warm_up(run: Run, tmp_path: Path) -> None:
+    with signal_in_call(4, signal.SIGINT):
+        run(epochs=5, warmup_epochs=2.0)
+    assert run(resume=tmp_path / "run", epochs=1, warmup_epochs=2.0).step == 6
+
+
+def test_run_is_as_long_as_its_epochs_are_written(run: Run) -> None:
+    assert math.ceil(2.2 * 25) == 56
+    assert run(on=make_data(50), batch_size=2, epochs=2.2).step == 55
+
+
+def test_end_between_two_evaluations_is_evaluated(run: Run, tmp_path: Path) -> None:
+    with signal_in_call(20, signal.SIGINT):  # 12 steps, an evaluation, 7 steps
+        run(epochs=5, eval_epochs=2)
+    last = load_checkpoint(tmp_path / "run")
+    assert last["step"] == 19 and last["evaluated_step"] == 12
+    previous = load_checkpoint(tmp_path / "run" / "previous.pt")
+    assert previous["step"] == 18 and previous["evaluated_step"] == 12
+    summary = run(resume=tmp_path / "run" / "previous.pt", epochs=3, eval_epochs=2)
+    assert summary.step == 18 and summary.epoch == 3
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [12, 18]
+
+
+def test_checkpoint_from_before_evaluations_were_noted_counts_as_evaluated(run: Run, tmp_path: Path) -> None:
+    run(max_steps=4)
+    state = load_checkpoint(tmp_path / "run")
+    del state["evaluated_step"]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    with pytest.raises(InputError, match=r"already done"):
+        run(resume=tmp_path / "run", max_steps=4)
+    assert run(resume=tmp_path / "run").step == 12
+
+
+@pytest.mark.parametrize("more", [{"epochs": 1.5}, {"epochs": 2, "max_steps": 9}])
+def test_interruption_of_the_last_evaluation_within_an_epoch_is_made_good(
+    run: Run, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    more = {"dropout": 0.3, "eval_batch_size": 6, **more}
+    run(to="whole", **more)
+    with signal_in_call(12, signal.SIGINT):  # six steps, an evaluation in two batches, three steps
+        assert not run(to="parts", **more).finished
+    assert load_checkpoint(tmp_path / "parts")["step"] == 9
+    summary = run(to="parts", resume=AUTO, **more)
+    assert summary.finished and summary.last_accuracy is not None
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 # --- Errors ---

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastres.train import InputError, RunError, Summary, __main__, load_checkpoint
+from fastres.train import DivergedError, InputError, RunError, Summary, __main__, boards, load_checkpoint, loop
 from fastres.train.checkpoint import AUTO, BEST, LAST, PREVIOUS
 from fastres.train.folder import append_json, atomic, claim, keep_rows, write_text
 from tests.oracle import SEED
@@ -43,9 +44,9 @@ def test_killed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path, 
     assert not list(folder.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("between", ["best and last", "last and previous"])
+@pytest.mark.parametrize(("between", "epoch"), [("best and last", 1), ("best and last", 2), ("last and previous", 2)])
 def test_kill_between_two_files_loses_neither(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str, epoch: int
 ) -> None:
     """The kill comes between the writing of best.pt and of last.pt, or while last.pt is given its other name."""
     run(to="whole", dropout=0.3)
@@ -59,7 +60,7 @@ def test_kill_between_two_files_loses_neither(
         nonlocal count
         name = Path(target).name
         count += name == LAST
-        if count == 2 and name == LAST and between == "best and last":
+        if count == epoch and name == LAST and between == "best and last":
             raise Kill
         real(source, target)
         if name == PREVIOUS and between == "last and previous":
@@ -68,6 +69,7 @@ def test_kill_between_two_files_loses_neither(
     with monkeypatch.context() as patch, pytest.raises(Kill):
         patch.setattr(os, "replace", replace)
         run(to="parts", dropout=0.3)
+    assert load_checkpoint(tmp_path / "parts")["step"] == 6
     assert run(to="parts", dropout=0.3, resume=AUTO).finished
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert load_checkpoint(tmp_path / "parts" / BEST)["step"] == load_checkpoint(tmp_path / "whole" / BEST)["step"]
@@ -274,6 +276,12 @@ def test_impossible_folder_is_one_sentence(run: Run, tmp_path: Path, name: str, 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("option", ["resume", "pretrained"])
+def test_impossible_file_is_one_sentence(run: Run, option: str) -> None:
+    with pytest.raises(InputError, match=rf"^{option}: cannot read x{{200}}\.\.\.: File name too long$"):
+        run(**{option: Path("x" * 300)})
+
+
 def test_folder_that_nobody_may_write_is_one_sentence(run: Run) -> None:
     with pytest.raises(RunError, match=r"^cannot write /proc/.*: "):
         run(output_dir=Path("/proc/fastres/run"))
@@ -300,8 +308,64 @@ def test_second_run_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
 def test_temporary_files_of_a_killed_process_go(run: Run, tmp_path: Path) -> None:
     run(max_steps=6)
     (tmp_path / "run" / ".best.pt.3627.tmp").write_bytes(b"half")
+    (tmp_path / "run" / ".mine.tmp").write_bytes(b"somebody's")
     run(resume=AUTO)
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert [file.name for file in (tmp_path / "run").glob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_end_that_was_killed_before_its_report_is_reported(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kill(BaseException):
+        pass
+
+    def kill(summary: Summary) -> None:
+        raise Kill
+
+    whole = run(to="whole")
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(loop, "write_summary", kill)
+        run(to="parts")
+    with signal_in_call(1, signal.SIGINT):
+        assert not run(to="parts", eval_batch_size=6, resume=AUTO).finished
+    summary = run(to="parts", resume=AUTO)
+    assert summary.finished and (summary.best_epoch, summary.last_accuracy) == (whole.best_epoch, whole.last_accuracy)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(InputError, match=r"already done"):
+        run(to="parts", resume=AUTO)
+
+
+def test_run_at_work_has_no_summary_of_the_sitting_before(run: Run, tmp_path: Path) -> None:
+    run(epochs=1)
+    with pytest.raises(DivergedError), stopping_at(3):
+        run(epochs=2, resume=AUTO)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(epochs=2, resume=AUTO).finished
+
+
+@contextmanager
+def stopping_at(call: int) -> Iterator[None]:
+    """Let a run's loss be NaN in the given call of the network."""
+    count = 0
+
+    def spoil(module: nn.Module, inputs: Any, output: Any) -> Any:
+        nonlocal count
+        count += isinstance(module, nn.Linear)
+        return output * float("nan") if count == call and isinstance(module, nn.Linear) else None
+
+    hook = nn.modules.module.register_module_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_tensorboard_gets_the_steps_before_a_divergence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    monkeypatch.setattr(boards.Board, "close", lambda board: closed.append(board))
+    with pytest.raises(DivergedError), stopping_at(3):
+        run()
+    assert len(closed) == 1
 
 
 # --- Signals ---
@@ -325,6 +389,24 @@ def test_signal_finishes_the_step_saves_and_gives_its_status(
     assert __main__.main([]) == {"SIGTERM": 143, "SIGINT": 130}[name]
     run(to="parts", dropout=0.3, resume=AUTO)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("handler", "stopped_by", "status"), [(signal.SIG_DFL, "SIGHUP", 129), (signal.SIG_IGN, None, 0)]
+)
+def test_a_terminal_that_goes_ends_a_run_unless_under_nohup(
+    run: Run, monkeypatch: pytest.MonkeyPatch, handler: Any, stopped_by: str | None, status: int
+) -> None:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with signal_in_call(3, signal.SIGHUP):
+            summary = run()
+        assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (summary.stopped_by, summary.step) == (stopped_by, 12 if stopped_by is None else 3)
+    monkeypatch.setattr(__main__, "train", lambda config: summary)
+    assert __main__.main([]) == status
 
 
 def test_run_in_another_thread_leaves_signals_alone(run: Run) -> None:

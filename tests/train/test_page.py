@@ -24,10 +24,10 @@ from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from fastres.train import InputError, TrainConfig, pictures
 from fastres.train.boards import FOLDER, Board
 from fastres.train.config import to_dict
-from fastres.train.data import Split
 from fastres.train.decoding import ImageFile, ImageFiles
 from fastres.train.errors import RunError
 from fastres.train.history import read_history
+from fastres.train.image_data import Split
 from fastres.train.page import PAGE, class_rows, confused_pairs, write_report
 from fastres.train.progress import Progress, duration
 from tests.train.conftest import make_data
