@@ -79,8 +79,8 @@ def test_the_gpus_tests_pass_here_too(layout):
     ("shape", "outputs"), [((0, 3, 5, 4), 2), ((2, 3, 0, 4), 2), ((2, 0, 5, 4), 2), ((2, 3, 5, 4), 0)], ids=str
 )
 def test_the_operators_serve_tensors_without_elements(shape, outputs, layout):
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    s, weight = torch.ones(shape).contiguous(memory_format=form), torch.ones(outputs, shape[1], 1, 1)
+    s = torch.ones(shape).contiguous(memory_format=LAYOUTS[layout])
+    weight = torch.ones(outputs, shape[1], 1, 1)
     product, mean, m2 = OPS.projection_shortcut_forward(s, weight, [2, 2], True)
     assert product.shape == (shape[0], outputs, (shape[2] + 1) // 2, 2) and not product.any()
     assert torch.equal(mean, torch.zeros(outputs)) and torch.equal(m2, torch.zeros(outputs))
