@@ -285,7 +285,7 @@ def test_pools_are_pytorchs(kernel, stride, padding, dtype):
 @pytest.mark.parametrize("field", ["weight", "bias"])
 def test_a_tensor_that_a_step_does_not_read_has_to_be_one_nevertheless(field):
     recorder, x = Recorder(torch.ones(1, 8, 4, 4), torch.float32, {}), torch.ones(1, 8, 4, 4)
-    found = recorder.finish(nn.functional.max_pool2d(recorder.input, 2))
+    found = recorder.finish(nn.functional.max_pool2d(recorder.input, 2, 2, 0))
     found.steps[0, Step._fields.index(field)] = 10**6
     with pytest.raises(ValueError, match="steps: expected one of the tensors, got number 1000000"):
         found.run(x)
