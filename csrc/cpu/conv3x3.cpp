@@ -128,6 +128,7 @@ Tensor inference(
     std::string_view algorithm) {
   check_operands(x, conv_weight);
   FASTRES_CHECK(conv_weight.size(2) == kTaps, "conv_weight: expected a 3x3 kernel, got ", conv_weight.sizes());
+  FASTRES_CHECK(x.size(1) > 0, "x: expected at least one channel, got shape ", x.sizes());
   const Algorithm parsed = parse_algorithm(algorithm, stride);
   Tensor w = conv_weight.to(ScalarType::Float);
   if (parsed == Algorithm::gemm && !gemm_reads(kernel_of(w))) {

@@ -104,6 +104,21 @@ void max_pool(const Pass<T>& p) {
   });
 }
 
+// Of a vector of channels over pixels. By halves, so that rounding errors do not grow with their number.
+template <typename T, typename Count>
+Lanes sum_pixels(const T* x, int64_t pixels, int64_t channels, Count count) {
+  constexpr int64_t kInOrder = 32;
+  if (pixels > kInOrder) {
+    const int64_t half = pixels / 2;
+    return sum_pixels(x, half, channels, count) + sum_pixels(x + half * channels, pixels - half, channels, count);
+  }
+  Lanes sum{};
+  for (int64_t i = 0; i < pixels; ++i) {
+    sum = sum + load_counted(x + i * channels, count);
+  }
+  return sum;
+}
+
 // Over all pixels of an image.
 template <typename T>
 void mean(const Pass<T>& p) {
@@ -114,10 +129,7 @@ void mean(const Pass<T>& p) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task / vectors, c = task % vectors * kWidth;
       const auto add = [&](auto count) {
-        Lanes sum{};
-        for (int64_t i = 0; i < pixels; ++i) {
-          sum = sum + load_counted(p.x + (image * pixels + i) * s.channels + c, count);
-        }
+        const Lanes sum = sum_pixels(p.x + image * pixels * s.channels + c, pixels, s.channels, count);
         store_counted(p.y + image * s.channels + c, sum * inverse, count);
       };
       if (c + kWidth <= s.channels) {
@@ -209,6 +221,9 @@ public:
         s.activation >= 0 && s.activation < static_cast<int64_t>(std::size(kKindNames)),
         "steps: expected an activation's number, got ",
         s.activation);
+    const int64_t last = std::max(s.weight, s.bias);
+    FASTRES_CHECK(
+        last < static_cast<int64_t>(tensors_.size()), "steps: expected one of the tensors, got number ", last);
     switch (static_cast<StepKind>(s.kind)) {
       case StepKind::convolution: {
         window(s);
@@ -260,8 +275,7 @@ private:
     FASTRES_CHECK(size <= room, "steps: expected room for ", size, " elements at ", at, ", got ", room);
   }
   void tensor(int64_t i, int64_t size) const {
-    FASTRES_CHECK(
-        i >= 0 && i < static_cast<int64_t>(tensors_.size()), "steps: expected one of the tensors, got number ", i);
+    FASTRES_CHECK(i >= 0, "steps: expected one of the tensors, got number ", i);
     FASTRES_CHECK(
         tensors_[i].scalar_type() == ScalarType::Float,
         "tensors: expected dtype float32, got ",
@@ -275,7 +289,7 @@ private:
   }
   static void window(const Step& s) {
     FASTRES_CHECK(
-        s.kernel > 0 && s.stride > 0 && s.padding >= 0 &&
+        s.kernel > 0 && s.stride > 0 && s.padding >= 0 && std::min(s.height, s.width) + 2 * s.padding >= s.kernel &&
             s.out_height == (s.height + 2 * s.padding - s.kernel) / s.stride + 1 &&
             s.out_width == (s.width + 2 * s.padding - s.kernel) / s.stride + 1,
         "steps: the sizes of the output are not those of the window");

@@ -169,7 +169,7 @@ inline ChannelSums total_of(std::vector<ChannelSums>&& parts) {
 template <typename T>
 ChannelSums sum_all(const BackwardParams<T>& p) {
   const Rows& rows = p.rows;
-  const Segments segments(rows.channels_last ? rows.rows() : rows.images, rows.bytes(sizeof(T)), kReductionBytes);
+  const Segments segments(rows.summands(), rows.bytes(sizeof(T)), kReductionBytes);
   const int sums = p.residual_norm != nullptr ? kSums : 2;
   ChannelSums zero;
   std::fill_n(zero.begin(), sums, std::vector<double>(rows.channels, 0.0));

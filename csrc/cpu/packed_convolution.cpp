@@ -21,6 +21,7 @@ Tensor packed_convolution(
     const ConvShape& shape,
     std::string_view algorithm) {
   check_input(x);
+  FASTRES_CHECK(x.size(1) > 0, "x: expected at least one channel, got shape ", x.sizes());
   const auto [outputs, kernel, stride, padding] = shape;
   const Algorithm parsed = parse_algorithm(algorithm, stride);
   FASTRES_CHECK(outputs >= 1, "outputs: expected at least 1, got ", outputs);

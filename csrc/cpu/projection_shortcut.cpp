@@ -59,8 +59,8 @@ Geometry geometry_of(const Tensor& s, const Tensor& weight, Sizes stride) {
   FASTRES_CHECK(
       stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "stride: expected two positive numbers, got ", stride);
   Geometry g{in, in, s.size(2), s.size(3), 0, 0, stride[0], stride[1]};
-  g.out_h = (g.in_h - 1) / g.stride_h + 1;
-  g.out_w = (g.in_w - 1) / g.stride_w + 1;
+  g.out_h = (g.in_h + g.stride_h - 1) / g.stride_h;
+  g.out_w = (g.in_w + g.stride_w - 1) / g.stride_w;
   g.out = {in.channels_last, in.images, weight.size(0), g.out_h * g.out_w};
   return g;
 }
@@ -199,6 +199,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& s, const Tensor& weight
   const Tensor dense = weight.contiguous();
   Tensor product = empty_product(s, g);
   Tensor mean = channel_vector(s, statistics ? channels : 0), m2 = channel_vector(s, statistics ? channels : 0);
+  if (s.numel() == 0 || weight.numel() == 0) {
+    for (const Tensor* result : {&product, &mean, &m2}) {
+      result->zero_();
+    }
+    return {std::move(product), std::move(mean), std::move(m2)};
+  }
   with_floating_type(s, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Segments segments = segments_of(g, sizeof(scalar_t));
@@ -280,6 +286,17 @@ std::tuple<Tensor, Tensor> backward(
       s.scalar_type(),
       ", got ",
       dproduct.scalar_type());
+  if (s.numel() == 0 || weight.numel() == 0) {
+    if (needs[0]) {
+      ds = empty_rows(s);
+      ds.zero_();
+    }
+    if (needs[1]) {
+      dweight = weight.clone();
+      dweight.zero_();
+    }
+    return {std::move(ds), std::move(dweight)};
+  }
   const Tensor dout = dproduct.contiguous(g.out.memory_format());
   with_floating_type(s, [&]<typename scalar_t>() {
     const scalar_t* gradient = dout.const_data_ptr<scalar_t>();
@@ -351,6 +368,9 @@ Tensor inference(
   const Pointwise act = pointwise(activation);
   Tensor copy;
   const Tensor* added = x.has_value() ? &like_rows("x", *x, y, g.out, copy) : nullptr;
+  if (y.numel() == 0) {
+    return y;
+  }
   with_floating_type(s, [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     // The product is the forward pass's x, and the operator's x what is added to it.

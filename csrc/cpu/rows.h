@@ -26,6 +26,10 @@ struct Rows {
   int64_t inner() const {
     return channels_last ? channels : pixels;
   }
+  // What sums over the batch are shared out by: rows of channels, or images. None where there are no elements.
+  int64_t summands() const {
+    return channels_last ? rows() : pixels > 0 ? images : 0;
+  }
   int64_t bytes(int64_t item_bytes) const {
     return count() * channels * item_bytes;
   }

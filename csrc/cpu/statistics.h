@@ -229,8 +229,7 @@ inline Moments combine(const std::vector<Moments>& parts, int64_t channels) {
 // Reads x once.
 template <typename T>
 inline Moments moments_of(const T* x, const Rows& rows) {
-  const int64_t items = rows.channels_last ? rows.rows() : rows.images;
-  const Segments segments(items, rows.bytes(sizeof(T)), kReductionBytes);
+  const Segments segments(rows.summands(), rows.bytes(sizeof(T)), kReductionBytes);
   std::vector<Moments> parts(segments.count(), Moments(rows.channels));
   for_each_segment(segments, [&](int64_t s) {
     const auto [begin, end] = segments.range(s);

@@ -86,7 +86,9 @@ def _algorithm(x: Tensor, weight: Tensor, stride: int, groups: int, requested: s
         return "torch"
     outputs, _, kernel, _ = weight.shape
     problem = problem_of(x, outputs, kernel, stride, needs_grad=needs_grad, groups=groups)
-    return choose_algorithm(problem, requested).algorithm
+    chosen = choose_algorithm(problem, requested).algorithm
+    # Of one group alone there is the matrix product, too.
+    return chosen if chosen in ("grouped", "winograd") else "torch"
 
 
 def _group_by_group(

@@ -22,7 +22,7 @@ from fastres.nn import FusedBasicBlock, FusedBottleneck, plan
 from fastres.nn.frozen import FrozenNetwork
 from fastres.nn.plan import Recorder, Value, _places
 from fastres.ops import algorithms
-from fastres.ops.frozen_network import INPUT, OUTPUT, Kind, Step, fallback, frozen_network
+from fastres.ops.frozen_network import INPUT, NONE, OUTPUT, Kind, Step, fallback, frozen_network
 from fastres.ops.packed import turn
 from tests.operators import opcheck
 from tests.ops.test_conv3x3 import needs_kernels
@@ -280,6 +280,31 @@ def test_pools_are_pytorchs(kernel, stride, padding, dtype):
     found = recorder.finish(nn.functional.adaptive_avg_pool2d(recorder.input, 1))
     exact = x[1:].double().mean((2, 3), keepdim=True)
     assert distance(found.run(x[1:]), exact) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("field", ["weight", "bias"])
+def test_a_tensor_that_a_step_does_not_read_has_to_be_one_nevertheless(field):
+    recorder, x = Recorder(torch.ones(1, 8, 4, 4), torch.float32, {}), torch.ones(1, 8, 4, 4)
+    found = recorder.finish(nn.functional.max_pool2d(recorder.input, 2, 2, 0))
+    found.steps[0, Step._fields.index(field)] = 10**6
+    with pytest.raises(ValueError, match="steps: expected one of the tensors, got number 1000000"):
+        found.run(x)
+
+
+def test_a_kernel_that_is_larger_than_the_input_is_refused():
+    # One row of outputs out of one of inputs, by a division that rounds towards zero.
+    step = Step(Kind.CONVOLUTION, INPUT, NONE, OUTPUT, 0, 1, 64, 1, 2048, 64, 1, 1024, kernel=2, stride=2, depth=64)
+    tensors = [torch.zeros(4, 4 * 64, 16), torch.zeros(64)]
+    with pytest.raises(ValueError, match="steps: the sizes of the output are not those of the window"):
+        frozen_network(torch.ones(1, 64, 1, 2048), tensors, torch.tensor([list(step)]), 0, (1, 64, 1, 1024))
+
+
+def test_the_mean_of_many_pixels_has_few_rounding_errors():
+    """Of equal values, whose roundings are all in one direction."""
+    x = torch.full((1, 9, 112, 96), 0.1)
+    recorder = Recorder(x, torch.float32, {})
+    y = recorder.finish(nn.functional.adaptive_avg_pool2d(recorder.input, 1)).run(x)
+    assert torch.all((y - 0.1).abs() <= 4 * 0.1 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

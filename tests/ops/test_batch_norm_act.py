@@ -244,3 +244,17 @@ def test_a_refused_residual_leaves_the_running_statistics_alone(residual, error)
         ops.training(torch.randn(2, 4, 3, 3), NormParams(*running), None, residual, None, None, None, act)
     assert torch.equal(running[0], torch.zeros(4)) and torch.equal(running[1], torch.ones(4))
     assert [t._version for t in running] == [0, 0]
+
+
+@torch.no_grad()
+@pytest.mark.skipif(backend.NAME in ("triton", "cuda"), reason="their launchers are for tensors with elements")
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3)], ids=str)
+def test_the_sums_of_no_elements_are_zero(shape):
+    x = torch.empty(shape)
+    count, mean, m2 = ops.stats(x)
+    assert count.item() == 0 and mean.shape == m2.shape == (4,)
+    act = Act("relu", 0.0, 0.0, "add_act")
+    normed = Norm(torch.zeros(4), torch.ones(4), None, None)
+    dweight, dbias, *_ = ops.backward_reduce(x, None, x, normed, None, None, act)
+    assert torch.equal(dweight, torch.zeros(4)) and torch.equal(dbias, torch.zeros(4))
+    assert ops.training(x, NormParams(None, None), None, None, None, None, None, act)[0].shape == shape

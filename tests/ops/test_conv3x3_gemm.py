@@ -196,3 +196,11 @@ def test_the_operator_refuses_a_stride_that_winograd_cannot_serve():
         pytest.skip("the plain fallback serves any stride")
     with pytest.raises(ValueError, match="stride: expected 1"):
         ops.inference(x, weight, None, None, IDENTITY, 3, "winograd")
+
+
+@pytest.mark.parametrize("algorithm", ["gemm", "winograd"])
+def test_the_operator_refuses_an_input_without_channels(algorithm):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("fastres::conv3x3_inference", "CPU"):
+        pytest.skip("the plain fallback is PyTorch's convolution")
+    with pytest.raises(ValueError, match="x: expected at least one channel"):
+        ops.inference(torch.zeros(1, 0, 4, 4), torch.zeros(8, 0, 3, 3), None, None, IDENTITY, 1, algorithm)

@@ -23,6 +23,7 @@ from tests.oracle import (
     assert_close,
     assert_statistics,
     generator,
+    output_length,
     threads,
 )
 
@@ -345,6 +346,19 @@ def test_what_the_kernel_does_not_serve_is_pytorchs(width, kernel, stride):
     plain = reference.grouped_conv2d(x, weight, stride)
     assert torch.equal(made.y, plain)
     assert torch.equal(functional.grouped_conv2d(x, weight, stride=stride, algorithm="grouped"), plain)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("algorithm", ["auto", "gemm"])
+@pytest.mark.parametrize(("channels", "kernel"), [(3, 3), (8, 3), (8, 1)], ids=str)
+def test_a_single_group_is_served_whatever_is_chosen(channels, kernel, algorithm, gradients):
+    x, weight, _ = data((1, channels, channels), (2, 4, 4), kernel)
+    weight.requires_grad_(gradients)
+    exact = reference.grouped_conv2d(x.double(), weight.double()).detach()
+    for convolve in (functional.grouped_conv2d, functional.grouped_conv2d_with_statistics):
+        made = convolve(x, weight, algorithm=algorithm)
+        y = made if isinstance(made, Tensor) else made.y
+        assert_close(y.detach(), exact, convolve.__name__, length=output_length(channels))
 
 
 @needs_kernels

@@ -241,6 +241,7 @@ def test_opcheck_passes_and_fake_kernels_give_the_layout(shape, algorithm):
         ({"packed": torch.zeros(4, 153, 16), "algorithm": "winograd"}, ValueError, "packed: expected channels padded"),
         ({"algorithm": "torch"}, ValueError, 'algorithm: expected "winograd" or "gemm", got "torch"'),
         ({"activation": Activation("swish")}, ValueError, 'kind: expected one of .*, got "swish"'),
+        ({"x": torch.zeros(2, 0, 5, 6)}, ValueError, "x: expected at least one channel, got shape"),
         ({"x": torch.zeros(2, 17, 5, 6, dtype=torch.float64)}, TypeError, "x: expected dtype float32 or bfloat16"),
     ],
 )

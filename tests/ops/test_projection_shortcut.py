@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastres import functional
+from fastres import _extension, functional
 from fastres.activations import Activation
+from fastres.contract import NormParams
 from fastres.ops import projection_shortcut as ops
 from tests.emulator.cases import Case
 from tests.operators import opcheck
@@ -70,3 +71,20 @@ def test_the_gpus_tests_pass_here_too(layout):
     """So that they fit the operators also where no GPU runs them."""
     case = Case("float32", layout, "gradients in several parts")
     check_all(case, run_all(case, "cpu"))
+
+
+@pytest.mark.skipif(_extension.load_cpu() is None, reason="PyTorch's convolution refuses these")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((0, 3, 5, 4), 2), ((2, 3, 0, 4), 2), ((2, 0, 5, 4), 2), ((2, 3, 5, 4), 0)], ids=str
+)
+def test_the_operators_serve_tensors_without_elements(shape, outputs, layout):
+    s = torch.ones(shape).contiguous(memory_format=LAYOUTS[layout])
+    weight = torch.ones(outputs, shape[1], 1, 1)
+    product, mean, m2 = OPS.projection_shortcut_forward(s, weight, [2, 2], True)
+    assert product.shape == (shape[0], outputs, (shape[2] + 1) // 2, 2) and not product.any()
+    assert torch.equal(mean, torch.zeros(outputs)) and torch.equal(m2, torch.zeros(outputs))
+    ds, dweight = OPS.projection_shortcut_backward(product, s, weight, [2, 2], [True, True])
+    assert torch.equal(ds, torch.zeros(shape)) and torch.equal(dweight, torch.zeros_like(weight))
+    y = ops.inference(s, weight, NormParams(mean, m2 + 1), None, None, [2, 2], Activation("relu"))
+    assert y.shape == product.shape and not y.any()
