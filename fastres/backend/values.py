@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 
 def value(node: Any) -> Tensor | None:
@@ -71,6 +71,11 @@ def hint(size: Any) -> int:
         seen = size.node.hint
         return 0 if seen is None else int(seen)
     return int(size)
+
+
+def depends_on_data(t: Tensor) -> bool:
+    """Whether its shape has sizes of which nothing is known before the graph runs, as those of x[x > 0]."""
+    return bool(free_unbacked_symbols(t.shape))
 
 
 def elements(t: Tensor) -> int:
