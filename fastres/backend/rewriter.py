@@ -33,7 +33,7 @@ from fastres.backend.chains import Chain
 from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
-from fastres.backend.values import bind, elements, only_user, same_layout, value
+from fastres.backend.values import bind, elements, is_channels_last, only_user, value
 from fastres.backend.whole import covers_image, linear_of_image
 from fastres.contract import NormParams
 
@@ -59,11 +59,8 @@ def rename_after_writes(graph: Graph) -> None:
     memory = Memory(graph)
     for node in memory.nodes:
         target, result = next(iter(node.args), None), value(node)
-        written = value(target)
-        if result is None or written is None or memory.writes(node) != memory.storages([target]):
-            continue
-        is_itself = memory.storages([node]) == memory.storages([target]) and same_layout(written, result)
-        if is_itself and result.storage_offset() == written.storage_offset():
+        # Another name for the same memory, as out= may give, may be another tensor for autograd.
+        if result is not None and value(target) is result and memory.writes(node) == memory.storages([target]):
             _replace_later_uses(target, node, position)
 
 
@@ -340,7 +337,8 @@ class Rewriter:
         if covers_image(node):
             given = bind(node, CONV)
             operands = (self.current(given[name]) for name in ("input", "weight", "bias"))
-            return self.call(self.count(linear_of_image, convs=1), *operands, like=node)
+            channels_last = y is not None and is_channels_last(y)
+            return self.call(self.count(linear_of_image, convs=1), *operands, channels_last, like=node)
         self.leave("convolution", node, str(reason))
         return None
 

@@ -49,6 +49,21 @@ def test_other_dtypes(dtype):
     assert linears(compare.check(functools.partial(Head, True), [SHAPE], layout="channels_last", **how)) == [3, 3]
 
 
+class Spread(Head):
+    """What is interpolated or padded lies in its input's format, and one pixel has one."""
+
+    def forward(self, x):
+        x = self.whole(self.before(x))
+        return nn.functional.interpolate(x, (4, 4)), nn.functional.pad(x, (1, 1, 1, 1)), self.last(x)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_strides_are_those_of_the_convolution(layout, bias):
+    reports = compare.check(functools.partial(Spread, bias), [SHAPE], layout=layout)
+    assert linears(reports) == [2] * len(reports)
+
+
 class One(nn.Module):
     def __init__(self, *args, **options) -> None:
         super().__init__()
