@@ -202,6 +202,12 @@ def pair(given: Any) -> tuple[Any, Any]:
 # --------------------------------------------------------------------------------------------------------- activations
 
 
+def _elu_in_place(node: Node) -> Activation | None:
+    """ELU, but for the two more factors that this spelling takes."""
+    given = bind(node, {"input": None, "alpha": 1.0, "scale": 1, "input_scale": 1})
+    return _ELU(node) if (given["scale"], given["input_scale"]) == (1, 1) else None
+
+
 def _fixed(activation: Activation) -> Callable[[Node], Activation | None]:
     return lambda node: activation
 
@@ -242,7 +248,8 @@ _ACTIVATIONS: dict[Any, Callable[[Node], Activation | None]] = {
     **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), _clamp),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _LEAKY),
     **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
-    **dict.fromkeys((F.elu, F.elu_), _ELU),
+    F.elu: _ELU,
+    F.elu_: _elu_in_place,
     F.relu6: _fixed(Activation("relu6")),
     F.hardswish: _fixed(Activation("hardswish")),
     F.silu: _fixed(Activation("silu")),

@@ -244,6 +244,10 @@ class Memory:
         """Whether nobody writes to the node's memory after that call."""
         return not self.is_written_between(self.storages([node]), since, None)
 
+    def is_written_after(self, storages: Storages, node: Node) -> bool:
+        """Whether a call after the node is known to write to these storages; barriers are not taken to."""
+        return any(i > self.position[node] for storage in storages for i in self._written_at[storage])
+
     def is_known_outside(self, node: Node) -> bool:
         """Whether the node's memory is that of an input or output of the graph."""
         edges = ("placeholder", "get_attr", "output")
@@ -254,10 +258,6 @@ class Memory:
         return node.op in ("call_function", "call_method") and self.sharing(node)[:1] == [node]
 
 
-def owned_storages(graph: Graph) -> Storages:
-    """The storages of parameters and buffers that Dynamo found in modules."""
-    return storages_of([value(n) for n in graph.nodes if _is_state(n)])
-
 def _parts_of(node: Node) -> list[GraphModule]:
     """The graphs that a higher-order operator runs."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -265,6 +265,10 @@ def _parts_of(node: Node) -> list[GraphModule]:
     found = [getattr(node.graph.owning_module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
     return [part for part in found if isinstance(part, GraphModule)]
 
+
+def owned_storages(graph: Graph) -> Storages:
+    """The storages of parameters and buffers that Dynamo found in modules."""
+    return storages_of([value(n) for n in graph.nodes if _is_state(n)])
 
 
 def _is_state(node: Node) -> bool:

@@ -26,7 +26,6 @@ from fastres.backend.calls import (
     dropout_of,
     is_conv,
     is_norm,
-    norm_of,
     norm_params,
 )
 from fastres.backend.chains import Chain
@@ -115,7 +114,7 @@ class Rewriter:
         """Choose the chains; a normalisation behind a 1x1 convolution last, for it may be that of a projection."""
         found: list[Norm] = []
         for node in filter(is_norm, self.memory.nodes):
-            norm = norm_of(node)
+            norm = chains.norm_at(node, self.memory)
             if isinstance(norm, str):
                 self.leave("normalisation", node, norm)
             else:
@@ -236,7 +235,7 @@ class Rewriter:
         n, x, weight, bias = conv.node, self.current(conv.x), self.current(conv.weight), self.current(conv.bias)
         reader = self._reader(conv)
         measures = reader is not None
-        absorbs = bias is not None and reader is not None and only_user(n) is reader.norm.node
+        absorbs = reader is not None and self._absorbs(conv, reader)
         statistics: Node | None = None
         if chain is not None:
             assert options is not None
@@ -274,6 +273,16 @@ class Rewriter:
         if reader is not None and self.memory.is_written_between(written, conv.node, reader.norm.node):
             return None
         return reader
+
+    def _absorbs(self, conv: Conv, reader: Chain) -> bool:
+        """Whether a convolution's bias may be left out where the batch's mean takes it out again: nobody else reads the
+        output, and the bias is still the same where it moves the running mean.
+        """
+        norm, bias = reader.norm.node, self.memory.storages([conv.bias])
+        if conv.bias is None or only_user(conv.node) is not norm:
+            return False
+        by_norm = self.memory.overlap(self.memory.writes(norm), bias)
+        return not by_norm and not self.memory.is_written_between(bias, conv.node, reader.last)
 
     def _share_input(self, conv: Conv, x: Node, made: Node) -> None:
         """Let later readers of a convolution's input read it out of the convolution's results: their gradients are
@@ -322,6 +331,11 @@ class Rewriter:
             return None
         if node in self.frozen:
             return self._write_arithmetic(node, self.frozen[node])
+        y = value(node)
+        if is_norm(node) and y is not None and y.requires_grad and self.memory.writes(node):
+            arguments = [self.current(argument) for argument in node.args]
+            keywords = {name: self.current(argument) for name, argument in node.kwargs.items()}
+            return self.call(batch_norm_beside_ours, *arguments, like=node, **keywords)
         pool = pools.pool_of(node)
         if pool is not None and pools.pays_alone(node, self.smallest):
             x = self.current(bind(node, {"input": None})["input"])
@@ -349,6 +363,17 @@ class Rewriter:
 def add_zero_gradient(norm_bias: Tensor | None, conv_bias: Tensor) -> Tensor:
     """A normalisation's bias, with a gradient of 0 for the bias of a convolution that the batch's mean takes out."""
     return conv_bias * 0 if norm_bias is None else norm_bias + conv_bias * 0
+
+
+def batch_norm_beside_ours(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """F.batch_norm in training. It keeps its running statistics for a backward that does not read them, and moves them
+    without autograd's notice; ours are noticed, and would make that backward impossible.
+    """
+    if not torch.compiler.is_compiling():
+        running_mean, running_var = running_mean.data, running_var.data
+    return F.batch_norm(input, running_mean, running_var, *args, **kwargs)
 
 
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:
