@@ -140,26 +140,31 @@ def _conv_gain(node: Node, requested: str) -> float:
     return gain
 
 
-def _gain(members: set[Node], requested: str) -> float:
+def _gain(members: set[Node], requested: str, memory: Memory) -> float:
     """Operations that the region's convolutions save, less those that the copies at its border cost."""
     gain = 0.0
     for node in members:
         gain += _conv_gain(node, requested) if is_conv(node) else 0.0
         copied = [n for n in _images(node) if n not in members]
         copied += [node] if any(user not in members and not _reads_any_format(user) for user in node.users) else []
-        copied += [node] if not members.isdisjoint(_readers_of_output(node, members)) else []
+        copied += [node] if not members.isdisjoint(_readers_of_output(node, members, memory)) else []
         gain -= sum(_CALLS_COST + _COPY_COST * elements(t) for t in map(value, copied) if t is not None)
     return gain
 
 
-def _is_returned(node: Node) -> bool:
-    return any(user.op == "output" for user in node.users)
+def _is_returned(node: Node, memory: Memory) -> bool:
+    """Whether the graph returns a value, which has its gradient where it stands: what was written in place without
+    gradients keeps that of the tensor, and a copy there would have none.
+    """
+    made = memory.sharing(node)[0]
+    within = made is node or not memory.is_written_between(frozenset(), made, node)
+    return within and any(user.op == "output" for user in node.users)
 
 
-def _readers_of_output(node: Node, members: set[Node]) -> list[Node]:
+def _readers_of_output(node: Node, members: set[Node], memory: Memory) -> list[Node]:
     """Who would read a member as it lies, where the graph returns it too and somebody may ask for its gradient."""
     t = value(node)
-    if t is None or not t.requires_grad or not _is_returned(node):
+    if t is None or not t.requires_grad or not _is_returned(node, memory):
         return []
     return [user for user in node.users if user in members or _reads_any_format(user)]
 
@@ -168,7 +173,7 @@ def _return_copy(graph: Graph, node: Node, members: set[Node], memory: Memory) -
     """Return a copy of a member that all outside read, so that views of it share its memory, and that is read inside
     where a gradient may be asked for: it is what comes back to the copy.
     """
-    readers = _readers_of_output(node, members)
+    readers = _readers_of_output(node, members, memory)
     returned = _copy(graph, node.next, node, torch.contiguous_format, {}, memory)
     read = returned
     if not members.isdisjoint(readers):
@@ -190,12 +195,12 @@ def to_channels_last(graph: Graph, requested: str) -> int:
         return 0
     memory = Memory(graph)
     members = _candidates(memory)
-    if _gain(members, requested) <= 0:
+    if _gain(members, requested, memory) <= 0:
         return 0
     inside: dict[Node, Node] = {}
     outside: dict[Node, Node] = {}
     for node in memory.nodes:
-        if node in members and _is_returned(node):
+        if node in members and _is_returned(node, memory):
             _return_copy(graph, node, members, memory)
     for node in memory.nodes:
         if node in members:

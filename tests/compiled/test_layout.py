@@ -127,6 +127,21 @@ def test_an_output_s_gradient_is_that_of_all_that_reads_it(pool):
     torch.testing.assert_close(*gradients)
 
 
+class WrittenWithoutGradients(Squeeze):
+    """The tensor keeps its gradient, and nothing that is computed there has one."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.norm(self.conv(x))
+        with torch.no_grad():
+            nn.functional.leaky_relu_(features, 0.1)
+        return features, self.last(features)
+
+
+def test_an_output_has_its_gradient_where_it_was_written_without():
+    training, _ = compare.check(lambda: WrittenWithoutGradients("method"), [SHAPE], dtype=torch.float32)
+    assert training.channels_last > 0
+
+
 class WrittenInAPart(Squeeze):
     """The part writes to a view of what is read again after it."""
 
