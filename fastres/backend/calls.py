@@ -12,10 +12,20 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from fastres.activations import KINDS, RELU, Activation
-from fastres.backend.values import bind, hint, is_transformed, same_layout, same_sizes, value
+from fastres.backend.values import (
+    bind,
+    depends_on_data,
+    has_layout_of_norm,
+    hint,
+    is_transformed,
+    same_layout,
+    same_sizes,
+    value,
+)
 from fastres.contract import ConvProblem, NormParams
 from fastres.ops.algorithms import GROUPED_KERNELS, problem_of
 
+_DEPENDS_ON_DATA = "its input's shape depends on data"
 _TRANSFORMED = "it is inside a transform of torch.func"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda", "meta")
@@ -64,7 +74,9 @@ def norm_of(node: Any) -> Norm | str:
         return f"its input has {x.dim()} dimensions and the dtype {x.dtype}"
     if x.device.type not in _DEVICES or (x.dtype == torch.float64 and x.device.type == "cuda"):
         return f"no kernel of ours takes {x.dtype} on {x.device.type}"
-    if not same_layout(x, y):
+    if depends_on_data(x):
+        return _DEPENDS_ON_DATA
+    if not same_layout(x, y) or not has_layout_of_norm(x):
         return f"its input has the strides {tuple(x.stride())}, which its output does not keep"
     training, momentum, eps = given["training"], given["momentum"], given["eps"]
     if not isinstance(training, bool) or not isinstance(momentum, (int, float)) or not isinstance(eps, (int, float)):
@@ -74,6 +86,8 @@ def norm_of(node: Any) -> Norm | str:
         return "it has one running statistic of two"
     if any(t is not None and value(t) is None for t in tensors):
         return "one of its parameters is no tensor that Dynamo knows"
+    if any(t is not None and not same_sizes(value(t).stride(), (1,)) for t in tensors):  # type: ignore[union-attr]
+        return "one of its parameters is a part of another tensor"
     return Norm(node, given["input"], norm_params(tensors, momentum, eps), training)
 
 
@@ -159,6 +173,8 @@ def _conv_of(node: Any, kernels: tuple[int, ...]) -> Conv | str:
         return "its input is no batch of images"
     if y.dim() != 4:
         return "its output is given another shape in place"
+    if depends_on_data(x) or depends_on_data(weight):
+        return _DEPENDS_ON_DATA
     kernel = next((k for k in kernels if same_sizes(weight.shape[2:], (k, k))), None)
     if kernel is None:
         return f"its kernel is {'x'.join(str(size) for size in weight.shape[2:])}"
@@ -184,6 +200,12 @@ def pair(given: Any) -> tuple[Any, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------- activations
+
+
+def _elu_in_place(node: Node) -> Activation | None:
+    """ELU, but for the two more factors that this spelling takes."""
+    given = bind(node, {"input": None, "alpha": 1.0, "scale": 1, "input_scale": 1})
+    return _ELU(node) if (given["scale"], given["input_scale"]) == (1, 1) else None
 
 
 def _fixed(activation: Activation) -> Callable[[Node], Activation | None]:
@@ -226,7 +248,8 @@ _ACTIVATIONS: dict[Any, Callable[[Node], Activation | None]] = {
     **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), _clamp),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _LEAKY),
     **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
-    **dict.fromkeys((F.elu, F.elu_), _ELU),
+    F.elu: _ELU,
+    F.elu_: _elu_in_place,
     F.relu6: _fixed(Activation("relu6")),
     F.hardswish: _fixed(Activation("hardswish")),
     F.silu: _fixed(Activation("silu")),

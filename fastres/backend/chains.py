@@ -90,6 +90,19 @@ class Chain:
         return [self.norm] if self.residual_norm is None else [self.norm, self.residual_norm]
 
 
+def norm_at(node: Node, memory: Memory) -> Norm | str:
+    """The normalisation that a call is, or why it is none of ours in its graph.
+
+    Backward reads weight and bias, the bias to compute an activation's input again, where PyTorch saves none.
+    """
+    norm, y = norm_of(node), value(node)
+    if isinstance(norm, str) or y is None or not y.requires_grad:
+        return norm
+    if memory.is_written_after(memory.storages([norm.params.weight, norm.params.bias]), node):
+        return "something writes to its weight or bias before backward"
+    return norm
+
+
 def find(norm: Norm, memory: Memory, claimed: set[Node]) -> Chain:
     """The longest chain that begins at a normalisation, around which no convolution has been looked for yet."""
     chain = Chain(norm, (norm.node,))
@@ -136,13 +149,25 @@ def _is_saved_before(last: Node, saved: Node, memory: Memory) -> bool:
         result = value(node)
         if result is None or not result.requires_grad or memory.position[node] <= memory.position[saved]:
             continue
-        if saved in node.args[:1] and given is not None and given.dtype == result.dtype:
-            weight = value(bind(node, CONV)["weight"]) if is_conv(node) else None
-            if is_norm(node) or (weight is not None and weight.requires_grad):
-                return True
+        if saved in node.args[:1] and given is not None and given.dtype == result.dtype and _saves_input(node):
+            return True
         ahead += [n for n in node.all_input_nodes if n not in seen]
         seen.update(node.all_input_nodes)
     return False
+
+
+def _saves_input(node: Node) -> bool:
+    """Whether PyTorch saves what a convolution or normalisation reads. Arithmetic with constants, which is written as a
+    normalisation in evaluation without a gradient of its parameters, does not.
+    """
+    if is_conv(node):
+        weight = value(bind(node, CONV)["weight"])
+        return weight is not None and weight.requires_grad
+    norm = norm_of(node) if is_norm(node) else "it is none"
+    if isinstance(norm, str):
+        return False
+    learnt = [value(t) for t in (norm.params.weight, norm.params.bias)]
+    return norm.training or any(t is not None and t.requires_grad for t in learnt)
 
 
 def _extensions(chain: Chain, user: Node, memory: Memory) -> Iterator[Chain]:
@@ -186,7 +211,7 @@ def _may_be_overwritten(other: Node, user: Node, memory: Memory) -> bool:
 def _with_normalised_residual(chain: Chain, other: Node, user: Node, memory: Memory) -> Iterator[Chain]:
     if not is_norm(other) or only_user(other) is not user:
         return
-    norm = norm_of(other)
+    norm = norm_at(other, memory)
     if isinstance(norm, str) or norm.training != chain.norm.training:
         return
     # One that is used twice counts the first batch before the second.

@@ -101,7 +101,7 @@ def _either_way(node: Any, targets: tuple[Any, ...]) -> Iterator[tuple[Any, Any]
 
 def _bare(node: Any) -> Any:
     """What was given another shape."""
-    while isinstance(node, Node) and node.target in _SHAPES and isinstance(node.args[0], Node):
+    while isinstance(node, Node) and node.target in _SHAPES and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
@@ -175,4 +175,6 @@ def _why_not(node: Node, arithmetic: Arithmetic, memory: Memory) -> str | None:
         memory.storages([arithmetic.x]), arithmetic.product, node
     ):
         return "something writes to what it reads before it is done"
+    if y.requires_grad and memory.is_written_after(constants, node):
+        return "something writes to what backward would read"
     return None

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from fastres.backend.calls import ADDITIONS, CONV, activation_of, conv_of, is_conv, is_norm
 from fastres.backend.memory import Memory
-from fastres.backend.values import bind, elements, hint, same_sizes, value
+from fastres.backend.values import bind, elements, hint, is_contiguous, same_sizes, value
 from fastres.ops.algorithms import choose_algorithm
 
 _ANY_FORMAT = (
@@ -43,17 +43,24 @@ def _is_nchw(node: Any) -> bool:
     t = value(node)
     if t is None or t.dim() != 4 or t.device.type != "cpu":
         return False
-    _, c, h, w = t.shape
-    return same_sizes(t.stride(), (c * h * w, h * w, w, 1)) and not same_sizes(t.shape[2:], (1, 1))
+    return is_contiguous(t) and not same_sizes(t.shape[2:], (1, 1))
+
+
+_ADAPTIVE_POOL = {"input": None, "output_size": None}
+
+
+def _is_global_pool(node: Node) -> bool:
+    if node.target is not F.adaptive_avg_pool2d:
+        return False
+    return bind(node, _ADAPTIVE_POOL)["output_size"] in (1, (1, 1), [1, 1])
 
 
 def _reads_any_format(node: Node) -> bool:
     """Whether a call reads images of either format and gives their means over both axes, which have none."""
     if "out" in node.kwargs:
         return False
-    if node.target is F.adaptive_avg_pool2d:
-        size = bind(node, {"input": None, "output_size": None})["output_size"]
-        return size in (1, (1, 1), [1, 1])
+    if _is_global_pool(node):
+        return True
     if node.target not in (torch.mean, "mean"):
         return False
     axes = bind(node, {"input": None, "dim": None, "keepdim": False, "dtype": None})["dim"]
@@ -96,7 +103,8 @@ def _is_inside(node: Node, members: set[Node], memory: Memory) -> bool:
         return False
     storages = memory.storages([node])
     writers = [n for n in memory.nodes if not memory.writes(n).isdisjoint(storages)]
-    if any(memory.is_barrier(user) for user in node.users) and writers:
+    barriers = {user for n in memory.sharing(node) for user in n.users if memory.is_barrier(user)}
+    if any(writers or memory.may_write(barrier, storages) for barrier in barriers):
         return False
     return all(n in members for n in (writers and [*writers, *memory.sharing(node)]))
 
@@ -132,15 +140,49 @@ def _conv_gain(node: Node, requested: str) -> float:
     return gain
 
 
-def _gain(members: set[Node], requested: str) -> float:
+def _gain(members: set[Node], requested: str, memory: Memory) -> float:
     """Operations that the region's convolutions save, less those that the copies at its border cost."""
     gain = 0.0
     for node in members:
         gain += _conv_gain(node, requested) if is_conv(node) else 0.0
         copied = [n for n in _images(node) if n not in members]
         copied += [node] if any(user not in members and not _reads_any_format(user) for user in node.users) else []
+        copied += [node] if not members.isdisjoint(_readers_of_output(node, members, memory)) else []
         gain -= sum(_CALLS_COST + _COPY_COST * elements(t) for t in map(value, copied) if t is not None)
     return gain
+
+
+def _is_returned(node: Node, memory: Memory) -> bool:
+    """Whether the graph returns a value, which has its gradient where it stands: what was written in place without
+    gradients keeps that of the tensor, and a copy there would have none.
+    """
+    made = memory.sharing(node)[0]
+    within = made is node or not memory.is_written_between(frozenset(), made, node)
+    return within and any(user.op == "output" for user in node.users)
+
+
+def _readers_of_output(node: Node, members: set[Node], memory: Memory) -> list[Node]:
+    """Who would read a member as it lies, where the graph returns it too and somebody may ask for its gradient."""
+    t = value(node)
+    if t is None or not t.requires_grad or not _is_returned(node, memory):
+        return []
+    return [user for user in node.users if user in members or _reads_any_format(user)]
+
+
+def _return_copy(graph: Graph, node: Node, members: set[Node], memory: Memory) -> None:
+    """Return a copy of a member that all outside read, so that views of it share its memory, and that is read inside
+    where a gradient may be asked for: it is what comes back to the copy.
+    """
+    readers = _readers_of_output(node, members, memory)
+    returned = _copy(graph, node.next, node, torch.contiguous_format, {}, memory)
+    read = returned
+    if not members.isdisjoint(readers):
+        read = _copy(graph, returned.next, returned, torch.channels_last, {}, memory)
+    for user in list(node.users):
+        if user in members:
+            user.replace_input_with(node, read if user in readers else node)
+        elif user is not returned and (user in readers or not _reads_any_format(user)):
+            user.replace_input_with(node, returned)
 
 
 def to_channels_last(graph: Graph, requested: str) -> int:
@@ -153,20 +195,31 @@ def to_channels_last(graph: Graph, requested: str) -> int:
         return 0
     memory = Memory(graph)
     members = _candidates(memory)
-    if _gain(members, requested) <= 0:
+    if _gain(members, requested, memory) <= 0:
         return 0
     inside: dict[Node, Node] = {}
-    outside: dict[Node, Node] = {}  # one copy for all, so that an output and its views share memory
+    outside: dict[Node, Node] = {}
+    for node in memory.nodes:
+        if node in members and _is_returned(node, memory):
+            _return_copy(graph, node, members, memory)
     for node in memory.nodes:
         if node in members:
             for image in _images(node):
                 if image not in members:
                     node.replace_input_with(image, _copy(graph, node, image, torch.channels_last, inside, memory))
+        elif _is_global_pool(node) and bind(node, _ADAPTIVE_POOL)["input"] in members:
+            _write_global_pool_as_mean(node)
         elif not _reads_any_format(node):
             for image in [n for n in node.all_input_nodes if n in members]:
                 node.replace_input_with(image, _copy(graph, node, image, torch.contiguous_format, outside, memory))
     _set_values(memory, members)
     return len(members)
+
+
+def _write_global_pool_as_mean(node: Node) -> None:
+    """What is pooled of images in channels_last has the strides of that, and a mean, which it is, those of NCHW."""
+    image = bind(node, _ADAPTIVE_POOL)["input"]
+    node.op, node.target, node.args, node.kwargs = "call_method", "mean", (image, (2, 3)), {"keepdim": True}
 
 
 def _copy(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.source import UnspecializedParamBufferSource
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -110,7 +110,8 @@ class Memory:
             for storage in self._values[node] or ():
                 self._sharing[storage].append(node)
         self._reads = {n: self.storages(n.all_input_nodes) for n in self.nodes}
-        # Where each storage is written, and where anything may be.
+        self._parts: dict[Node, list[Memory]] = {}
+        # Where anything may be written, and where each storage is.
         self._barriers = [i for i, n in enumerate(self.nodes) if self._writes[n] is None]
         self._written_at: dict[int, list[int]] = defaultdict(list)
         for i, node in enumerate(self.nodes):
@@ -164,6 +165,21 @@ class Memory:
 
     def is_barrier(self, node: Node) -> bool:
         return self._writes[node] is None
+
+    def may_write(self, barrier: Node, storages: Storages) -> bool:
+        """Whether a barrier may write to these storages: a higher-order operator does what the graphs do that it runs,
+        whose inputs Dynamo gives the storages of its own.
+        """
+        if self.storages(barrier.all_input_nodes).isdisjoint(storages):
+            return False
+        if barrier not in self._parts:
+            self._parts[barrier] = [Memory(part.graph) for part in _parts_of(barrier)]
+        parts = self._parts[barrier]
+        return not parts or any(part._may_be_written(storages) for part in parts)
+
+    def _may_be_written(self, storages: Storages) -> bool:
+        barriers = [self.nodes[i] for i in self._barriers]
+        return any(s in self._written_at for s in storages) or any(self.may_write(n, storages) for n in barriers)
 
     def sharing(self, node: Node) -> list[Node]:
         """All nodes whose values lie in the memory of this one's, itself among them, in order."""
@@ -228,6 +244,10 @@ class Memory:
         """Whether nobody writes to the node's memory after that call."""
         return not self.is_written_between(self.storages([node]), since, None)
 
+    def is_written_after(self, storages: Storages, node: Node) -> bool:
+        """Whether a call after the node is known to write to these storages; barriers are not taken to."""
+        return any(i > self.position[node] for storage in storages for i in self._written_at[storage])
+
     def is_known_outside(self, node: Node) -> bool:
         """Whether the node's memory is that of an input or output of the graph."""
         edges = ("placeholder", "get_attr", "output")
@@ -236,6 +256,14 @@ class Memory:
     def is_made_here(self, node: Node) -> bool:
         """Whether the node's memory is new with it: no input of the graph, no view, no in-place result."""
         return node.op in ("call_function", "call_method") and self.sharing(node)[:1] == [node]
+
+
+def _parts_of(node: Node) -> list[GraphModule]:
+    """The graphs that a higher-order operator runs."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return []
+    found = [getattr(node.graph.owning_module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"]
+    return [part for part in found if isinstance(part, GraphModule)]
 
 
 def owned_storages(graph: Graph) -> Storages:

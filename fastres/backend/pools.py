@@ -15,7 +15,7 @@ from torch.fx import Node
 from fastres.backend.calls import DTYPES
 from fastres.backend.chains import Chain
 from fastres.backend.memory import Memory
-from fastres.backend.values import bind, elements, is_channels_last, is_transformed, only_user, value
+from fastres.backend.values import bind, depends_on_data, elements, is_channels_last, is_transformed, only_user, value
 from fastres.contract import Pool
 from fastres.ops.max_pool import MOST
 
@@ -32,6 +32,8 @@ def pool_of(node: Node) -> Pool | None:
     given = bind(node, _POOL)
     x, y = value(given["input"]), value(node)
     if x is None or y is None or x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 4:
+        return None
+    if depends_on_data(x):
         return None
     pool = Pool.of(given["kernel_size"], given["stride"], given["padding"], given["dilation"])
     if pool is None or pool.kernel > MOST or given["ceil_mode"] or given["return_indices"]:

@@ -26,14 +26,13 @@ from fastres.backend.calls import (
     dropout_of,
     is_conv,
     is_norm,
-    norm_of,
     norm_params,
 )
 from fastres.backend.chains import Chain
 from fastres.backend.layout import to_channels_last
 from fastres.backend.memory import Memory, Storages
 from fastres.backend.report import GraphReport, Left, place_of
-from fastres.backend.values import bind, elements, only_user, same_layout, value
+from fastres.backend.values import bind, elements, is_channels_last, only_user, value
 from fastres.backend.whole import covers_image, linear_of_image
 from fastres.contract import NormParams
 
@@ -59,11 +58,8 @@ def rename_after_writes(graph: Graph) -> None:
     memory = Memory(graph)
     for node in memory.nodes:
         target, result = next(iter(node.args), None), value(node)
-        written = value(target)
-        if result is None or written is None or memory.writes(node) != memory.storages([target]):
-            continue
-        is_itself = memory.storages([node]) == memory.storages([target]) and same_layout(written, result)
-        if is_itself and result.storage_offset() == written.storage_offset():
+        # Another name for the same memory, as out= may give, may be another tensor for autograd.
+        if result is not None and value(target) is result and memory.writes(node) == memory.storages([target]):
             _replace_later_uses(target, node, position)
 
 
@@ -118,7 +114,7 @@ class Rewriter:
         """Choose the chains; a normalisation behind a 1x1 convolution last, for it may be that of a projection."""
         found: list[Norm] = []
         for node in filter(is_norm, self.memory.nodes):
-            norm = norm_of(node)
+            norm = chains.norm_at(node, self.memory)
             if isinstance(norm, str):
                 self.leave("normalisation", node, norm)
             else:
@@ -239,7 +235,7 @@ class Rewriter:
         n, x, weight, bias = conv.node, self.current(conv.x), self.current(conv.weight), self.current(conv.bias)
         reader = self._reader(conv)
         measures = reader is not None
-        absorbs = bias is not None and reader is not None and only_user(n) is reader.norm.node
+        absorbs = reader is not None and self._absorbs(conv, reader)
         statistics: Node | None = None
         if chain is not None:
             assert options is not None
@@ -277,6 +273,16 @@ class Rewriter:
         if reader is not None and self.memory.is_written_between(written, conv.node, reader.norm.node):
             return None
         return reader
+
+    def _absorbs(self, conv: Conv, reader: Chain) -> bool:
+        """Whether a convolution's bias may be left out where the batch's mean takes it out again: nobody else reads the
+        output, and the bias is still the same where it moves the running mean.
+        """
+        norm, bias = reader.norm.node, self.memory.storages([conv.bias])
+        if conv.bias is None or only_user(conv.node) is not norm:
+            return False
+        by_norm = self.memory.overlap(self.memory.writes(norm), bias)
+        return not by_norm and not self.memory.is_written_between(bias, conv.node, reader.last)
 
     def _share_input(self, conv: Conv, x: Node, made: Node) -> None:
         """Let later readers of a convolution's input read it out of the convolution's results: their gradients are
@@ -325,6 +331,11 @@ class Rewriter:
             return None
         if node in self.frozen:
             return self._write_arithmetic(node, self.frozen[node])
+        y = value(node)
+        if is_norm(node) and y is not None and y.requires_grad and self.memory.writes(node):
+            arguments = [self.current(argument) for argument in node.args]
+            keywords = {name: self.current(argument) for name, argument in node.kwargs.items()}
+            return self.call(batch_norm_beside_ours, *arguments, like=node, **keywords)
         pool = pools.pool_of(node)
         if pool is not None and pools.pays_alone(node, self.smallest):
             x = self.current(bind(node, {"input": None})["input"])
@@ -340,7 +351,8 @@ class Rewriter:
         if covers_image(node):
             given = bind(node, CONV)
             operands = (self.current(given[name]) for name in ("input", "weight", "bias"))
-            return self.call(self.count(linear_of_image, convs=1), *operands, like=node)
+            channels_last = y is not None and is_channels_last(y)
+            return self.call(self.count(linear_of_image, convs=1), *operands, channels_last, like=node)
         self.leave("convolution", node, str(reason))
         return None
 
@@ -351,6 +363,17 @@ class Rewriter:
 def add_zero_gradient(norm_bias: Tensor | None, conv_bias: Tensor) -> Tensor:
     """A normalisation's bias, with a gradient of 0 for the bias of a convolution that the batch's mean takes out."""
     return conv_bias * 0 if norm_bias is None else norm_bias + conv_bias * 0
+
+
+def batch_norm_beside_ours(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """F.batch_norm in training. It keeps its running statistics for a backward that does not read them, and moves them
+    without autograd's notice; ours are noticed, and would make that backward impossible.
+    """
+    if not torch.compiler.is_compiling():
+        running_mean, running_var = running_mean.data, running_var.data
+    return F.batch_norm(input, running_mean, running_var, *args, **kwargs)
 
 
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 
 def value(node: Any) -> Tensor | None:
@@ -37,10 +38,31 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return alike and same_sizes(a.shape, b.shape) and same_sizes(a.stride(), b.stride())
 
 
+def _dense_strides(sizes: Sequence[Any]) -> list[Any]:
+    return [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+
+
+def is_contiguous(t: Tensor) -> bool:
+    """Whether a tensor is contiguous, axes of size 1 included, for all the sizes that the graph serves."""
+    return same_sizes(t.stride(), _dense_strides(t.shape))
+
+
 def is_channels_last(t: Tensor) -> bool:
-    """Whether [N, C, H, W] lies in channels_last, for all the sizes that the graph serves."""
-    _, c, h, w = t.shape
-    return same_sizes(t.stride(), (c * h * w, 1, w * c, c))
+    """Whether [N, C, H, W] lies in channels_last, or [N, C, D, H, W] in channels_last_3d, for all the sizes that the
+    graph serves.
+    """
+    (n, c, *sizes), (along_n, along_c, *strides) = t.shape, t.stride()
+    return same_sizes((along_n, *strides, along_c), _dense_strides((n, *sizes, c)))
+
+
+def has_layout_of_norm(t: Tensor) -> bool:
+    """Whether PyTorch's batch normalisation keeps a tensor's strides, which Dynamo always says. It writes what is both
+    contiguous and channels_last with the strides of the one, and what is neither as well.
+    """
+    if is_contiguous(t):
+        return True
+    ambiguous = same_sizes(t.shape[1:2], (1,)) or same_sizes(t.shape[2:], [1] * (t.dim() - 2))
+    return t.dim() >= 4 and not ambiguous and is_channels_last(t)
 
 
 def hint(size: Any) -> int:
@@ -49,6 +71,11 @@ def hint(size: Any) -> int:
         seen = size.node.hint
         return 0 if seen is None else int(seen)
     return int(size)
+
+
+def depends_on_data(t: Tensor) -> bool:
+    """Whether its shape has sizes of which nothing is known before the graph runs, as those of x[x > 0]."""
+    return bool(free_unbacked_symbols(t.shape))
 
 
 def elements(t: Tensor) -> int:

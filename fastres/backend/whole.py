@@ -29,12 +29,14 @@ def covers_image(node: Node) -> bool:
     return same_sizes(x.shape[2:], tuple(weight.shape[2:])) and 0 not in weight.shape
 
 
-def linear_of_image(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_of_image(x: Tensor, weight: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
     """[N, K, 1, 1], the convolution of x [N, C, H, W] by weight [K, C, H, W] without padding, with a bias [K].
 
-    The sum runs in the order in which the weight's elements lie; x, which has far fewer, is copied to that order where
-    it lies in another.
+    Its strides are those of channels_last or of NCHW: one pixel lies alike in both, but what interpolates or pads it
+    goes by them. The sum runs in the order in which the weight's elements lie; x, which has far fewer, is copied to
+    that order where it lies in another.
     """
     if not weight.is_contiguous():  # in channels_last
         x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
-    return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
+    y = F.linear(x.flatten(1), weight.flatten(1), bias)
+    return y[:, None, None].permute(0, 3, 1, 2) if channels_last else y[:, :, None, None]

@@ -149,6 +149,47 @@ class Broken(nn.Module):
         return F.relu(self.last(F.relu(y)))
 
 
+class Chosen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x[x[:, 0, 0, 0] > 0])))
+        return F.max_pool2d(y, 2).sum(0)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_shape_that_depends_on_data_is_left(inner):
+    model = Chosen().eval().to(memory_format=torch.channels_last)
+    compiled = fastres.compile(model, options=ALWAYS | {"inner": inner, "conv_algorithm": "winograd"})
+    for seed in range(3):
+        x = images(8, 3, 6 + seed, 6, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(compiled(x), model(x))
+    left = [line.reason for line in fastres.compile_report()[0].left]
+    assert set(left) == {"its input's shape depends on data"}
+
+
+class InItsOwnStrides(nn.Module):
+    """PyTorch's normalisation gives what is neither contiguous nor channels_last contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.bn = nn.BatchNorm1d(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        rows = x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+        columns = x.transpose(1, 3).contiguous(memory_format=torch.contiguous_format).transpose(1, 3)
+        return F.relu(self.flat(rows)), F.relu(self.bn(x.transpose(2, 3))), F.silu(self.bn(columns) + columns)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_strides_are_those_of_a_normalisation_whatever_it_reads(layout):
+    for report in compare.check(InItsOwnStrides, [(2, 6, 4, 5)], layout=layout):
+        assert report.fused_norms == 0 and len(report.left) == report.norms == 3
+
+
 def test_graph_breaks():
     reports = compare.check(Broken, networks.IMAGES)
     assert [r.fused_norms for r in reports] == [1, 1, 1, 1] and [r.pointwise for r in reports] == [0, 1, 0, 1]

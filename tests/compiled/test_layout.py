@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.fx import Graph
+from torch.utils.checkpoint import checkpoint
 
 import fastres
 from fastres.backend.compiler import rewrite
@@ -88,6 +89,84 @@ def test_means_of_images_are_taken_in_channels_last_as_they_lie(pool):
     assert training.channels_last == evaluation.channels_last == 5
     copies = rewritten(Squeeze(pool), images(*SHAPE)).find_nodes(op="call_method", target="contiguous")
     assert [n.kwargs["memory_format"] for n in copies] == [torch.channels_last, torch.contiguous_format]
+
+
+class PooledOutput(Squeeze):
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = nn.functional.adaptive_avg_pool2d(torch.relu(self.norm(self.conv(x))), 1)
+        return nn.functional.pad(pooled, (1, 1, 1, 1))  # of the pooled one's format
+
+
+def test_a_pooled_image_has_the_strides_of_nchw():
+    training, evaluation = compare.check(lambda: PooledOutput("adaptive"), [SHAPE], dtype=torch.float32)
+    assert training.channels_last == evaluation.channels_last == 3
+
+
+class Features(Squeeze):
+    """Gives what it reads itself, as a network does whose activations are to be explained."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = torch.relu(self.norm(self.conv(x)))
+        with torch.no_grad():
+            views = features.flatten(1)
+        return features, views, self.last(features).mean() + self.mean(features).square().mean()
+
+
+@pytest.mark.parametrize("pool", ["adaptive", "method"])
+def test_an_output_s_gradient_is_that_of_all_that_reads_it(pool):
+    model, x = Features(pool), images(*SHAPE)
+    plain = copy.deepcopy(model)
+    with compare.fresh():
+        compiled = torch.compile(model, backend="fastres", options={"smallest": 0, "conv_algorithm": "winograd"})
+        features, views, loss = compiled(x)
+        (report,) = fastres.compile_report()
+    expected, _, expected_loss = plain(x)
+    assert report.channels_last > 0 and features.stride() == expected.stride()
+    assert features.data_ptr() == views.data_ptr()
+    gradients = [torch.autograd.grad(*of)[0] for of in ((loss, features), (expected_loss, expected))]
+    torch.testing.assert_close(*gradients)
+
+
+class WrittenWithoutGradients(Squeeze):
+    """The tensor keeps its gradient, and nothing that is computed there has one."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.norm(self.conv(x))
+        with torch.no_grad():
+            nn.functional.leaky_relu_(features, 0.1)
+        return features, self.last(features)
+
+
+def test_an_output_has_its_gradient_where_it_was_written_without():
+    training, _ = compare.check(lambda: WrittenWithoutGradients("method"), [SHAPE], dtype=torch.float32)
+    assert training.channels_last > 0
+
+
+class WrittenInAPart(Squeeze):
+    """The part writes to a view of what is read again after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        part = checkpoint(lambda t: t.relu_() * 2, features[:, :4], use_reentrant=False)
+        return self.last(torch.relu(self.norm(features))) + part
+
+
+class ReadInAPart(Squeeze):
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        part = checkpoint(lambda t: self.last(self.norm(t)), features, use_reentrant=False)
+        return self.last(torch.relu(features)) + part
+
+
+@pytest.mark.parametrize(("network", "expected"), [(WrittenInAPart, (4, 1)), (ReadInAPart, (6, 3))])
+def test_what_a_checkpointed_part_writes_to_stays_in_nchw(network, expected):
+    model, x = network("method").eval(), images(*SHAPE)
+    nn.init.normal_(model.norm.bias)
+    with compare.fresh(), torch.no_grad():
+        compiled = torch.compile(model, backend="fastres", options={"smallest": 0, "conv_algorithm": "winograd"})
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+        (report,) = fastres.compile_report()
+    assert (report.channels_last, report.fused_convolutions) == expected
 
 
 class OtherMean(Squeeze):

@@ -16,6 +16,7 @@ import fastres
 from tests import oracle
 from tests.compiled import compare, networks
 from tests.compiled.test_networks import counts
+from tests.compiled.traps import Constant
 
 INNER = ("eager", "aot_eager")
 
@@ -98,6 +99,32 @@ def test_an_input_may_be_a_view_of_running_statistics_in_a_later_call(alias, inn
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert p.grad is not None and torch.allclose(p.grad, q.grad, rtol=0, atol=compare.EXACT)
     assert fastres.compile_report()[0].pointwise == 1
+
+
+class OneOfManySizes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, *images: Tensor) -> list[Tensor]:
+        return [F.relu(self.bn(self.conv(x))) for x in images]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_normalisation_of_small_images_and_large_ones(together):
+    """PyTorch normalises the small ones, keeps the running statistics, and refuses backward if it sees them moved."""
+    model, sizes = OneOfManySizes().double(), (8, 24, 6)
+    plain, given = copy.deepcopy(model), [random(2, 3, size, size) for size in sizes]
+    call = compiled(model, smallest=4 * 2 * 16 * 16)
+    ours = call(*given) if together else [y for x in given for y in call(x)]
+    for found in (ours, plain(*given)):
+        sum(y.square().sum() for y in found).backward()
+    reports = fastres.compile_report()
+    assert sum(graph.fused_norms for graph in reports) == 1 and sum(graph.norms for graph in reports) > 1
+    for a, b in ((model.parameters(), plain.parameters()), (model.buffers(), plain.buffers())):
+        assert all(torch.allclose(p, q, rtol=0, atol=compare.EXACT) for p, q in zip(a, b, strict=True))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=compare.EXACT, atol=compare.EXACT)
 
 
 # ------------------------------------------------------------------------------- a residual that is saved for backward
@@ -191,6 +218,29 @@ class SmoothNorm(nn.Module):
 def test_a_normalisation_has_saved_its_own_input():
     training, evaluation = compare.check(SmoothNorm, [(2, 4, 8, 8)])
     assert training.pointwise == evaluation.pointwise == 2
+
+
+class SmoothBehindConstants(SmoothNorm):
+    """The product with a constant scale saves the scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = Constant(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.bn(self.constant(x)) + x)
+
+
+def test_arithmetic_with_constants_has_not_saved_its_input():
+    model, x = SmoothBehindConstants().double(), random(2, 4, 8, 8).requires_grad_()
+    for call in (model, compiled(model)):
+        given = x * 1
+        y = call(given)
+        with torch.no_grad():
+            given.zero_()
+        y.square().sum().backward()
+    (graph,) = fastres.compile_report()
+    assert graph.fused_norms == 2 and graph.pointwise == 1  # the addition
 
 
 class SmoothBlockUnderAutocast(SmoothBlock):

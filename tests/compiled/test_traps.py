@@ -29,6 +29,12 @@ EXPECTED: dict[type[traps.Trap], tuple[str, ...]] = {
     traps.SharedRunningStatistics: ("2/2 0/2 2 batch_norm_act:2", "2/2 0/2 2 batch_norm_act:1"),
     traps.WrittenBeforeReturned: ("1/1 0/1 1 batch_norm_act:1",),
     traps.ConvolutionWrittenBeforeNorm: ("1/1 0/1 1 batch_norm_act:1",),
+    traps.ConvolutionBiasWritten: ("1/1 0/1 1 batch_norm_act:1",),
+    traps.RunningMeanAsBias: ("1/1 0/1 1 batch_norm_act:1",),
+    traps.NormBiasWritten: ("0/2 0/2 0 ", "2/2 0/2 2 batch_norm_act:1"),
+    traps.PartsOfTensors: ("1/3 0/2 1 batch_norm_act:1",),
+    traps.OutIsAnAlias: ("1/1 0/2 2 batch_norm_act:1",),
+    traps.ScaledELU: ("2/2 0/2 0 batch_norm_act:2",),
     traps.OutArgument: ("1/1 0/1 0 batch_norm_act:1",),
     traps.ListOfTensors: ("1/1 0/2 1 batch_norm_act:1",),
     traps.Clamp: ("2/2 0/2 0 batch_norm_act:2", "2/2 0/2 3 batch_norm_act:2"),
@@ -49,12 +55,16 @@ EXPECTED: dict[type[traps.Trap], tuple[str, ...]] = {
     traps.SmoothAfterConstantNormOfWhatIsOverwritten: ("0/1 0/1 0 ", "1/1 0/1 1 batch_norm_act:1"),
     traps.ConstantsWrittenBetween: ("0/2 0/2 0 ",),
     traps.ConstantsReadElsewhere: ("1/1 0/1 1 batch_norm_act:1",),
+    traps.ShapedByName: ("0/0 0/1 0 ",),
+    traps.ConstantsWrittenBehind: ("0/1 0/1 0 ", "1/1 0/1 1 batch_norm_act:1"),
     traps.AlmostConstantNorm: ("0/0 0/2 0 ",),
 }
 # Those in which a convolution of ours has statistics, an input or a residual that may go stale; in training.
 BY_OUR_CONVOLUTIONS = {
     traps.OldNameAfterInPlaceAddition: "1/1 1/2 2 batch_norm_act:1 conv3x3_with_statistics:1",
     traps.ConvolutionWrittenBeforeNorm: "1/1 1/1 1 batch_norm_act:1 conv3x3:1",
+    traps.ConvolutionBiasWritten: "1/1 1/1 1 batch_norm_act:1 conv3x3_with_statistics:1",
+    traps.RunningMeanAsBias: "1/1 1/1 1 batch_norm_act:1 conv3x3_with_statistics:1",
     traps.InputOverwrittenBehind: "1/1 1/2 0 batch_norm_act:1 conv3x3_with_statistics:1",
     traps.SplitViews: "1/1 1/1 1 batch_norm_act:1 conv3x3_with_statistics:1",
 }

@@ -15,7 +15,10 @@ SHAPE = (3, 6, 7, 5)
 
 
 class Head(nn.Module):
-    """A convolution of whole images between two others, written to in place, and a gate from images of one pixel."""
+    """A convolution of whole images between two others, written to in place, and a gate from images of one pixel.
+
+    Nothing has a kink, of which bfloat16 may take either side.
+    """
 
     def __init__(self, bias: bool, **options) -> None:
         super().__init__()
@@ -27,7 +30,7 @@ class Head(nn.Module):
     def forward(self, x):
         x = self.before(x)
         x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
-        return self.last(self.whole(x).relu_())
+        return self.last(self.whole(x).tanh_())
 
 
 def linears(reports):
@@ -47,6 +50,21 @@ def test_values_are_those_of_the_convolution(layout, bias, options):
 def test_other_dtypes(dtype):
     how = {"dtype": torch.float32} if dtype == torch.float32 else {"dtype": torch.float32, "autocast": dtype}
     assert linears(compare.check(functools.partial(Head, True), [SHAPE], layout="channels_last", **how)) == [3, 3]
+
+
+class Spread(Head):
+    """What is interpolated or padded lies in its input's format, and one pixel has one."""
+
+    def forward(self, x):
+        x = self.whole(self.before(x))
+        return nn.functional.interpolate(x, (4, 4)), nn.functional.pad(x, (1, 1, 1, 1)), self.last(x)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_strides_are_those_of_the_convolution(layout, bias):
+    reports = compare.check(functools.partial(Spread, bias), [SHAPE], layout=layout)
+    assert linears(reports) == [2] * len(reports)
 
 
 class One(nn.Module):

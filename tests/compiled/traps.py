@@ -129,6 +129,64 @@ class ConvolutionWrittenBeforeNorm(Trap):
         return F.relu(self.bn(c))
 
 
+class ConvolutionBiasWritten(Trap):
+    """The running mean has the bias as the convolution read it; autograd does not notice what is written to `.data`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = F.conv2d(x, self.conv.weight, self.other.bias, padding=1)
+        self.other.bias.data.mul_(0.5)
+        return F.relu(self.bn(c))
+
+
+class RunningMeanAsBias(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.bn(F.conv2d(x, self.conv.weight, self.bn.running_mean, padding=1)))
+
+
+class NormBiasWritten(Trap):
+    """Backward would compute SiLU's input again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.bn(self.conv(x))) + self.second(self.other(x))
+        self.bn.bias.data.add_(1.0)
+        with torch.no_grad():
+            self.second.bias.mul_(0.5)
+        return y
+
+
+class PartsOfTensors(Trap):
+    """Statistics and parameters of a normalisation that are not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("statistics", torch.rand(8, 2) + 0.5)
+        self.scales, self.shift = nn.Parameter(torch.rand(8, 3)), nn.Parameter(torch.rand(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.statistics.unbind(1)
+        weight, bias = self.scales[:, 1], self.shift.expand(8)
+        y = F.batch_norm(self.conv(x), mean, var, weight, self.bn.bias, self.training)
+        y = y + F.batch_norm(self.other(x), self.bn.running_mean, self.bn.running_var, None, bias, self.training)
+        return F.relu(self.second(y))
+
+
+class OutIsAnAlias(Trap):
+    """What is written is another tensor for autograd than what is read, though it is the same memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, o = self.conv(x), self.other(x)
+        alias = o.detach()
+        with torch.no_grad():
+            torch.mul(c, 0.5, out=c.detach())
+            torch.mul(alias, 0.5, out=o)
+        return F.relu(self.bn(c)) + o + alias
+
+
+class ScaledELU(Trap):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.elu_(self.bn(self.conv(x)), 1.0, 2.0) + F.elu_(self.second(self.other(x)), 0.5, 1, input_scale=3.0)
+
+
 class OutArgument(Trap):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self.bn(self.conv(x))
@@ -319,6 +377,21 @@ class ConstantsReadElsewhere(ConstantNorm):
         scale, shift = self.bn.factors()
         y = F.relu(self.conv(x) * scale + shift)
         return y * shift, scale
+
+
+class ShapedByName(ConstantNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        scale, _ = self.bn.factors()
+        return F.relu(self.conv(x) * scale + torch.reshape(input=self.bn.bias, shape=(1, -1, 1, 1)))
+
+
+class ConstantsWrittenBehind(ConstantNorm):
+    """Of the constants the product has saved the scale alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.conv(x)))
+        self.bn.weight.mul_(0.5)
+        return y
 
 
 class AlmostConstantNorm(ConstantNorm):
