@@ -284,6 +284,34 @@ def test_bfloat16_parameters_and_running_statistics_are_computed_in_float32():
     assert torch.autograd.grad(y.sum(), low[2])[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("call", ["pointwise", "projection", "pool", "convolution"])
+def test_parts_of_other_tensors_are_as_good_as_copies_of_them(call, training):
+    gen = generator("parts", call, training)
+    x, s = (activation((3, 9, 6, 6), torch.float32, "channels_last", gen) for _ in range(2))
+    w3, w1 = (torch.randn(9, 9, k, k, generator=gen, device=gen.device) for k in (3, 1))
+    whole = torch.rand(4, 18, generator=gen, device=gen.device) + 0.5
+    found = []
+    for step in (2, 1):
+        rows = [row[::2].clone() if step == 1 else row.clone()[::2] for row in whole]
+        assert {row.stride() for row in rows} == {(step,)}
+        n = NormParams(rows[0], rows[1], rows[2].requires_grad_(), rows[3].requires_grad_())
+        if call == "pointwise":
+            y = functional.batch_norm_act(x, *n[:4], training=training, residual=s)
+        elif call == "projection":
+            y = functional.projection_shortcut(s, w1, n, x, training=training)
+        elif call == "pool":
+            y = functional.batch_norm_act_max_pool2d(x, n, 2, training=training)
+        elif training:
+            y, _ = functional.norm_act_conv3x3(x, n, w3)
+        else:
+            y = functional.conv3x3_norm_act(x, w3, n)
+        found.append([y, n.running_mean, n.running_var, *torch.autograd.grad(y.square().sum(), n[2:4])])
+    for ours, copies in zip(*found, strict=True):
+        assert torch.equal(ours, copies)
+    assert torch.equal(found[0][1], whole[0, ::2]) is not training
+
+
 @pytest.mark.parametrize("residual", ["none", "plain", "normalised"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_an_empty_batch_passes_through_and_leaves_the_running_statistics(residual, training):

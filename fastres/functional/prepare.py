@@ -27,13 +27,13 @@ def four_dimensional(x: Tensor) -> Tensor:
 
 
 def cast(norm: NormParams, dtype: torch.dtype) -> NormParams:
-    """The norm with parameters and statistics in `dtype`; running statistics of another dtype become copies."""
+    """The norm with parameters and statistics in `dtype` and contiguous; others become copies."""
     for t in norm[:4]:
-        if t is not None and t.dtype != dtype:
+        if t is not None and (t.dtype != dtype or not t.is_contiguous()):
             break
     else:
         return norm
-    mean, var, weight, bias = (None if t is None else t.to(dtype) for t in norm[:4])
+    mean, var, weight, bias = (None if t is None else t.to(dtype).contiguous() for t in norm[:4])
     return NormParams(mean, var, weight, bias, norm.momentum, norm.eps)
 
 
