@@ -37,6 +37,7 @@ PATTERNS = [
     ),
     ("3x3 convolution before these, in evaluation", "conv3x3_norm_act: they are its epilogue"),
     ("3x3 convolution alone", "conv3x3"),
+    ("max pooling on the CPU, behind a normalisation or alone", "batch_norm_act_max_pool2d, max_pool2d"),
     (
         "3x3, 5x5 or 7x7 convolution in groups, or of each channel",
         "grouped_conv2d; before a normalisation in training grouped_conv2d_with_statistics",

@@ -46,7 +46,7 @@ def train(
     console: Console | None = None,
 ) -> Summary:
     """Train a network as configured, and leave config.json, metrics.jsonl, steps.jsonl, last.pt, previous.pt, best.pt
-    and summary.json in the output folder.
+    and summary.json in the output folder; with config.report also report.html and its pictures.
 
     Seeds torch's global generators, and sets the number of threads where config.threads is given.
 

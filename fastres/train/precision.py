@@ -12,8 +12,8 @@ def fastest_on_cpu(*, amx: bool, avx512_bf16: bool) -> Literal["none", "bf16"]:
     """The faster of float32 and bfloat16 autocast on a CPU. The rule for the CPU, all of it.
 
     Winograd's convolutions read and write bfloat16 as well as float32, and gain by the bytes that they save. What is
-    left to PyTorch's own (strides, 1x1 convolutions, and with AMX all) gains where the CPU multiplies bfloat16 itself,
-    and loses where it does not: there every value is converted on the way.
+    left to PyTorch's own (and with AMX that is all) gains where the CPU multiplies bfloat16 itself, and loses where it
+    does not: there every value is converted on the way.
 
     Args:
         amx: the CPU has AMX for bfloat16.
