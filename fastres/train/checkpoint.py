@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastres.train.config import OLD_DEFAULTS, TrainConfig, from_dict
-from fastres.train.errors import InputError, first_line, reading
+from fastres.train.errors import InputError, first_line, reading, shortened
 from fastres.train.folder import atomic, writing
 
 FORMAT = 1
@@ -152,6 +152,5 @@ def load_state(module: Any, state: Any, *, what: str, path: Path) -> None:
     try:
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = " ".join(str(error).split())
-        detail = detail if len(detail) <= 200 else detail[:200] + "..."
+        detail = shortened(" ".join(str(error).split()))
         raise InputError(f"resume: {path} does not fit the {what}: {detail}") from error

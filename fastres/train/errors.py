@@ -27,13 +27,13 @@ def reading(option: str, path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = shortened_path(error.filename or path)
+        place = shortened(error.filename or path)
         raise InputError(f"{option}: cannot read {place}: {error.strerror or error}") from error
 
 
-def shortened_path(path: Path | str) -> str:
-    """At most 200 characters of a path, for a message."""
-    text = str(path)
+def shortened(words: object) -> str:
+    """At most 200 characters of a path or another error's words, for a message."""
+    text = str(words)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

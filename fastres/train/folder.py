@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastres.train.distributed import Group
-from fastres.train.errors import InputError, RunError, first_line, shortened_path
+from fastres.train.errors import InputError, RunError, first_line, shortened
 
 LOCK = ".lock"
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
@@ -33,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
     except RunError:
         raise
     except (OSError, RuntimeError) as error:
-        raise RunError(f"cannot write {shortened_path(path)}: {_reason(error, path)}") from error
+        raise RunError(f"cannot write {shortened(path)}: {_reason(error, path)}") from error
 
 
 @contextmanager
