@@ -31,6 +31,7 @@ class CpuLibrary:
                 getattr(self._functions, f"fastres_{name}").restype = ctypes.c_char_p
             self._functions.fastres_stable_abi.restype = ctypes.c_uint64
             self._functions.fastres_threads.restype = ctypes.c_int64
+            self._functions.fastres_multiplies_pairs.restype = ctypes.c_bool
             self._functions.fastres_reuse_memory.restype = ctypes.c_bool
             self._functions.fastres_reuse_memory.argtypes = [ctypes.c_bool]
         except (OSError, AttributeError) as e:
@@ -53,6 +54,10 @@ class CpuLibrary:
     def threads(self) -> int:
         """Threads that a loop of the kernels may run on, which are torch's."""
         return int(self._functions.fastres_threads())
+
+    def multiplies_pairs(self) -> bool:
+        """Whether kernels for bfloat16 multiply two numbers at a time, rounded to it, where they can."""
+        return bool(self._functions.fastres_multiplies_pairs())
 
     def reuse_memory(self, enabled: bool) -> bool:
         """Make glibc keep freed buffers, or set its starting thresholds again; whether that was possible."""

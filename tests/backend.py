@@ -1,6 +1,7 @@
 """The backend that this process tests: the compiled CPU kernels, or what FASTRES_TEST_BACKEND names.
 
 default, avx2, avx512   a capability of the CPU (together with ATEN_CPU_CAPABILITY)
+float32                 bfloat16 numbers multiplied as float32 (together with FASTRES_BF16_PRODUCTS=float32)
 reference               plain PyTorch (together with FASTRES_EXTENSION=0)
 triton                  the Triton launchers on CPU tensors, interpreted (together with TRITON_INTERPRET=1)
 cuda                    the Triton kernels on a GPU

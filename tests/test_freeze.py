@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -132,6 +133,50 @@ def test_bfloat16_by_autocast_and_by_the_model_itself(size):
         with torch.no_grad():
             y = frozen(x.to(LOW))
         assert y.dtype == LOW and distance(y, exact(low, x.to(LOW))) < 0.05
+
+
+class Branches(nn.Module):
+    """Two inputs, and a frozen block in the midst of other modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 16, 3), FusedBasicBlock(16, 16), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor, *, other: Tensor) -> Tensor:
+        return self.head(self.block(self.stem(x)) + other)
+
+
+def test_a_dtype_is_what_a_frozen_model_computes_in():
+    x = images(2, 3, 16, 16)
+    other = images(2, 16, 14, 14)
+    cases = {"network": (FusedResNet18(CLASSES), {}), "block": (FusedBasicBlock(3, 3), {}),
+             "model": (Branches(), {"other": other})}  # fmt: skip
+    for name, (model, inputs) in cases.items():
+        model = randomise(model, name)
+        frozen = freeze(model, dtype=LOW)
+        assert all(t.dtype in (torch.float32, torch.int64) for t in frozen.state_dict().values())
+        for copied in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+            with torch.no_grad():
+                y = copied(x, **inputs)
+                with torch.autocast("cpu", LOW):
+                    same = freeze(model)(x, **inputs)
+            assert y.dtype == LOW and torch.equal(y, same)
+        assert not torch.is_autocast_enabled("cpu")
+        with torch.no_grad():
+            assert freeze(model)(x, **inputs).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "message"),
+    [
+        ("bf16", TypeError, r"dtype: expected a torch.dtype or None, got str"),
+        (torch.float64, ValueError, r"dtype: expected torch.bfloat16, torch.float16 or None, got torch.float64"),
+        (torch.float32, ValueError, r"dtype: expected .* got torch.float32"),
+    ],
+)
+def test_another_dtype_is_refused(dtype, error, message):
+    with pytest.raises(error, match=message):
+        freeze(FusedBasicBlock(4, 4), dtype=dtype)
 
 
 def test_a_model_in_float64_stays_exact():

@@ -259,7 +259,7 @@ struct Normalise {
 // normalisation's output, whose sums of g and of g * (x - mean) are kept.
 template <typename T, bool kGeneral>
 struct MaskedGradient {
-  const ApplyParams<T, float>* act;
+  const Prologue<T>* act;
   T* g;
   T* da; // the value itself as well, or null
   bool streaming;
@@ -286,7 +286,7 @@ struct MaskedGradient {
       sum = products = Lanes{};
     }
     void operator()(int64_t pixel, int64_t at, Lanes v) {
-      const ApplyParams<T, float>& act = *of.act;
+      const Prologue<T>& act = *of.act;
       if (of.da != nullptr) {
         put(of.da + at, v, count, of.streaming);
       }

@@ -10,6 +10,10 @@
 //   pixels    [r][c], rows any distance apart
 //   columns   [k / kColumns][p][kColumns], and so are products
 //   rows      [p][r], padded
+//
+// A word is what a step multiplies: a float, or a pair of bfloat16 numbers that follow each other along c (in the
+// weight gradient along p), which are multiplied by AVX512_BF16's dot products and summed in float32: half as many
+// steps.
 #pragma once
 
 #include "simd.h"
@@ -35,6 +39,26 @@ constexpr int64_t kColumns = 2 * kWidth;
 // Columns of a panel of weights. It does not depend on the vectors' width: packed weights are saved on one machine and
 // loaded on another. A column group is one panel or two.
 constexpr int64_t kPanel = 16;
+
+// The numbers that a word has, and how many.
+template <typename Word>
+using number_t = std::conditional_t<std::is_same_v<Word, float>, float, BFloat16>;
+template <typename Word>
+constexpr int64_t kNumbers = sizeof(Word) / sizeof(number_t<Word>);
+
+// f(a value of the word by which products over numbers of type T are computed), that of a pair where the depth can be
+// had in pairs.
+template <typename T, typename F>
+void with_word([[maybe_unused]] bool in_pairs, const F& f) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (in_pairs && multiplies_pairs()) {
+      return f(BFloat16Pair());
+    }
+  }
+#endif
+  f(float());
+}
 
 inline int64_t groups_of(int64_t channels) {
   return (channels + kColumns - 1) / kColumns;
@@ -106,12 +130,12 @@ struct Ahead {
   }
 };
 
-// product[r][:] (+)= sum_c pixels[r][c] * weights[c][:] for R pixels, `row` apart.
-template <int R>
+// product[r][:] (+)= sum_c pixels[r][c] * weights[c][:] for R pixels, `row` words apart.
+template <int R, typename Word>
 inline void pixel_product(
-    const float* pixels,
+    const Word* pixels,
     int64_t row,
-    const float* weights,
+    const Word* weights,
     int64_t depth,
     float* product,
     bool accumulate,
@@ -123,10 +147,10 @@ inline void pixel_product(
     high[r] = accumulate ? load(product + r * kColumns + kWidth) : Lanes{};
   }
   ahead.steps(depth, [&]() __attribute__((always_inline)) {
-    const Lanes weights_low = load(weights), weights_high = load(weights + kWidth);
+    const auto weights_low = load(weights), weights_high = load(weights + kWidth);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const Lanes factor = broadcast(pixels[r * row]);
+      const auto factor = broadcast(pixels[r * row]);
       low[r] = multiply_add(factor, weights_low, low[r]);
       high[r] = multiply_add(factor, weights_high, high[r]);
     }
@@ -141,11 +165,11 @@ inline void pixel_product(
 }
 
 // gradient[r][:] (+)= sum_p rows[p][r] * columns[p][:] for R rows.
-template <int R>
+template <int R, typename Word>
 inline void gradient_product(
-    const float* rows,
+    const Word* rows,
     int64_t row,
-    const float* columns,
+    const Word* columns,
     float* gradient,
     int64_t depth,
     bool accumulate,
@@ -156,10 +180,10 @@ inline void gradient_product(
     low[r] = high[r] = Lanes{};
   }
   ahead.steps(depth, [&]() __attribute__((always_inline)) {
-    const Lanes columns_low = load(columns), columns_high = load(columns + kWidth);
+    const auto columns_low = load(columns), columns_high = load(columns + kWidth);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const Lanes factor = broadcast(rows[r]);
+      const auto factor = broadcast(rows[r]);
       low[r] = multiply_add(factor, columns_low, low[r]);
       high[r] = multiply_add(factor, columns_high, high[r]);
     }

@@ -1,6 +1,6 @@
 // What a CPU module says of itself, and the allocator's settings: C functions, for ctypes (fastres/_library.py).
 // The operators' kernels register themselves in the other files, through FASTRES_KERNELS.
-#include "tensor.h"
+#include "simd.h"
 
 #include <torch/headeronly/version.h>
 
@@ -67,6 +67,15 @@ FASTRES_EXPORT const char* fastres_compiler() {
 // Threads that a loop of the kernels may run on.
 FASTRES_EXPORT int64_t fastres_threads() {
   return fastres::get_num_threads();
+}
+
+// Whether bfloat16 numbers are multiplied in pairs where there is a kernel that does.
+FASTRES_EXPORT bool fastres_multiplies_pairs() {
+#if defined(CPU_CAPABILITY_AVX512)
+  return fastres::conv::multiplies_pairs();
+#else
+  return false;
+#endif
 }
 
 // Makes glibc keep freed buffers, or sets its starting thresholds again; whether that was possible.

@@ -25,23 +25,20 @@ struct ChannelNorm {
 
 enum class ResidualKind { none, plain, normalised };
 
-// The output may have another dtype than the input.
-template <typename T, typename Out = T>
-struct ApplyParams {
+// What the pass makes of every element, but for where it is written to.
+template <typename T>
+struct ApplyOperands {
   const T* x;
   const T* residual; // null where there is none
-  Out* y;
-  uint8_t* bits; // null where backward can do without
+  uint8_t* bits;     // null where backward can do without
   const ChannelNorm<acc_t<T>>* norm;
   const ChannelNorm<acc_t<T>>* residual_norm; // null where the residual is taken as it is
   const Dropout* dropout;                     // null where there is none
   acc_t<T> keep_scale;                        // 1 / (1 - p)
   bool relu;
   bool act_add;
-  bool stream;
   Rows rows;
   const uint8_t* kept = nullptr;       // dropout's mask where it has been drawn already, in channels_last
-  int64_t first_y_row = 0;             // the row that y starts with, where y is not as large as x
   ActivationOf<acc_t<T>> activation{}; // what is not `relu` is this
   bool gated = true;                   // bits say what the activation passed, too
   bool fetches_ahead = false;          // whole tensors are passed over
@@ -56,6 +53,14 @@ struct ApplyParams {
   ResidualKind kind() const {
     return residual == nullptr ? ResidualKind::none : residual_norm ? ResidualKind::normalised : ResidualKind::plain;
   }
+};
+
+// The output may have another dtype than the input.
+template <typename T, typename Out = T>
+struct ApplyParams : ApplyOperands<T> {
+  Out* y;
+  int64_t first_y_row = 0; // the row that y starts with, where y is not as large as x
+  bool stream = false;
 };
 
 // The [C] vectors at a place in a row: as they lie in channels_last, one value for the whole row in NCHW.

@@ -4,10 +4,14 @@
 // in its L2 cache; of a block, through its column groups, whose weights it takes a step of the depth at a time, so that
 // they stay in the L1 cache; and of those through the tiles of kRows rows, whose sums stay in registers. After the last
 // step a tile goes through the epilogue out of its registers. Meanwhile the next step's weights are prefetched.
+//
+// Rows and depth are counted in words (gemm.h). Weights are floats; where words are pairs, those of a step are rounded
+// and paired on their way into the L1 cache, for all tiles of the block.
 #include "packed_gemm.h"
 
 #include "caches.h"
 #include "epilogues.h"
+#include "gathered_rows.h"
 #include "workspace.h"
 
 #include <algorithm>
@@ -68,23 +72,25 @@ Shares shares_of(const Work& work, int64_t groups, int64_t depth) {
   return best;
 }
 
-// Rows of the operand: `lines` runs of `run` consecutive elements each, `line` elements apart; and rows `row` apart.
+// Rows of the operand: `lines` runs of `run` consecutive words each, `line` words apart; and rows `row` apart.
 struct Operand {
   int64_t row, lines, line, run;
 };
 
 // Rows of one tile: consecutive positions from `first` on.
+template <typename Word>
 struct Tile {
-  const float* operand;
+  const Word* operand;
   int64_t first, rows;
 };
 
 // What is brought into the caches while a tile is multiplied: a part of the weights of the step after this one, and the
 // next tile's rows where they are read for the first time.
+template <typename Word>
 struct Ahead {
   const float *low, *high;
-  int64_t vectors;   // in steps of kPanel
-  const float* rows; // or null
+  int64_t vectors;  // in steps of kPanel
+  const Word* rows; // or null
 
   // Rows of weights between two calls of `fetch`, a line of the cache of each row of the operand.
   static constexpr int64_t kEvery = 16;
@@ -108,13 +114,13 @@ struct Ahead {
 
 // finish(r, low, high) for the sums over some rows of weights of R rows of the operand. `begun` has the sums over the
 // rows before, [R][kColumns], or is null.
-template <int R, typename Finish>
+template <int R, typename Word, typename Finish>
 inline void multiply_tile(
-    const float* operand,
+    const Word* operand,
     const Operand& shape,
-    const float* low,
-    const float* high,
-    Ahead ahead,
+    const Word* low,
+    const Word* high,
+    Ahead<Word> ahead,
     const float* begun,
     const Finish& finish) {
   Lanes sum_low[R], sum_high[R];
@@ -124,21 +130,22 @@ inline void multiply_tile(
     sum_high[r] = begun != nullptr ? load(begun + r * kColumns + kWidth) : Lanes{};
   }
   // A short rest would cost more than a few lines of the cache that are not fetched ahead.
-  const int64_t row = shape.row, every = shape.run < 2 * Ahead::kEvery ? shape.run : Ahead::kEvery;
+  constexpr int64_t most = Ahead<Word>::kEvery;
+  const int64_t row = shape.row, every = shape.run < 2 * most ? shape.run : most;
   const int64_t stretches = shape.lines * ((shape.run + every - 1) / every);
   const int64_t share = (ahead.vectors + stretches - 1) / stretches;
   for (int64_t line = 0; line < shape.lines; ++line, operand += shape.line) {
     // Four rows to a pointer: twelve pointers would not fit into registers.
-    const float* quad[3] = {operand, operand + 4 * row, operand + 8 * row};
+    const Word* quad[3] = {operand, operand + 4 * row, operand + 8 * row};
     for (int64_t begin = 0; begin < shape.run; begin += every) {
       const int64_t count = std::min(every, shape.run - begin);
       ahead.fetch(share, R, row, line * shape.line + begin);
 #pragma GCC unroll 4
       for (int64_t c = 0; c < count; ++c) {
-        const Lanes weights_low = load(low + c * kPanel), weights_high = load(high + c * kPanel);
+        const auto weights_low = load(low + c * kPanel), weights_high = load(high + c * kPanel);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-          const Lanes factor = broadcast(quad[r / 4][r % 4 * row + c]);
+          const auto factor = broadcast(quad[r / 4][r % 4 * row + c]);
           sum_low[r] = multiply_add(factor, weights_low, sum_low[r]);
           sum_high[r] = multiply_add(factor, weights_high, sum_high[r]);
         }
@@ -156,23 +163,53 @@ inline void multiply_tile(
   }
 }
 
+// The weights of a step as words, [rows][kPanel] for the first vector of outputs and then as many for the second.
+template <typename Word>
+struct StepWeights {
+  const Word *low, *high;
+
+  StepWeights(const float* low, const float* high, int64_t, float*) : low(low), high(high) {}
+};
+
+#if defined(CPU_CAPABILITY_AVX512)
+// Pairs are made of the floats, in `scratch`.
+template <>
+struct StepWeights<BFloat16Pair> {
+  const BFloat16Pair *low, *high;
+
+  StepWeights(const float* low, const float* high, int64_t rows, float* scratch) {
+    BFloat16Pair* to = reinterpret_cast<BFloat16Pair*>(scratch);
+    this->low = to;
+    this->high = to + rows * kPanel;
+    for (const float* from : {low, high}) {
+      for (int64_t i = 0; i < rows; ++i, from += 2 * kPanel, to += kPanel) {
+        store(to, paired(load(from), load(from + kPanel)));
+      }
+    }
+  }
+};
+#endif
+
 // The outputs of tiles, of which those of column groups from ... to - 1. `product` has room for their rows times
-// kColumns; the tiles' positions follow each other.
-template <typename T, bool kGeneral>
+// kColumns, `scratch` for a step's words; the tiles' positions follow each other.
+template <typename Word, typename T, bool kGeneral>
 void multiply_block(
-    const std::vector<Tile>& tiles,
+    const std::vector<Tile<Word>>& tiles,
     const Operand& operand,
     const Panels& weights,
     int64_t from,
     int64_t to,
     float* product,
+    float* scratch,
     const Biased<T, kGeneral>& epilogue) {
   constexpr std::integral_constant<int64_t, kWidth> whole_vector{};
-  const int64_t depth = weights.rows(), step = step_of(operand.run, operand.lines);
+  // Floats of a row of words, and of one of two groups of outputs.
+  constexpr int64_t row = kNumbers<Word> * kPanel;
+  const int64_t depth = weights.rows() / kNumbers<Word>, step = step_of(operand.run, operand.lines);
   const int64_t first = tiles.front().first, count = tiles.back().first + tiles.back().rows - first;
   for (int64_t g = from; g < to; ++g) {
-    const float* low = weights.data + g * kColumns * depth;
-    const float* high = low + high_vector(depth);
+    const float* low = weights.data + g * kColumns * weights.rows();
+    const float* high = low + high_vector(weights.rows());
     const int64_t c = g * kColumns;
     const bool in_registers = !kGeneral && c + kColumns <= weights.outputs;
     for (int64_t k = 0; k < depth;) {
@@ -183,22 +220,24 @@ void multiply_block(
         part = {operand.row, std::min(step / operand.run, operand.lines - line), operand.line, operand.run};
       }
       const int64_t rows = part.lines * part.run, next = k + rows;
-      Ahead all{low + next * kPanel, high + next * kPanel, std::min(step, depth - next), nullptr};
+      const StepWeights<Word> words(low + k * row, high + k * row, rows, scratch);
+      Ahead<Word> all{low + next * row, high + next * row, std::min(step, depth - next) * kNumbers<Word>, nullptr};
       if (next == depth && g + 1 < to) {
-        all = {low + kColumns * depth, high + kColumns * depth, std::min(step, depth), nullptr};
+        const int64_t group = kColumns * weights.rows();
+        all = {low + group, high + group, std::min(step, depth) * kNumbers<Word>, nullptr};
       }
       for (size_t i = 0; i < tiles.size(); ++i) {
-        const Tile& tile = tiles[i];
+        const Tile<Word>& tile = tiles[i];
         const int64_t count = static_cast<int64_t>(tiles.size()), share = static_cast<int64_t>(i);
         const int64_t begin = all.vectors * share / count, end = all.vectors * (share + 1) / count;
         const bool first_read = g == from && i + 1 < tiles.size();
-        const Ahead ahead{
+        const Ahead<Word> ahead{
             all.low + begin * kPanel,
             all.high + begin * kPanel,
             end - begin,
             first_read ? tiles[i + 1].operand + line * operand.line + within : nullptr};
         with_rows(tile.rows, [&](auto kTileRows) {
-          const float* in = tile.operand + line * operand.line + within;
+          const Word* in = tile.operand + line * operand.line + within;
           float* sums = product + (tile.first - first) * kColumns;
           const float* begun = k > 0 ? sums : nullptr;
           if (in_registers && next == depth) {
@@ -206,17 +245,15 @@ void multiply_block(
             const auto vector_high = epilogue.vector(c + kWidth, whole_vector);
             const int64_t at = tile.first * weights.outputs + c;
             epilogue.prefetch(at, kTileRows, weights.outputs);
-            multiply_tile<kTileRows>(
-                in, part, low + k * kPanel, high + k * kPanel, ahead, begun, [&](int r, Lanes v, Lanes w) {
-                  vector_low(tile.first + r, at + r * weights.outputs, v);
-                  vector_high(tile.first + r, at + r * weights.outputs + kWidth, w);
-                });
+            multiply_tile<kTileRows>(in, part, words.low, words.high, ahead, begun, [&](int r, Lanes v, Lanes w) {
+              vector_low(tile.first + r, at + r * weights.outputs, v);
+              vector_high(tile.first + r, at + r * weights.outputs + kWidth, w);
+            });
           } else {
-            multiply_tile<kTileRows>(
-                in, part, low + k * kPanel, high + k * kPanel, ahead, begun, [&](int r, Lanes v, Lanes w) {
-                  store(sums + r * kColumns, v);
-                  store(sums + r * kColumns + kWidth, w);
-                });
+            multiply_tile<kTileRows>(in, part, words.low, words.high, ahead, begun, [&](int r, Lanes v, Lanes w) {
+              store(sums + r * kColumns, v);
+              store(sums + r * kColumns + kWidth, w);
+            });
           }
         });
       }
@@ -228,72 +265,6 @@ void multiply_block(
   }
 }
 
-template <typename T>
-inline void copy_run(const T* from, int64_t count, float* to) {
-  if (count < kWidth) {
-    store(to, load(from, count), count);
-    return;
-  }
-  for (int64_t i = 0; i + kWidth <= count; i += kWidth) {
-    store(to + i, load(from + i));
-  }
-  store(to + count - kWidth, load(from + count - kWidth));
-}
-
-// The rows of the operand of positions first ... first + count - 1.
-template <typename T>
-void gather_rows(
-    const Positions& positions,
-    const T* x,
-    const Panels& weights,
-    int64_t first,
-    int64_t count,
-    float* operand) {
-  const int64_t kernel = positions.kernel, depth = weights.depth, channels = weights.inputs;
-  const int64_t width = positions.out_width(), height = positions.out_height();
-  for (int64_t p = first; p < first + count; ++p) {
-    const int64_t top = p / width % height * positions.stride - positions.padding;
-    const int64_t left = p % width * positions.stride - positions.padding;
-    // Taps of a line that lie inside.
-    const int64_t begin = std::clamp<int64_t>(-left, 0, kernel);
-    const int64_t end = std::clamp<int64_t>(positions.width - left, begin, kernel);
-    const T* image = x + p / (width * height) * positions.height * positions.width * channels;
-    for (int64_t i = 0; i < kernel; ++i, operand += kernel * depth) {
-      const int64_t y = top + i;
-      if (y < 0 || y >= positions.height || begin == end) {
-        std::fill_n(operand, kernel * depth, 0.0f);
-        continue;
-      }
-      std::fill_n(operand, begin * depth, 0.0f);
-      const T* line = image + (y * positions.width + left) * channels;
-      if (depth == channels) {
-        copy_run(line + begin * channels, (end - begin) * channels, operand + begin * depth);
-      } else {
-        for (int64_t t = begin; t < end; ++t) {
-          copy_run(line + t * channels, channels, operand + t * depth);
-          std::fill_n(operand + t * depth + channels, depth - channels, 0.0f);
-        }
-      }
-      std::fill_n(operand + end * depth, (kernel - end) * depth, 0.0f);
-    }
-  }
-}
-
-// Copies input lines first ... first + count - 1 of an image, which may lie outside, with the padding on both sides.
-template <typename T>
-void pad_lines(const Positions& positions, const T* image, int64_t channels, int64_t first, int64_t count, float* to) {
-  const int64_t margin = positions.padding * channels, width = positions.width * channels;
-  for (int64_t y = first; y < first + count; ++y, to += width + 2 * margin) {
-    if (y < 0 || y >= positions.height) {
-      std::fill_n(to, width + 2 * margin, 0.0f);
-      continue;
-    }
-    std::fill_n(to, margin, 0.0f);
-    copy_run(image + y * width, width, to + margin);
-    std::fill_n(to + margin + width, margin, 0.0f);
-  }
-}
-
 // How rows of the operand come into being.
 enum class Way {
   rows,   // those of x, one a position
@@ -302,43 +273,49 @@ enum class Way {
   copied, // copied one by one
 };
 
-Way way_of(const Positions& positions, const Panels& weights, bool is_float) {
+// `as_it_is`: x has the numbers that words have.
+Way way_of(const Positions& positions, const Panels& weights, bool as_it_is) {
   if (weights.depth != weights.inputs) {
     return Way::copied;
   }
   if (positions.kernel == 1 && positions.stride == 1 && positions.padding == 0) {
-    return is_float ? Way::rows : Way::copied;
+    return as_it_is ? Way::rows : Way::copied;
   }
   // Tiles do not reach from one line into the next.
   const int64_t width = positions.out_width();
   if (2 * width < kRows * RowGroups{width}.count()) {
     return Way::copied;
   }
-  return is_float && positions.padding == 0 ? Way::lines : Way::padded;
+  return as_it_is && positions.padding == 0 ? Way::lines : Way::padded;
 }
 
 // The work on a convolution, of which a thread does its share. An item is a position, or a line of them.
-template <typename T, bool kGeneral>
+template <typename Word, typename T, bool kGeneral>
 class Work {
 public:
+  using Number = number_t<Word>;
+
   Work(const Positions& positions, const T* x, const Panels& weights, const Biased<T, kGeneral>& epilogue)
       : positions_(positions),
         x_(x),
         weights_(weights),
         epilogue_(epilogue),
-        way_(way_of(positions, weights, std::is_same_v<T, float>)) {
-    const int64_t channels = weights.inputs, kernel = positions.kernel;
+        way_(way_of(positions, weights, std::is_same_v<T, Number>)) {
+    const int64_t channels = weights.inputs / kNumbers<Word>, kernel = positions.kernel;
     if (by_lines()) {
       const int64_t line = (positions.width + 2 * positions.padding) * channels;
       operand_ = {positions.stride * channels, kernel, line, kernel * channels};
       block_ = (block_of(line) - kernel) / positions.stride + 1;
     } else {
-      operand_ = {weights.rows(), 1, 0, weights.rows()};
-      block_ = std::max<int64_t>(2, block_of(weights.rows()) / kRows) * kRows;
+      operand_ = {depth(), 1, 0, depth()};
+      block_ = std::max<int64_t>(2, block_of(depth()) / kRows) * kRows;
     }
     block_ = std::clamp<int64_t>(block_, 1, items());
   }
 
+  int64_t depth() const {
+    return weights_.rows() / kNumbers<Word>;
+  }
   bool by_lines() const {
     return way_ == Way::lines || way_ == Way::padded;
   }
@@ -354,31 +331,33 @@ public:
   }
 
   // The rows of items first ... first + count - 1, one after the other.
-  void copy_rows(int64_t first, int64_t count, float* to) const {
-    gather_rows(positions_, x_, weights_, first, count, to);
+  void copy_rows(int64_t first, int64_t count, Word* to) const {
+    gather_rows(positions_, x_, weights_, first, count, reinterpret_cast<Number*>(to));
   }
 
   // Items first ... last - 1 and column groups from ... to - 1. `copied` has the rows of all items, or is null.
-  void run(int64_t first, int64_t last, int64_t from, int64_t to, const float* copied) const {
+  void run(int64_t first, int64_t last, int64_t from, int64_t to, const Word* copied) const {
     const int64_t width = by_lines() ? positions_.out_width() : 1;
-    const Workspace product(block_ * width * kColumns), own(copied == nullptr ? copied_elements() : 0);
-    std::vector<Tile> tiles;
+    const int64_t step = std::is_same_v<Word, float> ? 0 : step_of(operand_.run, operand_.lines);
+    const Workspace product(block_ * width * kColumns), own(copied == nullptr ? copied_words() : 0);
+    const Workspace paired_weights(step * kColumns);
+    std::vector<Tile<Word>> tiles;
     for (int64_t item = first; item < last;) {
       // Lines of one image.
       const int64_t height = by_lines() ? positions_.out_height() : items();
       const int64_t end = std::min(last, (item / height + 1) * height);
       const int64_t blocks = (end - item + block_ - 1) / block_, size = (end - item + blocks - 1) / blocks;
-      const float* rows = rows_of_block(item, size, copied, own.data());
+      const Word* rows = rows_of_block(item, size, copied, own.as<Word>());
       tiles.clear();
       for (int64_t line = 0; line < (by_lines() ? size : 1); ++line) {
-        const float* operand = rows + line * positions_.stride * operand_.line;
+        const Word* operand = rows + line * positions_.stride * operand_.line;
         const RowGroups groups{by_lines() ? width : size};
         for (int64_t i = 0; i < groups.count(); ++i) {
           tiles.push_back(
               {operand + groups.begin(i) * operand_.row, (item + line) * width + groups.begin(i), groups.size(i)});
         }
       }
-      multiply_block(tiles, operand_, weights_, from, to, product.data(), epilogue_);
+      multiply_block(tiles, operand_, weights_, from, to, product.data(), paired_weights.data(), epilogue_);
       item += size;
     }
   }
@@ -396,14 +375,12 @@ private:
     return (lines - 1) * positions_.stride + positions_.kernel;
   }
   // Of a block.
-  int64_t copied_elements() const {
+  int64_t copied_words() const {
     return way_ == Way::copied ? block_ * operand_.run : way_ == Way::padded ? lines_read(block_) * operand_.line : 0;
   }
-  const float* rows_of_block(int64_t item, int64_t size, const float* copied, float* own) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (way_ == Way::rows) {
-        return x_ + item * operand_.row;
-      }
+  const Word* rows_of_block(int64_t item, int64_t size, const Word* copied, Word* own) const {
+    if (way_ == Way::rows) {
+      return reinterpret_cast<const Word*>(x_) + item * operand_.row;
     }
     if (way_ == Way::copied) {
       if (copied != nullptr) {
@@ -415,28 +392,28 @@ private:
     const int64_t height = positions_.out_height(), channels = weights_.inputs;
     const T* image = x_ + item / height * positions_.height * positions_.width * channels;
     const int64_t top = item % height * positions_.stride - positions_.padding;
-    if constexpr (std::is_same_v<T, float>) {
-      if (way_ == Way::lines) {
-        return image + top * operand_.line;
-      }
+    if (way_ == Way::lines) {
+      return reinterpret_cast<const Word*>(image) + top * operand_.line;
     }
-    pad_lines(positions_, image, channels, top, lines_read(size), own);
+    pad_lines(positions_, image, channels, top, lines_read(size), reinterpret_cast<Number*>(own));
     return own;
   }
 };
 
-} // namespace
-
-template <typename T, bool kGeneral>
-void packed_gemm(const Positions& positions, const T* x, const Panels& weights, const Biased<T, kGeneral>& epilogue) {
-  const Work<T, kGeneral> work(positions, x, weights, epilogue);
-  const int64_t items = work.items(), groups = groups_of(weights.outputs), depth = weights.rows();
+template <typename Word, typename T, bool kGeneral>
+void multiply_words(
+    const Positions& positions,
+    const T* x,
+    const Panels& weights,
+    const Biased<T, kGeneral>& epilogue) {
+  const Work<Word, T, kGeneral> work(positions, x, weights, epilogue);
+  const int64_t items = work.items(), groups = groups_of(weights.outputs), depth = work.depth();
   const Shares shares = shares_of(work, groups, depth);
   std::optional<Workspace> copied;
   if (work.copies_rows() && shares.columns > 1) {
     copied.emplace(items * depth);
     parallel_for(0, items, std::max<int64_t>(1, kThreadElements / depth), [&](int64_t begin, int64_t end) {
-      work.copy_rows(begin, end - begin, copied->data() + begin * depth);
+      work.copy_rows(begin, end - begin, copied->as<Word>() + begin * depth);
     });
   }
   parallel_for(0, shares.rows * shares.columns, 1, [&](int64_t begin, int64_t end) {
@@ -447,9 +424,18 @@ void packed_gemm(const Positions& positions, const T* x, const Panels& weights, 
           items * (row + 1) / shares.rows,
           groups * column / shares.columns,
           groups * (column + 1) / shares.columns,
-          copied ? copied->data() : nullptr);
+          copied ? copied->as<Word>() : nullptr);
     }
     stream_fence();
+  });
+}
+
+} // namespace
+
+template <typename T, bool kGeneral>
+void packed_gemm(const Positions& positions, const T* x, const Panels& weights, const Biased<T, kGeneral>& epilogue) {
+  with_word<T>(weights.inputs % 2 == 0 && weights.depth % 2 == 0, [&](auto word) {
+    multiply_words<decltype(word)>(positions, x, weights, epilogue);
   });
 }
 

@@ -29,7 +29,7 @@ constexpr int64_t kMostPixels = 2048 / kRows * kRows;
 constexpr int64_t kThreadWeights = 32 * 1024;
 
 // Rows of a panel of weights that stays in the L1 cache together with as many inputs of kRows pixels, in equal parts of
-// the depth.
+// the depth; in words, as everything that is multiplied.
 int64_t panel_rows(int64_t depth) {
   constexpr int64_t row_bytes = (kColumns + kRows) * static_cast<int64_t>(sizeof(float));
   const int64_t most = Caches::of_machine().l1 * 15 / 16 / row_bytes;
@@ -64,11 +64,24 @@ void pack_group(const Kernel& kernel, int64_t from, float* to) {
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// to: [inputs / 2][kColumns] pairs of inputs. The weights are rounded.
+void pack_group(const Kernel& kernel, int64_t from, BFloat16Pair* to) {
+  const Workspace singles(kernel.inputs * kColumns);
+  pack_group(kernel, from, singles.data());
+  for (const float* row = singles.data(); row < singles.data() + kernel.inputs * kColumns; row += 2 * kColumns) {
+    for (int64_t half = 0; half < kColumns; half += kWidth, to += kWidth) {
+      store(to, paired(load(row + half), load(row + kColumns + half)));
+    }
+  }
+}
+#endif
+
 // Calls finish(product, pixel, count) for every micro-kernel's outputs of `count` pixels and the weights of one group.
-template <typename Finish>
+template <typename Word, typename Finish>
 void multiply_run(
-    const float* pixels,
-    const float* weights,
+    const Word* pixels,
+    const Word* weights,
     int64_t depth,
     int64_t panel,
     int64_t count,
@@ -106,15 +119,18 @@ PixelChunks pixel_chunks(int64_t pixels, const Kernel& kernel) {
   return {pixels, round_up((pixels + even - 1) / even, kRows)};
 }
 
-template <typename T, typename Epilogue>
-void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
-  const int64_t depth = kernel.inputs, groups = groups_of(kernel.outputs), threads = get_num_threads();
-  const int64_t panel = panel_rows(depth);
-  const PixelReader<T> reader(x, depth);
-  const Workspace weights(groups * depth * kColumns);
+namespace {
+
+template <typename Word, typename T, typename Epilogue>
+void multiply_words(const PixelChunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
+  const int64_t depth = kernel.inputs / kNumbers<Word>, groups = groups_of(kernel.outputs);
+  const int64_t panel = panel_rows(depth), threads = get_num_threads();
+  const PixelReader<T, number_t<Word>> reader(x, kernel.inputs);
+  const Workspace packed(groups * depth * kColumns);
+  Word* weights = packed.as<Word>();
   parallel_for(0, groups, std::max<int64_t>(1, kThreadWeights / (depth * kColumns)), [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      pack_group(kernel, g * kColumns, weights.data() + g * depth * kColumns);
+      pack_group(kernel, g * kColumns, weights + g * depth * kColumns);
     }
   });
   // With more threads than chunks several share one, and each has a part of its output channels.
@@ -125,12 +141,8 @@ void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / shares, first = chunks.first(chunk), count = chunks.pixels_of(chunk);
       const int64_t first_group = groups * (task % shares) / shares, last_group = groups * (task % shares + 1) / shares;
-      const float* pixels = computed.data();
-      if (reader.computes()) {
-        reader.read(first, count, computed.data());
-      } else if constexpr (std::is_same_v<T, float>) {
-        pixels = x.data + first * depth;
-      }
+      const Word* pixels =
+          reinterpret_cast<const Word*>(reader.read(first, count, computed.template as<number_t<Word>>()));
       prefetch.clear();
       epilogue.for_each_read([&](const auto* p) {
         prefetch.add(p + first * kernel.outputs, count * kernel.outputs * static_cast<int64_t>(sizeof(*p)));
@@ -143,7 +155,7 @@ void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel
           (last_group - first_group) * ((count + kRows - 1) / kRows) * ((depth + panel - 1) / panel);
       const int64_t lines = (prefetch.lines() + kernels - 1) / kernels;
       for (int64_t g = first_group; g < last_group; ++g) {
-        const float* of_group = weights.data() + g * depth * kColumns;
+        const Word* of_group = weights + g * depth * kColumns;
         for (int64_t at = 0; at < count; at += kRun) {
           const auto finish = [&](const float* outputs, int64_t pixel, int64_t size) {
             const int64_t p = at + pixel;
@@ -164,6 +176,13 @@ void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel
     }
     stream_fence();
   });
+}
+
+} // namespace
+
+template <typename T, typename Epilogue>
+void multiply_pixels(const PixelChunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
+  with_word<T>(kernel.inputs % 2 == 0, [&](auto word) { multiply_words<decltype(word)>(chunks, x, kernel, epilogue); });
 }
 
 #define FASTRES_INSTANTIATE(T, ...) \

@@ -52,32 +52,34 @@ void pixel_weight_gradient(const WeightGradient<T>& w);
 
 // --- what both are made of
 
-// Rows of x, or of what the prologue makes of it, as float32.
-template <typename T>
+// Rows of x, or of what the prologue makes of it, as the products take them.
+template <typename T, typename To>
 class PixelReader {
 public:
   explicit PixelReader(const Source<T>& source, int64_t channels) : source_(source), channels_(channels) {}
 
-  // Whether `read` has anything to do.
+  // Whether they are computed, or lie in memory.
   bool computes() const {
-    return !std::is_same_v<T, float> || source_.prologue != nullptr;
+    return !std::is_same_v<T, To> || source_.prologue != nullptr;
   }
-  // Pixels first ... first + count - 1 to `to` [count][channels].
-  void read(int64_t first, int64_t count, float* to) const {
+  // Pixels first ... first + count - 1 [count][channels], where they are computed in `scratch`.
+  const To* read(int64_t first, int64_t count, To* scratch) const {
     if (source_.prologue != nullptr) {
-      Prologue<T> params = *source_.prologue;
-      params.y = to;
-      params.first_y_row = first;
-      apply_range(params, first, first + count);
-      return;
+      run_prologue(*source_.prologue, first, count, scratch);
+      return scratch;
     }
     const T* from = source_.data + first * channels_;
-    const int64_t size = count * channels_, whole = size / kWidth * kWidth;
-    for (int64_t i = 0; i < whole; i += kWidth) {
-      store(to + i, load(from + i));
-    }
-    if (whole < size) {
-      store(to + whole, load(from + whole, size - whole), size - whole);
+    if constexpr (std::is_same_v<T, To>) {
+      return from;
+    } else {
+      const int64_t size = count * channels_, whole = size / kWidth * kWidth;
+      for (int64_t i = 0; i < whole; i += kWidth) {
+        store(scratch + i, load(from + i));
+      }
+      if (whole < size) {
+        store(scratch + whole, load(from + whole, size - whole), size - whole);
+      }
+      return scratch;
     }
   }
   // Prefetches pixels first ... first + count - 1.

@@ -3,7 +3,8 @@
 //                 of its own; those are added up at the end.
 //   at once       Where the pixels are few: all are packed, and each thread has its share of the channels.
 //
-// Sums by shares depend on the number of threads, and on nothing else.
+// A word has one pixel, or two (gemm.h): where dot products are to be had, bfloat16 pixels are packed two and two, and
+// a pixel too few is zeros. Sums by shares depend on the number of threads, and on nothing else.
 #include "pixel_gemm.h"
 
 #include "caches.h"
@@ -20,7 +21,7 @@ namespace {
 
 // Bytes of all threads' sums.
 constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
-// Pixels that a chunk has at least, so that adding its product to the sums costs little.
+// Words that a chunk has at least, so that adding its product to the sums costs little.
 constexpr int64_t kFewest = 64;
 // Groups of kRows output channels whose products are computed together at once.
 constexpr int64_t kTogether = 4;
@@ -28,12 +29,15 @@ constexpr int64_t kTogether = 4;
 constexpr int64_t kScratchBytes = 16 * 1024;
 
 // The operands, and the sizes of packed pixels and their products.
-template <typename T>
+template <typename T, typename Word>
 struct Problem : WeightGradient<T> {
   using WeightGradient<T>::inputs, WeightGradient<T>::outputs;
 
   int64_t pixels() const {
     return this->x.images * this->x.height * this->x.width;
+  }
+  int64_t words() const {
+    return (pixels() + kNumbers<Word> - 1) / kNumbers<Word>;
   }
   int64_t groups() const {
     return groups_of(inputs);
@@ -45,58 +49,57 @@ struct Problem : WeightGradient<T> {
   int64_t rows_of(int64_t row_group) const {
     return std::min<int64_t>(kRows, outputs - row_group * kRows);
   }
-  int64_t pixel_floats() const {
+  // All channels' words of a pixel, or of two.
+  int64_t packed_words() const {
     return row_groups() * kRows + groups() * kColumns;
   }
   // Floats of the sums, [group][outputs][kColumns].
   int64_t gradient_floats() const {
     return groups() * outputs * kColumns;
   }
-  // Pixels of a chunk: a micro-kernel's columns and rows in the L1 cache, all of it in half of the L2 cache.
+  // Words of a chunk: a micro-kernel's columns and rows in the L1 cache, all of it in half of the L2 cache.
   int64_t chunk() const {
     const Caches& caches = Caches::of_machine();
-    constexpr int64_t item = sizeof(float);
-    const int64_t in_l1 = caches.l1 * 3 / 4 / ((kColumns + kRows) * item);
-    const int64_t in_l2 = caches.l2 / 2 / (pixel_floats() * item);
+    constexpr int64_t size = sizeof(Word);
+    const int64_t in_l1 = caches.l1 * 3 / 4 / ((kColumns + kRows) * size);
+    const int64_t in_l2 = caches.l2 / 2 / (packed_words() * size);
     const int64_t most = std::max(kFewest, std::min(in_l1, in_l2));
-    const int64_t chunks = (pixels() + most - 1) / most;
-    return (pixels() + chunks - 1) / chunks;
+    const int64_t chunks = (words() + most - 1) / most;
+    return (words() + chunks - 1) / chunks;
   }
 };
 
-// Up to `most` pixels in panels: of a [group][most][kColumns], of dy [row group][most][kRows]. In dy itself the rows of
+// Up to `most` words in panels: of a [group][most][kColumns], of dy [row group][most][kRows]. In dy itself the rows of
 // a micro-kernel would each lie in a page of its own, and a few lines of the L1 cache would have to hold them all.
-template <typename T>
+template <typename T, typename Word>
 class Panels {
 public:
-  Panels(const Problem<T>& w, int64_t most)
+  using Number = number_t<Word>;
+  using Reader = PixelReader<T, Number>;
+
+  Panels(const Problem<T, Word>& w, int64_t most)
       : most_(most), columns_(w.groups() * most * kColumns), rows_(w.row_groups() * most * kRows) {}
 
-  // Pixels first ... first + count - 1 become those from `at` on.
-  void pack(const Problem<T>& w, const PixelReader<T>& reader, float* scratch, int64_t first, int64_t count, int64_t at)
+  // Words first ... first + count - 1 become those from `at` on.
+  void pack(const Problem<T, Word>& w, const Reader& reader, Number* scratch, int64_t first, int64_t count, int64_t at)
       const {
-    const int64_t together = scratch_pixels(w);
-    for (int64_t p = 0; p < count; p += together) {
-      const int64_t size = std::min(together, count - p);
-      const float* from = scratch;
-      if (reader.computes()) {
-        reader.read(first + p, size, scratch);
-      } else if constexpr (std::is_same_v<T, float>) {
-        from = w.x.data + (first + p) * w.inputs;
-      }
-      pack_columns(from, w.inputs, size, at + p);
-      pack_rows(w.dy.data + (first + p) * w.outputs, w, size, at + p);
+    const int64_t together = scratch_words(w), end = std::min(w.pixels(), (first + count) * kNumbers<Word>);
+    for (int64_t p = first * kNumbers<Word>; p < end; p += together * kNumbers<Word>) {
+      const int64_t pixels = std::min(together * kNumbers<Word>, end - p);
+      pack_columns(reader.read(p, pixels, scratch), w.inputs, pixels, at);
+      pack_rows(w.dy.data + p * w.outputs, w, pixels, at);
+      at += together;
     }
   }
 
-  static int64_t scratch_pixels(const Problem<T>& w) {
-    return std::max<int64_t>(1, kScratchBytes / static_cast<int64_t>(sizeof(float)) / w.inputs);
+  static int64_t scratch_words(const Problem<T, Word>& w) {
+    return std::max<int64_t>(1, kScratchBytes / static_cast<int64_t>(sizeof(Word)) / w.inputs);
   }
 
-  // gradient (+)= the product of pixels first ... first + count - 1 for a group of output channels and one of input
+  // gradient (+)= the product of words first ... first + count - 1 for a group of output channels and one of input
   // channels.
   void multiply(
-      const Problem<T>& w,
+      const Problem<T, Word>& w,
       int64_t group,
       int64_t row_group,
       int64_t first,
@@ -104,8 +107,8 @@ public:
       float* gradient,
       bool accumulate,
       const Ahead& ahead = {}) const {
-    const float* rows = rows_.data() + (row_group * most_ + first) * kRows;
-    const float* columns = columns_.data() + (group * most_ + first) * kColumns;
+    const Word* rows = rows_.as<Word>() + (row_group * most_ + first) * kRows;
+    const Word* columns = columns_.as<Word>() + (group * most_ + first) * kColumns;
     with_rows(w.rows_of(row_group), [&](auto r) {
       gradient_product<r>(rows, kRows, columns, gradient, count, accumulate, ahead);
     });
@@ -113,33 +116,39 @@ public:
 
 private:
   // Lanes past the last channel are zero.
-  void pack_columns(const float* from, int64_t inputs, int64_t count, int64_t at) const {
+  void pack_columns(const Number* from, int64_t inputs, int64_t pixels, int64_t at) const {
     for (int64_t c = 0; c < round_up(inputs, kColumns); c += kWidth) {
-      float* to = columns_.data() + (c / kColumns * most_ + at) * kColumns + c % kColumns;
+      Word* to = columns_.as<Word>() + (c / kColumns * most_ + at) * kColumns + c % kColumns;
       const int64_t lanes = std::clamp<int64_t>(inputs - c, 0, kWidth);
-      for (int64_t p = 0; p < count; ++p) {
-        store(to + p * kColumns, part(from + p * inputs + c, lanes));
+      for (int64_t p = 0; p < pixels; p += kNumbers<Word>, to += kColumns) {
+        store(to, words(from + p * inputs + c, inputs, pixels - p, lanes));
       }
     }
   }
 
   // A vector is longer than a row: its end is overwritten by the next row, but for the last one's, which is not stored.
-  void pack_rows(const T* from, const Problem<T>& w, int64_t count, int64_t at) const {
+  void pack_rows(const T* from, const Problem<T, Word>& w, int64_t pixels, int64_t at) const {
     static_assert(kRows <= kWidth);
     for (int64_t g = 0; g < w.row_groups(); ++g) {
-      float* to = rows_.data() + (g * most_ + at) * kRows;
+      Word* to = rows_.as<Word>() + (g * most_ + at) * kRows;
       const T* pixel = from + g * kRows;
       const int64_t lanes = std::min(kWidth, w.outputs - g * kRows);
-      for (int64_t p = 0; p + 1 < count; ++p) {
-        store(to + p * kRows, part(pixel + p * w.outputs, lanes));
+      int64_t p = 0;
+      for (; p + kNumbers<Word> < pixels; p += kNumbers<Word>, to += kRows) {
+        store(to, words(pixel + p * w.outputs, w.outputs, kNumbers<Word>, lanes));
       }
-      store(to + (count - 1) * kRows, part(pixel + (count - 1) * w.outputs, lanes), kRows);
+      store(to, words(pixel + p * w.outputs, w.outputs, pixels - p, lanes), kRows);
     }
   }
 
+  // One vector of channels of a pixel, or of two that lie `row` apart and of which there are `pixels`.
   template <typename From>
-  static Lanes part(const From* from, int64_t lanes) {
-    return lanes == kWidth ? load(from) : lanes > 0 ? load(from, lanes) : Lanes{};
+  static auto words(const From* from, [[maybe_unused]] int64_t row, [[maybe_unused]] int64_t pixels, int64_t lanes) {
+    if constexpr (std::is_same_v<Word, float>) {
+      return lanes == kWidth ? load(from) : lanes > 0 ? load(from, lanes) : Lanes{};
+    } else {
+      return paired(load_raw(from, lanes), load_raw(from + row, pixels > 1 ? lanes : 0));
+    }
   }
 
   int64_t most_;
@@ -148,9 +157,9 @@ private:
 
 // dw for `size` output channels from `begin` on and a group of input channels: the sum of `parts` products
 // [size][kColumns], which lie `distance` apart.
-template <typename T>
+template <typename T, typename Word>
 void store_gradient(
-    const Problem<T>& w,
+    const Problem<T, Word>& w,
     int64_t group,
     int64_t begin,
     int64_t size,
@@ -175,14 +184,15 @@ void store_gradient(
 }
 
 // Few pixels: all are packed, and each product goes to its place at once.
-template <typename T>
-void gradient_at_once(const Problem<T>& w) {
-  const int64_t pixels = w.pixels(), chunk = w.chunk(), chunks = (pixels + chunk - 1) / chunk;
-  const Panels<T> panels(w, pixels);
-  const PixelReader<T> reader(w.x, w.inputs);
-  parallel_for(0, pixels, kFewest, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(Panels<T>::scratch_pixels(w) * w.inputs);
-    panels.pack(w, reader, scratch.data(), begin, end - begin, begin);
+template <typename T, typename Word>
+void gradient_at_once(const Problem<T, Word>& w) {
+  const int64_t words = w.words(), chunk = w.chunk(), chunks = (words + chunk - 1) / chunk;
+  using All = Panels<T, Word>;
+  const All panels(w, words);
+  const typename All::Reader reader(w.x, w.inputs);
+  parallel_for(0, words, kFewest, [&](int64_t begin, int64_t end) {
+    const Workspace scratch(All::scratch_words(w) * w.inputs);
+    panels.pack(w, reader, scratch.template as<typename All::Number>(), begin, end - begin, begin);
   });
   const int64_t blocks = (w.row_groups() + kTogether - 1) / kTogether;
   parallel_for(0, w.groups() * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -191,7 +201,7 @@ void gradient_at_once(const Problem<T>& w) {
       const int64_t group = task / blocks, first = task % blocks * kTogether;
       const int64_t last = std::min(w.row_groups(), first + kTogether);
       for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t from = c * chunk, depth = std::min(chunk, pixels - from);
+        const int64_t from = c * chunk, depth = std::min(chunk, words - from);
         for (int64_t r = first; r < last; ++r) {
           panels.multiply(w, group, r, from, depth, product.data() + (r - first) * kRows * kColumns, c > 0);
         }
@@ -203,25 +213,27 @@ void gradient_at_once(const Problem<T>& w) {
 }
 
 // Many pixels: every thread computes a share of them, a chunk at a time in its caches, and the shares are added up.
-template <typename T>
-void gradient_by_shares(const Problem<T>& w, int64_t shares) {
-  const int64_t pixels = w.pixels(), chunk = w.chunk(), chunks = (pixels + chunk - 1) / chunk;
+template <typename T, typename Word>
+void gradient_by_shares(const Problem<T, Word>& w, int64_t shares) {
+  const int64_t words = w.words(), chunk = w.chunk(), chunks = (words + chunk - 1) / chunk;
   const int64_t size = w.gradient_floats();
   const Workspace gradients(shares * size);
-  const PixelReader<T> reader(w.x, w.inputs);
+  using Chunk = Panels<T, Word>;
+  const typename Chunk::Reader reader(w.x, w.inputs);
   parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    const Panels<T> panels(w, chunk);
-    const Workspace scratch(Panels<T>::scratch_pixels(w) * w.inputs);
+    const Chunk panels(w, chunk);
+    const Workspace scratch(Chunk::scratch_words(w) * w.inputs);
     Prefetch prefetch;
     for (int64_t share = begin; share < end; ++share) {
       float* gradient = gradients.data() + share * size;
       const int64_t start = chunks * share / shares, stop = chunks * (share + 1) / shares;
       for (int64_t c = start; c < stop; ++c) {
-        const int64_t first = c * chunk, count = std::min(chunk, pixels - first);
-        panels.pack(w, reader, scratch.data(), first, count, 0);
+        const int64_t first = c * chunk, count = std::min(chunk, words - first);
+        panels.pack(w, reader, scratch.template as<typename Chunk::Number>(), first, count, 0);
         prefetch.clear();
         if (c + 1 < stop) {
-          const int64_t next = first + count, next_count = std::min(chunk, pixels - next);
+          const int64_t next = (first + count) * kNumbers<Word>;
+          const int64_t next_count = std::min(chunk * kNumbers<Word>, w.pixels() - next);
           reader.add(prefetch, next, next_count);
           prefetch.add(w.dy.data + next * w.outputs, next_count * w.outputs * static_cast<int64_t>(sizeof(T)));
         }
@@ -249,16 +261,18 @@ void gradient_by_shares(const Problem<T>& w, int64_t shares) {
 
 template <typename T>
 void pixel_weight_gradient(const WeightGradient<T>& given) {
-  const Problem<T> w{given};
-  const int64_t chunks = (w.pixels() + w.chunk() - 1) / w.chunk();
-  const int64_t most = kGradientBytes / static_cast<int64_t>(sizeof(float)) / w.gradient_floats();
-  const int64_t shares = std::clamp<int64_t>(most, 1, std::min<int64_t>(chunks, get_num_threads()));
-  // At once where packed pixels, which are written and read, are no more than the threads' sums.
-  if (w.pixels() * w.pixel_floats() <= shares * w.gradient_floats()) {
-    gradient_at_once(w);
-  } else {
-    gradient_by_shares(w, shares);
-  }
+  with_word<T>(true, [&](auto word) {
+    const Problem<T, decltype(word)> w{given};
+    const int64_t chunks = (w.words() + w.chunk() - 1) / w.chunk();
+    const int64_t most = kGradientBytes / static_cast<int64_t>(sizeof(float)) / w.gradient_floats();
+    const int64_t shares = std::clamp<int64_t>(most, 1, std::min<int64_t>(chunks, get_num_threads()));
+    // At once where packed pixels, which are written and read, are no more than the threads' sums.
+    if (w.words() * w.packed_words() <= shares * w.gradient_floats()) {
+      gradient_at_once(w);
+    } else {
+      gradient_by_shares(w, shares);
+    }
+  });
 }
 
 template void pixel_weight_gradient(const WeightGradient<float>&);

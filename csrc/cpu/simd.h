@@ -7,7 +7,10 @@
 #include "lanes.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
+#include <cstdlib>
+#include <string_view>
 #include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -88,6 +91,58 @@ inline void store(BFloat16* p, Lanes v, int64_t count) {
   store(lanes, v);
   std::copy(lanes, lanes + count, p);
 }
+
+// Up to `count` lanes of a row of bfloat16, as they are.
+#if defined(CPU_CAPABILITY_AVX512)
+inline __m256i load_raw(const BFloat16* p, int64_t count) {
+  return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+}
+
+// Two bfloat16 numbers that lie together: what a lane of AVX512_BF16's dot products takes.
+struct BFloat16Pair {
+  BFloat16 first, second;
+};
+
+// Whether they are used: where the processor has them (one with AVX-512 need not), and takes no longer for one than for
+// a multiply-add of half as many numbers. AMD's do; on Intel's both cost the same, and rounding comes on top.
+inline bool multiplies_pairs() {
+  static const bool chosen = [] {
+    const char* asked = std::getenv("FASTRES_BF16_PRODUCTS");
+    const std::string_view name = asked != nullptr ? asked : "";
+    const bool wanted = name == "pairs" || (name != "float32" && __builtin_cpu_is("amd"));
+    return wanted && __builtin_cpu_supports("avx512bf16");
+  }();
+  return chosen;
+}
+inline __m512i broadcast(BFloat16Pair pair) {
+  return _mm512_set1_epi32(std::bit_cast<int32_t>(pair));
+}
+inline __m512i load(const BFloat16Pair* p) {
+  return _mm512_loadu_si512(p);
+}
+inline void store(BFloat16Pair* p, __m512i v) {
+  _mm512_storeu_si512(p, v);
+}
+inline void store(BFloat16Pair* p, __m512i v, int64_t count) {
+  _mm512_mask_storeu_epi32(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+// z + both products of every pair. In assembly, for a compiler that may use AVX512_BF16 would use it everywhere.
+inline Lanes multiply_add(__m512i x, __m512i y, Lanes z) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(z) : "v"(x), "v"(y));
+  return z;
+}
+// Pairs of the lanes of two rows.
+inline __m512i paired(__m256i first, __m256i second) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+// The same of rows that are rounded. Denormal numbers become zero, which the products take them for anyway.
+inline __m512i paired(Lanes first, Lanes second) {
+  __m256i low, high;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(low) : "v"(first));
+  asm("vcvtneps2bf16 %1, %0" : "=v"(high) : "v"(second));
+  return paired(low, high);
+}
+#endif
 
 // The value as a load would give it back after a store to T.
 template <typename T>

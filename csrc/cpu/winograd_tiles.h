@@ -307,10 +307,7 @@ private:
         std::fill_n(to, (right - left) * channels_, 0.0f);
         continue;
       }
-      Prologue<T> params = *prologue_;
-      params.y = to;
-      params.first_y_row = (line / tiles_.down() * tiles_.height + y) * tiles_.width + left;
-      apply_range(params, params.first_y_row, params.first_y_row + right - left);
+      run_prologue(*prologue_, (line / tiles_.down() * tiles_.height + y) * tiles_.width + left, right - left, to);
     }
     line_filled_ = line;
     begin_ = begin;

@@ -88,6 +88,12 @@ public:
   float* data() const {
     return block_.data;
   }
+  // As elements of another type, of which none is larger than a float.
+  template <typename T>
+  T* as() const {
+    static_assert(sizeof(T) <= sizeof(float));
+    return reinterpret_cast<T*>(block_.data);
+  }
 
 private:
   WorkspacePool::Block block_;

@@ -46,6 +46,17 @@ class Frozen(nn.Module):
         return self
 
 
+class FrozenModel(Frozen):
+    """A model that computes in a dtype of its own, by autocast, whatever its inputs are; not one that is `Planned`."""
+
+    dtype: torch.dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        devices = {t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+        with torch.autocast(next(iter(devices), "cpu"), self.dtype):
+            return super().forward(*args, **kwargs)
+
+
 class _Inference(torch.autograd.Function):
     """A frozen module on an input that asks for a gradient."""
 
@@ -384,11 +395,22 @@ def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor
 
 
 class Planned(Frozen):
-    """A module that is one operator call where its forward can be recorded as a plan."""
+    """A module that is one operator call where its forward can be recorded as a plan.
+
+    Attributes:
+        dtype: that it computes in, by autocast, whatever its input is; None for the input's own, or the caller's.
+    """
 
     is_recordable = True
+    dtype: torch.dtype | None = None
 
     def forward(self, x: Any) -> Any:
+        if self.dtype is None or isinstance(x, Value):
+            return self._run(x)
+        with torch.autocast(x.device.type, self.dtype):
+            return self._run(x)
+
+    def _run(self, x: Any) -> Any:
         if not isinstance(x, Value):
             plan = plan_for(self, x, self._forward)
             if plan is not None:

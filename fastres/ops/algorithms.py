@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastres import ordinary
 from fastres.contract import ConvProblem, output_size, rows_are_channels
+from fastres.ops.products import multiplies_pairs
 
 ALGORITHMS = ("auto", "torch", "winograd", "gemm", "grouped")
 
@@ -60,7 +61,8 @@ class _Direct(NamedTuple):
         weight: a pair of channels.
         call: one call.
         norm: an element of the output, to normalise and activate it in a pass of its own.
-        unfilled: percent of all of it in training, where images have few outputs each.
+        percent: of all of it.
+        unfilled: the same in training, where images have few outputs each.
     """
 
     columns: int = 1
@@ -68,6 +70,7 @@ class _Direct(NamedTuple):
     weight: int = 0
     call: int = 0
     norm: int = 0
+    percent: int = 100
     unfilled: int = 100
 
 
@@ -104,13 +107,18 @@ _AVX2_FEW = _Winograd(
 )
 _AVX2_PACKED = _Winograd(8, 1_300_000, {1: (_Form(3, 62, 750, 330), _Form(4, 89, 1140, 480), _Form(5, 122, 1700, 650))})
 _AVX2_GEMM = _Direct(output=250, weight=124, call=6_300_000)
+# With AVX-512, of bfloat16 numbers that PyTorch's convolution multiplies two at a time; ours are float32's.
+_AVX512_PAIRS = _Costs(
+    _Winograd(16, 1_000_000, {1: (_Form(3, 50, 640, 830), _Form(4, 72, 850, 1200), _Form(5, 98, 1300, 1600))}),
+    {1: _Direct(norm=200, percent=50, unfilled=50)},
+)
 # By capability and what it is compared with: PyTorch's convolution, "gemm" of few positions, and "gemm" in inference
 # with packed weights.
 _COSTS = {
-    "avx512": {"torch": _AVX512, "gemm": _AVX512, "packed": _AVX512},
+    "avx512": {"torch": _AVX512, "gemm": _AVX512, "packed": _AVX512, "pairs": _AVX512_PAIRS},
     "avx2": {
         "torch": _Costs(
-            _AVX2, {1: _Direct(8, 40, 420, 16_000_000, 100, 200), 2: _Direct(8, 220, 630, 16_000_000, 100)}
+            _AVX2, {1: _Direct(8, 40, 420, 16_000_000, 100, unfilled=200), 2: _Direct(8, 220, 630, 16_000_000, 100)}
         ),
         "gemm": _Costs(_AVX2_FEW, {1: _AVX2_GEMM, 2: _AVX2_GEMM}),
         "packed": _Costs(_AVX2_PACKED, {1: _Direct(16, 110, 110, 1_600_000)}),
@@ -204,7 +212,7 @@ def problem_of(
     capability = _capability() if x.is_cpu else x.device.type
     return ConvProblem(
         x.dtype, (n, c, h, w), outputs, kernel, stride, rows_are_channels(x), needs_grad, _threads(), capability,
-        _has_matrix_units(), followed, groups, dilation,
+        _has_matrix_units(), followed, groups, dilation, x.is_cpu and multiplies_pairs(),
     )  # fmt: skip
 
 
@@ -277,7 +285,7 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         return Choice("torch", "pixels are few: to pack the weights is most of the work")
     images, positions = problem.shape[0], _positions_of_image(problem)
     few = not problem.needs_grad and _holds(images * positions <= _FEW_POSITIONS)
-    if _winograd_pays(problem, "gemm" if few else "torch"):
+    if _winograd_pays(problem, "gemm" if few else "pairs" if _in_pairs(problem) else "torch"):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     if few:
         return Choice("gemm", "output positions are few: to read the weights is most of the work")
@@ -319,6 +327,10 @@ def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice
     if winograds and padded and _winograd_pays(problem, "packed"):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     return Choice("gemm", "its weights are packed for it")
+
+
+def _in_pairs(problem: ConvProblem) -> bool:
+    return problem.pairs and problem.dtype == torch.bfloat16
 
 
 def is_served(problem: ConvProblem) -> bool:
@@ -403,7 +415,7 @@ def _sums(direct: _Direct, problem: ConvProblem) -> int:
     of_position = 2 * 9 * inputs * _round_up(outputs, direct.columns)
     of_position += (direct.output + (direct.norm if problem.followed else 0)) * outputs
     unfilled = problem.needs_grad and _holds(positions <= _SMALL_IMAGE) and _holds(images > 1)
-    percent = direct.unfilled if unfilled else 100
+    percent = direct.unfilled if unfilled else direct.percent
     return percent * (of_position * images * positions + direct.weight * inputs * outputs + direct.call)
 
 

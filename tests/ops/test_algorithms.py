@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from fastres import functional, fuse
+from fastres import _extension, functional, fuse
 from fastres.contract import ConvProblem
 from fastres.nn import FusedBasicBlock
 from fastres.ops.algorithms import (
@@ -16,6 +20,7 @@ from fastres.ops.algorithms import (
     problem_of,
     requested_algorithm,
 )
+from fastres.ops.products import multiplies_pairs
 
 LARGE = ConvProblem(torch.float32, (128, 64, 32, 32), 64, 3, 1, True, True, 2, "avx512", False)
 FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
@@ -139,6 +144,70 @@ def test_processors_differ_in_what_is_faster(problem, avx2, avx512):
 def test_the_choice_for_packed_weights_and_its_reason(problem, padded, requested, algorithm, reason):
     choice = choose_packed(problem, padded, requested)
     assert choice.algorithm == algorithm and reason in choice.reason
+
+
+PAIRS = LARGE._replace(dtype=torch.bfloat16, pairs=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "algorithm"),
+    [
+        (PAIRS, "winograd"),
+        (PAIRS._replace(dtype=torch.float32, stride=2, outputs=128), "winograd"),
+        (PAIRS._replace(needs_grad=False), "winograd"),
+        (PAIRS._replace(shape=(128, 32, 16, 16), outputs=32), "winograd"),
+        (PAIRS._replace(shape=(128, 16, 32, 32), outputs=16), "torch"),
+        (PAIRS._replace(shape=(128, 512, 4, 4), outputs=512), "winograd"),
+        (PAIRS._replace(outputs=128, stride=2), "torch"),
+        (PAIRS._replace(kernel=1), "gemm"),
+    ],
+)
+def test_where_pytorch_multiplies_in_pairs_winograds_has_to_save_more(problem, algorithm):
+    assert choose_algorithm(problem).algorithm == algorithm
+
+
+def test_a_problem_has_pairs_where_kernels_for_bfloat16_do():
+    x = torch.randn(2, 5, 7, 9)
+    assert problem_of(x, 11, needs_grad=True).pairs == multiplies_pairs()
+    assert not problem_of(x.to("meta"), 11, needs_grad=True).pairs
+
+
+def process(value: str, code: str = "print(multiplies_pairs())") -> subprocess.CompletedProcess[str]:
+    """What a fresh process says that has the variable: the processor's choice is a process's."""
+    code = f"from fastres.ops.products import multiplies_pairs; {code}"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"FASTRES_BF16_PRODUCTS": value}
+    return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("value", ["", "auto", "float32", "pairs"])
+def test_the_environment_says_how_bfloat16_numbers_are_multiplied(value):
+    done = process(value)
+    compiled = _extension.load_cpu() is not None and _extension.cpu_capability() == "avx512"
+    if value == "pairs" and not (compiled and torch.cpu.get_capabilities()["avx512_bf16"]):
+        assert "FASTRES_BF16_PRODUCTS=pairs: this processor, or the kernels in use, have no" in done.stderr
+    elif value in ("float32", "pairs"):
+        assert done.stdout.strip() == str(value == "pairs")
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_another_word_for_products_is_refused():
+    expected = "ValueError: FASTRES_BF16_PRODUCTS: expected one of ('auto', 'pairs', 'float32'), got 'half'"
+    assert expected in process("half").stderr
+
+
+@pytest.mark.skipif(not multiplies_pairs(), reason="this processor's kernels have one way")
+@pytest.mark.parametrize("value", ["pairs", "float32"])
+def test_pairs_round_the_weight_and_float32_products_do_not(value):
+    # 1 + 2^-10 is no bfloat16 number.
+    code = """
+import torch, fastres
+x = torch.ones(1, 2, 1, 1, dtype=torch.bfloat16)
+weight = torch.tensor([1 + 2**-10, -1.0]).reshape(1, 2, 1, 1).repeat(2, 1, 1, 1)
+print(torch.ops.fastres.conv3x3_forward(x, weight, False)[0].unique().tolist())
+"""
+    assert process(value, code).stdout.strip() == ("[0.0]" if value == "pairs" else "[0.0009765625]")
 
 
 @pytest.mark.parametrize("capability", ["default", "cuda", "meta", "xpu"])

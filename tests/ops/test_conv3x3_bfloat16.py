@@ -11,6 +11,8 @@ The oracle is float64 on the same inputs, rounded already. What an error may be 
   which the sums are taken of.
 - Without kernels PyTorch's own convolution stores more: the activation a, da, a product before its normalisation, a
   weight's gradient, and a float32 weight that it takes in bfloat16.
+- Where numbers are multiplied in pairs the 1x1 kernel's products round a and the weight as well, if the channels that
+  they sum over are even in number; its weight gradient sums over pixels and rounds a always.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from fastres.nn import FusedBasicBlock
 from fastres.ops import algorithms
 from fastres.ops import conv3x3 as ops
 from fastres.ops import norm_act_conv3x3 as norm_act_ops
+from fastres.ops.products import multiplies_pairs
 from tests.operators import flat
 from tests.ops.test_conv3x3 import (
     COMPILED,
@@ -129,6 +132,7 @@ class Convolution:
 
     Attributes:
         rounds_a, rounds_dy: whether that factor is stored as bfloat16 on its way here.
+        computes_a: whether a is no bfloat16 tensor that is given.
     """
 
     a: Tensor
@@ -137,10 +141,17 @@ class Convolution:
     rounds_a: bool = False
     rounds_dy: bool = False
     stride: int = 1
+    computes_a: bool = False
 
     def __post_init__(self) -> None:
         # PyTorch's convolution takes a float32 weight in bfloat16, and gives its gradient so.
-        self.rounds_weight = not COMPILED and self.weight.dtype == torch.float32
+        self.gives_rounded = not COMPILED and self.weight.dtype == torch.float32
+        outputs, inputs, kernel, _ = self.weight.shape
+        pairs = COMPILED and kernel == 1 and multiplies_pairs()
+        in_y, in_da = (self.gives_rounded or (pairs and channels % 2 == 0) for channels in (inputs, outputs))
+        self.weight_in_y, self.weight_in_da = (self.weight.dtype == torch.float32 and used for used in (in_y, in_da))
+        self.a_in_y = self.rounds_a or (self.computes_a and pairs and inputs % 2 == 0)
+        self.a_in_dweight = self.rounds_a or (self.computes_a and pairs)
         self.padding = self.weight.shape[2] // 2
         self.a, self.weight, self.dy = (t.detach().double() for t in (self.a, self.weight, self.dy))
 
@@ -167,16 +178,16 @@ class Convolution:
 
     def y_noise(self) -> Tensor:
         a, weight, _ = self._squares()
-        return together(HALF**2 * (self.rounds_a + self.rounds_weight) * self._convolve(a, weight))
+        return together(HALF**2 * (self.a_in_y + self.weight_in_y) * self._convolve(a, weight))
 
     def da_noise(self) -> Tensor:
         _, weight, dy = self._squares()
-        return together(HALF**2 * (self.rounds_dy + self.rounds_weight) * self._convolve_back(weight, dy))
+        return together(HALF**2 * (self.rounds_dy + self.weight_in_da) * self._convolve_back(weight, dy))
 
     def dweight_noise(self) -> Tensor:
         a, _, dy = self._squares()
-        noise = together(HALF**2 * (self.rounds_a + self.rounds_dy) * self._correlate(a, dy))
-        return noise + self.rounds_weight * (stored(self.dweight()) + HALF * noise)
+        noise = together(HALF**2 * (self.a_in_dweight + self.rounds_dy) * self._correlate(a, dy))
+        return noise + self.gives_rounded * (stored(self.dweight()) + HALF * noise)
 
 
 def tensors(
@@ -331,7 +342,7 @@ def check_norm_act(
     if dropout_p > 0:
         passed = passed & contract.dropout_keep(x.shape, seed, dropout_p)
     gate = passed / (1 - torch.tensor(dropout_p, dtype=torch.float64))
-    exact = Convolution(z * gate + after, weight, dy, rounds_a=not COMPILED, stride=stride)
+    exact = Convolution(z * gate + after, weight, dy, rounds_a=not COMPILED, stride=stride, computes_a=True)
     running = [0.8 * n.running_mean.double() + 0.2 * x.double().mean(channels)]
     running.append(0.8 * n.running_var.double() + 0.2 * x.double().var(channels))
 
