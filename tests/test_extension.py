@@ -67,7 +67,7 @@ def small_sources(tmp_path: Path) -> Path:
     """Sources that compile in a few seconds: the module without any operator."""
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
-    for name in ("module.cpp", "tensor.h"):
+    for name in ("module.cpp", "pairs.h", "tensor.h"):
         shutil.copy(_build.SOURCES / "cpu" / name, folder / "cpu")
     return folder
 

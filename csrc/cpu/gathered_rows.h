@@ -29,7 +29,7 @@ inline void copy_run(const T* from, int64_t count, To* to) {
   }
 }
 
-// The rows of the operand of positions first ... first + count - 1.
+// The rows of the operand of positions first ... first + count - 1, each of `row` numbers, zeros after the last tap.
 template <typename T, typename To>
 void gather_rows(
     const Positions& positions,
@@ -37,6 +37,7 @@ void gather_rows(
     const Panels& weights,
     int64_t first,
     int64_t count,
+    int64_t row,
     To* operand) {
   const int64_t kernel = positions.kernel, depth = weights.depth, channels = weights.inputs;
   const int64_t width = positions.out_width(), height = positions.out_height();
@@ -65,6 +66,7 @@ void gather_rows(
       }
       std::fill_n(operand + end * depth, (kernel - end) * depth, To(0.0f));
     }
+    operand = std::fill_n(operand, row - weights.rows(), To(0.0f));
   }
 }
 

@@ -46,6 +46,11 @@ using number_t = std::conditional_t<std::is_same_v<Word, float>, float, BFloat16
 template <typename Word>
 constexpr int64_t kNumbers = sizeof(Word) / sizeof(number_t<Word>);
 
+template <typename Word>
+constexpr int64_t words_of(int64_t numbers) {
+  return (numbers + kNumbers<Word> - 1) / kNumbers<Word>;
+}
+
 // f(a value of the word by which products over numbers of type T are computed), that of a pair where the depth can be
 // had in pairs.
 template <typename T, typename F>

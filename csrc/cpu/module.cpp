@@ -1,6 +1,7 @@
 // What a CPU module says of itself, and the allocator's settings: C functions, for ctypes (fastres/_library.py).
 // The operators' kernels register themselves in the other files, through FASTRES_KERNELS.
-#include "simd.h"
+#include "pairs.h"
+#include "tensor.h"
 
 #include <torch/headeronly/version.h>
 
@@ -71,11 +72,7 @@ FASTRES_EXPORT int64_t fastres_threads() {
 
 // Whether bfloat16 numbers are multiplied in pairs where there is a kernel that does.
 FASTRES_EXPORT bool fastres_multiplies_pairs() {
-#if defined(CPU_CAPABILITY_AVX512)
-  return fastres::conv::multiplies_pairs();
-#else
-  return false;
-#endif
+  return fastres::multiplies_pairs();
 }
 
 // Makes glibc keep freed buffers, or sets its starting thresholds again; whether that was possible.

@@ -172,18 +172,18 @@ struct StepWeights {
 };
 
 #if defined(CPU_CAPABILITY_AVX512)
-// Pairs are made of the floats, in `scratch`.
+// Pairs are made in `scratch`, of `count` rows of floats and zeros after an odd one.
 template <>
 struct StepWeights<BFloat16Pair> {
   const BFloat16Pair *low, *high;
 
-  StepWeights(const float* low, const float* high, int64_t rows, float* scratch) {
+  StepWeights(const float* low, const float* high, int64_t count, float* scratch) {
     BFloat16Pair* to = reinterpret_cast<BFloat16Pair*>(scratch);
     this->low = to;
-    this->high = to + rows * kPanel;
+    this->high = to + (count + 1) / 2 * kPanel;
     for (const float* from : {low, high}) {
-      for (int64_t i = 0; i < rows; ++i, from += 2 * kPanel, to += kPanel) {
-        store(to, paired(load(from), load(from + kPanel)));
+      for (int64_t i = 0; i < count; i += 2, from += 2 * kPanel, to += kPanel) {
+        store(to, paired(load(from), i + 1 < count ? load(from + kPanel) : Lanes{}));
       }
     }
   }
@@ -205,7 +205,7 @@ void multiply_block(
   constexpr std::integral_constant<int64_t, kWidth> whole_vector{};
   // Floats of a row of words, and of one of two groups of outputs.
   constexpr int64_t row = kNumbers<Word> * kPanel;
-  const int64_t depth = weights.rows() / kNumbers<Word>, step = step_of(operand.run, operand.lines);
+  const int64_t depth = words_of<Word>(weights.rows()), step = step_of(operand.run, operand.lines);
   const int64_t first = tiles.front().first, count = tiles.back().first + tiles.back().rows - first;
   for (int64_t g = from; g < to; ++g) {
     const float* low = weights.data + g * kColumns * weights.rows();
@@ -220,7 +220,8 @@ void multiply_block(
         part = {operand.row, std::min(step / operand.run, operand.lines - line), operand.line, operand.run};
       }
       const int64_t rows = part.lines * part.run, next = k + rows;
-      const StepWeights<Word> words(low + k * row, high + k * row, rows, scratch);
+      const int64_t floats = std::min(rows * kNumbers<Word>, weights.rows() - k * kNumbers<Word>);
+      const StepWeights<Word> words(low + k * row, high + k * row, floats, scratch);
       Ahead<Word> all{low + next * row, high + next * row, std::min(step, depth - next) * kNumbers<Word>, nullptr};
       if (next == depth && g + 1 < to) {
         const int64_t group = kColumns * weights.rows();
@@ -273,9 +274,9 @@ enum class Way {
   copied, // copied one by one
 };
 
-// `as_it_is`: x has the numbers that words have.
-Way way_of(const Positions& positions, const Panels& weights, bool as_it_is) {
-  if (weights.depth != weights.inputs) {
+// `as_it_is`: x has the numbers that words have; `whole`: a pixel has a whole number of words.
+Way way_of(const Positions& positions, const Panels& weights, bool as_it_is, bool whole) {
+  if (weights.depth != weights.inputs || !whole) {
     return Way::copied;
   }
   if (positions.kernel == 1 && positions.stride == 1 && positions.padding == 0) {
@@ -300,7 +301,7 @@ public:
         x_(x),
         weights_(weights),
         epilogue_(epilogue),
-        way_(way_of(positions, weights, std::is_same_v<T, Number>)) {
+        way_(way_of(positions, weights, std::is_same_v<T, Number>, weights.inputs % kNumbers<Word> == 0)) {
     const int64_t channels = weights.inputs / kNumbers<Word>, kernel = positions.kernel;
     if (by_lines()) {
       const int64_t line = (positions.width + 2 * positions.padding) * channels;
@@ -314,7 +315,7 @@ public:
   }
 
   int64_t depth() const {
-    return weights_.rows() / kNumbers<Word>;
+    return words_of<Word>(weights_.rows());
   }
   bool by_lines() const {
     return way_ == Way::lines || way_ == Way::padded;
@@ -332,7 +333,7 @@ public:
 
   // The rows of items first ... first + count - 1, one after the other.
   void copy_rows(int64_t first, int64_t count, Word* to) const {
-    gather_rows(positions_, x_, weights_, first, count, reinterpret_cast<Number*>(to));
+    gather_rows(positions_, x_, weights_, first, count, depth() * kNumbers<Word>, reinterpret_cast<Number*>(to));
   }
 
   // Items first ... last - 1 and column groups from ... to - 1. `copied` has the rows of all items, or is null.
@@ -434,9 +435,7 @@ void multiply_words(
 
 template <typename T, bool kGeneral>
 void packed_gemm(const Positions& positions, const T* x, const Panels& weights, const Biased<T, kGeneral>& epilogue) {
-  with_word<T>(weights.inputs % 2 == 0 && weights.depth % 2 == 0, [&](auto word) {
-    multiply_words<decltype(word)>(positions, x, weights, epilogue);
-  });
+  with_word<T>(true, [&](auto word) { multiply_words<decltype(word)>(positions, x, weights, epilogue); });
 }
 
 template void packed_gemm(const Positions&, const float*, const Panels&, const Biased<float, false>&);

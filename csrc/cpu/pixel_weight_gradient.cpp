@@ -37,7 +37,7 @@ struct Problem : WeightGradient<T> {
     return this->x.images * this->x.height * this->x.width;
   }
   int64_t words() const {
-    return (pixels() + kNumbers<Word> - 1) / kNumbers<Word>;
+    return words_of<Word>(pixels());
   }
   int64_t groups() const {
     return groups_of(inputs);

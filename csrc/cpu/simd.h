@@ -5,12 +5,11 @@
 #pragma once
 
 #include "lanes.h"
+#include "pairs.h"
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <cstdlib>
-#include <string_view>
 #include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -102,18 +101,6 @@ inline __m256i load_raw(const BFloat16* p, int64_t count) {
 struct BFloat16Pair {
   BFloat16 first, second;
 };
-
-// Whether they are used: where the processor has them (one with AVX-512 need not), and takes no longer for one than for
-// a multiply-add of half as many numbers. AMD's do; on Intel's both cost the same, and rounding comes on top.
-inline bool multiplies_pairs() {
-  static const bool chosen = [] {
-    const char* asked = std::getenv("FASTRES_BF16_PRODUCTS");
-    const std::string_view name = asked != nullptr ? asked : "";
-    const bool wanted = name == "pairs" || (name != "float32" && __builtin_cpu_is("amd"));
-    return wanted && __builtin_cpu_supports("avx512bf16");
-  }();
-  return chosen;
-}
 inline __m512i broadcast(BFloat16Pair pair) {
   return _mm512_set1_epi32(std::bit_cast<int32_t>(pair));
 }
