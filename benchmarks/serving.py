@@ -158,6 +158,8 @@ def _onnx(model: nn.Module, x: Tensor) -> Run:
     _library("onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # Its threads wait for the next call spinning, and would take the cores from whatever side is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         torch.onnx.export(model, (x.contiguous(),), file, dynamo=False)
