@@ -93,7 +93,7 @@ def test_the_parity_tests_pass_on(backend, shards):
         )
         selected += [TESTS / "ops" / f"test_{name}.py" for name in names]
     if backend == "float32":
-        selected = [TESTS / "ops" / "test_conv3x3_bfloat16.py"]
+        selected = [TESTS / "ops" / f"test_{name}.py" for name in ("conv3x3_bfloat16", "packed_convolution")]
     # Compilation and hypothesis take long and do not depend on the backend.
     skip = "not compiles and not any_shape and not opcheck and not threads"
     if backend == "triton":

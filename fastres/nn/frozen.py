@@ -52,8 +52,8 @@ class FrozenModel(Frozen):
     dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        devices = {t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
-        with torch.autocast(next(iter(devices), "cpu"), self.dtype):
+        devices = (t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        with torch.autocast(next(devices, "cpu"), self.dtype):
             return super().forward(*args, **kwargs)
 
 

@@ -70,19 +70,15 @@ def is_winograds(shape: tuple[int, ...]) -> bool:
 def check(shape: tuple[int, ...], layout: str, dtype: torch.dtype, kinds: Iterable[str] = ()) -> None:
     c, conv = shape[1], conv_of(shape)
     x, weight, bias, residual = data(shape, dtype, layout, layout=layout)
-    # Products in pairs round the weights.
-    in_pairs = dtype == LOW and multiplies_pairs()
-    rounded = {"gemm": weight.to(LOW) if in_pairs else weight, "winograd": weight}
-    exact = {
-        algorithm: F.conv2d(x.double(), w.double(), stride=conv.stride, padding=conv.padding)
-        for algorithm, w in rounded.items()
-    }
     ends = [(bias, residual, RELU), (None, residual, IDENTITY), (bias, None, IDENTITY), (None, None, RELU)]
     ways = [("gemm", False), ("gemm", True), *([("winograd", True)] * is_winograds(shape))]
     for algorithm, padded in ways:
         packed = pack(weight, padded=padded)
+        # Products in pairs round the weights.
+        in_pairs = algorithm == "gemm" and dtype == LOW and multiplies_pairs()
+        w = weight.to(LOW) if in_pairs else weight
+        y = F.conv2d(x.double(), w.double(), stride=conv.stride, padding=conv.padding)
         for b, r, f in [*ends, *((bias, residual, Activation.of(kind)) for kind in kinds)]:
-            y = exact[algorithm]
             wanted = y if b is None else y + b.double()[:, None, None]
             wanted = f.forward(wanted if r is None else wanted + r.double())
             got = packed_convolution(x, packed, b, r, f, conv, algorithm)
