@@ -27,8 +27,8 @@ void multiply_positions(const Kernel& kernel, int64_t from, const float* operand
       [&](int64_t tap, int64_t c, auto row, int64_t step, const float* low, const float* high, int64_t steps) {
         constexpr int64_t weight_step = decltype(row)::value == kPanel ? kWidth * kPanel : kPanel;
         for (int64_t p = 0; p < count; p += kRows) {
-          with_rows(std::min<int64_t>(kRows, count - p), [&](auto rows) {
-            output_product<rows, row>(
+          with_rows_and_vectors(std::min<int64_t>(kRows, count - p), columns, [&](auto rows, auto vectors) {
+            output_product<rows, vectors, row>(
                 operand + p * depth + (tap * padded + c) * kRows,
                 step,
                 low,

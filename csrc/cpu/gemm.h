@@ -74,9 +74,59 @@ inline int64_t high_vector(int64_t depth) {
   return kWidth == kPanel ? depth * kPanel : kWidth;
 }
 
+// The accumulators of a micro-kernel: R rows of the first `Vectors` vectors of a column group.
+template <int R, int Vectors>
+struct Accumulators {
+  Lanes sum[R][Vectors];
+
+  // From those of a product, whose rows lie kColumns apart, or from zero.
+  inline __attribute__((always_inline)) void begin(const float* product) {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        sum[r][v] = product != nullptr ? load(product + r * kColumns + v * kWidth) : Lanes{};
+      }
+    }
+  }
+
+  // factors, `row` apart, times vectors at low and high.
+  template <typename Word>
+  inline __attribute__((always_inline)) void add(
+      const Word* factors,
+      int64_t row,
+      const Word* low,
+      [[maybe_unused]] const Word* high) {
+    decltype(load(low)) columns[Vectors];
+    columns[0] = load(low);
+    if constexpr (Vectors == 2) {
+      columns[1] = load(high);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const auto factor = broadcast(factors[r * row]);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        sum[r][v] = multiply_add(factor, columns[v], sum[r][v]);
+      }
+    }
+  }
+
+  inline __attribute__((always_inline)) void end(float* product, bool accumulate = false) const {
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) {
+        float* to = product + r * kColumns + v * kWidth;
+        store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+      }
+    }
+  }
+};
+
 // product[r][:] (+)= sum_c operand[r][c] * weights[c][:] for R rows of one group of kRows, over `steps` vectors of c,
-// which lie operand_step and weight_step apart. The two vectors of weights[c] are at low and high, c's rows Row apart.
-template <int R, int64_t Row>
+// which lie operand_step and weight_step apart. The vectors of weights[c] are at low and high, c's rows Row apart.
+template <int R, int Vectors, int64_t Row>
 inline void output_product(
     const float* operand,
     int64_t operand_step,
@@ -86,32 +136,18 @@ inline void output_product(
     int64_t steps,
     float* product,
     bool accumulate) {
-  Lanes sum_low[R], sum_high[R];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    sum_low[r] = accumulate ? load(product + r * kColumns) : Lanes{};
-    sum_high[r] = accumulate ? load(product + r * kColumns + kWidth) : Lanes{};
-  }
+  Accumulators<R, Vectors> sums;
+  sums.begin(accumulate ? product : nullptr);
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 16
     for (int lane = 0; lane < kWidth; ++lane) {
-      const Lanes weights_low = load(low + lane * Row), weights_high = load(high + lane * Row);
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) {
-        const Lanes factor = broadcast(operand[r * kWidth + lane]);
-        sum_low[r] = multiply_add(factor, weights_low, sum_low[r]);
-        sum_high[r] = multiply_add(factor, weights_high, sum_high[r]);
-      }
+      sums.add(operand + lane, kWidth, low + lane * Row, high + lane * Row);
     }
     low += weight_step;
     high += weight_step;
     operand += operand_step;
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    store(product + r * kColumns, sum_low[r]);
-    store(product + r * kColumns + kWidth, sum_high[r]);
-  }
+  sums.end(product);
 }
 
 // Memory that a micro-kernel fetches into the L2 cache on its way, a line a step: a burst of prefetches between two
@@ -136,7 +172,7 @@ struct Ahead {
 };
 
 // product[r][:] (+)= sum_c pixels[r][c] * weights[c][:] for R pixels, `row` words apart.
-template <int R, typename Word>
+template <int R, int Vectors, typename Word>
 inline void pixel_product(
     const Word* pixels,
     int64_t row,
@@ -145,32 +181,18 @@ inline void pixel_product(
     float* product,
     bool accumulate,
     const Ahead& ahead) {
-  Lanes low[R], high[R];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    low[r] = accumulate ? load(product + r * kColumns) : Lanes{};
-    high[r] = accumulate ? load(product + r * kColumns + kWidth) : Lanes{};
-  }
+  Accumulators<R, Vectors> sums;
+  sums.begin(accumulate ? product : nullptr);
   ahead.steps(depth, [&]() __attribute__((always_inline)) {
-    const auto weights_low = load(weights), weights_high = load(weights + kWidth);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const auto factor = broadcast(pixels[r * row]);
-      low[r] = multiply_add(factor, weights_low, low[r]);
-      high[r] = multiply_add(factor, weights_high, high[r]);
-    }
+    sums.add(pixels, row, weights, weights + kWidth);
     ++pixels;
     weights += kColumns;
   });
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    store(product + r * kColumns, low[r]);
-    store(product + r * kColumns + kWidth, high[r]);
-  }
+  sums.end(product);
 }
 
 // gradient[r][:] (+)= sum_p rows[p][r] * columns[p][:] for R rows.
-template <int R, typename Word>
+template <int R, int Vectors, typename Word>
 inline void gradient_product(
     const Word* rows,
     int64_t row,
@@ -179,28 +201,14 @@ inline void gradient_product(
     int64_t depth,
     bool accumulate,
     const Ahead& ahead = {}) {
-  Lanes low[R], high[R];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    low[r] = high[r] = Lanes{};
-  }
+  Accumulators<R, Vectors> sums;
+  sums.begin(nullptr);
   ahead.steps(depth, [&]() __attribute__((always_inline)) {
-    const auto columns_low = load(columns), columns_high = load(columns + kWidth);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const auto factor = broadcast(rows[r]);
-      low[r] = multiply_add(factor, columns_low, low[r]);
-      high[r] = multiply_add(factor, columns_high, high[r]);
-    }
+    sums.add(rows, 1, columns, columns + kWidth);
     rows += row;
     columns += kColumns;
   });
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    float* to = gradient + r * kColumns;
-    store(to, accumulate ? load(to) + low[r] : low[r]);
-    store(to + kWidth, accumulate ? load(to + kWidth) + high[r] : high[r]);
-  }
+  sums.end(gradient, accumulate);
 }
 
 // Calls f(std::integral_constant<int, rows>) for 1 ... kRows.
@@ -213,17 +221,32 @@ inline void with_rows(int64_t rows, const F& f) {
   }
 }
 
-// product [p][kColumns] (+)= `tiles` rows of operand times one column group of weights. depth is a multiple of kWidth.
+// Calls f(std::integral_constant<int, rows>, std::integral_constant<int, vectors>) for a column group of so many
+// columns: where one vector has them all, the other is neither read nor written.
+template <typename F>
+inline void with_rows_and_vectors(int64_t rows, int64_t columns, const F& f) {
+  with_rows(rows, [&](auto r) {
+    if (columns > kWidth) {
+      f(r, std::integral_constant<int, 2>());
+    } else {
+      f(r, std::integral_constant<int, 1>());
+    }
+  });
+}
+
+// product [p][kColumns] (+)= `tiles` rows of operand times a column group of weights, which has so many columns or
+// more. depth is a multiple of kWidth.
 inline void multiply_outputs(
     const float* operand,
     const float* weights,
     float* product,
     int64_t tiles,
     int64_t depth,
+    int64_t columns,
     bool accumulate) {
   for (int64_t p = 0; p < tiles; p += kRows) {
-    with_rows(std::min<int64_t>(kRows, tiles - p), [&](auto rows) {
-      output_product<rows, kPanel>(
+    with_rows_and_vectors(std::min<int64_t>(kRows, tiles - p), columns, [&](auto rows, auto vectors) {
+      output_product<rows, vectors, kPanel>(
           operand + p * depth,
           kRows * kWidth,
           weights,

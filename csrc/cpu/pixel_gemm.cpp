@@ -77,12 +77,14 @@ void pack_group(const Kernel& kernel, int64_t from, BFloat16Pair* to) {
 }
 #endif
 
-// Calls finish(product, pixel, count) for every micro-kernel's outputs of `count` pixels and the weights of one group.
+// Calls finish(product, pixel, count) for every micro-kernel's outputs of `count` pixels and the weights of one group,
+// which has so many columns or more.
 template <typename Word, typename Finish>
 void multiply_run(
     const Word* pixels,
     const Word* weights,
     int64_t depth,
+    int64_t columns,
     int64_t panel,
     int64_t count,
     Prefetch& prefetch,
@@ -96,8 +98,9 @@ void multiply_run(
       const int64_t first = groups.begin(g), size = groups.size(g);
       float* to = product + first * kColumns;
       const Ahead ahead = prefetch.take(std::min(lines, steps));
-      with_rows(size, [&](auto rows) {
-        pixel_product<rows>(pixels + first * depth + c, depth, weights + c * kColumns, steps, to, c > 0, ahead);
+      with_rows_and_vectors(size, columns, [&](auto rows, auto vectors) {
+        pixel_product<rows, vectors>(
+            pixels + first * depth + c, depth, weights + c * kColumns, steps, to, c > 0, ahead);
       });
       if (c + steps == depth) {
         finish(to, first, size);
@@ -165,6 +168,7 @@ void multiply_words(const PixelChunks& chunks, const Source<T>& x, const Kernel&
               pixels + at * depth,
               of_group,
               depth,
+              kernel.outputs - g * kColumns,
               panel,
               std::min(kRun, count - at),
               prefetch,

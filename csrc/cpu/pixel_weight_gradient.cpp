@@ -109,8 +109,8 @@ public:
       const Ahead& ahead = {}) const {
     const Word* rows = rows_.as<Word>() + (row_group * most_ + first) * kRows;
     const Word* columns = columns_.as<Word>() + (group * most_ + first) * kColumns;
-    with_rows(w.rows_of(row_group), [&](auto r) {
-      gradient_product<r>(rows, kRows, columns, gradient, count, accumulate, ahead);
+    with_rows_and_vectors(w.rows_of(row_group), w.inputs - group * kColumns, [&](auto r, auto vectors) {
+      gradient_product<r, vectors>(rows, kRows, columns, gradient, count, accumulate, ahead);
     });
   }
 

@@ -190,8 +190,8 @@ bool goes_by_channels(const Tiles& tiles, const Kernel& kernel) {
       tiles.count() * kernel.inputs * Form::kOperands * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
 }
 
-// The products of one point, of `size` tiles and one group of output channels. Where the planes of a point have one
-// product, they add up.
+// The products of one point, of `size` tiles and one group of output channels, which has so many columns or more. Where
+// the planes of a point have one product, they add up.
 template <typename Form>
 inline void multiply_point(
     int64_t point,
@@ -202,7 +202,8 @@ inline void multiply_point(
     float* product,
     int64_t product_plane,
     int64_t size,
-    int64_t depth) {
+    int64_t depth,
+    int64_t columns) {
   bool accumulate = false;
   Form::for_each_plane(point, [&](int64_t plane) {
     multiply_outputs(
@@ -211,6 +212,7 @@ inline void multiply_point(
         product + (Form::kProducts == Form::kPlanes ? plane : point) * product_plane,
         size,
         depth,
+        columns,
         accumulate);
     accumulate = Form::kProducts != Form::kPlanes;
   });
@@ -258,7 +260,8 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
               product.data() + g * size * kColumns,
               product_plane,
               count,
-              depth);
+              depth,
+              kernel.outputs - g * kColumns);
         }
       }
       const auto of_chunk = epilogue.chunk(slot);
@@ -321,7 +324,8 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
               product.data(),
               product_plane,
               size,
-              depth);
+              depth,
+              kernel.outputs - g * kColumns);
         }
         if (in_range) {
           sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);

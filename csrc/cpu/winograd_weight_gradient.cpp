@@ -168,9 +168,9 @@ public:
       bool accumulate) const {
     const float* rows = rows_.data() + point * row_plane_ + first * w.row() + begin;
     const float* columns = columns_.data() + (group * most_ + first) * kColumns;
-    with_rows(size, [&](auto r) {
+    with_rows_and_vectors(size, w.inputs - group * kColumns, [&](auto r, auto vectors) {
       Form::for_each_plane(point, [&](int64_t plane) {
-        gradient_product<r>(
+        gradient_product<r, vectors>(
             rows, w.row(), columns + plane * column_plane_, gradient + plane * gradient_plane, count, accumulate);
       });
     });
@@ -247,9 +247,10 @@ void add_directly(
         }
       }
       for (int64_t r = 0; r < groups.count(); ++r) {
-        with_rows(groups.size(r), [&](auto height) {
+        with_rows_and_vectors(groups.size(r), inputs, [&](auto height, auto vectors) {
           const int64_t at = groups.begin(r);
-          gradient_product<height>(rows.data() + at, row, columns.data(), product.data() + at * kColumns, depth, false);
+          gradient_product<height, vectors>(
+              rows.data() + at, row, columns.data(), product.data() + at * kColumns, depth, false);
         });
       }
       for (int64_t k = 0; k < size; ++k) {

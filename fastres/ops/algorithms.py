@@ -42,7 +42,7 @@ class _Winograd(NamedTuple):
     """Winograd's algorithm.
 
     Attributes:
-        lanes: of a vector. Inputs are rounded up to it, and outputs to two of it.
+        lanes: of a vector. Inputs and outputs are rounded up to it.
         call: one call.
         forms: by stride. csrc/cpu/winograd.h chooses between those of stride 1.
     """
@@ -90,7 +90,7 @@ _AVX512 = _Costs(
             2: (_Form(4, 162, 3500, 7500),),
         },
     ),
-    {1: _Direct(norm=200), 2: _Direct(norm=200, unfilled=150)},
+    {1: _Direct(16, 50, norm=200), 2: _Direct(norm=200, unfilled=150)},
 )
 _AVX2 = _Winograd(
     8,
@@ -424,7 +424,7 @@ def _tiles(form: _Form, lanes: int, problem: ConvProblem) -> int:
     images, inputs, h, w = problem.shape
     down, across = ((output_size(size, problem.stride) + form.side - 1) // form.side for size in (h, w))
     tiles, outputs = images * down * across, problem.outputs
-    products = form.products * tiles * _round_up(inputs, lanes) * _round_up(outputs, 2 * lanes)
+    products = form.products * tiles * _round_up(inputs, lanes) * _round_up(outputs, lanes)
     return products + form.tile * tiles * (inputs + outputs) + form.weight * inputs * outputs
 
 

@@ -94,7 +94,7 @@ STRIDED = FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2)
     ("problem", "avx2", "avx512"),
     [
         (LARGE._replace(stride=2), "winograd", "torch"),
-        (LARGE._replace(shape=(128, 16, 32, 32), outputs=16), "winograd", "torch"),
+        (LARGE._replace(shape=(128, 16, 32, 32), outputs=16), "winograd", "winograd"),
         (LARGE._replace(shape=(128, 8, 32, 32), outputs=8), "torch", "torch"),
         (LARGE._replace(shape=(2, 8, 32, 32), outputs=8), "winograd", "torch"),
         (FEW, "gemm", "gemm"),
@@ -109,7 +109,7 @@ STRIDED = FEW._replace(shape=(32, 256, 8, 8), outputs=512, stride=2)
         (FEW._replace(needs_grad=True), "winograd", "torch"),
         (FEW._replace(shape=(1, 512, 4, 4), outputs=512, needs_grad=True), "torch", "torch"),
         (FEW._replace(shape=(2, 512, 2, 2), outputs=512, needs_grad=True), "winograd", "torch"),
-        (GROUPED._replace(groups=2), "winograd", "grouped"),
+        (GROUPED._replace(groups=2), "winograd", "winograd"),
         (GROUPED._replace(groups=2, shape=(1, 64, 7, 7)), "grouped", "torch"),
         (WIDE_GROUPS._replace(stride=2), "grouped", "torch"),
         (WIDE_GROUPS._replace(stride=2, needs_grad=False), "torch", "torch"),

@@ -686,7 +686,11 @@ def test_auto_takes_winograd_where_it_pays(monkeypatch):
         # images, inputs, outputs, height, width: as measured, see docs/convolution.md
         ((64, 3, 64, 32, 32), False),
         ((64, 8, 8, 32, 32), False),
-        ((64, 16, 16, 32, 32), False),
+        ((64, 8, 16, 32, 32), False),
+        ((64, 16, 8, 32, 32), True),
+        ((64, 16, 16, 32, 32), True),
+        ((64, 24, 24, 16, 16), True),
+        ((64, 32, 16, 32, 32), True),
         ((64, 32, 32, 32, 32), True),
         ((1, 64, 64, 32, 32), True),
         ((1, 128, 128, 16, 16), True),
