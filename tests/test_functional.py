@@ -101,7 +101,7 @@ def test_batch_norm_act_agrees_with_float64(dtype, layout, training, residual, o
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "shape", [(4, 64, 8, 8), (9, 3, 1, 1), (1, 1, 5, 3), (5, 512, 2, 2), (2, 130, 7, 7), (300, 8, 1, 1)]
+    "shape", [(4, 64, 8, 8), (9, 3, 1, 1), (1, 1, 5, 3), (5, 512, 2, 2), (2, 130, 7, 7), (300, 8, 1, 1), (3, 24, 6, 2)]
 )
 def test_shapes_that_fit_vectors_and_shapes_that_do_not(shape, layout):
     for dtype in (torch.float32, torch.bfloat16):

@@ -39,7 +39,6 @@ std::tuple<Tensor, Tensor> apply_forward(
   params.keep_scale = static_cast<acc_t<T>>(1.0 / (1.0 - act.dropout_p));
   params.relu = act.kind == Kind::ReLU;
   params.act_add = act.act_add;
-  params.stream = should_stream(y.const_data_ptr<T>(), rows);
   params.fetches_ahead = true;
   params.rows = rows;
   params.activation = act.activation<acc_t<T>>();

@@ -20,7 +20,12 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 
 template <typename T>
-void gradient_all(const BackwardParams<T>& p) {
+void gradient_all(const BackwardParams<T>& given) {
+  FilledBackward<T> all(given);
+  BackwardParams<T>& p = all.params;
+  const T* written = p.dx != nullptr ? p.dx : p.dresidual;
+  p.stream = written != p.dy && should_stream(written, p.rows) &&
+      (p.dresidual == nullptr || can_stream(p.dresidual, p.rows.inner()));
   const Segments segments(p.rows.rows(), p.rows.bytes(sizeof(T)), kElementwiseBytes);
   with_variant(p, [&](auto columns, const auto& variant) {
     for_each_segment_backwards(segments, [&](int64_t s) {
@@ -111,7 +116,6 @@ public:
       params.general = true;
       params.dy2 = dy2_;
       params.dz = out[4].mutable_data_ptr<T>();
-      params.stream = should_stream<T>(params.dz, rows_);
     }
     const ChannelSums sums = sum_all(params);
     const auto emit = [&](int at, const std::vector<double>& v, const A* factor) {
@@ -148,10 +152,8 @@ public:
     params_.dx = need_dx ? dx.mutable_data_ptr<T>() : nullptr;
     params_.dresidual = need_dr ? dr.mutable_data_ptr<T>() : nullptr;
     params_.gradient = &gradient;
-    params_.residual_gradient = &residual_gradient;
+    params_.residual_gradient = dual() ? &residual_gradient : nullptr;
     params_.centred = sums[0] != nullptr;
-    params_.stream = should_stream<T>(need_dx ? params_.dx : params_.dresidual, rows_) &&
-        (!need_dr || can_stream<T>(params_.dresidual, rows_.inner()));
     gradient_all(params_);
     return {std::move(dx), std::move(dr)};
   }

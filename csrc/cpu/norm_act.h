@@ -17,11 +17,38 @@
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
+template <typename A>
+inline std::vector<A> repeated(const std::vector<A>& v, int64_t times) {
+  std::vector<A> out;
+  out.reserve(v.size() * times);
+  for (int64_t i = 0; i < times; ++i) {
+    out.insert(out.end(), v.begin(), v.end());
+  }
+  return out;
+}
+
 // [C] vectors of one normalisation, ready for the loop.
 template <typename A>
 struct ChannelNorm {
   std::vector<A> mean, scale, bias;
+
+  int64_t channels() const {
+    return mean.size();
+  }
+  ChannelNorm repeated(int64_t times) const {
+    return {fastres::repeated(mean, times), fastres::repeated(scale, times), fastres::repeated(bias, times)};
+  }
 };
+
+// The vectors for rows of so many channels, one or several sets of theirs: themselves, or `copy`.
+template <typename Vectors>
+inline const Vectors* for_channels(const Vectors* vectors, int64_t channels, Vectors& copy) {
+  if (vectors == nullptr || vectors->channels() == channels) {
+    return vectors;
+  }
+  copy = vectors->repeated(channels / vectors->channels());
+  return &copy;
+}
 
 enum class ResidualKind { none, plain, normalised };
 
@@ -97,8 +124,9 @@ inline void put(T* p, const Pair<acc_t<T>>& x, Count count, bool streaming) {
 }
 
 // The mask of whole channels_last rows, written as the bit mask of bitmask.h.
-inline void draw_keep_bits(const Dropout& dropout, const Rows& rows, uint8_t* keep) {
+inline void draw_keep_bits(const Dropout& dropout, const Rows& given, uint8_t* keep) {
   constexpr int64_t unit = 32;
+  const Rows rows = filled(given, unit);
   const int64_t inner = rows.inner(), bytes = bitmask_row_bytes(inner);
   const Segments segments(rows.rows(), rows.bytes(1), kElementwiseBytes);
   for_each_segment(segments, [&](int64_t s) {

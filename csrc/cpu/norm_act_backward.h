@@ -21,6 +21,13 @@ enum class Gate { open, bits, recompute };
 template <typename A>
 struct GradientNorm {
   std::vector<A> scale, offset, slope;
+
+  int64_t channels() const {
+    return scale.size();
+  }
+  GradientNorm repeated(int64_t times) const {
+    return {fastres::repeated(scale, times), fastres::repeated(offset, times), fastres::repeated(slope, times)};
+  }
 };
 
 template <typename T>
@@ -181,6 +188,28 @@ inline void with_variant(const BackwardParams<T>& p, const F& f) {
   };
   return p.rows.channels_last ? with_dual(std::true_type()) : with_dual(std::false_type());
 }
+
+// What holds for several sets of channels in rows that are filled.
+template <typename T>
+class FilledBackward {
+public:
+  explicit FilledBackward(const BackwardParams<T>& given) : params(given) {
+    params.rows = filled(given.rows, Pair<acc_t<T>>::size());
+    const int64_t channels = params.rows.channels;
+    params.norm = for_channels(given.norm, channels, norm_);
+    params.residual_norm = for_channels(given.residual_norm, channels, residual_norm_);
+    params.gradient = for_channels(given.gradient, channels, gradient_);
+    params.residual_gradient = for_channels(given.residual_gradient, channels, residual_gradient_);
+  }
+  FilledBackward(const FilledBackward&) = delete;
+  FilledBackward& operator=(const FilledBackward&) = delete;
+
+  BackwardParams<T> params;
+
+private:
+  ChannelNorm<acc_t<T>> norm_, residual_norm_;
+  GradientNorm<acc_t<T>> gradient_, residual_gradient_;
+};
 
 // All rows. Compiled in batch_norm_act_backward.cpp, for the floating types.
 template <typename T>

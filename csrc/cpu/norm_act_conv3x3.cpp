@@ -61,12 +61,24 @@ struct Operands {
     prologue.activation = act.activation<float>();
     prologue.gated = false; // no bits are saved
   }
+  void set_norm(const ChannelNorm<float>& norm) {
+    prologue.norm = &norm;
+    filled_ = prologue;
+    filled_.rows = filled(rows, Pair<float>::size());
+    filled_.norm = for_channels(&norm, filled_.rows.channels, filled_norm_);
+    prologue.filled = filled_.norm == &norm ? nullptr : &filled_;
+  }
+
   Operands(const Operands&) = delete;
   Operands& operator=(const Operands&) = delete;
 
   Source<T> source() const {
     return {x.size(0), x.size(2), x.size(3), prologue.x, &prologue};
   }
+
+private:
+  ApplyOperands<T> filled_{};
+  ChannelNorm<float> filled_norm_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -93,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Operands<T> operands(in, residual, keep, parsed);
     Tensor mean, rstd;
     const ChannelNorm<float> own = finalise<T>(in, rows, norm, statistics, mean, rstd);
-    operands.prologue.norm = &own;
+    operands.set_norm(own);
     const auto [y, y_mean, y_m2] = convolve_measured<T>(in, operands.source(), weight, measure, stride);
     return std::make_tuple(y, y_mean, y_m2, mean, rstd, keep);
   });
@@ -161,7 +173,6 @@ Tensor apply(const Gradients& found, const Operands<T>& operands, const float* r
   params.gate = Gate::open;
   params.keep_scale = 1.0f;
   params.centred = true;
-  params.stream = keeps_dz && should_stream(params.dx, operands.rows);
   params.rows = operands.rows;
   gradient_all(params);
   return dx;
@@ -195,7 +206,7 @@ Gradients gradients(const Arguments& a, const F& finish) {
   with_type(a.x, [&](auto zero) {
     using T = decltype(zero);
     Operands<T> operands(a.x, a.residual, a.keep, a.act);
-    operands.prologue.norm = &norm;
+    operands.set_norm(norm);
     if (a.needs[2]) {
       out.dweight = weight_gradient_of<T>(operands.x, operands.source(), dy, a.weight, a.stride);
     }

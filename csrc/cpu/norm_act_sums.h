@@ -166,8 +166,22 @@ inline ChannelSums total_of(std::vector<ChannelSums>&& parts) {
   return total;
 }
 
+// The sums of all sets of channels as one.
+inline ChannelSums of_one_set(ChannelSums&& sums, int64_t channels) {
+  for (std::vector<double>& sum : sums) {
+    for (size_t k = channels; k < sum.size(); ++k) {
+      sum[k % channels] += sum[k];
+    }
+    sum.resize(std::min<size_t>(sum.size(), channels));
+  }
+  return std::move(sums);
+}
+
 template <typename T>
-ChannelSums sum_all(const BackwardParams<T>& p) {
+ChannelSums sum_all(const BackwardParams<T>& given) {
+  FilledBackward<T> all(given);
+  BackwardParams<T>& p = all.params;
+  p.stream = p.dz != nullptr && should_stream(p.dz, p.rows);
   const Rows& rows = p.rows;
   const Segments segments(rows.summands(), rows.bytes(sizeof(T)), kReductionBytes);
   const int sums = p.residual_norm != nullptr ? kSums : 2;
@@ -189,7 +203,7 @@ ChannelSums sum_all(const BackwardParams<T>& p) {
       }
     });
   });
-  return total_of(std::move(parts));
+  return of_one_set(total_of(std::move(parts)), given.rows.channels);
 }
 
 } // namespace CPU_CAPABILITY

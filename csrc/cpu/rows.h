@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <utility>
 
 namespace fastres {
@@ -49,6 +50,17 @@ inline Rows rows_of(const Tensor& x) {
   FASTRES_CHECK(
       channels_last || contiguous, "x: expected contiguous NCHW or channels_last memory, got strides ", x.strides());
   return {channels_last, sizes[0], sizes[1], pixels};
+}
+
+// The same memory in rows that fill a loop's units, of `unit` elements, where channels do not: several pixels each, and
+// as many sets of channels. Masks beside it stay what they are, where a pixel's bits are whole bytes.
+inline Rows filled(const Rows& rows, int64_t unit) {
+  // Copies of the channels' vectors that a call is worth.
+  constexpr int64_t kMostChannels = 4096, kLeastRows = 8;
+  const int64_t sets = unit / std::gcd(unit, rows.channels), channels = sets * rows.channels;
+  const int64_t count = rows.count() / sets;
+  const bool fits = rows.channels_last && rows.channels % 8 == 0 && rows.count() % sets == 0;
+  return fits && channels <= kMostChannels && count >= kLeastRows ? Rows{true, 1, channels, count} : rows;
 }
 
 // Bytes of one activation that pay for a thread's start. Where a segment also brings a set of sums, and merging it

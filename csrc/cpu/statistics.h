@@ -205,30 +205,30 @@ inline void add_planes(
   }
 }
 
-// The moments of all segments as one, in the segments' order.
+// The moments of all segments as one, in the segments' order. A segment may have several sets of the channels.
 inline Moments combine(const std::vector<Moments>& parts, int64_t channels) {
-  if (parts.size() == 1) {
+  if (parts.size() == 1 && static_cast<int64_t>(parts[0].mean.size()) == channels) {
     return parts[0];
   }
   Moments all(channels);
+  double* __restrict mean = all.mean.data();
+  double* __restrict m2 = all.m2.data();
   for (const Moments& part : parts) {
-    if (part.count == 0) {
-      continue;
+    for (size_t set = 0; part.count != 0 && set < part.mean.size(); set += channels) {
+      const Chan chan(all.count, part.count);
+      for (int64_t c = 0; c < channels; ++c) {
+        chan(mean[c], m2[c], part.mean[set + c], part.m2[set + c]);
+      }
+      all.count += part.count;
     }
-    const Chan chan(all.count, part.count);
-    double* __restrict mean = all.mean.data();
-    double* __restrict m2 = all.m2.data();
-    for (int64_t c = 0; c < channels; ++c) {
-      chan(mean[c], m2[c], part.mean[c], part.m2[c]);
-    }
-    all.count += part.count;
   }
   return all;
 }
 
 // Reads x once.
 template <typename T>
-inline Moments moments_of(const T* x, const Rows& rows) {
+inline Moments moments_of(const T* x, const Rows& given) {
+  const Rows rows = filled(given, Pair<acc_t<T>>::size());
   const Segments segments(rows.summands(), rows.bytes(sizeof(T)), kReductionBytes);
   std::vector<Moments> parts(segments.count(), Moments(rows.channels));
   for_each_segment(segments, [&](int64_t s) {
@@ -245,7 +245,7 @@ inline Moments moments_of(const T* x, const Rows& rows) {
       parts[s].count = count;
     }
   });
-  return combine(parts, rows.channels);
+  return combine(parts, given.channels);
 }
 
 } // namespace CPU_CAPABILITY

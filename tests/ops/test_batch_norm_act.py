@@ -114,7 +114,7 @@ def test_the_function_compiles_to_one_graph_with_the_same_results(residual, trai
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "shape", [(2, 64, 4, 4), (3, 37, 5, 7), (1, 3, 9, 2), (2, 4, 1, 1), (2, 1, 3, 3), (1, 130, 2, 3)]
+    "shape", [(2, 64, 4, 4), (3, 37, 5, 7), (1, 3, 9, 2), (2, 4, 1, 1), (2, 1, 3, 3), (1, 130, 2, 3), (3, 24, 4, 5)]
 )
 @pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0.5, 1 - 1e-9])
 def test_the_mask_is_the_reference_s_bit_for_bit(layout, shape, dropout_p):

@@ -1,5 +1,5 @@
 """Batch statistics and backward's sums where rows are many, long or few: they are summed in panels of channels, blocks
-of rows and groups of rows, none of which may show.
+of rows, groups of rows and, where channels are few, several pixels a row, none of which may show.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ SHAPES = [
     (1, 513, 17, 31),  # several blocks, of which none is full at the end
     (5, 33, 11, 7),
     (2, 1, 129, 2),
+    (4, 16, 33, 31),  # channels of two pixels, or of four, fill a unit of the loops
+    (3, 24, 5, 4),
+    (1, 8, 7, 9),  # which these pixels have no whole number of
+    (2, 120, 3, 5),
 ]
 OVER_CHANNELS = (0, 2, 3)
 
