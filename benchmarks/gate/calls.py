@@ -111,14 +111,19 @@ def _backward(y: Tensor) -> None:
 
 
 def _pointwise(
-    *, dtype: torch.dtype = torch.float32, layout: Any = torch.channels_last, residual: bool = True, **options: Any
+    shape: tuple[int, ...] = POINTWISE,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: Any = torch.channels_last,
+    residual: bool = True,
+    **options: Any,
 ) -> Callable[[], None]:
     """batch_norm_act, forward and backward."""
 
     def run() -> None:
-        r = _x(POINTWISE, dtype, layout) if residual else None
+        r = _x(shape, dtype, layout) if residual else None
         given = {"training": True} | {k: v() if callable(v) else v for k, v in options.items()}
-        _backward(batch_norm_act(_x(POINTWISE, dtype, layout), *_wide_norm()[:4], residual=r, **given))
+        _backward(batch_norm_act(_x(shape, dtype, layout), *_norm(shape[1])[:4], residual=r, **given))
 
     return run
 
@@ -219,6 +224,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "residual with its own norm": _pointwise(residual_norm=_wide_norm),
     "dropout": _pointwise(dropout_p=0.1),
     "SiLU": _pointwise(residual=False, activation="silu"),
+    "few channels": _pointwise((2, 24, 8, 8)),
     "NCHW": _pointwise(layout=torch.contiguous_format),
     "bfloat16": _pointwise(dtype=torch.bfloat16),
     "evaluation with gradients": _pointwise(training=False),
