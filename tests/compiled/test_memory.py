@@ -46,7 +46,10 @@ def test_blocks_compiled_one_by_one_are_fused_as_in_one_graph():
 
 
 class ReadsBetween(nn.Module):
-    """Reads its second input after the running statistics have moved and before the ReLU."""
+    """Reads its second input after the running statistics have moved and before the ReLU.
+
+    It reads numbers, whatever the input's dtype: the bits of two sums that round apart are far apart as integers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class ReadsBetween(nn.Module):
 
     def forward(self, x: Tensor, m: Tensor) -> Tensor:
         y = self.bn(x)
-        scale = m * 2
+        scale = m.view(x.dtype) * 2
         return F.relu(y) + scale.reshape(-1, 1, 1)
 
 
