@@ -226,11 +226,8 @@ inline int64_t rows_together(const Rows& rows) {
 
 template <typename T>
 inline void apply_all(const ApplyParams<T>& given) {
-  ApplyParams<T> p = given;
-  ChannelNorm<acc_t<T>> norm, residual_norm;
-  p.rows = filled(given.rows, Pair<acc_t<T>>::size());
-  p.norm = for_channels(given.norm, p.rows.channels, norm);
-  p.residual_norm = for_channels(given.residual_norm, p.rows.channels, residual_norm);
+  Filled all(given);
+  ApplyParams<T>& p = all.params;
   p.stream = should_stream(p.y, p.rows);
   const int64_t together = rows_together(p.rows);
   const Segments segments(p.rows.rows() / together, p.rows.bytes(sizeof(T)), kElementwiseBytes);

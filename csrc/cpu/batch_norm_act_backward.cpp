@@ -21,8 +21,7 @@ inline namespace CPU_CAPABILITY {
 
 template <typename T>
 void gradient_all(const BackwardParams<T>& given) {
-  FilledBackward<T> all(given);
-  BackwardParams<T>& p = all.params;
+  BackwardParams<T> p = given;
   const T* written = p.dx != nullptr ? p.dx : p.dresidual;
   p.stream = written != p.dy && should_stream(written, p.rows) &&
       (p.dresidual == nullptr || can_stream(p.dresidual, p.rows.inner()));
@@ -61,41 +60,8 @@ public:
         own_(x.size(1), norm),
         other_(Saved<A>::of(x.size(1), residual)),
         norm_(own_.norm()),
-        residual_norm_(other_.norm()) {
-    const bool has_bits = bits.has_value() && bits->numel() > 0;
-    FASTRES_CHECK(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
-    if (has_bits) {
-      bits_ = bits->contiguous();
-      const int64_t bytes = rows_.rows() * bitmask_row_bytes(rows_.inner());
-      FASTRES_CHECK(
-          bits_.scalar_type() == ScalarType::Byte && bits_.numel() == bytes,
-          "bits: expected uint8 of ",
-          bytes,
-          " elements, got ",
-          bits_.scalar_type(),
-          " of ",
-          bits_.numel());
-    }
-    if (dy2.has_value()) {
-      dy2_ = like_rows("dy2", *dy2, x, rows_, dy2_copy_).const_data_ptr<T>();
-    }
-    if (residual.has_value() && (dual() || act.reads_residual())) {
-      params_.residual = like_rows("residual", residual->value, x, rows_, residual_copy_).const_data_ptr<T>();
-    }
-    params_.dy = like_rows("dy", dy, x, rows_, dy_copy_).const_data_ptr<T>();
-    params_.x = x_.const_data_ptr<T>();
-    params_.bits = has_bits ? bits_.const_data_ptr<uint8_t>() : nullptr;
-    params_.norm = &norm_;
-    params_.residual_norm = dual() ? &residual_norm_ : nullptr;
-    params_.gate = has_bits ? Gate::bits : act.kind == Kind::ReLU ? Gate::recompute : Gate::open;
-    params_.keep_scale = static_cast<A>(1.0 / (1.0 - act.dropout_p));
-    params_.act_add = act.act_add;
-    params_.rows = rows_;
-    params_.activation = act.activation<A>();
-    params_.general = params_.activation.general();
-    params_.recomputes = act.recomputes(has_bits);
-    params_.leak = act.gated() ? static_cast<A>(act.leak()) : A(0);
-  }
+        residual_norm_(other_.norm()),
+        all_(checked(dy, dy2, residual, bits, act)) {}
   Backward(const Backward&) = delete;
   Backward& operator=(const Backward&) = delete;
 
@@ -109,7 +75,7 @@ public:
 
   // (dweight, dbias, residual_dweight, residual_dbias, dz); dz only where `writes_dz`.
   std::array<Tensor, kSums + 1> reduce(bool writes_dz) const {
-    BackwardParams<T> params = params_;
+    BackwardParams<T> params = all_.params;
     std::array<Tensor, kSums + 1> out;
     out[4] = writes_dz ? empty_rows(x_) : nothing_like(x_);
     if (writes_dz) {
@@ -117,7 +83,7 @@ public:
       params.dy2 = dy2_;
       params.dz = out[4].mutable_data_ptr<T>();
     }
-    const ChannelSums sums = sum_all(params);
+    const ChannelSums sums = sum_all(params, x_.size(1));
     const auto emit = [&](int at, const std::vector<double>& v, const A* factor) {
       out[at] = channel_vector(x_, v.size());
       A* data = out[at].template mutable_data_ptr<A>();
@@ -134,10 +100,11 @@ public:
 
   // The second stage reads dz, which `reduce` wrote and the caller keeps, in dy's place.
   void read_instead(const Tensor& dz) {
-    params_.dy = dz.const_data_ptr<T>();
-    if (!params_.act_add) {
-      params_.general = params_.recomputes = false;
-      params_.gate = Gate::open;
+    BackwardParams<T>& params = all_.params;
+    params.dy = dz.const_data_ptr<T>();
+    if (!params.act_add) {
+      params.general = params.recomputes = false;
+      params.gate = Gate::open;
     }
   }
 
@@ -147,14 +114,18 @@ public:
     if (!need_dx && !need_dr) {
       return {std::move(dx), std::move(dr)};
     }
-    const GradientNorm<A> gradient = gradient_norm(norm_, own_.rstd, sums[0], sums[1], count);
-    const GradientNorm<A> residual_gradient = gradient_norm(residual_norm_, other_.rstd, sums[2], sums[3], count);
-    params_.dx = need_dx ? dx.mutable_data_ptr<T>() : nullptr;
-    params_.dresidual = need_dr ? dr.mutable_data_ptr<T>() : nullptr;
-    params_.gradient = &gradient;
-    params_.residual_gradient = dual() ? &residual_gradient : nullptr;
-    params_.centred = sums[0] != nullptr;
-    gradient_all(params_);
+    BackwardParams<T>& params = all_.params;
+    const GradientNorm<A> gradient = gradient_norm(*params.norm, own_.rstd, sums[0], sums[1], count, all_.sets());
+    GradientNorm<A> residual_gradient;
+    if (dual()) {
+      residual_gradient = gradient_norm(*params.residual_norm, other_.rstd, sums[2], sums[3], count, all_.sets());
+      params.residual_gradient = &residual_gradient;
+    }
+    params.dx = need_dx ? dx.mutable_data_ptr<T>() : nullptr;
+    params.dresidual = need_dr ? dr.mutable_data_ptr<T>() : nullptr;
+    params.gradient = &gradient;
+    params.centred = sums[0] != nullptr;
+    gradient_all(params);
     return {std::move(dx), std::move(dr)};
   }
 
@@ -165,7 +136,50 @@ private:
   const T* dy2_ = nullptr;
   Saved<A> own_, other_;
   ChannelNorm<A> norm_, residual_norm_;
-  BackwardParams<T> params_{};
+  Filled<BackwardParams<T>> all_;
+
+  BackwardParams<T> checked(
+      const Tensor& dy,
+      const OptionalTensor& dy2,
+      const std::optional<Residual>& residual,
+      const OptionalTensor& bits,
+      const Pointwise& act) {
+    BackwardParams<T> params{};
+    const bool has_bits = bits.has_value() && bits->numel() > 0;
+    FASTRES_CHECK(act.dropout_p == 0 || has_bits, "bits: expected the forward pass's mask where dropout_p > 0");
+    if (has_bits) {
+      bits_ = bits->contiguous();
+      const int64_t bytes = rows_.rows() * bitmask_row_bytes(rows_.inner());
+      FASTRES_CHECK(
+          bits_.scalar_type() == ScalarType::Byte && bits_.numel() == bytes,
+          "bits: expected uint8 of ",
+          bytes,
+          " elements, got ",
+          bits_.scalar_type(),
+          " of ",
+          bits_.numel());
+    }
+    if (dy2.has_value()) {
+      dy2_ = like_rows("dy2", *dy2, x_, rows_, dy2_copy_).const_data_ptr<T>();
+    }
+    if (residual.has_value() && (dual() || act.reads_residual())) {
+      params.residual = like_rows("residual", residual->value, x_, rows_, residual_copy_).const_data_ptr<T>();
+    }
+    params.dy = like_rows("dy", dy, x_, rows_, dy_copy_).const_data_ptr<T>();
+    params.x = x_.const_data_ptr<T>();
+    params.bits = has_bits ? bits_.const_data_ptr<uint8_t>() : nullptr;
+    params.norm = &norm_;
+    params.residual_norm = dual() ? &residual_norm_ : nullptr;
+    params.gate = has_bits ? Gate::bits : act.kind == Kind::ReLU ? Gate::recompute : Gate::open;
+    params.keep_scale = static_cast<A>(1.0 / (1.0 - act.dropout_p));
+    params.act_add = act.act_add;
+    params.rows = rows_;
+    params.activation = act.activation<A>();
+    params.general = params.activation.general();
+    params.recomputes = act.recomputes(has_bits);
+    params.leak = act.gated() ? static_cast<A>(act.leak()) : A(0);
+    return params;
+  }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_reduce(

@@ -12,43 +12,66 @@
 #include "lanes.h"
 #include "rows.h"
 
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace fastres {
 inline namespace CPU_CAPABILITY {
 
-template <typename A>
-inline std::vector<A> repeated(const std::vector<A>& v, int64_t times) {
-  std::vector<A> out;
-  out.reserve(v.size() * times);
-  for (int64_t i = 0; i < times; ++i) {
-    out.insert(out.end(), v.begin(), v.end());
-  }
-  return out;
-}
-
 // [C] vectors of one normalisation, ready for the loop.
 template <typename A>
 struct ChannelNorm {
+  using Scalar = A;
   std::vector<A> mean, scale, bias;
 
-  int64_t channels() const {
-    return mean.size();
-  }
   ChannelNorm repeated(int64_t times) const {
-    return {fastres::repeated(mean, times), fastres::repeated(scale, times), fastres::repeated(bias, times)};
+    const auto sets = [&](const std::vector<A>& v) {
+      std::vector<A> out;
+      out.reserve(v.size() * times);
+      for (int64_t i = 0; i < times; ++i) {
+        out.insert(out.end(), v.begin(), v.end());
+      }
+      return out;
+    };
+    return {sets(mean), sets(scale), sets(bias)};
   }
 };
 
-// The vectors for rows of so many channels, one or several sets of theirs: themselves, or `copy`.
-template <typename Vectors>
-inline const Vectors* for_channels(const Vectors* vectors, int64_t channels, Vectors& copy) {
-  if (vectors == nullptr || vectors->channels() == channels) {
-    return vectors;
+// What a pass over whole tensors is given, for rows that are filled where channels do not fill a loop's units. The sets
+// of their vectors are this object's.
+template <typename Params>
+class Filled {
+  using Norm = std::remove_cvref_t<decltype(*std::declval<Params>().norm)>;
+
+public:
+  explicit Filled(const Params& given) : params(given) {
+    params.rows = filled(given.rows, Pair<typename Norm::Scalar>::size());
+    sets_ = given.rows.channels > 0 ? params.rows.channels / given.rows.channels : 1;
+    params.norm = in_sets(given.norm, norm_);
+    params.residual_norm = in_sets(given.residual_norm, residual_norm_);
   }
-  copy = vectors->repeated(channels / vectors->channels());
-  return &copy;
-}
+  Filled(const Filled&) = delete;
+  Filled& operator=(const Filled&) = delete;
+
+  int64_t sets() const {
+    return sets_;
+  }
+
+  Params params;
+
+private:
+  int64_t sets_;
+  Norm norm_, residual_norm_;
+
+  const Norm* in_sets(const Norm* norm, Norm& copy) const {
+    if (norm == nullptr || sets_ == 1) {
+      return norm;
+    }
+    copy = norm->repeated(sets_);
+    return &copy;
+  }
+};
 
 enum class ResidualKind { none, plain, normalised };
 

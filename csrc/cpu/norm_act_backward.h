@@ -21,13 +21,6 @@ enum class Gate { open, bits, recompute };
 template <typename A>
 struct GradientNorm {
   std::vector<A> scale, offset, slope;
-
-  int64_t channels() const {
-    return scale.size();
-  }
-  GradientNorm repeated(int64_t times) const {
-    return {fastres::repeated(scale, times), fastres::repeated(offset, times), fastres::repeated(slope, times)};
-  }
 };
 
 template <typename T>
@@ -189,49 +182,29 @@ inline void with_variant(const BackwardParams<T>& p, const F& f) {
   return p.rows.channels_last ? with_dual(std::true_type()) : with_dual(std::false_type());
 }
 
-// What holds for several sets of channels in rows that are filled.
-template <typename T>
-class FilledBackward {
-public:
-  explicit FilledBackward(const BackwardParams<T>& given) : params(given) {
-    params.rows = filled(given.rows, Pair<acc_t<T>>::size());
-    const int64_t channels = params.rows.channels;
-    params.norm = for_channels(given.norm, channels, norm_);
-    params.residual_norm = for_channels(given.residual_norm, channels, residual_norm_);
-    params.gradient = for_channels(given.gradient, channels, gradient_);
-    params.residual_gradient = for_channels(given.residual_gradient, channels, residual_gradient_);
-  }
-  FilledBackward(const FilledBackward&) = delete;
-  FilledBackward& operator=(const FilledBackward&) = delete;
-
-  BackwardParams<T> params;
-
-private:
-  ChannelNorm<acc_t<T>> norm_, residual_norm_;
-  GradientNorm<acc_t<T>> gradient_, residual_gradient_;
-};
-
 // All rows. Compiled in batch_norm_act_backward.cpp, for the floating types.
 template <typename T>
 void gradient_all(const BackwardParams<T>& p);
 
+// `norm` has so many sets of the channels' vectors.
 template <typename A>
 inline GradientNorm<A> gradient_norm(
     const ChannelNorm<A>& norm,
     const A* rstd,
     const A* dweight,
     const A* dbias,
-    double count) {
+    double count,
+    int64_t sets = 1) {
   GradientNorm<A> out;
-  const size_t channels = norm.scale.size();
+  const size_t size = norm.scale.size(), channels = size / sets;
   out.scale = norm.scale;
-  out.offset.assign(channels, A(0));
-  out.slope.assign(channels, A(0));
-  if (dweight != nullptr) {
+  out.offset.assign(size, A(0));
+  out.slope.assign(size, A(0));
+  for (size_t set = 0; dweight != nullptr && set < size; set += channels) {
     for (size_t c = 0; c < channels; ++c) {
       const double scale = norm.scale[c];
-      out.offset[c] = static_cast<A>(scale * dbias[c] / count);
-      out.slope[c] = static_cast<A>(scale * rstd[c] * dweight[c] / count);
+      out.offset[set + c] = static_cast<A>(scale * dbias[c] / count);
+      out.slope[set + c] = static_cast<A>(scale * rstd[c] * dweight[c] / count);
     }
   }
   return out;

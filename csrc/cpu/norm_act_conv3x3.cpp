@@ -8,6 +8,7 @@
 #include "library.h"
 #include "norm_act_backward.h"
 
+#include <optional>
 #include <string_view>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -63,10 +64,8 @@ struct Operands {
   }
   void set_norm(const ChannelNorm<float>& norm) {
     prologue.norm = &norm;
-    filled_ = prologue;
-    filled_.rows = filled(rows, Pair<float>::size());
-    filled_.norm = for_channels(&norm, filled_.rows.channels, filled_norm_);
-    prologue.filled = filled_.norm == &norm ? nullptr : &filled_;
+    filled_.emplace(prologue);
+    prologue.filled = filled_->sets() > 1 ? &filled_->params : nullptr;
   }
 
   Operands(const Operands&) = delete;
@@ -77,8 +76,7 @@ struct Operands {
   }
 
 private:
-  ApplyOperands<T> filled_{};
-  ChannelNorm<float> filled_norm_;
+  std::optional<Filled<ApplyOperands<T>>> filled_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
@@ -157,24 +155,26 @@ void reduce(
 template <typename T>
 Tensor apply(const Gradients& found, const Operands<T>& operands, const float* rstd, bool keeps_dz) {
   const Tensor& x = operands.x;
-  const GradientNorm<float> gradient = gradient_norm(
-      *operands.prologue.norm,
-      rstd,
-      found.dnorm_weight.const_data_ptr<float>(),
-      found.dnorm_bias.const_data_ptr<float>(),
-      static_cast<double>(operands.rows.count()));
   Tensor dx = keeps_dz ? empty_channels_last(x.sizes(), x) : found.dz;
   BackwardParams<T> params{};
   params.dy = found.dz.const_data_ptr<T>();
   params.x = operands.prologue.x;
   params.dx = dx.mutable_data_ptr<T>();
   params.norm = operands.prologue.norm;
-  params.gradient = &gradient;
   params.gate = Gate::open;
   params.keep_scale = 1.0f;
   params.centred = true;
   params.rows = operands.rows;
-  gradient_all(params);
+  Filled all(params);
+  const GradientNorm<float> gradient = gradient_norm(
+      *all.params.norm,
+      rstd,
+      found.dnorm_weight.const_data_ptr<float>(),
+      found.dnorm_bias.const_data_ptr<float>(),
+      static_cast<double>(operands.rows.count()),
+      all.sets());
+  all.params.gradient = &gradient;
+  gradient_all(all.params);
   return dx;
 }
 

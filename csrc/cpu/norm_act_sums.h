@@ -177,10 +177,10 @@ inline ChannelSums of_one_set(ChannelSums&& sums, int64_t channels) {
   return std::move(sums);
 }
 
+// Of `channels`, of which the rows have one set or several.
 template <typename T>
-ChannelSums sum_all(const BackwardParams<T>& given) {
-  FilledBackward<T> all(given);
-  BackwardParams<T>& p = all.params;
+ChannelSums sum_all(const BackwardParams<T>& given, int64_t channels) {
+  BackwardParams<T> p = given;
   p.stream = p.dz != nullptr && should_stream(p.dz, p.rows);
   const Rows& rows = p.rows;
   const Segments segments(rows.summands(), rows.bytes(sizeof(T)), kReductionBytes);
@@ -203,7 +203,7 @@ ChannelSums sum_all(const BackwardParams<T>& given) {
       }
     });
   });
-  return of_one_set(total_of(std::move(parts)), given.rows.channels);
+  return of_one_set(total_of(std::move(parts)), channels);
 }
 
 } // namespace CPU_CAPABILITY
