@@ -14,9 +14,6 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
-// Gathered elements that are worth a thread's start.
-constexpr int64_t kThreadElements = 64 * 1024;
-
 // product [p][kColumns] = `count` positions of operand times the weights of outputs from ... from + kColumns - 1.
 void multiply_positions(const Kernel& kernel, int64_t from, const float* operand, int64_t count, float* product) {
   constexpr int taps = kTaps * kTaps;
@@ -96,10 +93,11 @@ void gathered_gemm(const Positions& positions, const T* x, const Kernel& kernel,
   const int64_t depth = kTaps * kTaps * round_up(kernel.inputs, kPanel);
   const int64_t row_groups = (count + kRows - 1) / kRows;
   const Workspace operand(row_groups * kRows * depth);
-  parallel_for(0, row_groups, std::max<int64_t>(1, kThreadElements / (depth * kRows)), [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kRows;
-    gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
-  });
+  parallel_for(
+      0, row_groups, std::max<int64_t>(1, kGatheredElements / (depth * kRows)), [&](int64_t begin, int64_t end) {
+        const int64_t first = begin * kRows;
+        gather_positions(positions, x, kernel.inputs, first, std::min(count, end * kRows) - first, operand.data());
+      });
   // A group's weights go through the caches once for all positions; with more threads than groups several share one.
   const int64_t shares = std::clamp<int64_t>(get_num_threads() / groups, 1, row_groups);
   const int64_t share = (row_groups + shares - 1) / shares * kRows;

@@ -18,6 +18,9 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
+// Gathered elements that are worth a thread's start.
+constexpr int64_t kGatheredElements = 64 * 1024;
+
 // Output positions of a convolution with a square kernel, and the input under them.
 struct Positions {
   int64_t images, height, width; // of the input

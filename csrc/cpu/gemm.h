@@ -90,11 +90,10 @@ struct Accumulators {
     }
   }
 
-  // factors, `row` apart, times vectors at low and high.
-  template <typename Word>
+  // Each row's factor(r), a pointer, times vectors at low and high.
+  template <typename Factor, typename Word>
   inline __attribute__((always_inline)) void add(
-      const Word* factors,
-      int64_t row,
+      const Factor& factor,
       const Word* low,
       [[maybe_unused]] const Word* high) {
     decltype(load(low)) columns[Vectors];
@@ -104,12 +103,17 @@ struct Accumulators {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const auto factor = broadcast(factors[r * row]);
+      const auto of_row = broadcast(*factor(r));
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) {
-        sum[r][v] = multiply_add(factor, columns[v], sum[r][v]);
+        sum[r][v] = multiply_add(of_row, columns[v], sum[r][v]);
       }
     }
+  }
+  // The same for factors that lie `row` apart.
+  template <typename Word>
+  inline __attribute__((always_inline)) void add(const Word* factors, int64_t row, const Word* low, const Word* high) {
+    add([=](int r) __attribute__((always_inline)) { return factors + r * row; }, low, high);
   }
 
   inline __attribute__((always_inline)) void end(float* product, bool accumulate = false) const {

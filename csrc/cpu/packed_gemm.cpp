@@ -25,8 +25,6 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
-// Gathered elements that are worth a thread's start.
-constexpr int64_t kThreadElements = 64 * 1024;
 // Of the L1 cache for weights, and of the L2 cache for rows of the operand.
 constexpr double kWeightsShare = 2.0 / 3, kRowsShare = 3.0 / 8;
 // Bytes a cycle that a thread reads from beyond its caches, roughly.
@@ -112,9 +110,9 @@ struct Ahead {
   }
 };
 
-// finish(r, low, high) for the sums over some rows of weights of R rows of the operand. `begun` has the sums over the
-// rows before, [R][kColumns], or is null.
-template <int R, typename Word, typename Finish>
+// finish(r, v, sum) for the sums over some rows of weights of R rows of the operand and so many vectors of outputs.
+// `begun` has the sums over the rows before, [R][kColumns], or is null.
+template <int R, int Vectors, typename Word, typename Finish>
 inline void multiply_tile(
     const Word* operand,
     const Operand& shape,
@@ -123,12 +121,8 @@ inline void multiply_tile(
     Ahead<Word> ahead,
     const float* begun,
     const Finish& finish) {
-  Lanes sum_low[R], sum_high[R];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    sum_low[r] = begun != nullptr ? load(begun + r * kColumns) : Lanes{};
-    sum_high[r] = begun != nullptr ? load(begun + r * kColumns + kWidth) : Lanes{};
-  }
+  Accumulators<R, Vectors> sums;
+  sums.begin(begun);
   // A short rest would cost more than a few lines of the cache that are not fetched ahead.
   constexpr int64_t most = Ahead<Word>::kEvery;
   const int64_t row = shape.row, every = shape.run < 2 * most ? shape.run : most;
@@ -142,13 +136,8 @@ inline void multiply_tile(
       ahead.fetch(share, R, row, line * shape.line + begin);
 #pragma GCC unroll 4
       for (int64_t c = 0; c < count; ++c) {
-        const auto weights_low = load(low + c * kPanel), weights_high = load(high + c * kPanel);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) {
-          const auto factor = broadcast(quad[r / 4][r % 4 * row + c]);
-          sum_low[r] = multiply_add(factor, weights_low, sum_low[r]);
-          sum_high[r] = multiply_add(factor, weights_high, sum_high[r]);
-        }
+        const auto factor = [&](int r) __attribute__((always_inline)) { return quad[r / 4] + (r % 4 * row + c); };
+        sums.add(factor, low + c * kPanel, high + c * kPanel);
       }
       quad[0] += count;
       quad[1] += count;
@@ -159,7 +148,10 @@ inline void multiply_tile(
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    finish(r, sum_low[r], sum_high[r]);
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) {
+      finish(r, v, sums.sum[r][v]);
+    }
   }
 }
 
@@ -210,8 +202,8 @@ void multiply_block(
   for (int64_t g = from; g < to; ++g) {
     const float* low = weights.data + g * kColumns * weights.rows();
     const float* high = low + high_vector(weights.rows());
-    const int64_t c = g * kColumns;
-    const bool in_registers = !kGeneral && c + kColumns <= weights.outputs;
+    const int64_t c = g * kColumns, columns = std::min(kColumns, weights.outputs - c);
+    const bool in_registers = !kGeneral && columns % kWidth == 0;
     for (int64_t k = 0; k < depth;) {
       // Whole lines, or a part of one.
       const int64_t line = k / operand.run, within = k % operand.run;
@@ -237,24 +229,23 @@ void multiply_block(
             all.high + begin * kPanel,
             end - begin,
             first_read ? tiles[i + 1].operand + line * operand.line + within : nullptr};
-        with_rows(tile.rows, [&](auto kTileRows) {
+        with_rows_and_vectors(tile.rows, columns, [&](auto kTileRows, auto kVectors) {
           const Word* in = tile.operand + line * operand.line + within;
           float* sums = product + (tile.first - first) * kColumns;
-          const float* begun = k > 0 ? sums : nullptr;
+          const auto run = [&](const auto& finish) {
+            multiply_tile<kTileRows, kVectors>(in, part, words.low, words.high, ahead, k > 0 ? sums : nullptr, finish);
+          };
           if (in_registers && next == depth) {
-            const auto vector_low = epilogue.vector(c, whole_vector);
-            const auto vector_high = epilogue.vector(c + kWidth, whole_vector);
+            const auto low = epilogue.vector(c, whole_vector);
+            const auto high = epilogue.vector(c + (kVectors - 1) * kWidth, whole_vector);
             const int64_t at = tile.first * weights.outputs + c;
             epilogue.prefetch(at, kTileRows, weights.outputs);
-            multiply_tile<kTileRows>(in, part, words.low, words.high, ahead, begun, [&](int r, Lanes v, Lanes w) {
-              vector_low(tile.first + r, at + r * weights.outputs, v);
-              vector_high(tile.first + r, at + r * weights.outputs + kWidth, w);
+            run([&](int r, int v, Lanes sum) __attribute__((always_inline)) {
+              (v == 0 ? low : high)(tile.first + r, at + r * weights.outputs + v * kWidth, sum);
             });
           } else {
-            multiply_tile<kTileRows>(in, part, words.low, words.high, ahead, begun, [&](int r, Lanes v, Lanes w) {
-              store(sums + r * kColumns, v);
-              store(sums + r * kColumns + kWidth, w);
-            });
+            run([&](int r, int v, Lanes sum)
+                    __attribute__((always_inline)) { store(sums + r * kColumns + v * kWidth, sum); });
           }
         });
       }
@@ -413,7 +404,7 @@ void multiply_words(
   std::optional<Workspace> copied;
   if (work.copies_rows() && shares.columns > 1) {
     copied.emplace(items * depth);
-    parallel_for(0, items, std::max<int64_t>(1, kThreadElements / depth), [&](int64_t begin, int64_t end) {
+    parallel_for(0, items, std::max<int64_t>(1, kGatheredElements / depth), [&](int64_t begin, int64_t end) {
       work.copy_rows(begin, end - begin, copied->as<Word>() + begin * depth);
     });
   }

@@ -37,7 +37,7 @@ struct Biased {
     template <typename Visit>
     void begin(const Visit&, int64_t) {}
     void end() {}
-    void operator()(int64_t, int64_t at, Lanes v) const {
+    inline __attribute__((always_inline)) void operator()(int64_t, int64_t at, Lanes v) const {
       Lanes z = v + bias;
       if (of.residual != nullptr) {
         z = z + load_counted(of.residual + at, count);

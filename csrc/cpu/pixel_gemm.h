@@ -5,6 +5,7 @@
 // With the channels of the weights exchanged and dy for x it is the input gradient.
 #pragma once
 
+#include "gathered_rows.h"
 #include "packed_weights.h"
 #include "winograd.h"
 
@@ -72,13 +73,7 @@ public:
     if constexpr (std::is_same_v<T, To>) {
       return from;
     } else {
-      const int64_t size = count * channels_, whole = size / kWidth * kWidth;
-      for (int64_t i = 0; i < whole; i += kWidth) {
-        store(scratch + i, load(from + i));
-      }
-      if (whole < size) {
-        store(scratch + whole, load(from + whole, size - whole), size - whole);
-      }
+      copy_run(from, count * channels_, scratch);
       return scratch;
     }
   }

@@ -19,8 +19,6 @@ inline namespace CPU_CAPABILITY {
 namespace conv {
 namespace {
 
-// Bytes of all threads' sums.
-constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
 // Words that a chunk has at least, so that adding its product to the sums costs little.
 constexpr int64_t kFewest = 64;
 // Groups of kRows output channels whose products are computed together at once.

@@ -25,6 +25,9 @@ Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& ke
 template <typename Form, typename T, typename Epilogue>
 void convolve(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue);
 
+// Bytes of the sums of a weight gradient that all threads have of their own.
+constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
+
 // The operands of a weight gradient.
 template <typename T>
 struct WeightGradient {

@@ -22,8 +22,8 @@ namespace {
 // Tiles over which a weight gradient is summed in registers, at least and at most.
 constexpr int64_t kFewestTiles = 32, kGradientTiles = 128;
 constexpr int64_t kTileStep = 16;
-// The threads' sums in all, and the tiles that are transformed at once.
-constexpr int64_t kGradientBytes = 256 * 1024 * 1024, kAtOnceBytes = 48 * 1024 * 1024;
+// Of the tiles that are transformed at once.
+constexpr int64_t kAtOnceBytes = 48 * 1024 * 1024;
 // Pairs of tiles whose direct sums are computed together: their rows stay in the caches for a product.
 constexpr int64_t kDirectPairs = 16;
 // Output channels whose products are computed together where there are few tiles.
