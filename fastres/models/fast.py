@@ -35,9 +35,9 @@ class FastNet(nn.Module):
     Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", sections 2 and 3.
     """
 
-    # Of an image, in pixels: the whitening takes one off, and three pools halve what is left.
-    _smallest = 9
-    __constants__ = ["_smallest"]  # noqa: RUF012
+    # A side in pixels: the whitening takes one off, and three pools halve what is left.
+    smallest_image = 9
+    __constants__ = ["smallest_image"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -76,8 +76,9 @@ class FastNet(nn.Module):
         Raises:
             ValueError: H or W is below 9.
         """
-        if x.shape[-2] < self._smallest or x.shape[-1] < self._smallest:
-            raise ValueError(f"x: expected at least {self._smallest} pixels a side, got {x.shape[-2]} x {x.shape[-1]}")
+        if x.shape[-2] < self.smallest_image or x.shape[-1] < self.smallest_image:
+            sides = f"{x.shape[-2]} x {x.shape[-1]}"
+            raise ValueError(f"x: expected at least {self.smallest_image} pixels a side, got {sides}")
         features = self.block3(self.block2(self.block1(self.act(self.whitening(x)))))
         return self.fc(torch.flatten(self.maxpool(features), 1)) / 9  # type: ignore[no-any-return]
 

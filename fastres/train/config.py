@@ -31,6 +31,9 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 MOST = 2**31 - 1
 """The largest count that an option may be: beyond it, libraries overflow."""
 
+LEAST_ALPHA = 0.05
+"""The least parameter of a Beta distribution: below it, float32 holds too few of the draws of torch."""
+
 OLD_DEFAULTS: dict[str, Any] = {
     "recipe": None, "width": 1.0, "pretrained": None, "drop_last": False, "accumulate": 1, "decay_norm_bias": True,
     "bias_lr_factor": 1.0, "clip_grad": None, "milestones": [], "step_factor": 0.1, "triangle_start": 0.2,
@@ -123,9 +126,9 @@ class TrainConfig:
             eighth of the side for image folders.
         crop_border: What the padding holds: zero, or the reflected image.
         mixup: Mix each image of a batch with another one by lambda and 1 - lambda, from Beta(mixup, mixup), and the
-            labels too. 0: none. With cutmix, one of the two for each batch.
+            labels too. 0: none, else 0.05 or more. With cutmix, one of the two for each batch.
         cutmix: Replace a box of each image of a batch by another one's; its area is a share of 1 - lambda, from
-            Beta(cutmix, cutmix), and labels are mixed by it. 0: none.
+            Beta(cutmix, cutmix), and labels are mixed by it. 0: none, else 0.05 or more.
         randaugment: Two numbers, such as 2 9: random operations on each image (shear, rotation, contrast and others),
             one after the other, and their magnitude from 0 to 30. None by default.
         random_erasing: Probability with which a rectangle of a training image is erased.
@@ -320,6 +323,9 @@ def _check_recipe_options(config: TrainConfig) -> None:
         )
     for name in ("whitening_bias_epochs", "crop_padding", "mixup", "cutmix"):
         _check_range(name, getattr(config, name), low=0)
+    for name in ("mixup", "cutmix"):
+        if 0 < getattr(config, name) < LEAST_ALPHA:
+            raise InputError(f"{name}: expected 0, or a number from {LEAST_ALPHA} on, got {getattr(config, name)}")
     operations, magnitude = config.randaugment if len(config.randaugment) == 2 else (0, 0)
     if config.randaugment and not (operations >= 1 and 0 <= magnitude <= 30):
         raise InputError(
@@ -403,7 +409,7 @@ def resolve(config: TrainConfig, *, dataset: Dataset, image_size: int) -> TrainC
 
 
 def _usual_workers(device: str) -> int:
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 8)

@@ -19,7 +19,7 @@ from fastres.train import checkpoint as ckpt
 from fastres.train.config import TrainConfig, check_config, resolve, to_dict
 from fastres.train.data import fingerprint, fingerprint_differences, left_out, load_data
 from fastres.train.distributed import SINGLE, Group, rank_device, restarts_left, start_group, was_restarted
-from fastres.train.errors import InputError, RunError
+from fastres.train.errors import InputError, RunError, first_line
 from fastres.train.folder import writing
 from fastres.train.image_data import ImageData
 from fastres.train.optim import make_optimizer
@@ -161,11 +161,25 @@ def prepare(
 
 
 def configured_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The network that a resolved configuration names."""
-    return models.create(
-        config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
-        conv_algorithm=config.conv_algorithm, width=config.width,
-    )  # fmt: skip
+    """The network that a resolved configuration names.
+
+    Raises:
+        InputError: it cannot be made, or is for larger images.
+    """
+    try:
+        model = models.create(
+            config.model, num_classes=num_classes, stem=config.stem, dropout=config.dropout, fused=config.fused,
+            conv_algorithm=config.conv_algorithm, width=config.width,
+        )  # fmt: skip
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        # Of a stem that it does not have, or what torch says of sizes that no memory holds.
+        raise InputError(
+            f"model: cannot make {config.model} of width {config.width}, stem {config.stem}: {first_line(error)}"
+        ) from error
+    smallest = getattr(model, "smallest_image", 1)
+    if config.image_size is not None and config.image_size < smallest:
+        raise InputError(f"image_size: {config.model} expects {smallest} pixels or more, got {config.image_size}")
+    return model
 
 
 def _after_restart(config: TrainConfig) -> TrainConfig:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from fastres.train.config import (
     to_dict,
 )
 from fastres.train.errors import InputError
+from fastres.train.prepare import configured_model
 
 OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("model", "resnet19"),
@@ -45,6 +47,8 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("lookahead_decay", 1.0),
     ("crop_padding", -1),
     ("mixup", -0.1),
+    ("mixup", 1e-300),
+    ("cutmix", 0.04),
     ("mixup", float("nan")),
     ("cutmix", float("inf")),
     ("randaugment", (2,)),
@@ -217,7 +221,7 @@ def test_workers_leave_a_core_to_the_gpus_process(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    for device, expected in (("cuda", workers), ("cpu", 1)):
+    for device, expected in (("cuda", workers), ("cpu", 1), ("cpu:0", 1)):
         config = resolve(TrainConfig(device=device), dataset="imagefolder", image_size=224)
         assert config.workers == expected
     assert resolve(TrainConfig(workers=0), dataset="imagefolder", image_size=224).workers == 0
@@ -276,7 +280,9 @@ def test_options_are_checked_together_with_the_checkpoints(
 @pytest.mark.parametrize(
     "arguments", [["--lr=-1"], ["--model", "vgg"], ["--dropout", "1"], ["--resume", "nowhere"],
                   ["--dataset", "imagefolder", "--data-dir", "nowhere"],
-                  ["--no-fused", "--conv-algorithm", "winograd"]],
+                  ["--no-fused", "--conv-algorithm", "winograd"],
+                  ["--dataset", "digits", "--width", "1e300"], ["--dataset", "digits", "--width", "1e6"],
+                  ["--dataset", "digits", "--model", "fast", "--stem", "imagenet"]],
 )  # fmt: skip
 def test_wrong_argument_ends_the_command_with_one_line(
     arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,6 +293,13 @@ def test_wrong_argument_ends_the_command_with_one_line(
     assert len(lines) == 1
     assert ": error: " in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "fits"), [(8, False), (9, True)])
+def test_network_for_larger_images_is_refused(size: int, fits: bool) -> None:
+    config = resolve(TrainConfig(model="fast", width=0.1), dataset="imagefolder", image_size=size)
+    with contextlib.nullcontext() if fits else pytest.raises(InputError, match=r"^image_size: fast expects 9 .*got 8$"):
+        configured_model(config, 10)
 
 
 def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
