@@ -325,6 +325,7 @@ def test_what_cannot_be_measured_is_refused(instant, monkeypatch, tmp_path):
     assert not instant and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_for_real_and_leaves_the_page(tmp_path):
     text = tmp_path / "page.md"
     text.write_text("<!-- scaling -->\n<!-- /scaling -->\n")

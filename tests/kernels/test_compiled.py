@@ -18,9 +18,14 @@ from fastres.kernels.launch import Launch, recording
 pytestmark = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter compiles nothing")
 
 H100 = ARCHITECTURES[3]
+# A third of a minute each, so only those that differ most are compiled without -m slow.
+OFTEN = ("sm_80", H100.name, "gfx942")
 CASES = [
-    *((a, torch.bfloat16, torch.channels_last) for a in ARCHITECTURES),
-    *((a, d, torch.channels_last) for a in ARCHITECTURES[3:4] for d in (torch.float16, torch.float32)),
+    *(
+        pytest.param(a, torch.bfloat16, torch.channels_last, marks=() if a.name in OFTEN else pytest.mark.slow)
+        for a in ARCHITECTURES
+    ),
+    *(pytest.param(H100, d, torch.channels_last, marks=pytest.mark.slow) for d in (torch.float16, torch.float32)),
     (H100, torch.bfloat16, torch.contiguous_format),
 ]
 
