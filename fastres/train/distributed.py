@@ -26,6 +26,8 @@ TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others: longer than the slowest evaluation or download, which one does for all."""
 DEATH_SECONDS = 2.0
 """How long a process may take from closing its connections to being gone."""
+PATIENCE_SECONDS = 10.0
+"""How long a process that cannot begin leaves it to the first one to say why."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,11 @@ def report_failure(program: str, error: BaseException) -> None:
         get_error_handler().record_exception(error)
     group = _Job.group
     if group.size == 1:
-        first = os.environ.get("RANK", "0") == "0"  # all read the same arguments
+        if os.environ.get("RANK", "0") != "0":
+            # All read the same arguments, and the first says what is wrong with them; torchrun ends the others then. An
+            # end before that would be the first's as well.
+            time.sleep(PATIENCE_SECONDS)
+        first = True
     else:
         try:
             first = _Job.store.add("failures", 1) == 1

@@ -510,7 +510,7 @@ def test_failing_process_ends_the_job_with_one_line(tmp_path: Path) -> None:
     ("name", "status", "to"),
     [
         pytest.param("SIGTERM", 143, "*", id="SIGTERM to torchrun"),
-        pytest.param("SIGINT", 130, "", id="SIGINT to rank 1"),
+        pytest.param("SIGINT", 130, "", id="SIGINT to rank 1", marks=pytest.mark.slow),
         pytest.param("SIGTERM", 143, "", id="SIGTERM to rank 1", marks=pytest.mark.slow),
         pytest.param("SIGINT", 130, "*", id="SIGINT to torchrun", marks=pytest.mark.slow),
     ],
@@ -600,13 +600,16 @@ def test_each_process_speaks_where_the_store_is_gone(
     assert capsys.readouterr().err == "train: error: rank 0 of 2: rank 1 has died\n"
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "train: error: lr: too high\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("1", [distributed.PATIENCE_SECONDS])])
 def test_error_before_the_job_is_formed_is_told_by_the_first_rank(
-    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rank: str, waited: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The others wait to be ended, and speak where nobody does."""
+    slept: list[float] = []
+    monkeypatch.setattr(distributed.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", rank)
     distributed.report_failure("train", InputError("lr: too high"))
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == "train: error: lr: too high\n" and slept == waited
 
 
 def test_peer_lost_while_training_ends_the_command_with_status_2(
