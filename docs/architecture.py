@@ -37,7 +37,7 @@ FLOORS = (
         "schema, fake kernel, autograd",
         (
             "conv3x3.py batch_norm_act.py norm_act_conv3x3.py projection_shortcut.py",
-            "arguments.py library.py algorithms.py fallback.py formulas.py packed.py",
+            "arguments.py library.py algorithms.py costs.py fallback.py formulas.py packed.py",
         ),
     ),
     Room(

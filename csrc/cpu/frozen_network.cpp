@@ -231,8 +231,8 @@ public:
         FASTRES_CHECK(
             s.depth == padded || (s.depth == s.channels && s.winograd == 0), "steps: unexpected depth ", s.depth);
         FASTRES_CHECK(
-            s.winograd == 0 || (s.kernel == kTaps && s.stride == 1 && s.padding == kTaps / 2),
-            "steps: expected a 3x3 kernel with stride 1 and padding 1 for Winograd's algorithm");
+            s.winograd == 0 || (s.kernel == kTaps && s.stride <= 2 && s.padding == kTaps / 2),
+            "steps: expected a 3x3 kernel with stride 1 or 2 and padding 1 for Winograd's algorithm");
         tensor(s.weight, groups * s.kernel * s.kernel * s.depth * kPanel);
         tensor(s.bias, s.outputs);
         return;

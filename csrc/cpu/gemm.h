@@ -238,25 +238,31 @@ inline void with_rows_and_vectors(int64_t rows, int64_t columns, const F& f) {
   });
 }
 
-// product [p][kColumns] (+)= `tiles` rows of operand times a column group of weights, which has so many columns or
-// more. depth is a multiple of kWidth.
+// Of a product of outputs. Depths are multiples of kWidth.
+struct OutputShape {
+  int64_t tiles;
+  int64_t operand_depth;
+  int64_t weight_depth;
+  int64_t inputs;  // over which is summed
+  int64_t columns; // of the group of weights, or more
+};
+
+// product [p][kColumns] (+)= rows of operand times a column group of weights.
 inline void multiply_outputs(
     const float* operand,
     const float* weights,
     float* product,
-    int64_t tiles,
-    int64_t depth,
-    int64_t columns,
+    const OutputShape& shape,
     bool accumulate) {
-  for (int64_t p = 0; p < tiles; p += kRows) {
-    with_rows_and_vectors(std::min<int64_t>(kRows, tiles - p), columns, [&](auto rows, auto vectors) {
+  for (int64_t p = 0; p < shape.tiles; p += kRows) {
+    with_rows_and_vectors(std::min<int64_t>(kRows, shape.tiles - p), shape.columns, [&](auto rows, auto vectors) {
       output_product<rows, vectors, kPanel>(
-          operand + p * depth,
+          operand + p * shape.operand_depth,
           kRows * kWidth,
           weights,
-          weights + high_vector(depth),
+          weights + high_vector(shape.weight_depth),
           kWidth * kPanel,
-          depth / kWidth,
+          shape.inputs / kWidth,
           product + p * kColumns,
           accumulate);
     });

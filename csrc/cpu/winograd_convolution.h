@@ -3,12 +3,13 @@
 //                 products, inverse transform. The transformed weights are made once a call, and read once a chunk.
 //   by channels   All tiles are transformed first; then each thread has a group of output channels, transforms its
 //                 weights, and goes through the tiles: the transformed weights, four to nine times as large as the
-//                 weights and larger than the tiles, never leave the caches.
+//                 weights and larger than the tiles, never leave the caches. Where the tiles are few it takes a block
+//                 of input channels after the other.
 // The prologue runs where tiles are read (TileReader), the epilogue where they are written. What those read of memory
 // is prefetched during the products.
 //
-// Every output is one sum in one order, whatever the number of threads. Sums that epilogues keep by chunks depend on
-// that number, and on nothing else.
+// Every output is one sum in one order, whatever the number of threads; with stride 2 that order depends on the size of
+// the L2 cache. Sums that epilogues keep by chunks depend on the number of threads, and on nothing else.
 //
 // The templates are instantiated in winograd_tile4.cpp and its siblings, a form each.
 #pragma once
@@ -32,6 +33,8 @@ namespace conv {
 // What a thread's chunk, transformed input and products together, may have at most; and by tiles, of its L2 cache.
 constexpr int64_t kChunkBytes = 448 * 1024;
 constexpr double kChunkOfCache = 0.375;
+// Of its L2 cache, a block of inputs' transformed weights.
+constexpr double kBlockOfCache = 0.5;
 // Pairs of channels whose weights are worth a thread's start.
 constexpr int64_t kThreadPairs = 2 * 1024;
 
@@ -45,7 +48,13 @@ bool transform_all_weights(const Kernel& kernel, float* to) {
     for (int64_t task = begin; task < end;) {
       const int64_t g = task / vectors, first = task % vectors, last = std::min(vectors, first + end - task);
       energies[task] = transform_weights<Form>(
-          kernel, g * kColumns, first * kWidth, last * kWidth, to + g * depth * kColumns, groups * depth * kColumns);
+          kernel,
+          g * kColumns,
+          first * kWidth,
+          last * kWidth,
+          to + g * depth * kColumns + first * kWidth * kPanel,
+          groups * depth * kColumns,
+          depth);
       task += last - first;
     }
   });
@@ -57,12 +66,12 @@ bool transform_all_weights(const Kernel& kernel, float* to) {
   return true;
 }
 
-// Where tiles go in a plane of operand, see gemm.h.
+// Where tiles from `first` on go in a plane of operand, see gemm.h.
 struct OperandPlace {
-  int64_t depth;
+  int64_t depth, first = 0;
 
   auto of(int64_t p) const {
-    const int64_t start = p / kRows * depth * kRows + p % kRows * kWidth;
+    const int64_t tile = first + p, start = tile / kRows * depth * kRows + tile % kRows * kWidth;
     return [start](int64_t c) { return start + c * kRows; };
   }
 };
@@ -190,32 +199,49 @@ bool goes_by_channels(const Tiles& tiles, const Kernel& kernel) {
       tiles.count() * kernel.inputs * Form::kOperands * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
 }
 
-// The products of one point, of `size` tiles and one group of output channels, which has so many columns or more. Where
-// the planes of a point have one product, they add up.
+// The planes of an operand, of weights or of a product.
+template <typename T>
+struct Planes {
+  T* first;
+  int64_t size;
+
+  T* at(int64_t i) const {
+    return first + i * size;
+  }
+};
+
+// The inputs whose transformed weights, of one group of outputs, take half of the L2 cache.
+template <typename Form>
+int64_t inputs_in_cache() {
+  const int64_t floats = kBlockOfCache * Caches::of_machine().l2 / sizeof(float);
+  return std::max<int64_t>(1, floats / (Form::kPlanes * kColumns) / kWidth) * kWidth;
+}
+
+// The products of one point, of tiles and one group of output channels, or what they add to them. Where the planes of a
+// point have one product, they add up: so many inputs of all planes, and then the next ones, for any block of inputs.
 template <typename Form>
 inline void multiply_point(
     int64_t point,
-    const float* operand,
-    int64_t operand_plane,
-    const float* weights,
-    int64_t weight_plane,
-    float* product,
-    int64_t product_plane,
-    int64_t size,
-    int64_t depth,
-    int64_t columns) {
-  bool accumulate = false;
-  Form::for_each_plane(point, [&](int64_t plane) {
-    multiply_outputs(
-        operand + (Form::kOperands == Form::kPlanes ? plane : point) * operand_plane,
-        weights + plane * weight_plane,
-        product + (Form::kProducts == Form::kPlanes ? plane : point) * product_plane,
-        size,
-        depth,
-        columns,
-        accumulate);
-    accumulate = Form::kProducts != Form::kPlanes;
-  });
+    const Planes<const float>& operand,
+    const Planes<const float>& weights,
+    const Planes<float>& product,
+    const OutputShape& shape,
+    bool accumulate) {
+  constexpr bool sums_planes = Form::kProducts != Form::kPlanes;
+  const int64_t together = sums_planes ? inputs_in_cache<Form>() : shape.inputs;
+  for (int64_t c = 0; c < shape.inputs; c += together) {
+    OutputShape part = shape;
+    part.inputs = std::min(together, shape.inputs - c);
+    Form::for_each_plane(point, [&](int64_t plane) {
+      multiply_outputs(
+          operand.at(Form::kOperands == Form::kPlanes ? plane : point) + c * kRows,
+          weights.at(plane) + c * kPanel,
+          product.at(sums_planes ? point : plane),
+          part,
+          accumulate);
+      accumulate = accumulate || sums_planes;
+    });
+  }
 }
 
 template <typename Form, typename T>
@@ -253,15 +279,11 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
         for (int64_t g = 0; g < groups; ++g) {
           multiply_point<Form>(
               point,
-              operand.data(),
-              operand_plane,
-              weights.data() + g * depth * kColumns,
-              groups * depth * kColumns,
-              product.data() + g * size * kColumns,
-              product_plane,
-              count,
-              depth,
-              kernel.outputs - g * kColumns);
+              {operand.data(), operand_plane},
+              {weights.data() + g * depth * kColumns, groups * depth * kColumns},
+              {product.data() + g * size * kColumns, product_plane},
+              {count, depth, depth, depth, kernel.outputs - g * kColumns},
+              false);
         }
       }
       const auto of_chunk = epilogue.chunk(slot);
@@ -283,6 +305,21 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
   });
 }
 
+// Prefetches the weights of inputs begin ... end - 1 and of a group of output channels, where they lie in runs.
+inline void add_weights(Prefetch& prefetch, const Kernel& kernel, int64_t from, int64_t begin, int64_t end) {
+  const int64_t columns = std::min(kColumns, kernel.outputs - from), inputs = std::min(end, kernel.inputs) - begin;
+  const bool packed = kernel.is_packed(), together = kernel.taps_are_adjacent();
+  if (!packed && !together && !kernel.inputs_are_adjacent()) {
+    return;
+  }
+  const int64_t run = inputs * (packed ? kPanel : together ? kTaps * kTaps : 1);
+  for (int64_t k = 0; k < columns; k += packed ? kPanel : 1) {
+    for (int t = 0; t < (together ? 1 : kTaps * kTaps); ++t) {
+      prefetch.add(kernel.at(from + k, begin) + kernel.tap[t], run * static_cast<int64_t>(sizeof(float)));
+    }
+  }
+}
+
 template <typename Form, typename T, typename Epilogue>
 void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
   const Tiles& tiles = chunks.tiles;
@@ -290,59 +327,74 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
   const Workspace operand(Form::kOperands * operand_plane);
   std::vector<DirectTile> direct(count);
-  parallel_for(0, (count + kRows - 1) / kRows, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kRows;
+  // A prologue computes whole lines, so that its threads take more tiles at a time.
+  const int64_t together = x.prologue != nullptr ? kRows : 1;
+  parallel_for(0, (count + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * together;
     auto reader = reader_of<Form>(x, kernel.inputs);
     transform_tiles(
         reader,
         first,
-        std::min(count, end * kRows) - first,
+        std::min(count, end * together) - first,
         true,
-        operand.data() + first * depth,
+        operand.data(),
         operand_plane,
-        OperandPlace{depth},
+        OperandPlace{depth, first},
         direct.data() + first);
   });
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
+  // Products of more than one chunk could not all be kept until the last block.
+  const int64_t block = in_share == 1 ? std::min(depth, inputs_in_cache<Form>()) : depth;
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
-    const int64_t weight_plane = depth * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
+    const int64_t weight_plane = block * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
     const Workspace weights(Form::kPlanes * weight_plane), product(Form::kProducts * product_plane);
     DirectSums<Form> sums;
+    Prefetch prefetch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, share = task % shares;
-      const bool in_range =
-          transform_weights<Form>(kernel, g * kColumns, 0, depth, weights.data(), weight_plane) <= kMaxEnergy;
-      for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
-        const int64_t first = chunks.first(slot), size = chunks.count(slot);
-        for (int64_t point = 0; point < Form::kPoints; ++point) {
-          multiply_point<Form>(
-              point,
-              operand.data() + first * depth,
-              operand_plane,
-              weights.data(),
-              weight_plane,
+      float energy = 0.0f;
+      for (int64_t c = 0; c < depth; c += block) {
+        const int64_t inputs = std::min(block, depth - c);
+        energy += transform_weights<Form>(kernel, g * kColumns, c, c + inputs, weights.data(), weight_plane, inputs);
+        prefetch.clear();
+        if (c + inputs < depth) {
+          add_weights(prefetch, kernel, g * kColumns, c + inputs, c + inputs + block);
+        } else if (task + 1 < end && shares == 1) {
+          add_weights(prefetch, kernel, (g + 1) * kColumns, 0, block);
+        }
+        for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
+          const int64_t first = chunks.first(slot), size = chunks.count(slot);
+          for (int64_t point = 0; point < Form::kPoints; ++point) {
+            prefetch.fetch(in_share * Form::kPoints);
+            multiply_point<Form>(
+                point,
+                {operand.data() + first * depth + c * kRows, operand_plane},
+                {weights.data(), weight_plane},
+                {product.data(), product_plane},
+                {size, depth, inputs, inputs, kernel.outputs - g * kColumns},
+                c > 0);
+          }
+          if (c + inputs < depth) {
+            continue;
+          }
+          const bool in_range = energy <= kMaxEnergy;
+          if (in_range) {
+            sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);
+          } else {
+            auto reader = reader_of<Form>(x, kernel.inputs);
+            sums.compute(kernel, g * kColumns, in_range, read_tiles(reader, first, size).data(), size);
+          }
+          transform_products<Form>(
+              tiles,
               product.data(),
               product_plane,
+              first,
               size,
-              depth,
-              kernel.outputs - g * kColumns);
+              kernel.outputs,
+              g * kColumns,
+              sums,
+              epilogue.chunk(slot));
         }
-        if (in_range) {
-          sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);
-        } else {
-          auto reader = reader_of<Form>(x, kernel.inputs);
-          sums.compute(kernel, g * kColumns, in_range, read_tiles(reader, first, size).data(), size);
-        }
-        transform_products<Form>(
-            tiles,
-            product.data(),
-            product_plane,
-            first,
-            size,
-            kernel.outputs,
-            g * kColumns,
-            sums,
-            epilogue.chunk(slot));
       }
     }
     stream_fence();

@@ -368,9 +368,9 @@ inline bool within_range(const Energy<Side>& energy, float ratio) {
 
 // --- weights
 
-// to: kPlanes planes of [kColumns / kPanel][inputs padded to kWidth][kPanel], for output channels from ... from +
-// kColumns - 1, of which inputs begin ... end - 1, multiples of kWidth, are written; what lies outside the kernel is
-// zero. Returns the sum of squares of these weights.
+// to: kPlanes planes of [kColumns / kPanel][depth][kPanel], for output channels from ... from + kColumns - 1, of which
+// the rows of inputs begin ... end - 1, multiples of kWidth, are written, the first of them first; what lies outside
+// the kernel is zero. Returns the sum of squares of these weights.
 template <typename Form>
 inline float transform_weights(
     const Kernel& kernel,
@@ -378,15 +378,16 @@ inline float transform_weights(
     int64_t begin,
     int64_t end,
     float* to,
-    int64_t plane) {
+    int64_t plane,
+    int64_t depth) {
   constexpr int taps = kTaps * kTaps;
   alignas(64) float gathered[kWidth * taps * kColumns];
-  const int64_t high = high_vector(round_up(kernel.inputs, kWidth));
+  const int64_t high = high_vector(depth);
   Lanes energy{};
   // weight(half, i): tap i of outputs from + half ... and input c
   const auto transform = [&](int64_t c, const auto& weight) __attribute__((always_inline)) {
     for (int64_t half = 0; half < kColumns; half += kWidth) {
-      float* out = to + c * kPanel + (half == 0 ? 0 : high);
+      float* out = to + (c - begin) * kPanel + (half == 0 ? 0 : high);
       Lanes part{};
       Form::weights(
           [&](int i) __attribute__((always_inline)) {

@@ -1,8 +1,9 @@
 """Which algorithm computes a convolution: PyTorch's ("torch"), Winograd's ("winograd"), one matrix product of our own
 ("gemm"), of a 3x3 kernel over gathered rows, of a 1x1 kernel over pixels, or in groups the direct sum ("grouped").
 
-`choose_algorithm` decides by arithmetic alone, from one `ConvProblem`. docs/convolution.md has the measurements behind
-the constants; `python -m benchmarks.convolutions` prints the choice beside the measured times of all three.
+`choose_algorithm` decides by arithmetic alone, from one `ConvProblem` and `fastres.ops.costs`. docs/convolution.md has
+the measurements behind the constants; `python -m benchmarks.convolutions` prints the choice beside the measured times
+of all three.
 """
 
 from __future__ import annotations
@@ -17,133 +18,11 @@ from torch import Tensor
 
 from fastres import ordinary
 from fastres.contract import ConvProblem, output_size, rows_are_channels
+from fastres.ops.costs import COSTS, GROUPS, Direct, Form, Winograd
 from fastres.ops.products import multiplies_pairs
 
 ALGORITHMS = ("auto", "torch", "winograd", "gemm", "grouped")
 
-
-class _Form(NamedTuple):
-    """A form of Winograd's algorithm.
-
-    Attributes:
-        side: outputs of a tile's side.
-        products: a tile and pair of channels.
-        tile: the transforms of a tile, a channel.
-        weight: the transform of a pair of channels.
-    """
-
-    side: int
-    products: int
-    tile: int
-    weight: int
-
-
-class _Winograd(NamedTuple):
-    """Winograd's algorithm.
-
-    Attributes:
-        lanes: of a vector. Inputs and outputs are rounded up to it.
-        call: one call.
-        forms: by stride. csrc/cpu/winograd.h chooses between those of stride 1.
-    """
-
-    lanes: int
-    call: int
-    forms: dict[int, tuple[_Form, ...]]
-
-
-class _Direct(NamedTuple):
-    """A direct sum, which takes 18 a pair of channels and output position.
-
-    Attributes:
-        columns: outputs are rounded up to it.
-        output: an element of the output.
-        weight: a pair of channels.
-        call: one call.
-        norm: an element of the output, to normalise and activate it in a pass of its own.
-        percent: of all of it.
-        unfilled: the same in training, where images have few outputs each.
-    """
-
-    columns: int = 1
-    output: int = 0
-    weight: int = 0
-    call: int = 0
-    norm: int = 0
-    percent: int = 100
-    unfilled: int = 100
-
-
-class _Costs(NamedTuple):
-    """In operations of the inner loop of PyTorch's convolution: Winograd's, and by stride those of a direct sum."""
-
-    winograd: _Winograd
-    direct: dict[int, _Direct]
-
-
-_AVX512 = _Costs(
-    _Winograd(
-        16,
-        1_000_000,
-        {
-            1: (_Form(3, 50, 1050, 830), _Form(4, 72, 1600, 1200), _Form(5, 98, 2400, 1600)),
-            2: (_Form(4, 162, 3500, 7500),),
-        },
-    ),
-    {1: _Direct(16, 50, norm=200), 2: _Direct(norm=200, unfilled=150)},
-)
-_AVX2 = _Winograd(
-    8,
-    9_000_000,
-    {
-        1: (_Form(3, 55, 890, 810), _Form(4, 89, 1360, 810), _Form(5, 122, 2000, 1100)),
-        2: (_Form(4, 172, 2900, 1300),),
-    },
-)
-_AVX2_FEW = _Winograd(
-    8,
-    7_000_000,
-    {1: (_Form(3, 80, 400, 530), _Form(4, 105, 340, 760), _Form(5, 143, 500, 1000)), 2: (_Form(4, 232, 0, 1130),)},
-)
-_AVX2_PACKED = _Winograd(8, 1_300_000, {1: (_Form(3, 62, 750, 330), _Form(4, 89, 1140, 480), _Form(5, 122, 1700, 650))})
-_AVX2_GEMM = _Direct(output=250, weight=124, call=6_300_000)
-# With AVX-512, of bfloat16 numbers that PyTorch's convolution multiplies two at a time; ours are float32's.
-_AVX512_PAIRS = _Costs(
-    _Winograd(16, 1_000_000, {1: (_Form(3, 50, 640, 830), _Form(4, 72, 850, 1200), _Form(5, 98, 1300, 1600))}),
-    {1: _Direct(norm=200, percent=50, unfilled=50)},
-)
-# By capability and what it is compared with: PyTorch's convolution, "gemm" of few positions, and "gemm" in inference
-# with packed weights.
-_COSTS = {
-    "avx512": {"torch": _AVX512, "gemm": _AVX512, "packed": _AVX512, "pairs": _AVX512_PAIRS},
-    "avx2": {
-        "torch": _Costs(
-            _AVX2, {1: _Direct(8, 40, 420, 16_000_000, 100, unfilled=200), 2: _Direct(8, 220, 630, 16_000_000, 100)}
-        ),
-        "gemm": _Costs(_AVX2_FEW, {1: _AVX2_GEMM, 2: _AVX2_GEMM}),
-        "packed": _Costs(_AVX2_PACKED, {1: _Direct(16, 110, 110, 1_600_000)}),
-    },
-}
-
-
-class _Groups(NamedTuple):
-    """What differs in groups.
-
-    Attributes:
-        widest, widest_training: channels of a group up to which the direct sum of our own is faster than PyTorch's
-            convolution; of 3x3 kernels in training.
-        few: output positions from which on that holds, but in the narrowest groups: fewer do not pay for packing the
-            weights.
-        percent: PyTorch's convolution in training, of what its multiplications take in one group.
-    """
-
-    widest: int
-    widest_training: int
-    few: int
-    percent: int
-
-
-_GROUPS = {"avx512": _Groups(32, 32, 128, 100), "avx2": _Groups(32, 64, 48, 125)}
 _NARROW_GROUP = 16
 # The least channels of a group that Winograd's algorithm goes through for itself; and the copy of an element.
 _LEAST_GROUP, _GROUP_COPY = 8, 100
@@ -299,7 +178,7 @@ def choose_packed(problem: ConvProblem, padded: bool, requested: str = "auto") -
 
     Args:
         padded: whether they are packed as Winograd's algorithm reads them.
-        requested: one of `ALGORITHMS`, for 3x3 kernels with stride 1.
+        requested: one of `ALGORITHMS`, for 3x3 kernels; "torch" makes those with another stride than 1 "gemm".
     """
     return (
         _choose_packed(problem, padded, requested)
@@ -317,14 +196,14 @@ def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice
     unserved = _why_not_served(problem._replace(kernel=3))
     if unserved is not None:
         return Choice("torch", unserved)
-    winograds = problem.kernel == 3 and problem.stride == 1
-    if winograds and requested == "torch":
+    winograds = problem.kernel == 3 and problem.stride in _WINOGRAD_STRIDES
+    if problem.kernel == 3 and problem.stride == 1 and requested == "torch":
         return Choice("torch", "it was requested")
-    if winograds and padded and requested == "winograd":
-        return Choice("winograd", "it was requested")
+    if winograds and (requested == "gemm" or (padded and requested == "winograd")):
+        return Choice(requested, "it was requested")
     if problem.dtype == torch.bfloat16 and problem.matrix_units:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
-    if winograds and padded and _winograd_pays(problem, "packed"):
+    if winograds and padded and requested != "torch" and _winograd_pays(problem, "packed"):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     return Choice("gemm", "its weights are packed for it")
 
@@ -393,13 +272,13 @@ def _positions_of_image(problem: ConvProblem) -> int:
 
 def _winograd_pays(problem: ConvProblem, against: str) -> bool:
     """Whether one of Winograd's forms is expected to be clearly faster than another algorithm, forward."""
-    winograd, direct = _COSTS[problem.capability][against]
+    winograd, direct = COSTS[problem.capability][against]
     if problem.stride not in direct:
         return False
     return _is_cheaper(winograd, problem, _sums(direct[problem.stride], problem))
 
 
-def _is_cheaper(winograd: _Winograd, problem: ConvProblem, sums: int, more: int = 0) -> bool:
+def _is_cheaper(winograd: Winograd, problem: ConvProblem, sums: int, more: int = 0) -> bool:
     """Whether one of Winograd's forms, and what else it takes, is clearly below a direct sum, given in hundredths."""
     return any(
         # In whole numbers, which torch.export can reason about.
@@ -408,18 +287,18 @@ def _is_cheaper(winograd: _Winograd, problem: ConvProblem, sums: int, more: int 
     )
 
 
-def _sums(direct: _Direct, problem: ConvProblem) -> int:
+def _sums(direct: Direct, problem: ConvProblem) -> int:
     """What a direct sum takes, in hundredths."""
     images, inputs, _, _ = problem.shape
     outputs, positions = problem.outputs, _positions_of_image(problem)
     of_position = 2 * 9 * inputs * _round_up(outputs, direct.columns)
     of_position += (direct.output + (direct.norm if problem.followed else 0)) * outputs
     unfilled = problem.needs_grad and _holds(positions <= _SMALL_IMAGE) and _holds(images > 1)
-    percent = direct.unfilled if unfilled else direct.percent
+    percent = direct.unfilled if unfilled else direct.pairs if _in_pairs(problem) else direct.percent
     return percent * (of_position * images * positions + direct.weight * inputs * outputs + direct.call)
 
 
-def _tiles(form: _Form, lanes: int, problem: ConvProblem) -> int:
+def _tiles(form: Form, lanes: int, problem: ConvProblem) -> int:
     """What a form of Winograd's takes, without the call."""
     images, inputs, h, w = problem.shape
     down, across = ((output_size(size, problem.stride) + form.side - 1) // form.side for size in (h, w))
@@ -435,10 +314,13 @@ def _group_by_group_pays(problem: ConvProblem) -> bool:
     images, channels, h, w = problem.shape
     inputs, outputs = channels // problem.groups, problem.outputs // problem.groups
     alone = problem._replace(shape=(images, inputs, h, w), outputs=outputs, groups=1, followed=False)
-    winograd, direct = _COSTS[problem.capability]["torch"]
-    percent = _GROUPS[problem.capability].percent if problem.needs_grad else 100
-    sums = percent * (_sums(direct[1]._replace(call=0), alone) // 100)
-    return _is_cheaper(winograd, alone, sums, _GROUP_COPY * images * h * w * (inputs + outputs))
+    winograd, direct = COSTS[problem.capability]["torch"]
+    groups = GROUPS[problem.capability]
+    percent = groups.percent if problem.needs_grad else 100
+    sums = percent * (_sums(direct[1]._replace(call=0, weight=groups.weight), alone) // 100)
+    return _is_cheaper(
+        winograd._replace(call=groups.call), alone, sums, _GROUP_COPY * images * h * w * (inputs + outputs)
+    )
 
 
 def _round_up(channels: int, multiple: int) -> int:
@@ -454,7 +336,7 @@ def _grouped_pays(problem: ConvProblem) -> bool:
     width = max(problem.shape[1], problem.outputs) // problem.groups
     if width == 1:
         return problem.kernel > 3 or (problem.needs_grad and problem.stride == 1)
-    groups = _GROUPS[problem.capability]
+    groups = GROUPS[problem.capability]
     enough = problem.followed or _holds(problem.shape[0] * _positions_of_image(problem) >= groups.few)
     widest = groups.widest_training if problem.needs_grad and problem.kernel == 3 else groups.widest
     return width <= _NARROW_GROUP or (width <= widest and enough)

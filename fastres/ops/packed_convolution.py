@@ -4,7 +4,7 @@
 
 with stride s and padding p, of any square kernel, in one group. csrc/cpu serves float32 and bfloat16 tensors on
 processors with AVX2 or AVX-512, by one matrix product over the output positions ("gemm") or, for 3x3 kernels with
-stride 1, Winograd's algorithm ("winograd"); everything else is PyTorch's convolution.
+stride 1 or 2, Winograd's algorithm ("winograd"); everything else is PyTorch's convolution.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from fastres.nn.frozen import FrozenNetwork
 from fastres.nn.plan import Recorder, Value, _places
 from fastres.ops import algorithms
 from fastres.ops.frozen_network import INPUT, NONE, OUTPUT, Kind, Step, fallback, frozen_network
-from fastres.ops.packed import turn
+from fastres.ops.packed import pack, turn
 from tests.operators import opcheck
 from tests.ops.test_conv3x3 import needs_kernels
-from tests.oracle import SEED, activation, generator
+from tests.oracle import SEED, activation, assert_close, form_of, generator, output_length
 from tests.test_freeze import CLASSES, assert_same_function, distance, images, randomise
 
 pytestmark = needs_kernels
@@ -364,6 +364,24 @@ def test_a_step_in_groups_that_does_not_fit_is_refused(field, value, message):
     found.steps[0, Step._fields.index(field)] = value
     with pytest.raises(ValueError, match=message):
         found.run(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_winograds_algorithm_is_exact(stride, dtype):
+    x = activation((2, 33, 11, 9), dtype, "channels_last", generator("winograd", stride, dtype))
+    weight, bias = torch.randn(40, 33, 3, 3) / 17, torch.randn(40)
+    layer = SimpleNamespace(
+        shape=ConvShape(40, 3, stride, 1), packed=pack(weight, padded=True), bias=bias,
+        activation=Activation("leaky_relu", 0.25),
+    )  # fmt: skip
+    recorder = Recorder(x, dtype, {})
+    found = recorder.finish(recorder.convolution(recorder.input, layer, None, "winograd", True))
+    assert Step(*found.steps[0].tolist()).winograd == 1
+    exact = nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, 1)
+    wanted, length = nn.functional.leaky_relu(exact, 0.25), output_length(33, form_of(x, stride))
+    assert_close(found.run(x), wanted, "y", length=length)
+    assert distance(fallback(x, *found[1:]), wanted) < 8 * torch.finfo(dtype).eps
 
 
 # ------------------------------------------------------------------------------------------------------------- places

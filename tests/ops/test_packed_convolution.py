@@ -32,6 +32,8 @@ SHAPES = [
     (1, 1, 1, 1, 1, 3, 1, 1),
     (3, 17, 70, 3, 2, 3, 2, 1),
     (1, 130, 31, 8, 8, 3, 2, 1),
+    (1, 500, 40, 6, 9, 3, 1, 1),
+    (2, 300, 33, 9, 7, 3, 2, 1),
     (40, 24, 48, 9, 10, 3, 1, 1),
     (1, 16, 40, 1, 40, 3, 3, 1),
     (2, 64, 64, 7, 7, 1, 1, 0),
@@ -160,6 +162,15 @@ def test_unpacking_gives_the_weight_back(channels, dtype, kernel, padded):
         assert packed.dtype == torch.float32 and packed.is_contiguous()
         assert torch.equal(unpack(packed, k, c, kernel), w.float())
         assert int(packed.count_nonzero()) == int(w.count_nonzero())  # zeros elsewhere
+
+
+@needs_kernels
+def test_an_infinite_weight_of_a_later_block_of_inputs_shows_only_where_it_is_read():
+    x, weight = torch.ones(1, 500, 6, 9), torch.full((40, 500, 3, 3), 0.01)
+    weight[33, 490, 0, 0] = float("inf")  # above and to the left of a pixel
+    y = packed_convolution(x, pack(weight, padded=True), None, None, IDENTITY, ConvShape(40, 3, 1, 1), "winograd")
+    assert y[0, 33, 1:, 1:].isinf().all() and y[0, 33, 0].isfinite().all() and y[0, 33, :, 0].isfinite().all()
+    assert torch.cat([y[0, :33], y[0, 34:]]).isfinite().all()
 
 
 @pytest.mark.parametrize(("padded", "depth"), [(True, 32), (False, 20)])
