@@ -134,10 +134,18 @@ def size(t: Tensor) -> Tensor:
     return size.maximum(size[size != 0].nanmedian())
 
 
+def size_in_padding(x: Tensor, weight: Tensor, dy: Tensor, stride: int) -> Tensor:
+    """What the padding's zeros add to the sizes of dweight: to a tile's products they are factors like any other."""
+    general = min(size(x)[x.isfinite()].tolist(), default=0.0)
+    padding = F.pad(torch.zeros_like(x, dtype=torch.float64), (1, 1, 1, 1), value=general)
+    return torch.nn.grad.conv2d_weight(padding, list(weight.shape), size(dy).nan_to_num(0, 0, 0), stride)
+
+
 def check(x: Tensor, weight: Tensor, dy: Tensor, stride: int = 1) -> None:
     results = gradients(partial(winograd, stride=stride), x, weight, dy)
     exact = gradients(partial(convolution, stride=stride), x.double(), weight.double(), dy.double())
     sizes = gradients(partial(convolution, stride=stride), size(x), size(weight), size(dy))
+    sizes[2] = sizes[2] + size_in_padding(x, weight, dy, stride)
     if min(x.shape[2:]) <= stride:  # some taps of the weight read nothing but padding
         sizes[2] = sizes[2].nan_to_num().amax((2, 3), keepdim=True).expand_as(sizes[2])
     terms = (9 * x.shape[1], 9 * weight.shape[0], x.numel() // x.shape[1])
