@@ -1,6 +1,7 @@
 """FSDP2: `torchrun --standalone --nproc-per-node=2 examples/fsdp2.py`, on CPUs or GPUs."""
 
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -32,4 +33,5 @@ for _ in range(3):
     optimizer.step()
 if dist.get_rank() == 0:
     print(f"{dist.get_world_size()} processes, loss of this one's images {loss.item():.3f}")
+time.sleep(0.1)  # for gloo's threads to put down what the last step sent: they abort a Python that ends before them
 dist.destroy_process_group()

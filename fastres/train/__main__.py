@@ -8,7 +8,7 @@ import tyro
 
 from fastres.train.checkpoint import AUTO, resolve_resume, saved_config
 from fastres.train.config import TrainConfig, check_config
-from fastres.train.distributed import lost_peer, recorded, report_failure
+from fastres.train.distributed import leave_group, lost_peer, recorded, report_failure
 from fastres.train.errors import DivergedError, InputError, RunError
 from fastres.train.evaluation import evaluate
 from fastres.train.find_lr import find_learning_rate
@@ -42,13 +42,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if config.resume is not None:
             # Once more, so that options not given are those of the checkpoint.
             config = tyro.cli(TrainConfig, args=args, prog=PROGRAM, default=saved_config(config.resume))
-        if config.test_only:
-            evaluate(config)
-            return 0
-        stopped_by = find_learning_rate(config).stopped_by if config.find_lr else train(config).stopped_by
+        status = _run(config)
     except (InputError, RunError) as error:
         report_failure(PROGRAM, error)
-        return 1 if isinstance(error, DivergedError) else 2
+        status = 1 if isinstance(error, DivergedError) else 2
     except RuntimeError as error:
         lost = lost_peer(error)
         if lost is None:
@@ -59,6 +56,16 @@ def main(args: Sequence[str] | None = None) -> int:
         # Before the loop, or a second time: nothing to save.
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    leave_group()
+    return status
+
+
+def _run(config: TrainConfig) -> int:
+    """The exit status of what the options ask for."""
+    if config.test_only:
+        evaluate(config)
+        return 0
+    stopped_by = find_learning_rate(config).stopped_by if config.find_lr else train(config).stopped_by
     return 0 if stopped_by is None else 128 + signal.Signals[stopped_by]
 
 

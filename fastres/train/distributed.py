@@ -3,6 +3,7 @@
 torchrun starts the processes and names each in its environment. A job of one process never touches torch.distributed.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -28,6 +29,8 @@ DEATH_SECONDS = 2.0
 """How long a process may take from closing its connections to being gone."""
 PATIENCE_SECONDS = 10.0
 """How long a process that cannot begin leaves it to the first one to say why."""
+LINGER_SECONDS = 0.1
+"""How long a process stays after leaving its group, for threads that the group's end does not wait for."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,6 @@ class Group:
             ranks = [str(rank) for rank, error in enumerate(errors) if error == (kind, text)]
             raise kind(f"{text} (rank {', '.join(ranks)} of {self.size} processes)") from found
 
-    def close(self) -> None:
-        """Leave the process group that `start_group` made."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
 
 SINGLE = Group()
 
@@ -163,6 +161,20 @@ def start_group(device: torch.device) -> Group:
     _Job.group, _Job.store = group, store
     _Job.processes = tuple(group.gather((socket.gethostname(), os.getpid())))
     return group
+
+
+def leave_group() -> None:
+    """Leave the process group that `start_group` made; without one nothing happens. No collective may be under way.
+
+    A thread of gloo's that puts down the tensors of the last collective while the interpreter ends aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489). A group that nothing else holds waits for its threads.
+    """
+    if _Job.store is None or not dist.is_initialized():
+        return
+    gc.collect()  # the network's replica holds the group, in a cycle
+    dist.destroy_process_group()
+    _Job.group, _Job.store, _Job.processes = SINGLE, None, ()
+    time.sleep(LINGER_SECONDS)  # DTensor's caches hold the group of FSDP's shards for good
 
 
 def rank_device(device: torch.device, group: Group) -> torch.device:

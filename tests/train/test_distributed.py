@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fastres.nn import FusedBasicBlock
 from fastres.train import TrainConfig, distributed, load_checkpoint, parallel, train
 from fastres.train import __main__ as command
-from fastres.train.distributed import SINGLE, Group, lost_peer, rank_device, start_group
+from fastres.train.distributed import SINGLE, Group, leave_group, lost_peer, rank_device, start_group
 from fastres.train.errors import InputError, RunError
 from tests.distributed.processes import run_processes
 from tests.train.conftest import TinyNet, make_data, signal_in_call
@@ -61,14 +61,14 @@ def test_one_process_needs_no_process_group() -> None:
     assert SINGLE.gather("a") == ["a"]
     assert SINGLE.broadcast("a") == "a"
     SINGLE.barrier()
-    SINGLE.close()
+    leave_group()
     assert not dist.is_initialized()
 
 
 def talk(group: Group, port: int) -> dict[str, Any]:
     """In a group that is started as torchrun's processes start theirs."""
     group.barrier()
-    group.close()
+    dist.destroy_process_group()
     os.environ.update(
         RANK=str(group.rank), LOCAL_RANK=str(group.rank), WORLD_SIZE=str(group.size),
         MASTER_ADDR="localhost", MASTER_PORT=str(port),
