@@ -9,7 +9,7 @@
 // is prefetched during the products.
 //
 // Every output is one sum in one order, whatever the number of threads; with stride 2 that order depends on the size of
-// the L2 cache. Sums that epilogues keep by chunks depend on the number of threads, and on nothing else.
+// the L2 cache. Sums that epilogues keep by chunks depend on both, and on nothing else.
 //
 // The templates are instantiated in winograd_tile4.cpp and its siblings, a form each.
 #pragma once
@@ -33,8 +33,8 @@ namespace conv {
 // What a thread's chunk, transformed input and products together, may have at most; and by tiles, of its L2 cache.
 constexpr int64_t kChunkBytes = 448 * 1024;
 constexpr double kChunkOfCache = 0.375;
-// Of its L2 cache, a block of inputs' transformed weights.
-constexpr double kBlockOfCache = 0.5;
+// Of its L2 cache, by channels: a block of inputs' transformed weights, and the products kept until the last block.
+constexpr double kBlockOfCache = 0.5, kProductsOfCache = 0.5;
 // Pairs of channels whose weights are worth a thread's start.
 constexpr int64_t kThreadPairs = 2 * 1024;
 
@@ -217,8 +217,18 @@ int64_t inputs_in_cache() {
   return std::max<int64_t>(1, floats / (Form::kPlanes * kColumns) / kWidth) * kWidth;
 }
 
-// The products of one point, of tiles and one group of output channels, or what they add to them. Where the planes of a
-// point have one product, they add up: so many inputs of all planes, and then the next ones, for any block of inputs.
+// Whether the planes of a point have one product, and add up.
+template <typename Form>
+constexpr bool kSumsPlanes = Form::kProducts != Form::kPlanes;
+
+// Inputs that the products of a point take together: with planes that add up so many of all planes, and then the next
+// ones, for any block of inputs.
+template <typename Form>
+int64_t inputs_together(int64_t inputs) {
+  return kSumsPlanes<Form> ? std::min(inputs, inputs_in_cache<Form>()) : inputs;
+}
+
+// The products of one point, of tiles and one group of output channels, or what they add to them.
 template <typename Form>
 inline void multiply_point(
     int64_t point,
@@ -226,20 +236,20 @@ inline void multiply_point(
     const Planes<const float>& weights,
     const Planes<float>& product,
     const OutputShape& shape,
+    int64_t together,
     bool accumulate) {
-  constexpr bool sums_planes = Form::kProducts != Form::kPlanes;
-  const int64_t together = sums_planes ? inputs_in_cache<Form>() : shape.inputs;
-  for (int64_t c = 0; c < shape.inputs; c += together) {
+  const int64_t step = kSumsPlanes<Form> ? together : shape.inputs; // else one, which the compiler knows
+  for (int64_t c = 0; c < shape.inputs; c += step) {
     OutputShape part = shape;
-    part.inputs = std::min(together, shape.inputs - c);
+    part.inputs = std::min(step, shape.inputs - c);
     Form::for_each_plane(point, [&](int64_t plane) {
       multiply_outputs(
           operand.at(Form::kOperands == Form::kPlanes ? plane : point) + c * kRows,
           weights.at(plane) + c * kPanel,
-          product.at(sums_planes ? point : plane),
+          product.at(kSumsPlanes<Form> ? point : plane),
           part,
           accumulate);
-      accumulate = accumulate || sums_planes;
+      accumulate = accumulate || kSumsPlanes<Form>;
     });
   }
 }
@@ -255,6 +265,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
   const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
   const Workspace weights(Form::kPlanes * groups * depth * kColumns);
   const bool in_range = transform_all_weights<Form>(kernel, weights.data());
+  const int64_t together = inputs_together<Form>(depth);
   const Tiles in = x.template tiles<typename Form::Input>();
   parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Workspace operand(Form::kOperands * operand_plane), product(Form::kProducts * product_plane);
@@ -283,6 +294,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
               {weights.data() + g * depth * kColumns, groups * depth * kColumns},
               {product.data() + g * size * kColumns, product_plane},
               {count, depth, depth, depth, kernel.outputs - g * kColumns},
+              together,
               false);
         }
       }
@@ -328,14 +340,14 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const Workspace operand(Form::kOperands * operand_plane);
   std::vector<DirectTile> direct(count);
   // A prologue computes whole lines, so that its threads take more tiles at a time.
-  const int64_t together = x.prologue != nullptr ? kRows : 1;
-  parallel_for(0, (count + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * together;
+  const int64_t step = x.prologue != nullptr ? kRows : 1;
+  parallel_for(0, (count + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * step;
     auto reader = reader_of<Form>(x, kernel.inputs);
     transform_tiles(
         reader,
         first,
-        std::min(count, end * together) - first,
+        std::min(count, end * step) - first,
         true,
         operand.data(),
         operand_plane,
@@ -345,6 +357,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
   // Products of more than one chunk could not all be kept until the last block.
   const int64_t block = in_share == 1 ? std::min(depth, inputs_in_cache<Form>()) : depth;
+  const int64_t together = inputs_together<Form>(block);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = block * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
     const Workspace weights(Form::kPlanes * weight_plane), product(Form::kProducts * product_plane);
@@ -372,6 +385,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
                 {weights.data(), weight_plane},
                 {product.data(), product_plane},
                 {size, depth, inputs, inputs, kernel.outputs - g * kColumns},
+                together,
                 c > 0);
           }
           if (c + inputs < depth) {
@@ -405,19 +419,24 @@ template <typename Form>
 Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& kernel) {
   const Tiles tiles{images, height, width, Form::kOut};
   const int64_t count = tiles.count(), threads = get_num_threads(), groups = groups_of(kernel.outputs);
+  const double cache = Caches::of_machine().l2 / sizeof(float);
   constexpr int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float));
   if (goes_by_channels<Form>(tiles, kernel)) {
-    // With more threads than groups several share a group, and each transforms its weights for itself.
-    const int64_t shares = std::clamp<int64_t>(threads / groups, 1, (count + kRows - 1) / kRows);
+    // What adds up planes writes their products once a block of inputs in any case, so its shares all go by blocks.
+    const int64_t kept = kSumsPlanes<Form> ? static_cast<int64_t>(kProductsOfCache * cache) : floats / 2;
+    const int64_t most = std::max<int64_t>(kept / (Form::kProducts * kColumns * kRows), 1) * kRows;
+    const int64_t least = kSumsPlanes<Form> ? (count + most - 1) / most : 1;
+    // With more threads than groups several share a group. Each share transforms the weights for itself.
+    const int64_t shares = std::clamp<int64_t>(threads / groups, least, (count + kRows - 1) / kRows);
     const int64_t share = round_up((count + shares - 1) / shares, kRows);
-    return {tiles, share, std::min(share, floats / Form::kProducts / 2 / kColumns / kRows * kRows)};
+    return {tiles, share, std::min(share, most)};
   }
   const int64_t of_tile = Form::kOperands * round_up(kernel.inputs, kWidth) + Form::kProducts * groups * kColumns;
   // Each chunk reads all weights: what of them the caches do not hold has to be worth it.
   const int64_t weight_bytes =
       Form::kPlanes * groups * kColumns * round_up(kernel.inputs, kWidth) * static_cast<int64_t>(sizeof(float));
   const int64_t least = 2 * std::clamp<int64_t>(weight_bytes / (kSharedBytes / 2), 1, 8);
-  const int64_t in_cache = kChunkOfCache * Caches::of_machine().l2 / sizeof(float);
+  const int64_t in_cache = kChunkOfCache * cache;
   const int64_t most = std::max(least, std::min(floats, in_cache) / of_tile / kRows) * kRows;
   // As many chunks for every thread.
   const int64_t chunks = round_up((count + most - 1) / most, threads);

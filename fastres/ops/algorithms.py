@@ -30,10 +30,10 @@ _LEAST_GROUP, _GROUP_COPY = 8, 100
 _WINOGRAD_STRIDES = (1, 2)
 # Sizes that the kernel for groups has.
 GROUPED_KERNELS = (3, 5, 7)
-# Output positions up to which one product is faster than PyTorch's convolution, which reorders the weights first; and
-# those of one image, and input channels, with which it is faster in batches as well.
-_FEW_POSITIONS = 256
-_SMALL_IMAGE, _MANY_INPUTS = 16, 256
+# Output positions of an image that leave multipliers idle in PyTorch's convolution in training; and those, and input
+# channels, with which one product is faster than that in inference, in batches as well.
+_SMALL_IMAGE = 16
+_TINY_IMAGE, _MANY_INPUTS = 4, 256
 # Pixels of a 1x1 kernel's product that pay for packing its weights: one for so many weights, and at most; and images of
 # one pixel from which on PyTorch's convolution is slower in any case.
 _WEIGHTS_PER_PIXEL, _MOST_FEW_PIXELS = 4096, 128
@@ -163,12 +163,12 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
             return Choice("gemm", "it spares the passes of the normalisations beside it")
         return Choice("torch", "pixels are few: to pack the weights is most of the work")
     images, positions = problem.shape[0], _positions_of_image(problem)
-    few = not problem.needs_grad and _holds(images * positions <= _FEW_POSITIONS)
+    few = not problem.needs_grad and _few_pay(problem, images * positions)
     if _winograd_pays(problem, "gemm" if few else "pairs" if _in_pairs(problem) else "torch"):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     if few:
         return Choice("gemm", "output positions are few: to read the weights is most of the work")
-    if not problem.needs_grad and problem.shape[1] >= _MANY_INPUTS and _holds(positions <= _SMALL_IMAGE):
+    if not problem.needs_grad and problem.shape[1] >= _MANY_INPUTS and _holds(positions <= _TINY_IMAGE):
         return Choice("gemm", "an image has few output positions, which PyTorch's tiles do not fill")
     return Choice("torch", "output positions are too few for Winograd's transforms to pay")
 
@@ -270,6 +270,12 @@ def _positions_of_image(problem: ConvProblem) -> int:
     return output_size(h, problem.stride) * output_size(w, problem.stride)
 
 
+def _few_pay(problem: ConvProblem, positions: int) -> bool:
+    """Whether so few output positions are faster in one product than in PyTorch's, which reorders the weights first."""
+    direct = COSTS[problem.capability]["gemm"].direct
+    return _holds(positions <= direct.get(problem.stride, direct[1]).few)
+
+
 def _winograd_pays(problem: ConvProblem, against: str) -> bool:
     """Whether one of Winograd's forms is expected to be clearly faster than another algorithm, forward."""
     winograd, direct = COSTS[problem.capability][against]
@@ -304,6 +310,9 @@ def _tiles(form: Form, lanes: int, problem: ConvProblem) -> int:
     down, across = ((output_size(size, problem.stride) + form.side - 1) // form.side for size in (h, w))
     tiles, outputs = images * down * across, problem.outputs
     products = form.products * tiles * _round_up(inputs, lanes) * _round_up(outputs, lanes)
+    small = problem.needs_grad or form.shared == 0 or _holds(tiles * inputs <= form.shared)
+    if not (small or _holds(inputs * outputs <= form.shared)):
+        products = products * form.beyond // 100
     return products + form.tile * tiles * (inputs + outputs) + form.weight * inputs * outputs
 
 

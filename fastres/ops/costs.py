@@ -13,12 +13,17 @@ class Form(NamedTuple):
         products: a tile and pair of channels.
         tile: the transforms of a tile, a channel.
         weight: the transform of a pair of channels.
+        shared: tiles times channels, and pairs of channels, that shared caches hold when they are transformed; 0 where
+            that does not matter.
+        beyond: percent of products in inference when they hold neither.
     """
 
     side: int
     products: int
     tile: int
     weight: int
+    shared: int = 0
+    beyond: int = 100
 
 
 class Winograd(NamedTuple):
@@ -44,6 +49,7 @@ class Direct(NamedTuple):
         weight: a pair of channels.
         call: one call.
         norm: an element of the output, to normalise and activate it in a pass of its own.
+        few: output positions up to which it is faster than PyTorch's convolution in inference.
         percent: of all of it.
         unfilled: the same in training, where images have few outputs each.
         pairs: the same of bfloat16 numbers that are multiplied in pairs.
@@ -54,6 +60,7 @@ class Direct(NamedTuple):
     weight: int = 0
     call: int = 0
     norm: int = 0
+    few: int = 0
     percent: int = 100
     unfilled: int = 100
     pairs: int = 100
@@ -71,7 +78,7 @@ _AVX512 = Winograd(
     1_000_000,
     {
         1: (Form(3, 50, 1050, 420), Form(4, 72, 1600, 600), Form(5, 98, 2400, 720)),
-        2: (Form(4, 162, 3500, 1300),),
+        2: (Form(4, 162, 3500, 1300, 30_000, 165),),
     },
 )
 _AVX512_PACKED = Winograd(
@@ -89,7 +96,7 @@ _AVX2 = Winograd(
     9_000_000,
     {
         1: (Form(3, 55, 890, 810), Form(4, 89, 1360, 810), Form(5, 122, 2000, 1100)),
-        2: (Form(4, 172, 2900, 1300),),
+        2: (Form(4, 172, 2900, 1300, 50_000, 155),),
     },
 )
 _AVX2_FEW = Winograd(
@@ -105,14 +112,16 @@ _AVX2_PACKED = Winograd(
         2: (Form(4, 172, 3500, 1250),),
     },
 )
-_AVX2_GEMM = Direct(output=250, weight=124, call=6_300_000)
+_AVX2_GEMM = Direct(output=250, weight=124, call=6_300_000, few=256)
 _AVX2_PACKED_GEMM = Direct(16, 110, 110, 1_600_000)
 # By capability and what it is compared with: PyTorch's convolution, "gemm" of few positions, and "gemm" in inference
 # with packed weights.
 COSTS = {
     "avx512": {
-        "torch": Costs(_AVX512, {1: Direct(16, 50, 1000, norm=200), 2: Direct(weight=1300, norm=200)}),
-        "gemm": Costs(_AVX512, {1: Direct(16, 50, 250, norm=200), 2: Direct(weight=250, norm=200)}),
+        "torch": Costs(
+            _AVX512, {1: Direct(16, 50, 1000, norm=200), 2: Direct(weight=1150, call=5_000_000, norm=200, unfilled=110)}
+        ),
+        "gemm": Costs(_AVX512, {1: Direct(16, 50, 250, norm=200, few=256), 2: Direct(weight=250, norm=200, few=128)}),
         "packed": Costs(_AVX512_PACKED, {1: Direct(16, 50, 55, pairs=65), 2: Direct(16, 50, 55, pairs=50)}),
         "pairs": Costs(_AVX512_PAIRS, {1: Direct(norm=200, unfilled=50, pairs=50)}),
     },
