@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.records import commit, insert_table, row, to_json, write_text
 from fastres import FusedResNet18
 from fastres.train import parallel
-from fastres.train.distributed import start_group
+from fastres.train.distributed import leave_group, start_group
 
 WAYS: dict[str, dict[str, bool]] = {
     "DDP": {},
@@ -113,7 +113,7 @@ def count_step(rank: int, processes: int, port: int, folder: str, options: dict[
             if event.get("name", "").startswith("gloo:")
         ]
         (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
-    group.close()
+    leave_group()
 
 
 def measure(processes: int, options: dict[str, bool]) -> list[list[Any]]:

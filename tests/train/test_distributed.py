@@ -491,9 +491,10 @@ def test_killed_process_costs_a_restarted_job_nothing(whole: Path, tmp_path: Pat
     died = torchrun(to=tmp_path / "died", restarts=1, fail="1:9:killed")
     assert died.returncode == 0, died.stderr
     assert died.stdout.count("Training finished") == 1
-    # torchrun says which process it was. Ours do where it lets them live for long enough to notice.
-    assert re.search(r"failed \(exitcode: -9\) local_rank: 1", died.stderr)
-    for line in errors(died.stderr):
+    # torchrun says which process it was; or ours does, where it notices first, and then torchrun may name that one.
+    said = errors(died.stderr)
+    assert said or re.search(r"failed \(exitcode: -9\) local_rank: 1", died.stderr)
+    for line in said:
         assert re.search(r"rank 0 of 2: rank 1 \(process \d+\) of 2 has died", line)
     assert_ended_like(whole, tmp_path / "died")
 
