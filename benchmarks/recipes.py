@@ -138,7 +138,7 @@ def table(runs: Sequence[Run]) -> str:
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     versions = ", ".join(sorted({run.torch for run in runs}))
     # A run takes so long that others may have had to share the machine.
-    told = f"Float32 on the CPU; minutes and images a second are the fastest seed's; torch {versions}; {span}."
+    told = f"Float32 on the CPU; minutes and images a second are each the best seed's; torch {versions}; {span}."
     return "\n".join([*lines, "", told, ""])
 
 
