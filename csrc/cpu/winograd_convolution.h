@@ -221,14 +221,8 @@ int64_t inputs_in_cache() {
 template <typename Form>
 constexpr bool kSumsPlanes = Form::kProducts != Form::kPlanes;
 
-// Inputs that the products of a point take together: with planes that add up so many of all planes, and then the next
-// ones, for any block of inputs.
-template <typename Form>
-int64_t inputs_together(int64_t inputs) {
-  return kSumsPlanes<Form> ? std::min(inputs, inputs_in_cache<Form>()) : inputs;
-}
-
-// The products of one point, of tiles and one group of output channels, or what they add to them.
+// The products of one point, of tiles and one group of output channels, or what they add to them. Planes that add up
+// take so many inputs together, and then the next ones, for any block of inputs.
 template <typename Form>
 inline void multiply_point(
     int64_t point,
@@ -265,7 +259,7 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
   const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
   const Workspace weights(Form::kPlanes * groups * depth * kColumns);
   const bool in_range = transform_all_weights<Form>(kernel, weights.data());
-  const int64_t together = inputs_together<Form>(depth);
+  const int64_t together = inputs_in_cache<Form>();
   const Tiles in = x.template tiles<typename Form::Input>();
   parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
     const Workspace operand(Form::kOperands * operand_plane), product(Form::kProducts * product_plane);
@@ -357,7 +351,6 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
   // Products of more than one chunk could not all be kept until the last block.
   const int64_t block = in_share == 1 ? std::min(depth, inputs_in_cache<Form>()) : depth;
-  const int64_t together = inputs_together<Form>(block);
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = block * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
     const Workspace weights(Form::kPlanes * weight_plane), product(Form::kProducts * product_plane);
@@ -385,7 +378,7 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
                 {weights.data(), weight_plane},
                 {product.data(), product_plane},
                 {size, depth, inputs, inputs, kernel.outputs - g * kColumns},
-                together,
+                block,
                 c > 0);
           }
           if (c + inputs < depth) {

@@ -310,8 +310,8 @@ def _tiles(form: Form, lanes: int, problem: ConvProblem) -> int:
     down, across = ((output_size(size, problem.stride) + form.side - 1) // form.side for size in (h, w))
     tiles, outputs = images * down * across, problem.outputs
     products = form.products * tiles * _round_up(inputs, lanes) * _round_up(outputs, lanes)
-    small = problem.needs_grad or form.shared == 0 or _holds(tiles * inputs <= form.shared)
-    if not (small or _holds(inputs * outputs <= form.shared)):
+    counts = form.shared > 0 and not problem.needs_grad
+    if counts and not (_holds(tiles * inputs <= form.shared) or _holds(inputs * outputs <= form.shared)):
         products = products * form.beyond // 100
     return products + form.tile * tiles * (inputs + outputs) + form.weight * inputs * outputs
 
