@@ -93,14 +93,29 @@ class Chain:
 def norm_at(node: Node, memory: Memory) -> Norm | str:
     """The normalisation that a call is, or why it is none of ours in its graph.
 
-    Backward reads weight and bias, the bias to compute an activation's input again, where PyTorch saves none.
+    Backward reads weight and bias, the bias to compute an activation's input again, where PyTorch saves none. And
+    PyTorch updates running statistics without autograd's knowing, which operators of ours do not.
     """
     norm, y = norm_of(node), value(node)
     if isinstance(norm, str) or y is None or not y.requires_grad:
         return norm
     if memory.is_written_after(memory.storages([norm.params.weight, norm.params.bias]), node):
         return "something writes to its weight or bias before backward"
+    running = memory.storages([norm.params.running_mean, norm.params.running_var])
+    if not norm.training and memory.is_written(running):
+        return "something writes to its running statistics, which backward reads"
+    if norm.training and any(_may_save(reader, node) for reader in memory.readers(running)):
+        return "another call with a gradient reads its running statistics"
     return norm
+
+
+def _may_save(reader: Node, norm: Node) -> bool:
+    """Whether a call that reads running statistics may save them for backward; one that counts a batch does not."""
+    y = value(reader)
+    if reader is norm or (y is not None and not y.requires_grad):
+        return False
+    other = norm_of(reader) if is_norm(reader) else "it is none"
+    return isinstance(other, str) or not other.training
 
 
 def find(norm: Norm, memory: Memory, claimed: set[Node]) -> Chain:

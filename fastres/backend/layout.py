@@ -101,6 +101,10 @@ def _is_inside(node: Node, members: set[Node], memory: Memory) -> bool:
         return False
     if not memory.is_made_here(memory.sharing(node)[0]):
         return False
+    # Without gradients a view has its base's requires_grad, and a copy of the base has none.
+    views = [user for user in memory.sharing(node) if node in user.all_input_nodes and user not in members]
+    if any(memory.has_barrier_between(node, view) for view in views):
+        return False
     storages = memory.storages([node])
     writers = [n for n in memory.nodes if not memory.writes(n).isdisjoint(storages)]
     barriers = {user for n in memory.sharing(node) for user in n.users if memory.is_barrier(user)}

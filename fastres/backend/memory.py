@@ -179,7 +179,7 @@ class Memory:
 
     def _may_be_written(self, storages: Storages) -> bool:
         barriers = [self.nodes[i] for i in self._barriers]
-        return any(s in self._written_at for s in storages) or any(self.may_write(n, storages) for n in barriers)
+        return self.is_written(storages) or any(self.may_write(n, storages) for n in barriers)
 
     def sharing(self, node: Node) -> list[Node]:
         """All nodes whose values lie in the memory of this one's, itself among them, in order."""
@@ -220,6 +220,10 @@ class Memory:
             self.overlap(self.writes(n), storages) for n in self.nodes[begin:end] if n not in ours and self._writes[n]
         )
 
+    def has_barrier_between(self, first: Node, last: Node) -> bool:
+        """Whether anything may happen between two calls: a switch of modes, for example."""
+        return any(self.position[first] < i < self.position[last] for i in self._barriers)
+
     def is_read_between(self, storages: Storages, first: Node, last: Node, own: Iterable[Node] = ()) -> bool:
         """Whether a call between the two reads what lies in these storages."""
         ours = set(own)
@@ -246,7 +250,15 @@ class Memory:
 
     def is_written_after(self, storages: Storages, node: Node) -> bool:
         """Whether a call after the node is known to write to these storages; barriers are not taken to."""
-        return any(i > self.position[node] for storage in storages for i in self._written_at[storage])
+        return any(i > self.position[node] for storage in storages for i in self._written_at.get(storage, ()))
+
+    def is_written(self, storages: Storages) -> bool:
+        """Whether a call is known to write to these storages."""
+        return not storages.isdisjoint(self._written_at)
+
+    def readers(self, storages: Storages) -> list[Node]:
+        """The calls that read what lies in these storages."""
+        return [n for n in self.nodes if n.op != "output" and not self._reads[n].isdisjoint(storages)]
 
     def is_known_outside(self, node: Node) -> bool:
         """Whether the node's memory is that of an input or output of the graph."""

@@ -142,6 +142,24 @@ def test_an_output_has_its_gradient_where_it_was_written_without():
     assert training.channels_last > 0
 
 
+class ViewedWithoutGradients(Squeeze):
+    """Without gradients a view of a tensor with one asks for one as well, a copy does not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.norm(self.conv(x))
+        with torch.no_grad():
+            turned = features.transpose(2, 3)
+        return torch.sigmoid(turned), self.last(features)
+
+
+def test_a_view_that_was_made_without_gradients_asks_for_one():
+    model, x = ViewedWithoutGradients("method"), images(*SHAPE)
+    with compare.fresh():
+        compiled = torch.compile(model, backend="fastres", options={"smallest": 0, "conv_algorithm": "winograd"})
+        turned, _ = compiled(x)
+    assert turned.requires_grad and model(x)[0].requires_grad
+
+
 class WrittenInAPart(Squeeze):
     """The part writes to a view of what is read again after it."""
 

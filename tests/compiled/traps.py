@@ -143,6 +143,26 @@ class RunningMeanAsBias(Trap):
         return F.silu(self.bn(F.conv2d(x, self.conv.weight, self.bn.running_mean, padding=1)))
 
 
+class RunningMeanAsFactor(Trap):
+    """PyTorch's product saves the mean and finds it updated, which autograd does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = self.other(x) * self.bn.running_mean.view(1, -1, 1, 1)
+        return F.relu(self.bn(self.conv(x)) + scaled)
+
+
+class RunningStatisticsMoved(Trap):
+    """In evaluation backward reads them, where they could be moved once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.bn.running_mean.mul_(0.5)
+        y = F.silu(self.bn(self.conv(x)))
+        with torch.no_grad():
+            self.second.running_var.add_(self.second.running_mean.square())
+        return y + F.silu(self.second(self.other(x)))
+
+
 class NormBiasWritten(Trap):
     """Backward would compute SiLU's input again."""
 
