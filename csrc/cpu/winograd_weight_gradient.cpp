@@ -373,8 +373,10 @@ void gradient_by_shares(const Problem<Form, T>& w) {
 template <typename Form, typename T>
 void weight_gradient(const WeightGradient<T>& given) {
   const Problem<Form, T> w{given};
-  // At once where the transformed tiles are no larger than what would be added up otherwise.
-  if (w.tiles().count() * w.tile_bytes() <= std::min(kAtOnceBytes, w.shares() * w.gradient_bytes())) {
+  // At once where the transformed tiles are no larger than what would be added up otherwise, or hardly larger where a
+  // vector has 16 lanes: rows are read once a column group, and there are half as many.
+  const int64_t sums = w.shares() * w.gradient_bytes();
+  if (w.tiles().count() * w.tile_bytes() <= std::min(kAtOnceBytes, kWidth == 16 ? sums + sums / 4 : sums)) {
     gradient_at_once(w);
   } else {
     gradient_by_shares(w);
