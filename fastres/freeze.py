@@ -87,7 +87,12 @@ def _folds(module: nn.Module, pairs: list[tuple[str, str]]) -> bool:
 
 
 def _is_foldable(conv: nn.Module | None) -> bool:
-    return is_exactly(conv, nn.Conv2d) and conv.padding_mode == "zeros" and conv.weight.is_floating_point()
+    if not is_exactly(conv, nn.Conv2d) or conv.padding_mode != "zeros" or not conv.weight.is_floating_point():
+        return False
+    for name in ("kernel_size", "stride", "padding", "dilation"):  # numbers and lists serve as well, set in place
+        given = getattr(conv, name)
+        setattr(conv, name, given if isinstance(given, str) else (given,) * 2 if isinstance(given, int) else (*given,))
+    return conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
 
 
 def _is_fixed(norm: nn.Module | None) -> bool:
@@ -183,9 +188,11 @@ class _Freezer:
 
 
 def _hold_as_buffers(module: nn.Module) -> None:
-    for name, parameter in list(module._parameters.items()):
+    if isinstance(module, torch.jit.ScriptModule):  # whose tensors stay what they are
+        return
+    for name, held in list(module._parameters.items()):
         del module._parameters[name]
-        module.register_buffer(name, None if parameter is None else parameter.detach())
+        module.register_buffer(name, None if held is None else held.detach())
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -210,15 +217,15 @@ def freeze(model: nn.Module, *, packed: bool = True, dtype: torch.dtype | None =
     Args:
         model: a network that `fastres.fuse` takes, fused or not; any other module is copied as it is.
         packed: False leaves every weight as PyTorch has it, for a program that is exported or runs on a GPU.
-        dtype: bfloat16 or float16, to compute in by autocast whatever the input is; buffers stay as they are. None: in
-            the input's, or the caller's autocast's. On a CPU bfloat16 is faster where its kernels multiply in pairs
-            (AVX512_BF16 of AMD's processors).
+        dtype: bfloat16 or float16, to compute in by autocast, whatever the input is but float64; buffers stay as they
+            are. None: in the input's, or the caller's autocast's. On a CPU bfloat16 is faster where its kernels
+            multiply in pairs (AVX512_BF16 of AMD's processors).
     Returns:
         A module whose class is made of the model's (for a fused network: of torchvision's). Outputs are those of the
         model in evaluation, up to rounding. train() and backward raise a RuntimeError; eval() changes nothing.
     Raises:
         TypeError: as `fastres.fuse`; packed is not a bool; dtype is no torch.dtype.
-        ValueError: dtype is another one.
+        ValueError: dtype is another one, or the model has a forward of its own, set on the instance.
     """
     check_model(model, "freeze")
     if not isinstance(packed, bool):
@@ -227,7 +234,23 @@ def freeze(model: nn.Module, *, packed: bool = True, dtype: torch.dtype | None =
         raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
     if dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected torch.bfloat16, torch.float16 or None, got {dtype}")
-    freezer = _Freezer(packed)
+    if dtype is not None and "forward" in model.__dict__:
+        raise ValueError(f"dtype: expected None where the model has a forward of its own, set on it, got {dtype}")
+    # Changes of what is made in inference mode are not counted.
+    with torch.inference_mode(False):
+        frozen = _frozen(model, _Freezer(packed))
+    if isinstance(frozen, (Planned, FrozenModel)) or (isinstance(frozen, Frozen) and dtype is None):
+        kind: type[Frozen] | None = None
+    else:
+        kind = Frozen if dtype is None else FrozenModel
+    if kind is not None:
+        frozen.__class__ = made_class("Frozen", cast(Any, kind), cast(Any, type(frozen)))
+    if dtype is not None:
+        cast(Any, frozen).computes_in = dtype
+    return frozen
+
+
+def _frozen(model: nn.Module, freezer: _Freezer) -> nn.Module:
     frozen = fuse(copy.deepcopy(model).eval(), inplace=True)
     for module in list(frozen.modules()):
         if isinstance(module, FusedTrunk):
@@ -236,11 +259,6 @@ def freeze(model: nn.Module, *, packed: bool = True, dtype: torch.dtype | None =
             freezer.block(module)
     for module in frozen.modules():
         _hold_as_buffers(module)
-    if not isinstance(frozen, Frozen):
-        kind = Frozen if dtype is None else FrozenModel
-        frozen.__class__ = made_class("Frozen", cast(Any, kind), cast(Any, type(frozen)))
-    if dtype is not None:
-        cast(Any, frozen).dtype = dtype
     return frozen
 
 

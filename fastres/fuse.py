@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 import torch.nn as nn
@@ -44,7 +45,7 @@ from fastres.nn.preactivation import FusedPreactivationBlock, PreactivationBlock
 from fastres.nn.shortcut import PadShortcut, PlainSkipConnection, SkipConnection
 from fastres.nn.stem import FusedTrunk, fused_trunk_class, plain_trunk_class
 from fastres.nn.steps import check_conv_algorithm, why_not_downsample
-from fastres.nn.trust import Fused, class_name
+from fastres.nn.trust import Fused, class_name, why_replaced
 
 __all__ = ["FuseReport", "fuse", "fuse_report", "unfuse"]
 
@@ -101,7 +102,7 @@ class FuseReport:
 
 def _fused_class(module: nn.Module) -> type[nn.Module] | None:
     """The class with a faster way that this module may take; None where it has one, or nothing is known of it."""
-    if "forward" in module.__dict__ or "_forward_impl" in module.__dict__:
+    if "forward" in module.__dict__ or "_forward_impl" in module.__dict__ or why_replaced(type(module)) is not None:
         return None
     trunk = "bn1" in module._modules and "relu" in module._modules
     return _FUSED.get(type(module)) or (fused_trunk_class(type(module)) if trunk else None)
@@ -116,7 +117,7 @@ def _why_left(module: nn.Module) -> str | None:
         return None
     if "forward" in module.__dict__ or "_forward_impl" in module.__dict__:
         return "it has a forward of its own, set on the instance"
-    return f"is {class_name(type(module))}, whose forward may differ from torchvision's"
+    return why_replaced(type(module)) or f"is {class_name(type(module))}, whose forward may differ from torchvision's"
 
 
 def _found(model: nn.Module) -> list[tuple[str, str | None, str]]:
@@ -174,6 +175,8 @@ def _share(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
     clone = module.__class__.__new__(module.__class__)
     seen[id(module)] = clone
     for key, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, clone)
         clone.__dict__[key] = value.copy() if isinstance(value, (dict, set)) else value
     for name, child in module._modules.items():
         if child is not None:

@@ -36,7 +36,7 @@ from fastres.nn.steps import (
     norm_act_conv,
     uses_batch_statistics,
 )
-from fastres.nn.trust import AnyActivation, Fused, activation_of, renamed
+from fastres.nn.trust import AnyActivation, Fused, activation_of, renamed, why_replaced
 
 
 class DropoutBasicBlock(BasicBlock):  # type: ignore[misc]
@@ -107,9 +107,20 @@ class FusedBlock(Fused):
         return self._in_memory_format(x)
 
     def _child_by_child(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self._is_replaced():  # type: ignore[attr-defined]
+            return self._by_replacement(x)
         if self.dropout == 0.0:
             return self._plain(x)  # type: ignore[no-any-return]
         return self._plain_with_dropout(x)  # type: ignore[no-any-return]
+
+    @torch.jit.unused
+    def _is_replaced(self) -> bool:
+        return self.dropout == 0.0 and why_replaced(self.stands_for) is not None
+
+    @torch.jit.unused
+    def _by_replacement(self, x: Tensor) -> Tensor:
+        assert self.stands_for is not None
+        return self.stands_for.forward(self, x)  # type: ignore[no-any-return]
 
     @torch.jit.unused
     def _in_memory_format(self, x: Tensor) -> Tensor:
@@ -223,6 +234,7 @@ class FusedBasicBlock(FusedBlock, BasicBlock):  # type: ignore[misc]
         "conv2": nn.Conv2d,
         "bn2": nn.BatchNorm2d,
     }
+    stands_for = BasicBlock
     _plain = renamed(BasicBlock.forward, "_plain")
     _plain_with_dropout = renamed(DropoutBasicBlock.forward, "_plain_with_dropout")
 
@@ -278,6 +290,7 @@ class FusedBottleneck(FusedBlock, Bottleneck):  # type: ignore[misc]
         "conv3": nn.Conv2d,
         "bn3": nn.BatchNorm2d,
     }
+    stands_for = Bottleneck
     _plain = renamed(Bottleneck.forward, "_plain")
     _plain_with_dropout = renamed(DropoutBottleneck.forward, "_plain_with_dropout")
 

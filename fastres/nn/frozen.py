@@ -49,11 +49,11 @@ class Frozen(nn.Module):
 class FrozenModel(Frozen):
     """A model that computes in a dtype of its own, by autocast, whatever its inputs are; not one that is `Planned`."""
 
-    dtype: torch.dtype
+    computes_in: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         devices = (t.device.type for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        with torch.autocast(next(devices, "cpu"), self.dtype):
+        with torch.autocast(next(devices, "cpu"), self.computes_in):
             return super().forward(*args, **kwargs)
 
 
@@ -76,6 +76,7 @@ class FrozenLayer(Frozen):
     """A layer whose result is that of `_infer`, and no gradient's."""
 
     is_recordable = True
+    inputs: int  # channels
 
     def __init__(self, activation: Activation) -> None:
         super().__init__()
@@ -83,13 +84,28 @@ class FrozenLayer(Frozen):
         self.activation = activation
 
     def forward(self, x: Any, residual: Any = None) -> Any:
-        """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape."""
+        """[N, C, H, W] to [N, K, H', W'], of which the residual has the shape.
+
+        Raises:
+            TypeError: x is not a tensor of floating-point numbers.
+            ValueError: it has another number of dimensions or channels.
+        """
         if isinstance(x, Value):
+            if x.flat or x.channels != self.inputs:
+                raise NotPlannedError(f"a layer of {self.inputs} input channels gets {x.channels}")
             return self._record(x, residual)
+        self._check(x)
         asks = x.requires_grad or (residual is not None and residual.requires_grad)
         if asks and torch.is_grad_enabled():
             return _Inference.apply(self._infer, x, residual)
         return self._infer(x, residual)
+
+    def _check(self, x: Any) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a tensor of floating-point numbers, got {found}")
+        if x.dim() != 4 or x.shape[1] != self.inputs:
+            raise ValueError(f"x: expected shape [N, {self.inputs}, H, W], got {list(x.shape)}")
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -102,29 +118,24 @@ class FrozenLayer(Frozen):
 class FrozenNormAct(FrozenLayer):
     """f(weight * x + bias [+ residual]): a normalisation that no convolution comes before.
 
-    Buffers: weight and bias [C], float32 (float64 for a float64 network); zero and one [C], not in the state_dict.
+    Buffers: weight and bias [C], float32 (float64 for a float64 network).
     """
 
     weight: Tensor
     bias: Tensor
-    zero: Tensor
-    one: Tensor
 
     def __init__(self, norm: nn.BatchNorm2d, activation: Activation) -> None:
         super().__init__(activation)
         scale, shift = scale_and_shift(norm)
         assert norm.running_mean is not None
+        self.inputs = len(scale)
         dtype = statistics_dtype(norm.running_mean.dtype)
         self.register_buffer("weight", scale.to(dtype))
         self.register_buffer("bias", shift.to(dtype))
-        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
-        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if _takes_operators(x):
-            return functional.batch_norm_act(
-                x, self.zero, self.one, self.weight, self.bias, eps=0.0, residual=residual, activation=self.activation
-            )
+        if _takes_operators(x) and _has_shape_of(residual, x):
+            return _scale_add_act(x, self.weight, self.bias, residual, self.activation)
         weight, bias = (t.to(x.dtype)[:, None, None] for t in (self.weight, self.bias))
         y = x * weight + bias
         return self.activation.forward(y if residual is None else y + residual)
@@ -162,12 +173,10 @@ class FrozenConvolution(FrozenLayer):
 class FrozenConv2d(FrozenConvolution):
     """A convolution, the normalisation behind it, an addition and ReLU: PyTorch's convolution and at most one pass.
 
-    Buffers: weight, as the convolution's, and bias [K], in the weight's dtype; zero and one [K], not in the state_dict.
+    Buffers: weight, as the convolution's, and bias [K], in the weight's dtype.
     """
 
     weight: Tensor
-    zero: Tensor
-    one: Tensor
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: Activation, why: str) -> None:
         """
@@ -180,8 +189,6 @@ class FrozenConv2d(FrozenConvolution):
         dtype = conv.weight.dtype
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
-        self.register_buffer("zero", torch.zeros_like(self.bias), persistent=False)
-        self.register_buffer("one", torch.ones_like(self.bias), persistent=False)
 
     def _infer(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if not _takes_operators(x):
@@ -190,16 +197,9 @@ class FrozenConv2d(FrozenConvolution):
         if residual is None:
             return self._convolve(x, self.weight, self.bias, None)
         y = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
-        return functional.batch_norm_act(
-            y,
-            self.zero,
-            self.one,
-            None,
-            self.bias,
-            eps=0.0,
-            residual=residual.to(y.dtype),
-            activation=self.activation,
-        )
+        if not _has_shape_of(residual, y):
+            return self.activation.forward(y + self.bias[:, None, None] + residual)
+        return _scale_add_act(y, None, self.bias, residual.to(y.dtype), self.activation)
 
 
 class FrozenPackedConvolution(FrozenConvolution):
@@ -236,11 +236,14 @@ class FrozenPackedConvolution(FrozenConvolution):
                 x = x.to(torch.get_autocast_dtype("cpu"))
             x = x.contiguous(memory_format=torch.channels_last)
             algorithm = self._choose(x) if KINDS[self.activation.kind].compiled else "torch"
-            if algorithm != "torch":
+            if algorithm != "torch" and (residual is None or residual.shape == self._output_shape(x)):
                 if residual is not None:
                     residual = residual.to(x.dtype).contiguous(memory_format=torch.channels_last)
                 return self._compute(x, residual, algorithm)
         return self._convolve(x, self._unpack(self.packed).to(x.dtype), self.bias.to(x.dtype), residual)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return len(x), self.outputs, *map(self.shape.output_size, x.shape[2:])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A network that was frozen when weights like this one were not packed.
@@ -345,15 +348,25 @@ class FrozenGroupedConv2d(FrozenPackedConvolution):
             y = grouped_conv.forward(x, weight, False, stride)[0]
         else:
             y = functional.grouped_conv2d(x, weight.to(x.dtype), stride=stride, algorithm=algorithm)
-        zero, one = torch.zeros_like(self.bias), torch.ones_like(self.bias)
-        return functional.batch_norm_act(
-            y, zero, one, None, self.bias, eps=0.0, residual=residual, activation=self.activation
-        )
+        return _scale_add_act(y, None, self.bias, residual, self.activation)
 
     def _record(self, x: Any, residual: Any) -> Any:
         if residual is not None:
             raise NotPlannedError("something is added behind a convolution in groups")
         return x.recorder.grouped(x, self, self.algorithm)
+
+
+def _scale_add_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor, residual: Tensor | None, activation: Activation
+) -> Tensor:
+    """f(weight * x + bias + residual): a normalisation whose mean is 0 and whose variance is 1."""
+    zero, one = torch.zeros_like(bias), torch.ones_like(bias)
+    return functional.batch_norm_act(x, zero, one, weight, bias, eps=0.0, residual=residual, activation=activation)
+
+
+def _has_shape_of(residual: Tensor | None, x: Tensor) -> bool:
+    """Whether a residual, where there is one, is added element by element; PyTorch's addition broadcasts others."""
+    return residual is None or residual.shape == x.shape
 
 
 def _takes_operators(x: Tensor) -> bool:
@@ -398,27 +411,27 @@ class Planned(Frozen):
     """A module that is one operator call where its forward can be recorded as a plan.
 
     Attributes:
-        dtype: that it computes in, by autocast, whatever its input is; None for the input's own, or the caller's.
+        computes_in: dtype, by autocast, whatever its input's is; None for the input's own, or the caller's.
     """
 
     is_recordable = True
-    dtype: torch.dtype | None = None
+    computes_in: torch.dtype | None = None
 
     def forward(self, x: Any) -> Any:
-        if self.dtype is None or isinstance(x, Value):
-            return self._run(x)
-        with torch.autocast(x.device.type, self.dtype):
-            return self._run(x)
+        if self.computes_in is None or not isinstance(x, Tensor):
+            return self._in_one_call(x)
+        with torch.autocast(x.device.type, self.computes_in):
+            return self._in_one_call(x)
 
-    def _run(self, x: Any) -> Any:
-        if not isinstance(x, Value):
-            plan = plan_for(self, x, self._forward)
+    def _in_one_call(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            plan = plan_for(self, x, self._layer_by_layer)
             if plan is not None:
                 asks = x.requires_grad and torch.is_grad_enabled()
                 return _Inference.apply(plan.run, x) if asks else plan.run(x)
-        return self._forward(x)
+        return self._layer_by_layer(x)
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         """Child by child, of a tensor or of a `Value`."""
         raise NotImplementedError
 
@@ -426,7 +439,7 @@ class Planned(Frozen):
 class FrozenNetwork(Planned):
     """A network of blocks; the class behind it in the order of bases says how it goes through them."""
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         return super(Planned, self).forward(x)
 
 
@@ -437,25 +450,26 @@ class FrozenBlock(Planned):
 class FrozenBasicBlock(FrozenBlock):
     """relu(conv2(relu(conv1 x)) + shortcut(x)), with normalisations folded into the convolutions."""
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.conv2(self.conv1(x), shortcut)
+        out = self.conv1(x)
+        # Behind the convolution that reads x: it may begin in place.
+        return self.conv2(out, x if self.downsample is None else self.downsample(x))
 
 
 class FrozenBottleneck(FrozenBlock):
     """relu(conv3(relu(conv2(relu(conv1 x)))) + shortcut(x)), with normalisations folded into the convolutions."""
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         """[N, C, H, W] to [N, 4 * K, ceil(H / stride), ceil(W / stride)]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.conv3(self.conv2(self.conv1(x)), shortcut)
+        out = self.conv2(self.conv1(x))
+        return self.conv3(out, x if self.downsample is None else self.downsample(x))
 
 
 class FrozenResidualBlock(FrozenBlock):
     """conv2(relu(conv1 x) + shortcut(x)), with normalisations folded into the convolutions."""
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
         return self.conv2(self.conv1(x) + self.shortcut(x))
 
@@ -463,7 +477,7 @@ class FrozenResidualBlock(FrozenBlock):
 class FrozenPreactivationBlock(FrozenBlock):
     """conv2(relu(conv1 a)) + shortcut, a = relu(bn1 x); only the second normalisation is folded into a convolution."""
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
         a = self.bn1(x)
         return self.conv2(self.conv1(a), x if self.shortcut is None else self.shortcut(a))
@@ -472,6 +486,6 @@ class FrozenPreactivationBlock(FrozenBlock):
 class FrozenSkipConnection(FrozenBlock):
     """relu(conv(x)), with the normalisation folded into the 1x1 convolution."""
 
-    def _forward(self, x: Any) -> Any:
+    def _layer_by_layer(self, x: Any) -> Any:
         """[N, C, H, W] to [N, K, ceil(H / stride), ceil(W / stride)]."""
         return self.conv(x)

@@ -165,7 +165,8 @@ class Recorder:
             raise NotPlannedError(f"it adds a {type(other).__name__}")
         made = self.packed.get(x.channels)
         if made is None:
-            made = self.packed[x.channels] = (torch.ones(x.channels), torch.zeros(x.channels))
+            one, zero = torch.ones(x.channels, device="cpu"), torch.zeros(x.channels, device="cpu")
+            made = self.packed[x.channels] = one, zero
         y = self.norm_act(x, *made, other, IDENTITY)
         y.flat = x.flat
         return y
@@ -191,7 +192,7 @@ class Recorder:
                 )
             )  # fmt: skip
         output = (self.images, result.channels) if result.flat else (self.images, *result.sizes)
-        return Plan(self.dtype, tensors, torch.tensor(rows, dtype=torch.int64), scratch, output)
+        return Plan(self.dtype, tensors, torch.tensor(rows, dtype=torch.int64, device="cpu"), scratch, output)
 
 
 def _activation(activation: Activation) -> dict[str, int]:
@@ -276,9 +277,11 @@ def _linear(x: Value, weight: Tensor, bias: Tensor | None = None) -> Value:
     recorder = x.recorder
     if not x.flat or weight.dtype != recorder.x.dtype or weight.shape[1] != x.channels:
         raise NotPlannedError(f"its linear layer has weights of {weight.dtype} and shape {tuple(weight.shape)}")
+    if any(t is not None and (type(t) is not Tensor or t.is_inference()) for t in (weight, bias)):
+        raise NotPlannedError("its linear layer has weights of another class, or that no one counts the changes of")
     key = (id(weight), id(bias))
     if key not in recorder.packed:
-        own = torch.zeros(len(weight)) if bias is None else bias.detach().float().contiguous()
+        own = torch.zeros(len(weight), device="cpu") if bias is None else bias.detach().float().contiguous()
         recorder.packed[key] = pack(weight.detach()[:, :, None, None], padded=False), own
     layer = _Linear(ConvShape(len(weight), 1, 1, 0), *recorder.packed[key])
     y = recorder.convolution(x, layer, None)
@@ -327,7 +330,7 @@ class _Plans:
     def __init__(self, root: nn.Module) -> None:
         modules = list(root.modules())
         self._own = [m.__dict__ for m in modules]
-        self._sizes = [len(d) for d in self._own]
+        self._held_own = _values(self._own)
         self._children = [m._modules for m in modules]
         self._tensors = [d for m in modules for d in (m._buffers, m._parameters)]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -352,15 +355,18 @@ class _Plans:
         """Whether the module is as it was."""
         return (
             not any(self._hooks)
-            and [len(d) for d in self._own] == self._sizes
+            and _same(_values(self._own), self._held_own)
             and _same(_values(self._children), self._held_children)
             and _same(_values(self._tensors), self._held_tensors)
             and _versions(self._held_tensors) == self._versions
         )
 
 
+_values_of = operator.methodcaller("values")  # of a scripted module's own kind of dict, too
+
+
 def _values(dicts: list[dict[str, Any]]) -> list[Any]:
-    return list(itertools.chain.from_iterable(map(dict.values, dicts)))
+    return list(itertools.chain.from_iterable(map(_values_of, dicts)))
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
@@ -412,6 +418,8 @@ def _recorded(x: Tensor, dtype: torch.dtype, plans: _Plans, forward: Callable[[A
         return recorder.finish(forward(recorder.input))
     except NotPlannedError as e:
         return str(e)
+    except Exception as e:  # of somebody's own function, to which a `Value` is no tensor
+        return f"{type(e).__name__} without a tensor: {e}"
 
 
 def why_not_planned(module: nn.Module) -> str | None:

@@ -128,18 +128,18 @@ class FusedStemResNet(FusedTrunk, ResNet):  # type: ignore[misc]
     What `fastres.fuse` makes of a ResNet. Children, parameters and state_dict are torchvision's.
     """
 
-    plain_class = ResNet
+    plain_class = stands_for = ResNet
     _plain = renamed(ResNet._forward_impl, "_plain")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._plain(x)  # type: ignore[no-any-return]
-        return self._forward(x)
+        return self._by_fused_stem(x)
 
     @torch.jit.unused
-    def _forward(self, x: Tensor) -> Tensor:
+    def _by_fused_stem(self, x: Tensor) -> Tensor:
         if self._leaves(x):
-            return self._plain(x)  # type: ignore[no-any-return]
+            return ResNet._forward_impl(self, x)  # type: ignore[no-any-return]
         if self._gains_by_channels_last(x):
             x = x.contiguous(memory_format=torch.channels_last)
         x = norm_act_pool(self.bn1, self.maxpool, self.conv1(x), activation=activation_of(self.relu))
@@ -153,7 +153,7 @@ class FusedLayerGetter(FusedTrunk, IntermediateLayerGetter):  # type: ignore[mis
     The features that it returns lie in memory as torchvision's would.
     """
 
-    plain_class = IntermediateLayerGetter
+    plain_class = stands_for = IntermediateLayerGetter
     _plain = renamed(IntermediateLayerGetter.forward, "_plain")
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fastres import ordinary
 from fastres.activations import Activation, module_classes
@@ -67,6 +69,32 @@ _CALLED_BY = {activation: _called_by(activation) for activation in module_classe
 _CALLED_BY_POOL = _called_by(nn.MaxPool2d)
 
 
+def _as_released(plain: type[nn.Module], method: str) -> Any:
+    """A class's method, where it is the one that its module defines; None where somebody put another in its place."""
+    found = getattr(plain, method)
+    named = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
+    return found if named == (plain.__module__, f"{plain.__qualname__}.{method}") else None
+
+
+# Of torchvision's classes, which people patch for all of their objects.
+_RELEASED = {
+    BasicBlock: {"forward": _as_released(BasicBlock, "forward")},
+    Bottleneck: {"forward": _as_released(Bottleneck, "forward")},
+    ResNet: {name: _as_released(ResNet, name) for name in ("forward", "_forward_impl")},
+    IntermediateLayerGetter: {"forward": _as_released(IntermediateLayerGetter, "forward")},
+}
+
+
+def why_replaced(plain: type[nn.Module] | None) -> str | None:
+    """Which method of a class of torchvision's somebody replaced; None where each is torchvision's."""
+    if plain is None or plain not in _RELEASED:
+        return None
+    for name, released in _RELEASED[plain].items():
+        if getattr(plain, name) is not released:
+            return f"{name} of {class_name(plain)} has been replaced"
+    return None
+
+
 class AnyActivation(nn.Module):
     """Stands in a table of children for every activation that `fastres.activations` knows, each by its exact class."""
 
@@ -88,7 +116,7 @@ def why_not_exactly(module: nn.Module | None, expected: type[nn.Module]) -> str 
     """Why calling the module does more, or other, than the class `expected` says; None where it does exactly that.
 
     A subclass counts as other: normalisation that is synchronised, frozen, quantised or parametrised is one. So does a
-    parameter of a class of its own (a sharded or quantised one).
+    parameter or buffer of a class of its own (a sharded or quantised one).
     """
     if type(module) is not expected:
         found = "missing" if module is None else class_name(type(module))
@@ -99,9 +127,9 @@ def why_not_exactly(module: nn.Module | None, expected: type[nn.Module]) -> str 
     for method in _METHODS:
         if method in module.__dict__:
             return f"has a {method} of its own, set on the instance"
-    for key, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) not in _TENSORS:
-            return f"has {key} of the class {class_name(type(parameter))}"
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and type(tensor) not in _TENSORS:
+            return f"has {key} of the class {class_name(type(tensor))}"
     return None
 
 
@@ -118,9 +146,10 @@ def is_exactly(module: Any, expected: type[_Module]) -> TypeGuard[_Module]:
     own = module.__dict__
     if "forward" in own or "_conv_forward" in own or "_check_input_dim" in own:
         return False
-    for parameter in module._parameters.values():
-        if parameter is not None and type(parameter) not in _TENSORS:
-            return False
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None and type(tensor) not in _TENSORS:
+                return False
     return True
 
 
@@ -203,6 +232,8 @@ class Fused(nn.Module):
 
     # Typed in comments: TorchScript reads a module class's annotations, and knows few types.
     exactly = {}  # type: Mapping[str, type[nn.Module]]  # noqa: RUF012
+    # The class of torchvision's whose forward this one stands for.
+    stands_for = None  # type: type[nn.Module] | None
     # Numbers of dimensions of an input that the faster way takes.
     _dimensions = (4,)  # type: tuple[int, ...]
 
@@ -214,7 +245,7 @@ class Fused(nn.Module):
         """Why the module, as it stands, is computed child by child; None where it takes the faster way."""
         if "forward" in self.__dict__:
             return "it has a forward of its own, set on the instance"
-        return why_not_children(self, self.exactly)
+        return why_replaced(self.stands_for) or why_not_children(self, self.exactly)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether x has the channels, device and dtype of the parameters, once the children are what they should be."""

@@ -74,7 +74,7 @@ def test_a_plan_and_the_layers_give_the_same(calls):
     with torch.no_grad():
         planned = frozen(x)
         assert len(calls) == 1
-        assert distance(planned, frozen._forward(x)) < 4e-6
+        assert distance(planned, frozen._layer_by_layer(x)) < 4e-6
         assert len(calls) == 1 + 16  # a block each
 
 
@@ -167,7 +167,7 @@ def test_a_change_after_freezing_is_seen_in_the_next_call(change):
         layers = torch.compile(frozen, backend="eager")(x) if change is not _hook else None
         for module in (*frozen.modules(),):
             assert not isinstance(module, FrozenNetwork) or module is frozen
-        wanted = frozen._forward(x) if layers is None else layers
+        wanted = frozen._layer_by_layer(x) if layers is None else layers
         assert distance(y, wanted) < 4e-6
 
 
@@ -201,7 +201,7 @@ def test_sizes_beyond_the_most_plans_are_served():
     with torch.no_grad():
         for size in range(1, plan._MOST_PLANS + 4):
             x = images(1, 16, size, 3)
-            assert distance(frozen(x), frozen[0]._forward(x)) < 4e-6
+            assert distance(frozen(x), frozen[0]._layer_by_layer(x)) < 4e-6
 
 
 # ------------------------------------------------------------------------------------------------------ the operator
@@ -209,7 +209,7 @@ def test_sizes_beyond_the_most_plans_are_served():
 
 def recorded(batch: int = 2) -> tuple[Tensor, list[Tensor], Tensor, int, tuple[int, ...]]:
     frozen, x = freeze(randomise(FusedBottleneck(64, 16), "operator")), images(batch, 64, 5, 6)
-    found = plan.plan_for(frozen, x, frozen._forward)
+    found = plan.plan_for(frozen, x, frozen._layer_by_layer)
     assert found is not None
     return x, found.tensors, found.steps, found.scratch, found.output
 
@@ -429,7 +429,7 @@ def test_no_value_is_written_over_while_it_has_readers(data):
 
 def test_a_resnet_takes_four_buffers_at_most():
     frozen, x = freeze(torchvision.models.resnet50()), images(1, 3, 64, 64)
-    found = plan.plan_for(frozen, x, frozen._forward)
+    found = plan.plan_for(frozen, x, frozen._layer_by_layer)
     largest = max(Step(*row).outputs * Step(*row).out_height * Step(*row).out_width for row in found.steps.tolist())
     assert found.scratch <= 3 * largest
 
