@@ -36,6 +36,8 @@ def why_not_ordinary() -> str | None:
         return "torch.func transforms it"
     if torch.compiler.is_compiling():
         return None
+    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
+        return "gradients are enabled within inference mode, where nothing can be saved for backward"
     if forward_ad._current_level >= 0:
         return "it is differentiated in forward mode"
     if _get_mode(_PROXY) is not None or _get_mode_before_dispatch(_PROXY) is not None:  # type: ignore[no-untyped-call]

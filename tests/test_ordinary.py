@@ -365,6 +365,17 @@ def test_a_made_graph_holds_pytorchs_operators_and_differentiates(function):
         assert_near(actual[name], gradient, name)
 
 
+def test_gradients_may_be_enabled_within_inference_mode(function):
+    """Weights that ask for gradients meet inputs that nothing may save for backward."""
+    tensors, buffers = draw(function.names, "channels_last")
+    for t in tensors.values():
+        t.requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        inputs = {name: t if name in ("k1", "k3", *NORM, *R_NORM) else t.clone() for name, t in tensors.items()}
+        actual, expected = (first(f(inputs, copies(buffers))) for f in (function.ours, function.plain))
+        assert_near(actual, expected, "y")
+
+
 def test_what_is_not_ordinary_is_named():
     seen = []
 
@@ -381,10 +392,16 @@ def test_what_is_not_ordinary_is_named():
     make_fx(note)(x)
     make_fx(note, pre_dispatch=True)(x)
     torch.jit.trace(note, x, check_trace=False)
+    with torch.inference_mode():
+        note(x)
+        with torch.enable_grad():
+            note(x)
     note(x)
     transformed, traced = "torch.func transforms it", "make_fx traces it"
     forward = "it is differentiated in forward mode"
-    assert seen == [None, transformed, transformed, forward, traced, traced, "torch.jit traces it", None]
+    inference = "gradients are enabled within inference mode, where nothing can be saved for backward"
+    made = [traced, traced, "torch.jit traces it"]
+    assert seen == [None, transformed, transformed, forward, *made, None, inference, None]
 
 
 @pytest.mark.parametrize("transformed", [False, True])
