@@ -210,7 +210,7 @@ def _frozen(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Callable[[
         x = _x(shape).detach()
         with torch.no_grad():
             with _disable_current_modes():  # under a mode the layers are called one by one
-                plan = plan_for(network, x, cast(Callable[[Any], Any], network._forward))
+                plan = plan_for(network, x, cast(Callable[[Any], Any], network._layer_by_layer))
             if plan is None:
                 raise RuntimeError(f"frozen network: expected one call, got {why_not_planned(network)}")
             plan.run(x)

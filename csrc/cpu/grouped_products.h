@@ -32,20 +32,36 @@ constexpr int kRegisters = 32;
 #endif
 }
 
-// Channel c of the group of each lane, out of a vector of channels.
+// The numbers of each half in the order that kOrder gives, two bits a lane.
+template <int kOrder>
+[[gnu::always_inline]] inline Octet permuted(const float* p) {
+#if defined(CPU_CAPABILITY_AVX2)
+  // Read again for each channel: to keep the vector takes a register that the sums need.
+  Octet value;
+  asm("vpermilps %2, %1, %0" : "=x"(value) : "m"(*reinterpret_cast<const __m256_u*>(p)), "i"(kOrder));
+  return value;
+#else
+  return _mm256_permute_ps(load8(p), kOrder);
+#endif
+}
+
+// Channel c of the group of each lane, out of a vector of channels. Loops over channels are unrolled: nothing is left
+// of the choice.
 template <Kind kKind>
 [[gnu::always_inline]] inline Octet spread(const float* p, int c) {
   if constexpr (kKind != Kind::pairs) {
     return _mm256_broadcast_ss(p + c);
   }
-#if defined(CPU_CAPABILITY_AVX2)
-  // Read again for each channel: to keep the vector takes a register that the sums need.
-  Octet value;
-  asm("vpermilps %2, %1, %0" : "=x"(value) : "m"(*reinterpret_cast<const __m256_u*>(p)), "i"(c % 4 * 0x55));
-  return value;
-#else
-  return _mm256_permute_ps(load8(p), c % 4 * 0x55);
-#endif
+  switch (c % 4) {
+    case 0:
+      return permuted<0x00>(p);
+    case 1:
+      return permuted<0x55>(p);
+    case 2:
+      return permuted<0xAA>(p);
+    default:
+      return permuted<0xFF>(p);
+  }
 }
 
 } // namespace grouped
