@@ -233,25 +233,20 @@ def _copy(
     earlier = known.get(image)
     if earlier is not None and not memory.is_written_between(memory.storages([image]), image, reader):
         return earlier
-    # Of an image that may be in this format already, `contiguous` would not be a copy.
-    method = "clone" if _may_be_in_any_format(image) else "contiguous"
+    found = value(image)
+    assert found is not None
+    # Of an image that may be in this format already, `contiguous` would not be a copy; one channel is in both.
+    method = "clone" if _may_be_in_any_format(image) or same_sizes(found.shape[1:2], (1,)) else "contiguous"
     with graph.inserting_before(reader):
         made = graph.call_method(method, (image,), {"memory_format": memory_format})
     made.meta.update(image.meta)
-    found = value(image)
-    assert found is not None
     made.meta["example_value"] = _formatted(found, memory_format)
     known[image] = made
     return made
 
 
 def _formatted(t: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """A fake tensor like t, in memory of its own.
-
-    With one channel both formats are one, and `contiguous` returns the tensor itself: so does this.
-    """
-    if same_sizes(t.shape[1:2], (1,)):
-        return t
+    """A fake tensor like t, in memory of its own."""
     mode: Any = t.fake_mode  # type: ignore[attr-defined]
     with mode, torch.no_grad():
         made = torch.empty_like(t, memory_format=memory_format)

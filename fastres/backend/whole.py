@@ -39,4 +39,5 @@ def linear_of_image(x: Tensor, weight: Tensor, bias: Tensor | None, channels_las
     if not weight.is_contiguous():  # in channels_last
         x, weight = x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
     y = F.linear(x.flatten(1), weight.flatten(1), bias)
-    return y[:, None, None].permute(0, 3, 1, 2) if channels_last else y[:, :, None, None]
+    # A copy, for a convolution's result is nobody's view, which not all may write to.
+    return (y[:, None, None].permute(0, 3, 1, 2) if channels_last else y[:, :, None, None]).clone()

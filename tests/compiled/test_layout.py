@@ -142,6 +142,28 @@ def test_an_output_has_its_gradient_where_it_was_written_without():
     assert training.channels_last > 0
 
 
+class OneChannel(Squeeze):
+    def __init__(self, pool: str) -> None:
+        super().__init__(pool)
+        self.out = nn.Conv2d(self.conv.out_channels, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_one_channel_has_all_strides_of_nchw(gradients):
+    """What is joined to it outside goes by the strides of an axis of size 1 as well."""
+    model, x = OneChannel("method"), images(*SHAPE)
+    with compare.fresh(), torch.set_grad_enabled(gradients):
+        compiled = torch.compile(model, backend="fastres", options={"smallest": 0, "conv_algorithm": "winograd"})
+        y, expected = compiled(x), model(x)
+        (report,) = fastres.compile_report()
+    assert report.channels_last > 0
+    assert y.stride() == expected.stride()
+    assert torch.cat([y, y], 1).stride() == torch.cat([expected, expected], 1).stride()
+
+
 class ViewedWithoutGradients(Squeeze):
     """Without gradients a view of a tensor with one asks for one as well, a copy does not."""
 

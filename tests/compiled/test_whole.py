@@ -67,6 +67,29 @@ def test_strides_are_those_of_the_convolution(layout, bias):
     assert linears(reports) == [2] * len(reports)
 
 
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.conv(x.mean((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_result_is_no_view(layout):
+    """A view that was made without gradients may not be written to with them, and no view be detached in place."""
+    model = Mean().to(memory_format=layout)
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=layout)
+    with compare.fresh():
+        y = torch.compile(model, backend="fastres")(x)
+        assert linears(fastres.compile_report()) == [1]
+    assert y.stride() == model(x).stride()
+    y += nn.Parameter(torch.ones(4, 1, 1))
+    y.detach_()
+
+
 class One(nn.Module):
     def __init__(self, *args, **options) -> None:
         super().__init__()
