@@ -246,7 +246,9 @@ def _copy(
 
 
 def _formatted(t: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """A fake tensor like t, in memory of its own."""
+    """A fake tensor like t, in memory of its own; one channel is in both formats with the strides of NCHW."""
+    if same_sizes(t.shape[1:2], (1,)):
+        memory_format = torch.contiguous_format
     mode: Any = t.fake_mode  # type: ignore[attr-defined]
     with mode, torch.no_grad():
         made = torch.empty_like(t, memory_format=memory_format)
