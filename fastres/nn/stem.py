@@ -158,12 +158,14 @@ class FusedLayerGetter(FusedTrunk, IntermediateLayerGetter):  # type: ignore[mis
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[N, 3, H, W] to the outputs of the layers that `return_layers` names."""
-        if torch.jit.is_scripting() or self._leaves(x):  # type: ignore[attr-defined]
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._plain(x)  # type: ignore[no-any-return]
         return self._fused(x)
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> dict[str, Tensor]:
+        if self._leaves(x):
+            return IntermediateLayerGetter.forward(self, x)  # type: ignore[no-any-return]
         expected = torch.channels_last
         if self._gains_by_channels_last(x):
             convs = (m for m in self.modules() if isinstance(m, nn.Conv2d))

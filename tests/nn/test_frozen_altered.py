@@ -14,6 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import fastres
 from tests import oracle
+from tests.test_freeze import randomise
 
 IMAGES = (2, 3, 40, 40)
 
@@ -21,14 +22,7 @@ IMAGES = (2, 3, 40, 40)
 def network(block=BasicBlock, **options) -> ResNet:
     """A small ResNet in evaluation, whose normalisations do something."""
     torch.manual_seed(1)
-    model = ResNet(block, [1, 1, 1, 1], num_classes=10, **options).eval()
-    gen = oracle.generator("altered", block.__name__)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, 0.0, 0.3, generator=gen)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=gen)
-            nn.init.normal_(module.bias, 0.0, 0.3, generator=gen)
-    return model
+    return randomise(ResNet(block, [1, 1, 1, 1], num_classes=10, **options), "altered", block.__name__)
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -308,6 +302,20 @@ def test_a_method_that_was_replaced_in_torchvision_s_class_is_what_runs(owner, n
     monkeypatch.undo()
     with torch.no_grad():
         assert distance(early(x), model, x) < CLOSE
+
+
+def test_a_forward_that_was_replaced_in_the_layer_getter_s_class_is_what_runs(when, monkeypatch):
+    trunk, x = IntermediateLayerGetter(network(), {"layer2": "0"}), images()
+    early = fastres.fuse(trunk)
+    released = IntermediateLayerGetter.forward
+    monkeypatch.setattr(
+        IntermediateLayerGetter, "forward", lambda self, x: {k: F.softplus(y) for k, y in released(self, x).items()}
+    )
+    with torch.no_grad():
+        expected = trunk(x)["0"]
+        found = early if when == "after" else fastres.fuse(trunk)
+        for of in (found, fastres.freeze(trunk), fastres.freeze(early)):
+            torch.testing.assert_close(of(x)["0"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bound_forward_is_bound_to_the_copy():
