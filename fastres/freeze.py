@@ -87,12 +87,20 @@ def _folds(module: nn.Module, pairs: list[tuple[str, str]]) -> bool:
 
 
 def _is_foldable(conv: nn.Module | None) -> bool:
-    if not is_exactly(conv, nn.Conv2d) or conv.padding_mode != "zeros" or not conv.weight.is_floating_point():
-        return False
-    for name in ("kernel_size", "stride", "padding", "dilation"):  # numbers and lists serve as well, set in place
+    return (
+        is_exactly(conv, nn.Conv2d)
+        and conv.padding_mode == "zeros"
+        and conv.weight.is_floating_point()
+        and conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    )
+
+
+def _write_as_pairs(conv: nn.Conv2d) -> None:
+    """A convolution's sizes as its constructor writes them; numbers and lists serve as well, set in place."""
+    for name in ("kernel_size", "stride", "padding", "dilation"):
         given = getattr(conv, name)
-        setattr(conv, name, given if isinstance(given, str) else (given,) * 2 if isinstance(given, int) else (*given,))
-    return conv.weight.shape == (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        if not isinstance(given, str):
+            setattr(conv, name, (given, given) if isinstance(given, int) else tuple(given))
 
 
 def _is_fixed(norm: nn.Module | None) -> bool:
@@ -239,11 +247,8 @@ def freeze(model: nn.Module, *, packed: bool = True, dtype: torch.dtype | None =
     # Changes of what is made in inference mode are not counted.
     with torch.inference_mode(False):
         frozen = _frozen(model, _Freezer(packed))
-    if isinstance(frozen, (Planned, FrozenModel)) or (isinstance(frozen, Frozen) and dtype is None):
-        kind: type[Frozen] | None = None
-    else:
-        kind = Frozen if dtype is None else FrozenModel
-    if kind is not None:
+    kind = Frozen if dtype is None else FrozenModel
+    if not isinstance(frozen, (Planned, kind)):
         frozen.__class__ = made_class("Frozen", cast(Any, kind), cast(Any, type(frozen)))
     if dtype is not None:
         cast(Any, frozen).computes_in = dtype
@@ -252,6 +257,9 @@ def freeze(model: nn.Module, *, packed: bool = True, dtype: torch.dtype | None =
 
 def _frozen(model: nn.Module, freezer: _Freezer) -> nn.Module:
     frozen = fuse(copy.deepcopy(model).eval(), inplace=True)
+    for module in frozen.modules():
+        if type(module) is nn.Conv2d:
+            _write_as_pairs(module)
     for module in list(frozen.modules()):
         if isinstance(module, FusedTrunk):
             freezer.stem(module)

@@ -101,9 +101,9 @@ def _is_inside(node: Node, members: set[Node], memory: Memory) -> bool:
         return False
     if not memory.is_made_here(memory.sharing(node)[0]):
         return False
-    # Without gradients a view has its base's requires_grad, and a copy of the base has none.
+    # Behind a switch of modes, without gradients, a view has its base's requires_grad, and a copy of the base has none.
     views = [user for user in memory.sharing(node) if node in user.all_input_nodes and user not in members]
-    if any(memory.has_barrier_between(node, view) for view in views):
+    if any(memory.is_written_between(frozenset(), node, view) for view in views):
         return False
     storages = memory.storages([node])
     writers = [n for n in memory.nodes if not memory.writes(n).isdisjoint(storages)]

@@ -220,10 +220,6 @@ class Memory:
             self.overlap(self.writes(n), storages) for n in self.nodes[begin:end] if n not in ours and self._writes[n]
         )
 
-    def has_barrier_between(self, first: Node, last: Node) -> bool:
-        """Whether anything may happen between two calls: a switch of modes, for example."""
-        return any(self.position[first] < i < self.position[last] for i in self._barriers)
-
     def is_read_between(self, storages: Storages, first: Node, last: Node, own: Iterable[Node] = ()) -> bool:
         """Whether a call between the two reads what lies in these storages."""
         ours = set(own)
