@@ -145,7 +145,7 @@ def amplification(down: Tensor, across: Tensor, products: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A form of Winograd's convolution, see csrc/cpu/winograd_forms.h, or the direct sum of a 1x1 kernel.
+    """A form of Winograd's convolution, see csrc/cpu/winograd_forms.h, or a direct sum.
 
     Attributes:
         points: products of a tile that are summed up.
@@ -191,12 +191,17 @@ TILE4 = Form.of_stride_1(POINTS, 4)  # amplifications of 7.1, 7.1 and 6.0; 31 an
 TILE5 = Form.of_stride_1(FIVE_POINTS, 5)  # 17.7, 17.7 and 12.0
 STRIDE2 = Form.of_stride_2(PHASE_POINTS)  # 4.3, 5.5 and 3.3
 POINTWISE = Form(0, 1.0, 1.0, 1.0, taps=1)
+DIRECT = Form(0, 1.0, 1.0, 1.0)
+# Sides of images up to which that is what "winograd" computes, by stride.
+SMALL = {1: 2, 2: 6}
 
 
 def form_of(x: Tensor, stride: int = 1, kernel: int = 3) -> Form:
     """The form that serves a convolution of x: of stride 1 others where they save a fifth of 4x4 tiles' products."""
     if kernel == 1:
         return POINTWISE
+    if max(x.shape[2:]) <= SMALL[stride]:
+        return DIRECT
     if stride == 2:
         return STRIDE2
     three, four, five = (

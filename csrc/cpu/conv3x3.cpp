@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> backward(
       }
     } else if (needs[0] && x.numel() > 0) {
       T* to = dx.mutable_data_ptr<T>();
-      with_convolution<true>(dx, gradient, weight, stride, [&](const auto& convolution) {
+      with_convolution<true>(dx, dx, weight, stride, [&](const auto& convolution) {
         if (added.has_value()) {
           const Tensor other = channels_last(*added);
           const WriteAdded<T> epilogue{to, other.const_data_ptr<T>(), streams(dx)};

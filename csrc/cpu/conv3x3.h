@@ -113,9 +113,8 @@ inline bool streams(const Tensor& y) {
 template <typename T, typename Epilogue>
 void convolve_by_winograd(const Source<T>& x, int64_t stride, const Kernel& kernel, const Epilogue& epilogue) {
   const int64_t height = output_size(x.height, stride), width = output_size(x.width, stride);
-  with_form(stride, height, width, [&](auto form) {
-    using Form = decltype(form);
-    convolve<Form>(chunks_of<Form>(x.images, height, width, kernel), x, kernel, epilogue);
+  with_form(stride, x.height, x.width, [&](const auto& form) {
+    convolve(form, chunks_of(form, x.images, height, width, kernel), x, kernel, epilogue);
   });
 }
 
@@ -134,12 +133,13 @@ inline Algorithm parse_algorithm(std::string_view name, int64_t stride) {
 // A convolution by one form of Winograd's algorithm, and a 1x1 convolution as a product over pixels.
 template <typename Form>
 struct WinogradConvolution {
+  Form form;
   Kernel kernel;
   Chunks chunks;
 
   template <typename T, typename Epilogue>
   void run(const Source<T>& source, const Epilogue& epilogue) const {
-    convolve<Form>(chunks, source, kernel, epilogue);
+    convolve(form, chunks, source, kernel, epilogue);
   }
 };
 
@@ -153,20 +153,24 @@ struct PixelConvolution {
   }
 };
 
-// f(the convolution that writes `to`); where kGradient it is the input gradient. `outputs` has the sizes of the
-// outputs.
+// f(the convolution that writes `to`); where kGradient it is the input gradient. `inputs` has the sizes of the inputs.
 template <bool kGradient, typename F>
-void with_convolution(const Tensor& to, const Tensor& outputs, const Tensor& weight, int64_t stride, const F& f) {
+void with_convolution(const Tensor& to, const Tensor& inputs, const Tensor& weight, int64_t stride, const F& f) {
   const Tensor w = weight.to(ScalarType::Float);
   const Kernel kernel = kGradient ? turned(kernel_of(w)) : kernel_of(w);
   if (weight.size(2) == 1) {
     f(PixelConvolution{kernel, pixel_chunks(to.size(0) * to.size(2) * to.size(3), kernel)});
     return;
   }
-  with_form(stride, outputs.size(2), outputs.size(3), [&](auto form) {
-    using Form = decltype(form);
-    using Chosen = std::conditional_t<kGradient, typename Form::Turned, Form>;
-    f(WinogradConvolution<Chosen>{kernel, chunks_of<Chosen>(to.size(0), to.size(2), to.size(3), kernel)});
+  with_form(stride, inputs.size(2), inputs.size(3), [&](const auto& form) {
+    const auto run = [&](const auto& chosen) {
+      f(WinogradConvolution{chosen, kernel, chunks_of(chosen, to.size(0), to.size(2), to.size(3), kernel)});
+    };
+    if constexpr (kGradient) {
+      run(form.turned());
+    } else {
+      run(form);
+    }
   });
 }
 
@@ -182,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> convolve_measured(
   const int64_t channels = measure ? y.size(1) : 0;
   Tensor mean = channel_vector(x, channels), m2 = channel_vector(x, channels);
   T* to = y.mutable_data_ptr<T>();
-  with_convolution<false>(y, y, weight, stride, [&](const auto& convolution) {
+  with_convolution<false>(y, x, weight, stride, [&](const auto& convolution) {
     if (!measure) {
       convolution.run(source, Write<T>{to, streams(y)});
       return;
@@ -213,7 +217,7 @@ Tensor weight_gradient_of(
     if (weight.size(2) == 1) {
       pixel_weight_gradient(operands);
     } else {
-      with_form(stride, dy.size(2), dy.size(3), [&](auto form) { weight_gradient<decltype(form)>(operands); });
+      with_form(stride, x.size(2), x.size(3), [&](const auto& form) { weight_gradient(form, operands); });
     }
   }
   to = to.to(weight.scalar_type());

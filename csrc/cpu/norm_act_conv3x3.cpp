@@ -131,7 +131,7 @@ void reduce(
   out.dz = empty_channels_last(x.sizes(), x);
   out.dnorm_weight = channel_vector(x, channels);
   out.dnorm_bias = channel_vector(x, channels);
-  with_convolution<true>(x, dy, weight, stride, [&](const auto& convolution) {
+  with_convolution<true>(x, x, weight, stride, [&](const auto& convolution) {
     ChunkSums sums(convolution.chunks.outputs(), channels);
     const MaskedGradient<T, false> epilogue{
         &operands.prologue,

@@ -1,7 +1,7 @@
 // Winograd's convolution, as the operators call it.
 #pragma once
 
-#include "winograd_tiles.h"
+#include "small_images.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -19,11 +19,16 @@ constexpr int64_t kSkew = 64 / sizeof(float);
 
 // How threads share the tiles of the outputs [images, height, width].
 template <typename Form>
-Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& kernel);
+Chunks chunks_of(const Form& form, int64_t images, int64_t height, int64_t width, const Kernel& kernel);
 
-// The convolution of x with the kernel. With `turned(kernel)`, dy for x and Form::Turned it is the input gradient.
+// The convolution of x with the kernel. With `turned(kernel)`, dy for x and form.turned() it is the input gradient.
 template <typename Form, typename T, typename Epilogue>
-void convolve(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue);
+void convolve(
+    const Form& form,
+    const Chunks& chunks,
+    const Source<T>& x,
+    const Kernel& kernel,
+    const Epilogue& epilogue);
 
 // Bytes of the sums of a weight gradient that all threads have of their own.
 constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
@@ -38,19 +43,22 @@ struct WeightGradient {
 
 // dw = the gradient of the weights.
 template <typename Form, typename T>
-void weight_gradient(const WeightGradient<T>& w);
+void weight_gradient(const Form& form, const WeightGradient<T>& w);
 
 // Products of tiles of one form over an image of such outputs.
 template <typename Form>
 int64_t products_of(int64_t height, int64_t width) {
   constexpr int64_t side = Form::kOut;
-  return Form::kPoints * ((height + side - 1) / side) * ((width + side - 1) / side);
+  return Form::points() * ((height + side - 1) / side) * ((width + side - 1) / side);
 }
 
-// f(a value of the form) for a convolution of such a stride, 1 or 2, and outputs. With stride 1 that is 4x4 tiles, but
-// where others save a fifth of their multiplications: less would not pay for transforms of 7 points, and their errors.
+// f(the form) for a convolution of such a stride, 1 or 2, and images. With stride 1 that is 4x4 tiles, but where others
+// save a fifth of their multiplications: less would not pay for transforms of 7 points, and their errors.
 template <typename F>
 auto with_form(int64_t stride, int64_t height, int64_t width, const F& f) {
+  if (std::max(height, width) <= SmallImages<>::kSides[stride]) {
+    return f(SmallImages<>{static_cast<int>(height), static_cast<int>(width), static_cast<int>(stride)});
+  }
   if (stride == 2) {
     return f(Stride2());
   }

@@ -41,13 +41,14 @@ constexpr int64_t kThreadPairs = 2 * 1024;
 // to: [plane][group of columns] and as transform_weights writes them. Returns whether the weights are within the
 // transforms' range.
 template <typename Form>
-bool transform_all_weights(const Kernel& kernel, float* to) {
+bool transform_all_weights(const Form& form, const Kernel& kernel, float* to) {
   const int64_t groups = groups_of(kernel.outputs), depth = round_up(kernel.inputs, kWidth), vectors = depth / kWidth;
   std::vector<float> energies(groups * vectors); // of each stretch of inputs, at its first vector
   parallel_for(0, groups * vectors, kThreadPairs / (kWidth * kColumns), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end;) {
       const int64_t g = task / vectors, first = task % vectors, last = std::min(vectors, first + end - task);
-      energies[task] = transform_weights<Form>(
+      energies[task] = transform_weights(
+          form,
           kernel,
           g * kColumns,
           first * kWidth,
@@ -58,7 +59,7 @@ bool transform_all_weights(const Kernel& kernel, float* to) {
       task += last - first;
     }
   });
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; Form::kTransforms && g < groups; ++g) {
     if (!(std::accumulate(&energies[g * vectors], &energies[g * vectors] + vectors, 0.0f) <= kMaxEnergy)) {
       return false;
     }
@@ -103,17 +104,24 @@ void transform_tiles(
     beyond.resize(count);
     std::iota(beyond.begin(), beyond.end(), 0);
   }
-  for (const int64_t p : beyond) {
-    direct[p] = reader.read(first + p);
+  if constexpr (Reader::kTransforms) {
+    for (const int64_t p : beyond) {
+      direct[p] = reader.read(first + p);
+    }
   }
 }
 
 // The outputs of a tile for a vector of channels, out of its products or its direct sums. Not inlined, for it serves
 // every epilogue.
 template <typename Form>
-__attribute__((noinline)) void outputs_of_tile(const float* product, int64_t plane, const float* summed, Lanes* to) {
+__attribute__((noinline)) void outputs_of_tile(
+    const Form& form,
+    const float* product,
+    int64_t plane,
+    const float* summed,
+    Lanes* to) {
   if (summed == nullptr) {
-    Form::outputs(
+    form.outputs(
         [&](int i) __attribute__((always_inline)) { return load(product + i * plane); },
         [&](int i, Lanes v) __attribute__((always_inline)) { to[i] = v; });
     return;
@@ -127,6 +135,7 @@ __attribute__((noinline)) void outputs_of_tile(const float* product, int64_t pla
 // are [p][kColumns], or out of the direct sums, through the epilogue.
 template <typename Form, typename Epilogue>
 inline void transform_products(
+    const Form& form,
     const Tiles& tiles,
     const float* product,
     int64_t plane,
@@ -134,7 +143,7 @@ inline void transform_products(
     int64_t count,
     int64_t channels,
     int64_t from,
-    const DirectSums<Form>& direct,
+    const SumsBeyond<Form>& direct,
     const Epilogue& epilogue) {
   constexpr int side = Form::kOut;
   const int64_t columns = std::min(kColumns, channels - from);
@@ -157,7 +166,7 @@ inline void transform_products(
         auto vector = epilogue.vector(from + c, lanes);
         Lanes outputs[side * side];
         if (!(kAll && whole) || p == 0) {
-          outputs_of_tile<Form>(in, plane, summed == nullptr ? nullptr : summed + c, outputs);
+          outputs_of_tile(form, in, plane, summed == nullptr ? nullptr : summed + c, outputs);
         }
         // In loops, for the code of an epilogue would be there once an output.
         const auto each = [&](const auto& visit) __attribute__((always_inline)) {
@@ -174,7 +183,7 @@ inline void transform_products(
         }
         if (kAll && whole) {
           if constexpr (kAll) {
-            Form::outputs(
+            form.outputs(
                 [&](int i) __attribute__((always_inline)) { return load(in + i * plane); },
                 [&](int i, Lanes v) __attribute__((always_inline)) { put(vector, i / side, i % side, v); });
           }
@@ -194,9 +203,9 @@ inline void transform_products(
 
 // Whether the tiles, transformed, are smaller than the weights are.
 template <typename Form>
-bool goes_by_channels(const Tiles& tiles, const Kernel& kernel) {
-  return tiles.count() * Form::kOperands <= kernel.outputs * Form::kPlanes &&
-      tiles.count() * kernel.inputs * Form::kOperands * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
+bool goes_by_channels(const Form& form, const Tiles& tiles, const Kernel& kernel) {
+  return tiles.count() * form.operands() <= kernel.outputs * Form::kPlanes &&
+      tiles.count() * kernel.inputs * form.operands() * static_cast<int64_t>(sizeof(float)) <= 2 * kSharedBytes;
 }
 
 // The planes of an operand, of weights or of a product.
@@ -210,21 +219,20 @@ struct Planes {
   }
 };
 
-// The inputs whose transformed weights, of one group of outputs, take half of the L2 cache.
+// Inputs of a block, as even as can be: their transformed weights, of one group of outputs, take half of the L2 cache.
 template <typename Form>
-int64_t inputs_in_cache() {
+int64_t block_of_inputs(int64_t depth) {
   const int64_t floats = kBlockOfCache * Caches::of_machine().l2 / sizeof(float);
-  return std::max<int64_t>(1, floats / (Form::kPlanes * kColumns) / kWidth) * kWidth;
+  const int64_t most = std::max<int64_t>(1, floats / (Form::kPlanes * kColumns) / kWidth) * kWidth;
+  const int64_t blocks = (depth + most - 1) / most;
+  return round_up((depth + blocks - 1) / blocks, kWidth);
 }
-
-// Whether the planes of a point have one product, and add up.
-template <typename Form>
-constexpr bool kSumsPlanes = Form::kProducts != Form::kPlanes;
 
 // The products of one point, of tiles and one group of output channels, or what they add to them. Planes that add up
 // take so many inputs together, and then the next ones, for any block of inputs.
 template <typename Form>
 inline void multiply_point(
+    const Form& form,
     int64_t point,
     const Planes<const float>& operand,
     const Planes<const float>& weights,
@@ -232,40 +240,40 @@ inline void multiply_point(
     const OutputShape& shape,
     int64_t together,
     bool accumulate) {
-  const int64_t step = kSumsPlanes<Form> ? together : shape.inputs; // else one, which the compiler knows
+  const int64_t step = Form::kSumsPlanes ? together : shape.inputs; // else one, which the compiler knows
   for (int64_t c = 0; c < shape.inputs; c += step) {
     OutputShape part = shape;
     part.inputs = std::min(step, shape.inputs - c);
-    Form::for_each_plane(point, [&](int64_t plane) {
-      multiply_outputs(
-          operand.at(Form::kOperands == Form::kPlanes ? plane : point) + c * kRows,
-          weights.at(plane) + c * kPanel,
-          product.at(kSumsPlanes<Form> ? point : plane),
-          part,
-          accumulate);
-      accumulate = accumulate || kSumsPlanes<Form>;
+    form.for_each_product(point, [&](int64_t from, int64_t plane, int64_t to) {
+      multiply_outputs(operand.at(from) + c * kRows, weights.at(plane) + c * kPanel, product.at(to), part, accumulate);
+      accumulate = accumulate || Form::kSumsPlanes;
     });
   }
 }
 
 template <typename Form, typename T>
-TileReader<typename Form::Input, T> reader_of(const Source<T>& x, int64_t channels) {
+ReaderOf<typename Form::Input, T> reader_of(const Source<T>& x, int64_t channels) {
   return {x.template tiles<typename Form::Input>(), Form::kEnergyRatio, x.data, channels, x.prologue};
 }
 
 template <typename Form, typename T, typename Epilogue>
-void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
+void by_tiles(
+    const Form& form,
+    const Chunks& chunks,
+    const Source<T>& x,
+    const Kernel& kernel,
+    const Epilogue& epilogue) {
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), size = chunks.size;
   const int64_t operand_plane = size * depth + kSkew, product_plane = groups * size * kColumns + kSkew;
   const Workspace weights(Form::kPlanes * groups * depth * kColumns);
-  const bool in_range = transform_all_weights<Form>(kernel, weights.data());
-  const int64_t together = inputs_in_cache<Form>();
+  const bool in_range = transform_all_weights(form, kernel, weights.data());
+  const int64_t together = block_of_inputs<Form>(depth);
   const Tiles in = x.template tiles<typename Form::Input>();
   parallel_for(0, chunks.slots(), 1, [&](int64_t begin, int64_t end) {
-    const Workspace operand(Form::kOperands * operand_plane), product(Form::kProducts * product_plane);
+    const Workspace operand(form.operands() * operand_plane), product(form.products() * product_plane);
     auto reader = reader_of<Form>(x, kernel.inputs);
     std::vector<DirectTile> direct(size);
-    DirectSums<Form> sums;
+    SumsBeyond<Form> sums;
     Prefetch prefetch;
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t first = chunks.first(slot), count = chunks.count(slot);
@@ -279,10 +287,11 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
           add_tiles(prefetch, in, p, kernel.inputs, chunks.first(slot + 1), chunks.count(slot + 1));
         });
       }
-      for (int64_t point = 0; point < Form::kPoints; ++point) {
-        prefetch.fetch(Form::kPoints);
+      for (int64_t point = 0; point < form.points(); ++point) {
+        prefetch.fetch(form.points());
         for (int64_t g = 0; g < groups; ++g) {
-          multiply_point<Form>(
+          multiply_point(
+              form,
               point,
               {operand.data(), operand_plane},
               {weights.data() + g * depth * kColumns, groups * depth * kColumns},
@@ -294,8 +303,11 @@ void by_tiles(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, co
       }
       const auto of_chunk = epilogue.chunk(slot);
       for (int64_t g = 0; g < groups; ++g) {
-        sums.compute(kernel, g * kColumns, in_range, direct.data(), count);
-        transform_products<Form>(
+        if constexpr (Form::kTransforms) {
+          sums.compute(kernel, g * kColumns, in_range, direct.data(), count);
+        }
+        transform_products(
+            form,
             chunks.tiles,
             product.data() + g * size * kColumns,
             product_plane,
@@ -327,11 +339,16 @@ inline void add_weights(Prefetch& prefetch, const Kernel& kernel, int64_t from, 
 }
 
 template <typename Form, typename T, typename Epilogue>
-void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
+void by_channels(
+    const Form& form,
+    const Chunks& chunks,
+    const Source<T>& x,
+    const Kernel& kernel,
+    const Epilogue& epilogue) {
   const Tiles& tiles = chunks.tiles;
   const int64_t depth = round_up(kernel.inputs, kWidth), groups = groups_of(kernel.outputs), count = tiles.count();
   const int64_t operand_plane = round_up(count, kRows) * depth + kSkew;
-  const Workspace operand(Form::kOperands * operand_plane);
+  const Workspace operand(form.operands() * operand_plane);
   std::vector<DirectTile> direct(count);
   // A prologue computes whole lines, so that its threads take more tiles at a time.
   const int64_t step = x.prologue != nullptr ? kRows : 1;
@@ -350,18 +367,18 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
   });
   const int64_t in_share = chunks.in_share(), shares = chunks.slots() / in_share;
   // Products of more than one chunk could not all be kept until the last block.
-  const int64_t block = in_share == 1 ? std::min(depth, inputs_in_cache<Form>()) : depth;
+  const int64_t block = in_share == 1 ? block_of_inputs<Form>(depth) : depth;
   parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t weight_plane = block * kColumns + kSkew, product_plane = chunks.size * kColumns + kSkew;
-    const Workspace weights(Form::kPlanes * weight_plane), product(Form::kProducts * product_plane);
-    DirectSums<Form> sums;
+    const Workspace weights(Form::kPlanes * weight_plane), product(form.products() * product_plane);
+    SumsBeyond<Form> sums;
     Prefetch prefetch;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / shares, share = task % shares;
       float energy = 0.0f;
       for (int64_t c = 0; c < depth; c += block) {
         const int64_t inputs = std::min(block, depth - c);
-        energy += transform_weights<Form>(kernel, g * kColumns, c, c + inputs, weights.data(), weight_plane, inputs);
+        energy += transform_weights(form, kernel, g * kColumns, c, c + inputs, weights.data(), weight_plane, inputs);
         prefetch.clear();
         if (c + inputs < depth) {
           add_weights(prefetch, kernel, g * kColumns, c + inputs, c + inputs + block);
@@ -370,9 +387,10 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
         }
         for (int64_t slot = share * in_share; slot < (share + 1) * in_share; ++slot) {
           const int64_t first = chunks.first(slot), size = chunks.count(slot);
-          for (int64_t point = 0; point < Form::kPoints; ++point) {
-            prefetch.fetch(in_share * Form::kPoints);
-            multiply_point<Form>(
+          for (int64_t point = 0; point < form.points(); ++point) {
+            prefetch.fetch(in_share * form.points());
+            multiply_point(
+                form,
                 point,
                 {operand.data() + first * depth + c * kRows, operand_plane},
                 {weights.data(), weight_plane},
@@ -384,14 +402,17 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
           if (c + inputs < depth) {
             continue;
           }
-          const bool in_range = energy <= kMaxEnergy;
-          if (in_range) {
-            sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);
-          } else {
-            auto reader = reader_of<Form>(x, kernel.inputs);
-            sums.compute(kernel, g * kColumns, in_range, read_tiles(reader, first, size).data(), size);
+          if constexpr (Form::kTransforms) {
+            const bool in_range = energy <= kMaxEnergy;
+            if (in_range) {
+              sums.compute(kernel, g * kColumns, in_range, direct.data() + first, size);
+            } else {
+              auto reader = reader_of<Form>(x, kernel.inputs);
+              sums.compute(kernel, g * kColumns, in_range, read_tiles(reader, first, size).data(), size);
+            }
           }
-          transform_products<Form>(
+          transform_products(
+              form,
               tiles,
               product.data(),
               product_plane,
@@ -409,22 +430,22 @@ void by_channels(const Chunks& chunks, const Source<T>& x, const Kernel& kernel,
 }
 
 template <typename Form>
-Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& kernel) {
+Chunks chunks_of(const Form& form, int64_t images, int64_t height, int64_t width, const Kernel& kernel) {
   const Tiles tiles{images, height, width, Form::kOut};
   const int64_t count = tiles.count(), threads = get_num_threads(), groups = groups_of(kernel.outputs);
   const double cache = Caches::of_machine().l2 / sizeof(float);
   constexpr int64_t floats = kChunkBytes / static_cast<int64_t>(sizeof(float));
-  if (goes_by_channels<Form>(tiles, kernel)) {
+  if (goes_by_channels(form, tiles, kernel)) {
     // What adds up planes writes their products once a block of inputs in any case, so its shares all go by blocks.
-    const int64_t kept = kSumsPlanes<Form> ? static_cast<int64_t>(kProductsOfCache * cache) : floats / 2;
-    const int64_t most = std::max<int64_t>(kept / (Form::kProducts * kColumns * kRows), 1) * kRows;
-    const int64_t least = kSumsPlanes<Form> ? (count + most - 1) / most : 1;
+    const int64_t kept = Form::kSumsPlanes ? static_cast<int64_t>(kProductsOfCache * cache) : floats / 2;
+    const int64_t most = std::max<int64_t>(kept / (form.products() * kColumns * kRows), 1) * kRows;
+    const int64_t least = Form::kSumsPlanes ? (count + most - 1) / most : 1;
     // With more threads than groups several share a group. Each share transforms the weights for itself.
     const int64_t shares = std::clamp<int64_t>(threads / groups, least, (count + kRows - 1) / kRows);
     const int64_t share = round_up((count + shares - 1) / shares, kRows);
     return {tiles, share, std::min(share, most)};
   }
-  const int64_t of_tile = Form::kOperands * round_up(kernel.inputs, kWidth) + Form::kProducts * groups * kColumns;
+  const int64_t of_tile = form.operands() * round_up(kernel.inputs, kWidth) + form.products() * groups * kColumns;
   // Each chunk reads all weights: what of them the caches do not hold has to be worth it.
   const int64_t weight_bytes =
       Form::kPlanes * groups * kColumns * round_up(kernel.inputs, kWidth) * static_cast<int64_t>(sizeof(float));
@@ -438,11 +459,16 @@ Chunks chunks_of(int64_t images, int64_t height, int64_t width, const Kernel& ke
 }
 
 template <typename Form, typename T, typename Epilogue>
-void convolve(const Chunks& chunks, const Source<T>& x, const Kernel& kernel, const Epilogue& epilogue) {
-  if (goes_by_channels<Form>(chunks.tiles, kernel)) {
-    by_channels<Form>(chunks, x, kernel, epilogue);
+void convolve(
+    const Form& form,
+    const Chunks& chunks,
+    const Source<T>& x,
+    const Kernel& kernel,
+    const Epilogue& epilogue) {
+  if (goes_by_channels(form, chunks.tiles, kernel)) {
+    by_channels(form, chunks, x, kernel, epilogue);
   } else {
-    by_tiles<Form>(chunks, x, kernel, epilogue);
+    by_tiles(form, chunks, x, kernel, epilogue);
   }
 }
 

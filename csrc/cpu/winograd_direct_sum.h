@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -115,6 +116,15 @@ private:
   std::vector<float> sums_;
   std::vector<int64_t> place_;
 };
+
+// Of a form that is the direct sum of all tiles.
+struct NoSums {
+  static const float* of(int64_t) {
+    return nullptr;
+  }
+};
+template <typename Form>
+using SumsBeyond = std::conditional_t<Form::kTransforms, DirectSums<Form>, NoSums>;
 
 } // namespace conv
 } // namespace CPU_CAPABILITY

@@ -7,6 +7,8 @@
 //   Stride2        stride 2: 81 products for 16 outputs, where the direct sum takes 144
 //   Stride2Turned  its input gradient
 //
+// small_images.h has one more, without a transform.
+//
 // Each point of what is transformed is a plane of its own, laid out as the products read it (gemm.h).
 //
 // With stride 2 the odd rows of the input meet two taps, 0 and 2, and the even rows one; so do the columns. That makes
@@ -94,13 +96,35 @@ struct Square : Blocks<Axis> {
   }
 };
 
+// --- what of a tile is multiplied
+//
+// In each of points() points the product of one or several planes of the operand and of the kPlanes of the weights:
+// for_each_product(point, visit) calls visit(plane of the operand, of the weights, of the products). Where kSumsPlanes
+// they have one plane of products, and add up.
+template <int Operands, int Points, int Products>
+struct Transformed {
+  static constexpr bool kTransforms = true, kSumsPlanes = Products < Operands;
+
+  static constexpr int operands() {
+    return Operands;
+  }
+  static constexpr int points() {
+    return Points;
+  }
+  static constexpr int products() {
+    return Products;
+  }
+  // Whether a plane of the weights has its first product in this point.
+  static constexpr bool begins(int64_t, int64_t) {
+    return true;
+  }
+};
+
 // --- stride 1
 
 template <typename F, typename InputAxis, typename GradientAxis, int Ratio>
-struct UnitStride {
-  using Turned = UnitStride;
-  static constexpr int kOut = F::kOut, kStride = 1, kPoints = F::kIn * F::kIn;
-  static constexpr int kPlanes = kPoints, kOperands = kPoints, kProducts = kPoints;
+struct UnitStride : Transformed<F::kIn * F::kIn, F::kIn * F::kIn, F::kIn * F::kIn> {
+  static constexpr int kOut = F::kOut, kStride = 1, kPlanes = F::kIn * F::kIn;
   static constexpr float kEnergyRatio = Ratio;
 
   using Input = Square<typename F::Input, 1, kOut, InputAxis>;
@@ -129,10 +153,13 @@ struct UnitStride {
         [&](int i, int j, Lanes v) __attribute__((always_inline)) { store(i * kTaps + j, v); });
   }
 
-  // Of a product: the plane of weights; those of the operand and of the product have the same number.
   template <typename Visit>
-  static inline void for_each_plane(int64_t point, const Visit& visit) {
-    visit(point);
+  static inline void for_each_product(int64_t point, const Visit& visit) {
+    visit(point, point, point);
+  }
+  // The form of the input gradient.
+  static UnitStride turned() {
+    return {};
   }
 
   // The direct sum: outputs i of kPieces pieces, kPiece x kPiece each, and what they read, kStep positions apart.
@@ -193,7 +220,7 @@ template <bool kMiddle>
 using Phase = Paired<TwoPairs, 4, kMiddle ? 1 : 2, !kMiddle>;
 
 struct Phases {
-  static constexpr int kSide = 5, kPoints = kSide * kSide, kPlanes = 81;
+  static constexpr int kSide = 5, kPlanes = 81, kPoints = kSide * kSide;
 
   // f(down, across): of the four phases, std::bool_constant; true is the axis with the tap in the middle.
   template <typename F>
@@ -208,7 +235,7 @@ struct Phases {
     const int first = down ? (across ? 65 : 45) : (across ? 25 : 0);
     return first + i * (kSide - across) + j;
   }
-  // The planes of a point.
+  // visit(plane) for those of a point.
   template <typename Visit>
   static inline void for_each_plane(int64_t point, const Visit& visit) {
     const int i = static_cast<int>(point) / kSide, j = static_cast<int>(point) % kSide;
@@ -231,9 +258,8 @@ struct Phases {
 
 struct Stride2Turned;
 
-struct Stride2 : Phases {
-  using Turned = Stride2Turned;
-  static constexpr int kOut = 4, kStride = 2, kOperands = kPlanes, kProducts = kPoints;
+struct Stride2 : Phases, Transformed<Phases::kPlanes, Phases::kPoints, Phases::kPoints> {
+  static constexpr int kOut = 4, kStride = 2;
   static constexpr float kEnergyRatio = 4096;
 
   template <typename Axis>
@@ -278,6 +304,12 @@ struct Stride2 : Phases {
     });
   }
 
+  template <typename Visit>
+  static inline void for_each_product(int64_t point, const Visit& visit) {
+    for_each_plane(point, [&](int64_t plane) { visit(plane, plane, point); });
+  }
+  static Stride2Turned turned();
+
   static constexpr int kPieces = 1, kPiece = kOut, kStep = 2;
   static constexpr int corner(int, int tap) {
     return tap / kTaps * Input::kWindow + tap % kTaps;
@@ -287,8 +319,8 @@ struct Stride2 : Phases {
   }
 };
 
-struct Stride2Turned : Phases {
-  static constexpr int kOut = 8, kOperands = kPoints, kProducts = kPlanes;
+struct Stride2Turned : Phases, Transformed<Phases::kPoints, Phases::kPoints, Phases::kPlanes> {
+  static constexpr int kOut = 8;
   static constexpr float kEnergyRatio = 16384;
 
   // An output may read a single position.
@@ -310,6 +342,11 @@ struct Stride2Turned : Phases {
     }
   }
 
+  template <typename Visit>
+  static inline void for_each_product(int64_t point, const Visit& visit) {
+    for_each_plane(point, [&](int64_t plane) { visit(point, plane, plane); });
+  }
+
   // A piece a phase.
   static constexpr int kPieces = 4, kPiece = 4, kStep = 1;
   static constexpr int corner(int piece, int tap) {
@@ -320,6 +357,10 @@ struct Stride2Turned : Phases {
     return (i / kPiece * 2 + 1 - piece / 2) * kOut + i % kPiece * 2 + 1 - piece % 2;
   }
 };
+
+inline Stride2Turned Stride2::turned() {
+  return {};
+}
 
 // --- the transforms' range
 
@@ -373,6 +414,7 @@ inline bool within_range(const Energy<Side>& energy, float ratio) {
 // the kernel is zero. Returns the sum of squares of these weights.
 template <typename Form>
 inline float transform_weights(
+    const Form& form,
     const Kernel& kernel,
     int64_t from,
     int64_t begin,
@@ -389,7 +431,7 @@ inline float transform_weights(
     for (int64_t half = 0; half < kColumns; half += kWidth) {
       float* out = to + (c - begin) * kPanel + (half == 0 ? 0 : high);
       Lanes part{};
-      Form::weights(
+      form.weights(
           [&](int i) __attribute__((always_inline)) {
             const Lanes v = load(weight(half, i));
             part = multiply_add(v, v, part);

@@ -9,10 +9,10 @@ namespace fastres {
 inline namespace CPU_CAPABILITY {
 namespace conv {
 
-template Chunks chunks_of<FASTRES_FORM>(int64_t, int64_t, int64_t, const Kernel&);
+template Chunks chunks_of(const FASTRES_FORM&, int64_t, int64_t, int64_t, const Kernel&);
 
 #define FASTRES_INSTANTIATE(T, ...) \
-  template void convolve<FASTRES_FORM>(const Chunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
+  template void convolve(const FASTRES_FORM&, const Chunks&, const Source<T>&, const Kernel&, const __VA_ARGS__&);
 FASTRES_FORM_EPILOGUES(FASTRES_INSTANTIATE, float)
 FASTRES_FORM_EPILOGUES(FASTRES_INSTANTIATE, BFloat16)
 #undef FASTRES_INSTANTIATE

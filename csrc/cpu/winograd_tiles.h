@@ -203,6 +203,7 @@ template <typename Side, typename T>
 class TileReader {
 public:
   static constexpr int kSize = Side::kWindow, kBefore = Side::kBefore, kPitch = Side::kPitch;
+  static constexpr bool kTransforms = true;
 
   TileReader(const Tiles& tiles, float ratio, const T* x, int64_t channels, const Prologue<T>* prologue = nullptr)
       : tiles_(tiles), ratio_(ratio), x_(x), channels_(channels), prologue_(prologue) {

@@ -32,6 +32,8 @@ constexpr int64_t kGradientRows = 48;
 // The operands, and the sizes of the transformed tiles and their products.
 template <typename Form, typename T>
 struct Problem : WeightGradient<T> {
+  Form form;
+
   using WeightGradient<T>::inputs, WeightGradient<T>::outputs, WeightGradient<T>::x, WeightGradient<T>::dy;
 
   Tiles x_tiles() const {
@@ -48,7 +50,7 @@ struct Problem : WeightGradient<T> {
     return round_up(outputs, kWidth) + kSkew;
   }
   int64_t tile_bytes() const {
-    return (Form::kPoints * row() + Form::kPlanes * groups() * kColumns) * static_cast<int64_t>(sizeof(float));
+    return (form.points() * row() + form.operands() * groups() * kColumns) * static_cast<int64_t>(sizeof(float));
   }
   int64_t gradient_plane() const {
     return groups() * outputs * kColumns + kSkew;
@@ -95,18 +97,18 @@ public:
       : most_(most),
         column_plane_(w.groups() * most * kColumns + kSkew),
         row_plane_(most * w.row() + kSkew),
-        columns_(Form::kPlanes * column_plane_),
-        rows_(Form::kPoints * row_plane_) {
+        columns_(w.form.operands() * column_plane_),
+        rows_(w.form.points() * row_plane_) {
     if (w.inputs % kColumns != 0) {
       // The part of a column group that no vector of channels fills.
-      std::fill_n(columns_.data(), Form::kPlanes * column_plane_, 0.0f);
+      std::fill_n(columns_.data(), w.form.operands() * column_plane_, 0.0f);
     }
   }
 
   // What a thread transforms tiles with.
   struct Readers {
-    TileReader<typename Form::GradientInput, T> x;
-    TileReader<typename Form::Gradient, T> dy;
+    ReaderOf<typename Form::GradientInput, T> x;
+    ReaderOf<typename Form::Gradient, T> dy;
 
     explicit Readers(const Problem<Form, T>& w)
         : x(w.x_tiles(), Form::kEnergyRatio, w.x.data, w.inputs, w.x.prologue),
@@ -127,27 +129,29 @@ public:
     const auto note = [&](int64_t p) { beyond.push_back(p); };
     readers.x.transform(first, count, columns_.data() + in_columns.of(at)(0), column_plane_, in_columns, note);
     readers.dy.transform(first, count, rows_.data() + in_rows.of(at)(0), row_plane_, in_rows, note);
-    const Tiles tiles = w.tiles();
-    for (int64_t p = 0; p < count; ++p) {
-      // Every tap reads a whole block of a tile with three outputs inside the image along each axis.
-      if (std::min(tiles.pixels_down(first + p), tiles.pixels_across(first + p)) < 3 &&
-          !(even(readers.x.read(first + p), w.inputs, Form::kEnergyRatio) &&
-            even(readers.dy.read(first + p), w.outputs, Form::kEnergyRatio))) {
-        beyond.push_back(p);
-      }
-    }
-    std::sort(beyond.begin(), beyond.end());
-    beyond.erase(std::unique(beyond.begin(), beyond.end()), beyond.end());
     std::vector<DirectPair> direct;
-    for (const int64_t p : beyond) {
-      direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
-      for (int64_t plane = 0; plane < Form::kPlanes; ++plane) {
-        for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
-          std::fill_n(columns_.data() + plane * column_plane_ + in_columns.of(at + p)(c), kColumns, 0.0f);
+    if constexpr (Form::kTransforms) {
+      const Tiles tiles = w.tiles();
+      for (int64_t p = 0; p < count; ++p) {
+        // Every tap reads a whole block of a tile with three outputs inside the image along each axis.
+        if (std::min(tiles.pixels_down(first + p), tiles.pixels_across(first + p)) < 3 &&
+            !(even(readers.x.read(first + p), w.inputs, Form::kEnergyRatio) &&
+              even(readers.dy.read(first + p), w.outputs, Form::kEnergyRatio))) {
+          beyond.push_back(p);
         }
       }
-      for (int64_t point = 0; point < Form::kPoints; ++point) {
-        std::fill_n(rows_.data() + point * row_plane_ + in_rows.of(at + p)(0), w.outputs, 0.0f);
+      std::sort(beyond.begin(), beyond.end());
+      beyond.erase(std::unique(beyond.begin(), beyond.end()), beyond.end());
+      for (const int64_t p : beyond) {
+        direct.push_back({readers.x.read(first + p), readers.dy.read(first + p)});
+        for (int64_t plane = 0; plane < w.form.operands(); ++plane) {
+          for (int64_t c = 0; c < w.groups() * kColumns; c += kColumns) {
+            std::fill_n(columns_.data() + plane * column_plane_ + in_columns.of(at + p)(c), kColumns, 0.0f);
+          }
+        }
+        for (int64_t point = 0; point < w.form.points(); ++point) {
+          std::fill_n(rows_.data() + point * row_plane_ + in_rows.of(at + p)(0), w.outputs, 0.0f);
+        }
       }
     }
     return direct;
@@ -169,9 +173,14 @@ public:
     const float* rows = rows_.data() + point * row_plane_ + first * w.row() + begin;
     const float* columns = columns_.data() + (group * most_ + first) * kColumns;
     with_rows_and_vectors(size, w.inputs - group * kColumns, [&](auto r, auto vectors) {
-      Form::for_each_plane(point, [&](int64_t plane) {
+      w.form.for_each_product(point, [&](int64_t from, int64_t plane, int64_t) {
         gradient_product<r, vectors>(
-            rows, w.row(), columns + plane * column_plane_, gradient + plane * gradient_plane, count, accumulate);
+            rows,
+            w.row(),
+            columns + from * column_plane_,
+            gradient + plane * gradient_plane,
+            count,
+            accumulate || !w.form.begins(point, plane));
       });
     });
   }
@@ -185,6 +194,7 @@ private:
 // products, each with planes of [size][kColumns].
 template <typename Form>
 void transform_gradient(
+    const Form& form,
     float* dw,
     int64_t inputs,
     int64_t group,
@@ -197,7 +207,7 @@ void transform_gradient(
       const int64_t c = group * kColumns + half, at = k * kColumns + half;
       float* out = dw + (begin + k) * kTaps * kTaps * inputs + c;
       const int64_t lanes = std::min(kWidth, inputs - c);
-      Form::weight_gradient(
+      form.weight_gradient(
           [&](int i) {
             Lanes sum = load(parts[0] + i * plane + at);
             for (size_t part = 1; part < parts.size(); ++part) {
@@ -288,7 +298,7 @@ void gradient_at_once(const Problem<Form, T>& w) {
       const int64_t group = task / blocks, first_group = task % blocks * together;
       const int64_t last_group = std::min(rows.count(), first_group + together);
       const int64_t first = rows.begin(first_group), size = rows.begin(last_group) - first;
-      for (int64_t point = 0; point < Form::kPoints; ++point) {
+      for (int64_t point = 0; point < w.form.points(); ++point) {
         for (int64_t from = 0; from < count; from += kGradientTiles) {
           const int64_t depth = std::min(kGradientTiles, count - from);
           for (int64_t r = first_group; r < last_group; ++r) {
@@ -297,8 +307,10 @@ void gradient_at_once(const Problem<Form, T>& w) {
           }
         }
       }
-      transform_gradient<Form>(w.dw, w.inputs, group, first, size, parts, plane);
-      add_directly<Form>(direct, w.inputs, w.outputs, group, first, size, w.dw);
+      transform_gradient(w.form, w.dw, w.inputs, group, first, size, parts, plane);
+      if constexpr (Form::kTransforms) {
+        add_directly<Form>(direct, w.inputs, w.outputs, group, first, size, w.dw);
+      }
     }
   });
 }
@@ -322,10 +334,12 @@ void gradient_by_shares(const Problem<Form, T>& w) {
       for (int64_t chunk = start; chunk < chunks * (share + 1) / shares; ++chunk) {
         const int64_t first = chunk * most, size = std::min(most, count - first);
         const std::vector<DirectPair> direct = transformed.transform(w, readers, first, size, 0);
-        if (!direct.empty()) {
-          summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
-          for (int64_t group = 0; group < w.groups(); ++group) {
-            add_directly<Form>(direct, w.inputs, w.outputs, group, 0, w.outputs, summed[share].data());
+        if constexpr (Form::kTransforms) {
+          if (!direct.empty()) {
+            summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
+            for (int64_t group = 0; group < w.groups(); ++group) {
+              add_directly<Form>(direct, w.inputs, w.outputs, group, 0, w.outputs, summed[share].data());
+            }
           }
         }
         prefetch.clear();
@@ -334,8 +348,8 @@ void gradient_by_shares(const Problem<Form, T>& w) {
           w.x.for_each_read([&](const T* p) { add_tiles(prefetch, w.x_tiles(), p, w.inputs, next, next_size); });
           add_tiles(prefetch, w.tiles(), w.dy.data, w.outputs, next, next_size);
         }
-        for (int64_t point = 0; point < Form::kPoints; ++point) {
-          prefetch.fetch(Form::kPoints);
+        for (int64_t point = 0; point < w.form.points(); ++point) {
+          prefetch.fetch(w.form.points());
           for (int64_t group = 0; group < w.groups(); ++group) {
             for (int64_t r = 0; r < rows.count(); ++r) {
               float* to = gradient + (group * w.outputs + rows.begin(r)) * kColumns;
@@ -354,7 +368,7 @@ void gradient_by_shares(const Problem<Form, T>& w) {
       for (int64_t share = 0; share < shares; ++share) {
         parts[share] = gradients.data() + share * Form::kPlanes * plane + (group * w.outputs + first) * kColumns;
       }
-      transform_gradient<Form>(w.dw, w.inputs, group, first, size, parts, plane);
+      transform_gradient(w.form, w.dw, w.inputs, group, first, size, parts, plane);
       const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
       for (const auto& part : summed) {
         for (int64_t row = first * kTaps * kTaps; !part.empty() && row < (first + size) * kTaps * kTaps; ++row) {
@@ -371,8 +385,8 @@ void gradient_by_shares(const Problem<Form, T>& w) {
 } // namespace
 
 template <typename Form, typename T>
-void weight_gradient(const WeightGradient<T>& given) {
-  const Problem<Form, T> w{given};
+void weight_gradient(const Form& form, const WeightGradient<T>& given) {
+  const Problem<Form, T> w{given, form};
   // At once where the transformed tiles are no larger than what would be added up otherwise, or hardly larger where a
   // vector has 16 lanes: rows are read once a column group, and there are half as many.
   const int64_t sums = w.shares() * w.gradient_bytes();
@@ -384,12 +398,13 @@ void weight_gradient(const WeightGradient<T>& given) {
 }
 
 #define FASTRES_INSTANTIATE(Form) \
-  template void weight_gradient<Form>(const WeightGradient<float>&); \
-  template void weight_gradient<Form>(const WeightGradient<BFloat16>&);
+  template void weight_gradient<Form>(const Form&, const WeightGradient<float>&); \
+  template void weight_gradient<Form>(const Form&, const WeightGradient<BFloat16>&);
 FASTRES_INSTANTIATE(Tile3)
 FASTRES_INSTANTIATE(Tile4)
 FASTRES_INSTANTIATE(Tile5)
 FASTRES_INSTANTIATE(Stride2)
+FASTRES_INSTANTIATE(SmallImages<>)
 #undef FASTRES_INSTANTIATE
 
 } // namespace conv

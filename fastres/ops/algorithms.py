@@ -28,6 +28,9 @@ _NARROW_GROUP = 16
 _LEAST_GROUP, _GROUP_COPY = 8, 100
 # What Winograd's kernels have.
 _WINOGRAD_STRIDES = (1, 2)
+# Sides of images up to which they sum directly, without the taps outside, by stride (csrc/cpu/small_images.h); and
+# sides with stride 2 from which on a sum over all taps is faster where numbers are multiplied in pairs.
+_SMALL_SIDES, _LARGE_FOR_PAIRS = {1: 2, 2: 6}, 5
 # Sizes that the kernel for groups has.
 GROUPED_KERNELS = (3, 5, 7)
 # Output positions of an image that leave multipliers idle in PyTorch's convolution in training; and those, and input
@@ -164,7 +167,11 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         return Choice("torch", "pixels are few: to pack the weights is most of the work")
     images, positions = problem.shape[0], _positions_of_image(problem)
     few = not problem.needs_grad and _few_pay(problem, images * positions)
-    if _winograd_pays(problem, "gemm" if few else "pairs" if _in_pairs(problem) else "torch"):
+    against = "gemm" if few else "pairs" if _in_pairs(problem) else "torch"
+    if _is_small(problem):
+        if _small_sum_pays(problem, against):
+            return Choice("winograd", "images are small, and it leaves out the taps outside of them")
+    elif _winograd_pays(problem, against):
         return Choice("winograd", "it saves more multiplications than its transforms cost")
     if few:
         return Choice("gemm", "output positions are few: to read the weights is most of the work")
@@ -203,8 +210,12 @@ def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice
         return Choice(requested, "it was requested")
     if problem.dtype == torch.bfloat16 and problem.matrix_units:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
-    if winograds and padded and requested != "torch" and _winograd_pays(problem, "packed"):
-        return Choice("winograd", "it saves more multiplications than its transforms cost")
+    if winograds and padded and requested != "torch":
+        if _is_small(problem):
+            if _small_sum_pays(problem, "packed"):
+                return Choice("winograd", "images are small, and it leaves out the taps outside of them")
+        elif _winograd_pays(problem, "packed"):
+            return Choice("winograd", "it saves more multiplications than its transforms cost")
     return Choice("gemm", "its weights are packed for it")
 
 
@@ -276,9 +287,26 @@ def _few_pay(problem: ConvProblem, positions: int) -> bool:
     return _holds(positions <= direct.get(problem.stride, direct[1]).few)
 
 
+def _is_small(problem: ConvProblem) -> bool:
+    """Whether images are so small that most taps of most outputs lie outside of them."""
+    _, _, h, w = problem.shape
+    most = _SMALL_SIDES.get(problem.stride, 0)
+    return _holds(h <= most) and _holds(w <= most)
+
+
+def _small_sum_pays(problem: ConvProblem, against: str) -> bool:
+    """Whether the direct sum of small images, without the taps outside of them, is faster than another algorithm."""
+    images, _, h, w = problem.shape
+    if _in_pairs(problem) and problem.stride != 1:
+        smaller = _holds(h < _LARGE_FOR_PAIRS) and _holds(w < _LARGE_FOR_PAIRS)
+        if against == "packed" or not smaller:
+            return False
+    return _holds(images > COSTS[problem.capability][against].few_small)
+
+
 def _winograd_pays(problem: ConvProblem, against: str) -> bool:
     """Whether one of Winograd's forms is expected to be clearly faster than another algorithm, forward."""
-    winograd, direct = COSTS[problem.capability][against]
+    winograd, direct, _ = COSTS[problem.capability][against]
     if problem.stride not in direct:
         return False
     return _is_cheaper(winograd, problem, _sums(direct[problem.stride], problem))
@@ -323,7 +351,7 @@ def _group_by_group_pays(problem: ConvProblem) -> bool:
     images, channels, h, w = problem.shape
     inputs, outputs = channels // problem.groups, problem.outputs // problem.groups
     alone = problem._replace(shape=(images, inputs, h, w), outputs=outputs, groups=1, followed=False)
-    winograd, direct = COSTS[problem.capability]["torch"]
+    winograd, direct, _ = COSTS[problem.capability]["torch"]
     groups = GROUPS[problem.capability]
     percent = groups.percent if problem.needs_grad else 100
     sums = percent * (_sums(direct[1]._replace(call=0, weight=groups.weight), alone) // 100)

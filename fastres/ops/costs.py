@@ -67,10 +67,17 @@ class Direct(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """In operations of the inner loop of PyTorch's convolution: Winograd's, and by stride those of a direct sum."""
+    """In operations of the inner loop of PyTorch's convolution.
+
+    Attributes:
+        winograd: of Winograd's algorithm.
+        direct: by stride, of the direct sum that it is compared with.
+        few_small: images, of few pixels each, up to which that sum is faster than the one that leaves out taps outside.
+    """
 
     winograd: Winograd
     direct: dict[int, Direct]
+    few_small: int = 1
 
 
 _AVX512 = Winograd(
@@ -122,15 +129,15 @@ COSTS = {
             _AVX512, {1: Direct(16, 50, 1000, norm=200), 2: Direct(weight=1150, call=5_000_000, norm=200, unfilled=110)}
         ),
         "gemm": Costs(_AVX512, {1: Direct(16, 50, 250, norm=200, few=256), 2: Direct(weight=250, norm=200, few=128)}),
-        "packed": Costs(_AVX512_PACKED, {1: Direct(16, 50, 55, pairs=65), 2: Direct(16, 50, 55, pairs=50)}),
+        "packed": Costs(_AVX512_PACKED, {1: Direct(16, 50, 55, pairs=65), 2: Direct(16, 50, 55, pairs=50)}, 4),
         "pairs": Costs(_AVX512_PAIRS, {1: Direct(norm=200, unfilled=50, pairs=50)}),
     },
     "avx2": {
         "torch": Costs(
             _AVX2, {1: Direct(8, 40, 420, 16_000_000, 100, unfilled=200), 2: Direct(8, 220, 630, 16_000_000, 100)}
         ),
-        "gemm": Costs(_AVX2_FEW, {1: _AVX2_GEMM, 2: _AVX2_GEMM}),
-        "packed": Costs(_AVX2_PACKED, {1: _AVX2_PACKED_GEMM, 2: _AVX2_PACKED_GEMM}),
+        "gemm": Costs(_AVX2_FEW, {1: _AVX2_GEMM, 2: _AVX2_GEMM}, 4),
+        "packed": Costs(_AVX2_PACKED, {1: _AVX2_PACKED_GEMM, 2: _AVX2_PACKED_GEMM}, 4),
     },
 }
 

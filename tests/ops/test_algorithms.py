@@ -26,6 +26,7 @@ LARGE = ConvProblem(torch.float32, (128, 64, 32, 32), 64, 3, 1, True, True, 2, "
 FEW = LARGE._replace(shape=(1, 64, 8, 8), needs_grad=False)
 GROUPED = LARGE._replace(groups=8)
 WIDE_GROUPS = LARGE._replace(groups=2, shape=(128, 128, 32, 32), outputs=128)
+PAIRS = LARGE._replace(dtype=torch.bfloat16, pairs=True)
 DEPTHWISE = LARGE._replace(kernel=5, groups=64)
 
 
@@ -52,6 +53,12 @@ DEPTHWISE = LARGE._replace(kernel=5, groups=64)
         (LARGE._replace(kernel=7), "torch", "this size"),
         (LARGE._replace(outputs=128, stride=2), "winograd", "saves more multiplications"),
         (LARGE._replace(shape=(32, 512, 5, 5), outputs=512), "winograd", "saves more multiplications"),
+        (LARGE._replace(shape=(32, 512, 2, 2), outputs=512), "winograd", "images are small"),
+        (LARGE._replace(shape=(1, 512, 2, 2), outputs=512), "torch", "too few"),
+        (LARGE._replace(shape=(32, 256, 6, 4), outputs=512, stride=2), "winograd", "images are small"),
+        (LARGE._replace(shape=(32, 256, 7, 4), outputs=512, stride=2), "torch", "too few"),
+        (FEW._replace(shape=(1, 512, 2, 2), outputs=512), "gemm", "positions are few"),
+        (FEW._replace(shape=(16, 512, 2, 2), outputs=512), "winograd", "images are small"),
         (LARGE._replace(channels_last=False), "torch", "not in channels_last"),
         (LARGE._replace(shape=(0, 64, 32, 32)), "torch", "empty"),
         (FEW._replace(shape=(64, 256, 8, 8), outputs=512, stride=2, needs_grad=True), "winograd", "saves more"),
@@ -141,6 +148,10 @@ def test_processors_differ_in_what_is_faster(problem, avx2, avx512):
         (LARGE._replace(dtype=torch.bfloat16), True, "auto", "winograd", "saves more multiplications"),
         (LARGE._replace(dtype=torch.bfloat16, matrix_units=True), True, "auto", "torch", "bfloat16 matrices"),
         (LARGE._replace(dtype=torch.float64), True, "auto", "torch", "this dtype"),
+        (LARGE._replace(shape=(8, 512, 2, 2), outputs=512), True, "auto", "winograd", "images are small"),
+        (LARGE._replace(shape=(4, 512, 2, 2), outputs=512), True, "auto", "gemm", "packed"),
+        (LARGE._replace(shape=(8, 256, 4, 4), stride=2), True, "auto", "winograd", "images are small"),
+        (PAIRS._replace(shape=(8, 256, 4, 4), stride=2), True, "auto", "gemm", "packed"),
         (LARGE._replace(kernel=1, capability="default"), False, "auto", "torch", "for default"),
         (LARGE._replace(kernel=1, shape=(0, 64, 8, 8)), False, "auto", "torch", "empty"),
     ],
@@ -148,9 +159,6 @@ def test_processors_differ_in_what_is_faster(problem, avx2, avx512):
 def test_the_choice_for_packed_weights_and_its_reason(problem, padded, requested, algorithm, reason):
     choice = choose_packed(problem, padded, requested)
     assert choice.algorithm == algorithm and reason in choice.reason
-
-
-PAIRS = LARGE._replace(dtype=torch.bfloat16, pairs=True)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,9 @@ PAIRS = LARGE._replace(dtype=torch.bfloat16, pairs=True)
         (PAIRS._replace(shape=(128, 16, 32, 32), outputs=16), "torch"),
         (PAIRS._replace(shape=(128, 512, 4, 4), outputs=512), "winograd"),
         (PAIRS._replace(outputs=128, stride=2), "torch"),
+        (PAIRS._replace(shape=(32, 256, 4, 4), outputs=512, stride=2), "winograd"),
+        (PAIRS._replace(shape=(32, 256, 6, 6), outputs=512, stride=2), "torch"),
+        (PAIRS._replace(shape=(32, 512, 2, 2), outputs=512), "winograd"),
         (PAIRS._replace(kernel=1), "gemm"),
     ],
 )

@@ -73,6 +73,10 @@ SHAPES = [
     (2, 96, 200, 4, 4),
     (2, 24, 40, 10, 10),
     (3, 9, 16, 2, 2),
+    (300, 40, 70, 2, 2),
+    (9, 70, 40, 2, 1),
+    (70, 24, 40, 4, 5),
+    (33, 20, 36, 6, 3),
     (2, 33, 17, 17, 14),
 ]
 
@@ -677,7 +681,8 @@ def test_auto_takes_winograd_where_it_pays(monkeypatch):
     assert not calls(monkeypatch, few, thin)
     assert calls(monkeypatch, few, thin, algorithm="winograd")
     small, wide, _ = data((70, 64, 64, 1, 1))
-    assert not calls(monkeypatch, small, wide)
+    assert calls(monkeypatch, small, wide)
+    assert not calls(monkeypatch, small[:1], wide)
 
 
 @pytest.mark.parametrize(
@@ -699,8 +704,11 @@ def test_auto_takes_winograd_where_it_pays(monkeypatch):
         ((1, 512, 512, 4, 4), True),
         ((8, 512, 512, 4, 4), True),
         ((128, 512, 512, 4, 4), True),
-        # not measured: a tile of one pixel takes more multiplications than the pixel
-        ((64, 512, 512, 1, 1), False),
+        ((1, 512, 512, 1, 1), False),
+        ((4, 512, 512, 1, 1), True),
+        ((512, 512, 512, 1, 1), True),
+        ((4, 64, 64, 2, 2), True),
+        ((128, 512, 512, 2, 2), True),
     ],
 )
 def test_the_cost_model_decides_as_was_measured(case, wanted):

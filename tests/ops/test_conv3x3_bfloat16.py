@@ -97,6 +97,8 @@ SHAPES: list[Shape] = [
     (5, 130, 70, 10, 3),
     (8, 96, 200, 4, 4),
     (4, 24, 40, 10, 10),
+    (100, 24, 40, 2, 2),
+    (9, 70, 40, 5, 6),
 ]
 ANY_SHAPE = st.tuples(
     st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(1, 14), st.integers(1, 14)

@@ -45,6 +45,7 @@ SHAPES = {
     "tiles of 3x3": (2, 9, 20, 6, 3),
     "small tiles of 5x5 at the edge": (2, 6, 12, 6, 11),
     "by tiles, gradient by shares": (30, 2, 3, 32, 32),
+    "small images": (20, 6, 20, 2, 2),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
