@@ -5,11 +5,12 @@
 //
 // The work is cut into blocks of output rows whose gathered input and product stay in the L2 cache. In training a block
 // is measured as soon as it is multiplied; in evaluation it is normalised, added and activated there and never written
-// raw.
+// raw. In training float32 in channels_last is gathered as a whole instead, and multiplied by pixel_gemm.h's kernels.
 //
 // Passes over memory: forward reads the gathered share of s and writes the product; evaluation reads x as well and
 // writes y instead; backward reads dproduct twice and the gathered share of s once, and writes ds once, zeros included.
 #include "batch_norm_act.h"
+#include "conv3x3.h"
 #include "library.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -76,15 +77,10 @@ int64_t block_lines(const Geometry& g, int64_t item_bytes) {
 }
 
 // The input under output lines first ... first + count - 1: [positions, Cin] in channels_last, [Cin, positions] of one
-// image in NCHW. Where nothing is skipped it is s itself.
+// image in NCHW.
 template <typename T>
-const T* gather(const Geometry& g, const T* s, int64_t first, int64_t count, std::vector<T>& buffer) {
+void gather_lines(const Geometry& g, const T* s, int64_t first, int64_t count, T* to) {
   const int64_t channels = g.in.channels;
-  if (!g.gathers()) {
-    return s + first * g.line() * channels;
-  }
-  buffer.resize(count * g.line() * channels);
-  T* to = buffer.data();
   if (g.in.channels_last) {
     for (int64_t line = first; line < first + count; ++line) {
       const int64_t image = line / g.out_h, row = line % g.out_h * g.stride_h;
@@ -104,6 +100,16 @@ const T* gather(const Geometry& g, const T* s, int64_t first, int64_t count, std
       }
     }
   }
+}
+
+// The same in a buffer; where nothing is skipped it is s itself.
+template <typename T>
+const T* gather(const Geometry& g, const T* s, int64_t first, int64_t count, std::vector<T>& buffer) {
+  if (!g.gathers()) {
+    return s + first * g.line() * g.in.channels;
+  }
+  buffer.resize(count * g.line() * g.in.channels);
+  gather_lines(g, s, first, count, buffer.data());
   return buffer.data();
 }
 
@@ -193,8 +199,92 @@ Segments segments_of(const Geometry& g, int64_t item_bytes) {
   return Segments(g.lines(), g.lines() * g.line() * (g.in.channels + g.out.channels) * item_bytes, kReductionBytes);
 }
 
+// For the input under all outputs.
+Tensor empty_pixels(const Geometry& g, const Tensor& s) {
+  return empty({g.in.images, g.in.channels, g.out_h, g.out_w}, s.scalar_type(), g.in.memory_format());
+}
+
+// The input under all outputs.
+template <typename T>
+Tensor gather_all(const Geometry& g, const Tensor& s) {
+  if (!g.gathers()) {
+    return s;
+  }
+  const Tensor gathered = empty_pixels(g, s);
+  T* to = gathered.mutable_data_ptr<T>();
+  const Segments segments = segments_of(g, sizeof(T));
+  for_each_segment(segments, [&](int64_t segment) {
+    const auto [begin, end] = segments.range(segment);
+    gather_lines(g, s.const_data_ptr<T>(), begin, end - begin, to + begin * g.line() * g.in.channels);
+  });
+  return gathered;
+}
+
+// The gradient of the weight in its strides, those of its axes of size 1 included: DDP compares them all. fill(data)
+// has to write [Cout, Cin].
+template <typename T, typename F>
+Tensor gradient_of_weight(const Tensor& weight, const F& fill) {
+  const bool contiguous = weight.is_contiguous();
+  Tensor gradient = contiguous ? empty_strided(weight.sizes(), weight.strides(), weight.scalar_type())
+                               : empty(weight.sizes(), weight.scalar_type());
+  fill(gradient.mutable_data_ptr<T>());
+  if (contiguous) {
+    return gradient;
+  }
+  Tensor like = weight.clone();
+  like.copy_(gradient);
+  return like;
+}
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+// Whether the kernels of the 1x1 convolution compute it in training, over gathered pixels.
+bool by_pixels(const Geometry& g, const Tensor& s, const Tensor& weight) {
+  return g.in.channels_last && s.scalar_type() == ScalarType::Float && s.numel() > 0 && weight.numel() > 0;
+}
+
+std::tuple<Tensor, Tensor> backward_by_pixels(
+    const Geometry& g,
+    const Tensor& dproduct,
+    const Tensor& s,
+    const Tensor& weight,
+    std::array<bool, 2> needs) {
+  const conv::Source<float> dy = conv::source_of<float>(dproduct);
+  Tensor ds = nothing_like(s), dweight = nothing_like(s);
+  if (needs[0]) {
+    ds = empty_rows(s);
+    const Tensor pixels = g.gathers() ? empty_pixels(g, s) : ds;
+    conv::with_convolution<true>(pixels, pixels, weight, 1, [&](const auto& convolution) {
+      convolution.run(dy, conv::Write<float>{pixels.mutable_data_ptr<float>(), conv::streams(pixels)});
+    });
+    if (g.gathers()) {
+      const float* from = pixels.const_data_ptr<float>();
+      float* to = ds.mutable_data_ptr<float>();
+      const Segments segments = segments_of(g, sizeof(float));
+      for_each_segment(segments, [&](int64_t segment) {
+        const auto [begin, end] = segments.range(segment);
+        scatter(g, from + begin * g.line() * g.in.channels, begin, end - begin, to);
+      });
+    }
+  }
+  if (needs[1]) {
+    const Tensor pixels = gather_all<float>(g, s);
+    dweight = gradient_of_weight<float>(weight, [&](float* to) {
+      conv::pixel_weight_gradient(
+          conv::WeightGradient<float>{conv::source_of<float>(pixels), dy, to, g.in.channels, g.out.channels});
+    });
+  }
+  return {std::move(ds), std::move(dweight)};
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& s, const Tensor& weight, Sizes stride, bool statistics) {
   const Geometry g = geometry_of(s, weight, stride);
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if (by_pixels(g, s, weight)) {
+    const Tensor pixels = gather_all<float>(g, s);
+    return conv::convolve_measured<float>(pixels, conv::source_of<float>(pixels), weight, statistics, 1);
+  }
+#endif
   const int64_t channels = g.out.channels;
   const Tensor dense = weight.contiguous();
   Tensor product = empty_product(s, g);
@@ -298,6 +388,11 @@ std::tuple<Tensor, Tensor> backward(
     return {std::move(ds), std::move(dweight)};
   }
   const Tensor dout = dproduct.contiguous(g.out.memory_format());
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if (by_pixels(g, s, weight)) {
+    return backward_by_pixels(g, dout, s, weight, needs);
+  }
+#endif
   with_floating_type(s, [&]<typename scalar_t>() {
     const scalar_t* gradient = dout.const_data_ptr<scalar_t>();
     const Segments segments = segments_of(g, sizeof(scalar_t));
@@ -318,36 +413,18 @@ std::tuple<Tensor, Tensor> backward(
       });
     }
     if (needs[1]) {
-      // One GEMM over all gathered rows: a partial sum a segment would cost more memory than the gathered rows do.
+      // One GEMM over all gathered pixels: a partial sum a segment would cost more memory than those do.
       const int64_t in = g.in.channels, out = g.out.channels;
-      const scalar_t* from = s.const_data_ptr<scalar_t>();
-      Tensor gathered;
-      if (g.gathers()) {
-        gathered = empty({g.lines() * g.line(), in}, s.scalar_type());
-        scalar_t* to = gathered.mutable_data_ptr<scalar_t>();
-        for_each_block(g, sizeof(scalar_t), segments, [&](int64_t, int64_t first, int64_t lines) {
-          std::vector<scalar_t> buffer;
-          const scalar_t* block = gather(g, from, first, lines, buffer);
-          std::copy(block, block + lines * g.line() * in, to + first * g.line() * in);
-        });
-        from = to;
-      }
-      // In the weight's strides, those of its axes of size 1 included: DDP compares them all.
-      const bool contiguous = weight.is_contiguous();
-      dweight = contiguous ? empty_strided(weight.sizes(), weight.strides(), s.scalar_type())
-                           : empty(weight.sizes(), s.scalar_type());
-      scalar_t* total = dweight.mutable_data_ptr<scalar_t>();
-      if (g.out.channels_last) {
-        const int64_t positions = g.out.count();
-        mm_out(matrix(total, out, in), transposed(gradient, positions, out), matrix(from, positions, in));
-      } else {
-        sum_image_products(gradient, from, g.out, in, total);
-      }
-      if (!contiguous) {
-        const Tensor like = weight.clone();
-        like.copy_(dweight);
-        dweight = like;
-      }
+      const Tensor gathered = gather_all<scalar_t>(g, s);
+      const scalar_t* from = gathered.const_data_ptr<scalar_t>();
+      dweight = gradient_of_weight<scalar_t>(weight, [&](scalar_t* to) {
+        if (g.out.channels_last) {
+          const int64_t positions = g.out.count();
+          mm_out(matrix(to, out, in), transposed(gradient, positions, out), matrix(from, positions, in));
+        } else {
+          sum_image_products(gradient, from, g.out, in, to);
+        }
+      });
     }
   });
   return {std::move(ds), std::move(dweight)};
