@@ -238,6 +238,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "Winograd, tiles of 3x3": lambda: _backward(conv3x3(_x((2, CHANNELS, 6, 6)), _weight(3), algorithm="winograd")),
     "Winograd, tiles of 5x5": lambda: _backward(conv3x3(_x((2, CHANNELS, 10, 10)), _weight(3), algorithm="winograd")),
     "Winograd, stride 2": lambda: _backward(conv3x3(_x(), _weight(3), stride=2, algorithm="winograd")),
+    "small images": lambda: _backward(conv3x3(_x((2, CHANNELS, 2, 2)), _weight(3), algorithm="winograd")),
+    "small images, stride 2": lambda: _backward(
+        conv3x3(_x((2, CHANNELS, 4, 4)), _weight(3), stride=2, algorithm="winograd")
+    ),
     "Winograd, statistics": lambda: _backward(conv3x3_with_statistics(_x(), _weight(3), algorithm="winograd").y),
     "1x1, statistics": lambda: _backward(conv1x1_with_statistics(_x(), _weight(1), algorithm="gemm").y),
     "in groups of 8": _grouped(3, 8),

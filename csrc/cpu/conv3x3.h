@@ -209,19 +209,23 @@ Tensor weight_gradient_of(
     const Tensor& dy,
     const Tensor& weight,
     int64_t stride) {
-  Tensor to = empty(weight.sizes(), ScalarType::Float, MemoryFormat::channels_last);
+  const bool contiguous = weight.is_contiguous();
+  // Autograd takes it without a copy where all strides are the weight's, those of axes of size 1 included.
+  const Tensor to = contiguous ? empty_strided(weight.sizes(), weight.strides(), ScalarType::Float)
+                               : empty(weight.sizes(), ScalarType::Float, MemoryFormat::channels_last);
   if (x.numel() == 0 || weight.numel() == 0) {
     to.zero_();
   } else {
-    const WeightGradient<T> operands{source, source_of<T>(dy), to.mutable_data_ptr<float>(), x.size(1), weight.size(0)};
+    const int64_t inputs = x.size(1);
+    const KernelGradient dw{to.mutable_data_ptr<float>(), inputs, !contiguous};
+    const WeightGradient<T> operands{source, source_of<T>(dy), dw, inputs, weight.size(0)};
     if (weight.size(2) == 1) {
       pixel_weight_gradient(operands);
     } else {
       with_form(stride, x.size(2), x.size(3), [&](const auto& form) { weight_gradient(form, operands); });
     }
   }
-  to = to.to(weight.scalar_type());
-  return weight.is_contiguous() ? to.contiguous() : to;
+  return to.to(weight.scalar_type());
 }
 
 } // namespace conv

@@ -171,7 +171,7 @@ void store_gradient(
       for (int64_t part = 1; part < parts; ++part) {
         sum = sum + load(product + part * distance + k * kColumns + half);
       }
-      float* to = w.dw + (begin + k) * w.inputs + c;
+      float* to = w.dw.data + (begin + k) * w.inputs + c;
       if (c + kWidth <= w.inputs) {
         store(to, sum);
       } else {

@@ -270,7 +270,8 @@ std::tuple<Tensor, Tensor> backward_by_pixels(
     const Tensor pixels = gather_all<float>(g, s);
     dweight = gradient_of_weight<float>(weight, [&](float* to) {
       conv::pixel_weight_gradient(
-          conv::WeightGradient<float>{conv::source_of<float>(pixels), dy, to, g.in.channels, g.out.channels});
+          conv::WeightGradient<float>{
+              conv::source_of<float>(pixels), dy, {to, g.in.channels, true}, g.in.channels, g.out.channels});
     });
   }
   return {std::move(ds), std::move(dweight)};

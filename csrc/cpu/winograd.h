@@ -33,11 +33,25 @@ void convolve(
 // Bytes of the sums of a weight gradient that all threads have of their own.
 constexpr int64_t kGradientBytes = 256 * 1024 * 1024;
 
+// The gradient of a 3x3 kernel in memory, [outputs][taps][inputs] or [outputs][inputs][taps]; of a 1x1 kernel `data`.
+struct KernelGradient {
+  float* data;
+  int64_t inputs;
+  bool inputs_are_adjacent;
+
+  float* at(int64_t k, int64_t tap, int64_t c) const {
+    return data + k * kTaps * kTaps * inputs + (inputs_are_adjacent ? tap * inputs + c : c * kTaps * kTaps + tap);
+  }
+  int64_t input_stride() const {
+    return inputs_are_adjacent ? 1 : kTaps * kTaps;
+  }
+};
+
 // The operands of a weight gradient.
 template <typename T>
 struct WeightGradient {
   Source<T> x, dy;
-  float* dw; // [outputs][3][3][inputs]
+  KernelGradient dw;
   int64_t inputs, outputs;
 };
 

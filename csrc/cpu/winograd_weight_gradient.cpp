@@ -9,6 +9,7 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <vector>
 
@@ -195,18 +196,18 @@ private:
 template <typename Form>
 void transform_gradient(
     const Form& form,
-    float* dw,
-    int64_t inputs,
+    const KernelGradient& dw,
     int64_t group,
     int64_t begin,
     int64_t size,
     const std::vector<const float*>& parts,
     int64_t plane) {
   for (int64_t k = 0; k < size; ++k) {
-    for (int64_t half = 0; half < kColumns && group * kColumns + half < inputs; half += kWidth) {
+    for (int64_t half = 0; half < kColumns && group * kColumns + half < dw.inputs; half += kWidth) {
       const int64_t c = group * kColumns + half, at = k * kColumns + half;
-      float* out = dw + (begin + k) * kTaps * kTaps * inputs + c;
-      const int64_t lanes = std::min(kWidth, inputs - c);
+      float* out = dw.at(begin + k, 0, c);
+      const int64_t lanes = std::min(kWidth, dw.inputs - c);
+      alignas(64) std::array<float, kTaps * kTaps * kWidth> turned; // [tap][lane]
       form.weight_gradient(
           [&](int i) {
             Lanes sum = load(parts[0] + i * plane + at);
@@ -215,27 +216,37 @@ void transform_gradient(
             }
             return sum;
           },
-          [&](int i, Lanes v) { store(out + i * inputs, v, lanes); });
+          [&](int i, Lanes v) {
+            if (dw.inputs_are_adjacent) {
+              store(out + i * dw.inputs, v, lanes);
+            } else {
+              store(turned.data() + i * kWidth, v);
+            }
+          });
+      for (int64_t lane = 0; !dw.inputs_are_adjacent && lane < lanes; ++lane) {
+        for (int i = 0; i < kTaps * kTaps; ++i) {
+          *out++ = turned[i * kWidth + lane];
+        }
+      }
     }
   }
 }
 
-// dw, laid out as dW, plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
+// dw plus the tiles' sums for `size` output channels from `begin` on and a group of input channels.
 // For each tap the outputs meet the inputs above them, where both are inside the image.
 template <typename Form>
 void add_directly(
     const std::vector<DirectPair>& tiles,
-    int64_t all_inputs,
     int64_t all_outputs,
     int64_t group,
     int64_t begin,
     int64_t size,
-    float* dw) {
+    const KernelGradient& dw) {
   if (tiles.empty()) {
     return;
   }
   constexpr int taps = kTaps * kTaps;
-  const int64_t from = group * kColumns, inputs = std::min(kColumns, all_inputs - from);
+  const int64_t from = group * kColumns, inputs = std::min(kColumns, dw.inputs - from);
   const int64_t count = tiles.size(), most = std::min(kDirectPairs, count) * Form::kOut * Form::kOut;
   const int64_t row = round_up(size, kWidth) + kSkew;
   const RowGroups groups{size};
@@ -251,7 +262,7 @@ void add_directly(
           if (tiles[p].dy.has(output) && tiles[p].x.has(position)) {
             std::copy_n(tiles[p].dy.values.data() + output * all_outputs + begin, size, rows.data() + depth * row);
             std::copy_n(
-                tiles[p].x.values.data() + position * all_inputs + from, inputs, columns.data() + depth * kColumns);
+                tiles[p].x.values.data() + position * dw.inputs + from, inputs, columns.data() + depth * kColumns);
             ++depth;
           }
         }
@@ -264,9 +275,9 @@ void add_directly(
         });
       }
       for (int64_t k = 0; k < size; ++k) {
-        float* to = dw + ((begin + k) * taps + tap) * all_inputs + from;
+        float* to = dw.at(begin + k, tap, from);
         for (int64_t c = 0; c < inputs; ++c) {
-          to[c] += product.data()[k * kColumns + c];
+          to[c * dw.input_stride()] += product.data()[k * kColumns + c];
         }
       }
     }
@@ -307,9 +318,9 @@ void gradient_at_once(const Problem<Form, T>& w) {
           }
         }
       }
-      transform_gradient(w.form, w.dw, w.inputs, group, first, size, parts, plane);
+      transform_gradient(w.form, w.dw, group, first, size, parts, plane);
       if constexpr (Form::kTransforms) {
-        add_directly<Form>(direct, w.inputs, w.outputs, group, first, size, w.dw);
+        add_directly<Form>(direct, w.outputs, group, first, size, w.dw);
       }
     }
   });
@@ -322,7 +333,8 @@ void gradient_by_shares(const Problem<Form, T>& w) {
   const int64_t most = std::min(w.chunk(), round_up((count + w.shares() - 1) / w.shares(), kTileStep));
   const int64_t chunks = (count + most - 1) / most, shares = std::min(chunks, w.shares());
   const Workspace gradients(shares * Form::kPlanes * plane);
-  std::vector<std::vector<float>> summed(shares); // as dW, empty where nothing is summed directly
+  // [outputs][taps][inputs], empty where nothing is summed directly.
+  std::vector<std::vector<float>> summed(shares);
   const RowGroups rows{w.outputs};
   parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     GradientTiles<Form, T> transformed(w, most);
@@ -338,7 +350,7 @@ void gradient_by_shares(const Problem<Form, T>& w) {
           if (!direct.empty()) {
             summed[share].resize(w.outputs * kTaps * kTaps * w.inputs);
             for (int64_t group = 0; group < w.groups(); ++group) {
-              add_directly<Form>(direct, w.inputs, w.outputs, group, 0, w.outputs, summed[share].data());
+              add_directly<Form>(direct, w.outputs, group, 0, w.outputs, {summed[share].data(), w.inputs, true});
             }
           }
         }
@@ -368,13 +380,14 @@ void gradient_by_shares(const Problem<Form, T>& w) {
       for (int64_t share = 0; share < shares; ++share) {
         parts[share] = gradients.data() + share * Form::kPlanes * plane + (group * w.outputs + first) * kColumns;
       }
-      transform_gradient(w.form, w.dw, w.inputs, group, first, size, parts, plane);
+      transform_gradient(w.form, w.dw, group, first, size, parts, plane);
       const int64_t inputs = std::min(kColumns, w.inputs - group * kColumns);
       for (const auto& part : summed) {
         for (int64_t row = first * kTaps * kTaps; !part.empty() && row < (first + size) * kTaps * kTaps; ++row) {
-          const int64_t start = row * w.inputs + group * kColumns;
-          for (int64_t at = start; at < start + inputs; ++at) {
-            w.dw[at] += part[at];
+          const float* from = part.data() + row * w.inputs + group * kColumns;
+          float* to = w.dw.at(row / (kTaps * kTaps), row % (kTaps * kTaps), group * kColumns);
+          for (int64_t c = 0; c < inputs; ++c) {
+            to[c * w.dw.input_stride()] += from[c];
           }
         }
       }

@@ -368,6 +368,15 @@ def test_one_gradient_alone_is_that_of_both(kernel, stride):
         assert torch.equal(alone, dweight) and empty.numel() == 0
 
 
+@convolutions
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [2, 8])
+def test_autograd_takes_the_weights_gradient_without_a_copy(size, layout, kernel, stride):
+    x, weight, dy = data((2, 17, 33, size, size), layout=layout, kernel=kernel, stride=stride)
+    _, dweight = OPS.conv3x3_backward(dy, x, weight, None, [False, True], stride)
+    assert dweight.stride() == weight.stride()
+
+
 def test_nothing_outside_the_tiles_of_a_nan_is_touched():
     x, weight, _ = data((1, 8, 8, 12, 12))
     clean = functional.conv3x3(x, weight, algorithm="winograd")
