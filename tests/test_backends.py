@@ -1,7 +1,7 @@
 """The parity tests again on every other backend that this machine has: a process each, as a capability is a
 process's.
 
-A run of a CPU takes every fourth case, which ones its seed says: a kernel that is wrong fails many of them, and all
+A run of a CPU takes every sixth case, which ones its seed says: a kernel that is wrong fails many of them, and all
 take minutes. `pytest -m slow` takes all.
 """
 
@@ -51,7 +51,7 @@ if multiplies_pairs():
     # This process's own capability again, whose kernels have another way with bfloat16.
     ENVIRONMENT["float32"] = {"FASTRES_BF16_PRODUCTS": "float32"}
 BACKENDS = [name for name in ENVIRONMENT if name != "cuda"]
-PARTS = 4
+PARTS = 6
 SHARERS = min(8, os.cpu_count() or 1)
 
 
