@@ -167,12 +167,9 @@ def _choose(problem: ConvProblem, requested: str) -> Choice:
         return Choice("torch", "pixels are few: to pack the weights is most of the work")
     images, positions = problem.shape[0], _positions_of_image(problem)
     few = not problem.needs_grad and _few_pay(problem, images * positions)
-    against = "gemm" if few else "pairs" if _in_pairs(problem) else "torch"
-    if _is_small(problem):
-        if _small_sum_pays(problem, against):
-            return Choice("winograd", "images are small, and it leaves out the taps outside of them")
-    elif _winograd_pays(problem, against):
-        return Choice("winograd", "it saves more multiplications than its transforms cost")
+    winograd = _winograd_where_it_pays(problem, "gemm" if few else "pairs" if _in_pairs(problem) else "torch")
+    if winograd is not None:
+        return winograd
     if few:
         return Choice("gemm", "output positions are few: to read the weights is most of the work")
     if not problem.needs_grad and problem.shape[1] >= _MANY_INPUTS and _holds(positions <= _TINY_IMAGE):
@@ -210,13 +207,10 @@ def _choose_packed(problem: ConvProblem, padded: bool, requested: str) -> Choice
         return Choice(requested, "it was requested")
     if problem.dtype == torch.bfloat16 and problem.matrix_units:
         return Choice("torch", "the CPU multiplies bfloat16 matrices, which PyTorch's convolution uses")
+    winograd = None
     if winograds and padded and requested != "torch":
-        if _is_small(problem):
-            if _small_sum_pays(problem, "packed"):
-                return Choice("winograd", "images are small, and it leaves out the taps outside of them")
-        elif _winograd_pays(problem, "packed"):
-            return Choice("winograd", "it saves more multiplications than its transforms cost")
-    return Choice("gemm", "its weights are packed for it")
+        winograd = _winograd_where_it_pays(problem, "packed")
+    return winograd or Choice("gemm", "its weights are packed for it")
 
 
 def _in_pairs(problem: ConvProblem) -> bool:
@@ -285,6 +279,14 @@ def _few_pay(problem: ConvProblem, positions: int) -> bool:
     """Whether so few output positions are faster in one product than in PyTorch's, which reorders the weights first."""
     direct = COSTS[problem.capability]["gemm"].direct
     return _holds(positions <= direct.get(problem.stride, direct[1]).few)
+
+
+def _winograd_where_it_pays(problem: ConvProblem, against: str) -> Choice | None:
+    if _is_small(problem):
+        pays, reason = _small_sum_pays(problem, against), "images are small, and it leaves out the taps outside of them"
+    else:
+        pays, reason = _winograd_pays(problem, against), "it saves more multiplications than its transforms cost"
+    return Choice("winograd", reason) if pays else None
 
 
 def _is_small(problem: ConvProblem) -> bool:
